@@ -1,0 +1,38 @@
+# `make demo` and `make test` are all that a fresh machine needs: Python 3.11 or newer, make, and a package index.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: demo test lint bench clean
+
+demo: $(STAMP)
+	$(BIN)/python examples/demo.py
+
+test: lint
+	$(BIN)/python -m pytest -n 2
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(PIP) install --quiet -c constraints.txt -e ".[bench]"
+	$(BIN)/python -m pytest -m "not gpu" -s tests/bench
+
+clean:
+	rm -rf $(VENV) build dist normfuse.egg-info .pytest_cache .ruff_cache .mypy_cache
+
+# ONNX Runtime: the GPU build where there is a wheel of it (it runs on the CPU too), else the CPU build.
+# rapidocr-onnxruntime is there for the model it holds; --no-deps, or it brings a second ONNX Runtime.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "NormFuse needs Python 3.11 or newer, and '$(PYTHON)' is not: try 'make PYTHON=python3.12 ...'" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --upgrade pip
+	$(PIP) install --quiet -c constraints.txt -e ".[test,transformers]"
+	$(PIP) install --quiet -c constraints.txt onnxruntime-gpu || $(PIP) install --quiet -c constraints.txt onnxruntime
+	$(PIP) install --quiet -c constraints.txt --no-deps rapidocr-onnxruntime
+	@touch $@

@@ -1,0 +1,40 @@
+"""NormFuse finds every LayerNorm and RMSNorm of a model, however it is spelled, and puts one operator in its place."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from normfuse.config import Config
+from normfuse.errors import InputError, NormFuseError, UnsafeModelError, UnsupportedError, VerificationError
+
+if TYPE_CHECKING:
+    from normfuse.api import inspect, optimize, rewrite
+    from normfuse.report import Report
+
+__version__ = "0.1.0"
+__all__ = [
+    "Config",
+    "InputError",
+    "NormFuseError",
+    "Report",
+    "UnsafeModelError",
+    "UnsupportedError",
+    "VerificationError",
+    "__version__",
+    "inspect",
+    "optimize",
+    "rewrite",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs onnx or numpy only when it is used, so that `import normfuse` is instant."""
+    if name in ("inspect", "optimize", "rewrite"):
+        from normfuse import api
+
+        return getattr(api, name)
+    if name == "Report":
+        from normfuse.report import Report
+
+        return Report
+    raise AttributeError(f"module 'normfuse' has no attribute {name!r}")

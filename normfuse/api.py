@@ -1,0 +1,296 @@
+"""`inspect`, `rewrite` and `optimize`: the three things to do with a model."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from normfuse.config import Config
+from normfuse.errors import InputError, UnsupportedError, VerificationError
+from normfuse.facts import Atom, formula
+from normfuse.placement import recipe
+from normfuse.plan import Plan
+from normfuse.recognise import Expr, Norm, Site
+from normfuse.report import NormRecord, RefusalRecord, Report
+from normfuse.verify import Check
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from normfuse.frontends.onnx_model import OnnxModel
+
+Progress = Callable[[str, float], None]
+
+
+def inspect(model: Any) -> Report:
+    """Find the norms of a model and change nothing.
+
+    `model`: a path to an .onnx file, `onnx.ModelProto`, `onnx_ir.Model`, `torch.onnx.ONNXProgram`,
+    `torch.export.ExportedProgram` or `torch.fx.GraphModule`. Raises `InputError` for what is none of these.
+    """
+    if isinstance(model, (str, Path)):
+        with _quiet_collector():
+            return _inspect_ir(_read(Path(model)))
+    kind = _kind(model)
+    if kind in ("fx", "exported"):
+        from normfuse.frontends import fx_model
+
+        return fx_model.run(model, Config(verify="off"), rewrite=False)[1]
+    return _inspect_ir(_as_ir(model, kind))
+
+
+def rewrite(src_path: str | Path, dst_path: str | Path, config: Config | None = None, *, dry_run: bool = False,
+            overwrite: bool = False, in_place: bool = False, progress: Progress | None = None) -> Report:  # fmt: skip
+    """Read an ONNX model, fuse its norms, check the result and save it; the input is never changed.
+
+    `dry_run` writes nothing. `overwrite` allows to replace an existing output, `in_place` that it is the input.
+    `progress(what, share)` is called as the work goes on. A model in which nothing is fused is copied byte by byte.
+    Raises `InputError`, `UnsafeModelError` or `UnsupportedError` before anything is written, and `VerificationError`
+    when `verify="model"` finds that the results differ; then nothing is written either.
+    """
+    import onnx_ir as ir
+
+    from normfuse.io import files
+
+    config = config or Config()
+    source, target = Path(src_path), Path(dst_path)
+    started = time.perf_counter()
+    with _quiet_collector():
+        model = _read(source)
+        if not dry_run:
+            files.check_target(source, target, overwrite, in_place)
+        loaded = time.perf_counter()
+        report, changed = _rewrite_ir(model, config, progress)
+        planned = time.perf_counter()
+        if config.verify == "model":
+            report.model_check = _check_model(source, model, changed)
+        if not dry_run:
+            if progress is not None:
+                progress("saving", 0.9)
+            if changed:
+                files.write_onnx(model, target)
+            elif not (target.exists() and target.samefile(source)):
+                files.write_onnx(_read(source), target) if any(True for _ in files.external_tensors(model)) else (
+                    files.write_bytes(source.read_bytes(), target)
+                )
+    done = time.perf_counter()
+    report.seconds |= {"load": loaded - started, "save": done - planned, "total": done - started}
+    report.seconds = {k: round(v, 4) for k, v in report.seconds.items()}
+    assert isinstance(model, ir.Model)
+    return report
+
+
+def optimize(model: Any, config: Config | None = None) -> tuple[Any, Report]:
+    """Fuse the norms of a model in memory and give back (the same type of model, the report).
+
+    Takes what `inspect` takes; for a path it gives back an `onnx_ir.Model`. The model given is not changed.
+    """
+    config = config or Config()
+    if isinstance(model, (str, Path)):
+        loaded = _read(Path(model))
+        return loaded, _rewrite_ir(loaded, config, None)[0]
+    kind = _kind(model)
+    if kind in ("fx", "exported"):
+        from normfuse.frontends import fx_model
+
+        return fx_model.run(model, config, rewrite=True)
+    import onnx_ir as ir
+
+    if config.verify == "model":
+        raise UnsupportedError("verify='model' needs files to run; use normfuse.rewrite, or verify='sites'")
+    if kind == "proto":
+        copy = ir.from_proto(model)
+        report = _rewrite_ir(copy, config, None)[0]
+        return ir.to_proto(copy), report
+    source = model.model if kind == "program" else model
+    copy = source.clone()
+    report = _rewrite_ir(copy, config, None)[0]
+    if kind == "program":
+        import torch
+
+        return torch.onnx.ONNXProgram(copy, model.exported_program), report
+    return copy, report
+
+
+def _kind(model: Any) -> str:
+    """Which front end takes a model, without importing what it is not made of."""
+    names = {f"{t.__module__}.{t.__name__}" for t in type(model).__mro__}
+    if any(n.endswith(".GraphModule") and n.startswith("torch.fx") for n in names):
+        return "fx"
+    if any(n.endswith(".ExportedProgram") for n in names):
+        return "exported"
+    if any(n.endswith(".ONNXProgram") for n in names):
+        return "program"
+    if any(n.endswith(".ModelProto") for n in names):
+        return "proto"
+    if any(n.startswith("onnx_ir") and n.endswith(".Model") for n in names):
+        return "ir"
+    raise InputError(f"a {type(model).__name__} is not a model that NormFuse reads; give a path, onnx.ModelProto, "
+                     "onnx_ir.Model, ONNXProgram, ExportedProgram or GraphModule")  # fmt: skip
+
+
+def _as_ir(model: Any, kind: str) -> ir.Model:
+    import onnx_ir as ir
+
+    if kind == "proto":
+        return ir.from_proto(model)
+    return model.model if kind == "program" else model  # type: ignore[no-any-return]
+
+
+def _read(path: Path) -> ir.Model:
+    from normfuse.io import files
+
+    if path.suffix == ".pt2":
+        raise UnsupportedError(f"{path}: .pt2 archives are not read from disk yet; load the program and pass it")
+    return files.read_onnx(path)
+
+
+@contextmanager
+def _quiet_collector() -> Iterator[None]:
+    """Hold the cyclic garbage collector: a graph is a million objects, none of them garbage yet."""
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()
+
+
+def _inspect_ir(model: ir.Model) -> Report:
+    from normfuse.frontends.onnx_model import OnnxModel
+
+    source = model.clone() if model.functions else model
+    one = OnnxModel(source, Config(), rewrite=False)
+    return _onnx_report(one, rewritten=False)
+
+
+def _rewrite_ir(model: ir.Model, config: Config, progress: Progress | None) -> tuple[Report, bool]:
+    from normfuse.frontends import onnx_model
+
+    started = time.perf_counter()
+    one = onnx_model.OnnxModel(model, config, rewrite=True, progress=progress)
+    planned = time.perf_counter()
+    if config.verify != "off":
+        one.check()
+    checked = time.perf_counter()
+    changed = one.apply()
+    report = _onnx_report(one, rewritten=True)
+    report.nodes_after = onnx_model.count(model) if changed else report.nodes_before
+    report.seconds |= {"recognise": planned - started, "verify": checked - planned,
+                       "rewrite": time.perf_counter() - checked}  # fmt: skip
+    return report, changed
+
+
+def _check_model(source: Path, model: ir.Model, changed: bool) -> dict[str, Any] | None:
+    """Run the input and the result in ONNX Runtime before anything is written where the user asked."""
+    import tempfile
+
+    from normfuse.io import files
+    from normfuse.verify import compare_models
+
+    if not changed:
+        return None
+    with tempfile.TemporaryDirectory(prefix="normfuse-") as folder:
+        candidate = Path(folder) / "candidate.onnx"
+        files.write_onnx(model, candidate)
+        found = compare_models(source, candidate)
+    if not found["equal"]:
+        worst = max(found["outputs"], key=lambda o: o["max_rel"] or 0.0)
+        raise VerificationError(f"{source}: output {worst['name']!r} differs after the rewrite by {worst['max_rel']:.2g} "
+                                "of its largest element; nothing was written")  # fmt: skip
+    return found
+
+
+# -- the report -------------------------------------------------------------------------------------------------------
+
+
+def _onnx_report(one: OnnxModel, rewritten: bool) -> Report:
+    report = build_report(one.plans, one.checks, rewritten, one.emitter.native)
+    report.format, report.opset, report.nodes_before = "onnx", one.opset or None, one.nodes_before
+    if one.inlined:
+        report.notes.append("model-local functions were inlined")
+    return report
+
+
+def build_report(plans: Iterable[Plan], checks: dict[Site, Check], rewritten: bool,
+                 native: Callable[[Norm], bool]) -> Report:  # fmt: skip
+    """The records of all sites and refusals of a model."""
+    report = Report(rewritten=rewritten)
+    sites: list[Site] = []
+    for plan in plans:
+        replaced = {edit.site for edit in plan.replace}
+        for site in plan.found.sites:
+            sites.append(site)
+            record = record_of(site)
+            if rewritten:
+                record.action = "kept" if site.is_op else "fused" if site in replaced else "refused"
+                check = checks.get(site)
+                record.verified = check.ok if check is not None else None
+                record.error = round(check.error, 3) if check is not None and check.ok else None
+                if site in replaced:
+                    record.emitted = _emitted(site.norm, native(site.norm))
+            report.norms.append(record)
+        refusals = [*plan.found.refusals, *plan.refused.values()]
+        report.refusals.extend(RefusalRecord(r.code, r.node, r.message) for r in refusals)
+    report.recipe = recipe(sites)
+    return report
+
+
+def _emitted(norm: Norm, native: bool) -> str:
+    names = {"layer_norm": "LayerNormalization", "rms_norm": "RMSNormalization"}
+    core = names[norm.kind] if native else f"function normfuse.{norm.kind}"
+    if norm.cast in ("last", "mixed"):
+        return f"Cast, {core}, Cast"
+    return f"Cast, {core}" if norm.cast == "none" and norm.compute != norm.x.dtype else core
+
+
+def record_of(site: Site) -> NormRecord:
+    """What the report says of a site."""
+    norm = site.norm
+    rank = norm.x.rank or 0
+    names: dict[int, str] = {}
+    for letter, expr in (("w", norm.weight), ("b", norm.bias)):
+        found: list[int] = []
+        for _, factors in expr or ():
+            found += [v.index for v, _ in factors if v.index not in names and v.index not in found]
+        for i, index in enumerate(found):
+            names[index] = letter if len(found) == 1 else f"{letter}{i + 1}"
+
+    def name(atom: Atom) -> str:
+        return names.get(int(str(atom[1])), str(atom[2]))
+
+    return NormRecord(
+        name=site.label,
+        kind=norm.kind,
+        axes=[a - rank for a in norm.axes],
+        size=norm.size,
+        eps=norm.eps,
+        dtype=norm.x.dtype or "?",
+        weight=_named(norm.weight),
+        bias=_named(norm.bias),
+        placement=site.placement,
+        fact=formula(site.fact, "x", name),
+        form="op" if site.is_op else "decomposed",
+        cast=_cast(norm),
+    )
+
+
+def _named(expr: Expr | None) -> str | None:
+    if expr is None:
+        return None
+    names = [v.name for _, factors in expr for v, _ in factors]
+    return "+".join(dict.fromkeys(names)) if names else "constant"
+
+
+def _cast(norm: Norm) -> str:
+    if norm.cast == "mixed":
+        return "mixed"
+    if norm.cast == "none":
+        return norm.compute
+    where = "before the weight" if norm.cast == "first" else "after the weight" if norm.weight else "at the end"
+    return f"{norm.compute}, cast to {norm.x.dtype if norm.cast == 'first' else norm.dtype} {where}"

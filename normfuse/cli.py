@@ -1,0 +1,277 @@
+"""The command line: `normfuse inspect|rewrite|verify|explain|env`.
+
+Exit codes: 0 done; 1 refused under --strict, or a mismatch; 2 bad input; 3 internal error. With --json exactly one
+JSON object goes to stdout, errors too. Heavy imports stand inside functions, so that `--help` is instant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
+
+from normfuse.config import Config, LayerNormToRMSNorm, Numerics, Target, Verify
+from normfuse.errors import InputError, NormFuseError, VerificationError
+
+if TYPE_CHECKING:
+    from normfuse.cli_print import Block
+    from normfuse.report import Report
+
+DONE, DIFFERENT, BAD_INPUT, INTERNAL, INTERRUPTED = 0, 1, 2, 3, 130
+SCHEMA = 1
+
+DESCRIPTION = "Recognise every LayerNorm and RMSNorm in a model, however it is spelled, and fuse it."
+EPILOG = "exit codes: 0 done; 1 refused under --strict, or a mismatch; 2 bad input; 3 internal error"
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a command gives back: an exit code, the object for --json, and the same for people."""
+
+    code: int
+    data: dict[str, Any]
+    blocks: list[Block] = field(default_factory=list)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code; nothing but `SystemExit` from --help leaves here."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    as_json, verbose = "--json" in argv, "-v" in argv or "--verbose" in argv
+    try:
+        args = _parser().parse_args(argv)
+        with _quiet(args.verbose):
+            outcome = args.run(args)
+        _emit(outcome, as_json)
+        return int(outcome.code)
+    except KeyboardInterrupt:
+        return _fail(INTERRUPTED, "Interrupted", "interrupted", as_json)
+    except VerificationError as why:
+        return _fail(DIFFERENT, "VerificationError", str(why), as_json)
+    except NormFuseError as why:
+        return _fail(BAD_INPUT, type(why).__name__, str(why), as_json)
+    except BrokenPipeError:
+        return DONE
+    except OSError as why:
+        where = f": {why.filename}" if why.filename else ""
+        return _fail(BAD_INPUT, "InputError", f"{why.strerror or why}{where}", as_json)
+    except Exception as why:
+        if verbose:
+            import traceback
+
+            traceback.print_exc()
+        hint = "" if verbose else " (run with -v for the traceback)"
+        return _fail(INTERNAL, "InternalError", f"internal error: {type(why).__name__}: {why}{hint}", as_json)
+
+
+# -- commands -----------------------------------------------------------------------------------------------------
+
+
+def _inspect(args: argparse.Namespace) -> Outcome:
+    import normfuse
+    from normfuse.cli_report import report_blocks
+
+    started = time.perf_counter()
+    report: Report = normfuse.inspect(args.model)
+    seconds = time.perf_counter() - started
+    return Outcome(DONE, report.to_dict(), report_blocks(report, args.model, seconds, args.verbose, args.quiet))
+
+
+def _rewrite(args: argparse.Namespace) -> Outcome:
+    import normfuse
+    from normfuse.cli_print import progress
+    from normfuse.cli_report import report_blocks
+
+    if args.output is None and not (args.in_place or args.dry_run):
+        raise InputError("no output is given; name a file to write, or use --in-place or --dry-run")
+    output, in_place = args.output or args.model, args.in_place or args.output is None
+    config = Config(args.layernorm_to_rmsnorm, args.numerics, args.target, args.verify)
+    started = time.perf_counter()
+    with progress(not args.quiet) as advance:
+        report: Report = normfuse.rewrite(
+            args.model, output, config,
+            dry_run=args.dry_run, overwrite=args.overwrite, in_place=in_place, progress=advance,
+        )  # fmt: skip
+    seconds = time.perf_counter() - started
+    blocks = report_blocks(report, args.model, seconds, args.verbose, args.quiet)
+    if not args.quiet:
+        blocks.append("dry run: nothing was written" if args.dry_run else f"wrote {output}")
+    return Outcome(DIFFERENT if args.strict and report.refusals else DONE, report.to_dict(), blocks)
+
+
+def _verify(args: argparse.Namespace) -> Outcome:
+    from normfuse import verify
+    from normfuse.cli_report import comparison_blocks
+
+    inputs = _load_inputs(args.inputs) if args.inputs else None
+    result = verify.compare_models(args.a, args.b, seed=args.seed, inputs=inputs)
+    code = DONE if result["equal"] else DIFFERENT
+    return Outcome(code, {"schema": SCHEMA} | result, comparison_blocks(result, args.quiet))
+
+
+def _load_inputs(path: str) -> dict[str, Any]:
+    """The arrays of an .npz file by name; pickled objects in it are refused."""
+    import zipfile
+
+    import numpy as np
+
+    advice = "make it with numpy.savez(path, input_name=array, ...)"
+    try:
+        file = np.load(path, allow_pickle=False)
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise InputError(f"{path} holds one array without a name; {advice}")
+        with file:
+            return {name: file[name] for name in file.files}
+    except (ValueError, EOFError, zipfile.BadZipFile) as why:
+        raise InputError(f"{path} is not a readable .npz file ({why}); {advice}") from why
+
+
+def _explain(args: argparse.Namespace) -> Outcome:
+    from normfuse.cli_print import Table
+    from normfuse.codes import CODES
+
+    if args.code is None:
+        data = [{"code": code} | _code_dict(code) for code in CODES]
+        table = Table(("code", "meaning"), [(code, entry.title) for code, entry in CODES.items()])
+        return Outcome(DONE, {"schema": SCHEMA, "codes": data}, [table])
+    code = args.code.upper()
+    if code not in CODES:
+        raise InputError(f"there is no code {args.code!r}; `normfuse explain` lists all")
+    entry = CODES[code]
+    lines = [f"{code}: {entry.title}", "", *_wrap(entry.text), "", *_wrap(f"What to do: {entry.fix}")]
+    blocks: list[Block] = [*lines]
+    return Outcome(DONE, {"schema": SCHEMA, "code": code} | _code_dict(code), blocks)
+
+
+def _wrap(text: str) -> list[str]:
+    import textwrap
+
+    return textwrap.wrap(text, 88)
+
+
+def _code_dict(code: str) -> dict[str, str]:
+    from normfuse.codes import CODES
+
+    title, text, fix = CODES[code]
+    return {"title": title, "explanation": text, "fix": fix}
+
+
+def _env(args: argparse.Namespace) -> Outcome:
+    from normfuse.cli_env import environment
+    from normfuse.cli_print import Table
+
+    found = environment()
+    rows = [(name, ", ".join(value) if isinstance(value, list) else value or "-") for name, value in found.items()]
+    return Outcome(DONE, {"schema": SCHEMA} | found, [Table(("what", "version"), rows)])
+
+
+# -- arguments ----------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises `InputError` in place of printing usage and leaving."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see `{self.prog} --help`")
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object, **__: object) -> NoReturn:
+        from normfuse.cli_env import version
+
+        print(f"normfuse {version('normfuse')}")
+        parser.exit()
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print one JSON object on stdout, and nothing else there")
+    loudness = common.add_mutually_exclusive_group()
+    loudness.add_argument("-q", "--quiet", action="store_true", help="print the result line only")
+    loudness.add_argument("-v", "--verbose", action="store_true", help="print every norm, warnings and tracebacks")
+
+    parser = _Parser(prog="normfuse", description=DESCRIPTION, epilog=EPILOG, allow_abbrev=False)
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and leave")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+
+    def command(name: str, run: Callable[[argparse.Namespace], Outcome], text: str) -> argparse.ArgumentParser:
+        options: dict[str, Any] = {"description": text, "epilog": EPILOG, "parents": [common], "allow_abbrev": False}
+        sub = commands.add_parser(name, help=text, **options)
+        sub.set_defaults(run=run)
+        return sub
+
+    inspect = command("inspect", _inspect, "show every norm of a model: where it sits, and its formula")
+    inspect.add_argument("model", metavar="MODEL", help="an ONNX file")
+    _rewrite_arguments(command("rewrite", _rewrite, "fuse the norms of a model, check each, and write the result"))
+    verify = command("verify", _verify, "run two models on the same inputs and compare their outputs")
+    verify.add_argument("a", metavar="A", help="an ONNX file")
+    verify.add_argument("b", metavar="B", help="another, with the same inputs and outputs")
+    verify.add_argument("--inputs", metavar="FILE.npz", help="arrays by input name, in place of random ones")
+    verify.add_argument("--seed", type=int, default=0, help="seed of the random inputs (0)")
+    explain = command("explain", _explain, "tell what a refusal code means and what to do about it")
+    explain.add_argument("code", metavar="CODE", nargs="?", help="such as NF101; without it, all are listed")
+    command("env", _env, "print the versions of what NormFuse works with, for a bug report")
+    return parser
+
+
+def _rewrite_arguments(rewrite: argparse.ArgumentParser) -> None:
+    """The options of `rewrite`; their names and choices are those of `Config`."""
+    default = Config()
+    add = rewrite.add_argument
+    add("model", metavar="IN", help="an ONNX file")
+    add("output", metavar="OUT", nargs="?", help="the file to write")
+    add("--layernorm-to-rmsnorm", choices=get_args(LayerNormToRMSNorm), default=default.layernorm_to_rmsnorm,
+        help="turn LayerNorm into RMSNorm (off)")  # fmt: skip
+    add("--target", choices=get_args(Target), default=default.target, help="where the result will run (onnx: anywhere)")
+    add("--numerics", choices=get_args(Numerics), default=default.numerics,
+        help="exact keeps every rounding of the model; fast may compute in float32 instead (exact)")  # fmt: skip
+    add("--verify", choices=get_args(Verify), default=default.verify,
+        help="check each replaced region, or the whole model as well, or nothing (sites)")  # fmt: skip
+    add("--dry-run", action="store_true", help="do everything but write")
+    add("--strict", action="store_true", help="exit with 1 if anything was refused; the output is written all the same")
+    add("--overwrite", action="store_true", help="replace OUT if it exists")
+    add("--in-place", action="store_true", help="allow OUT to be IN; OUT may be left out")
+
+
+# -- printing -----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _quiet(verbose: bool) -> Iterator[None]:
+    """Keep what libraries print away from stdout, and their warnings away altogether unless asked for."""
+    disabled = logging.root.manager.disable
+    with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
+        if not verbose:
+            warnings.simplefilter("ignore")
+            logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(disabled)
+
+
+def _emit(outcome: Outcome, as_json: bool) -> None:
+    from normfuse.cli_print import print_blocks, print_json
+
+    if as_json:
+        print_json(outcome.data)
+    else:
+        print_blocks(outcome.blocks)
+
+
+def _fail(code: int, kind: str, message: str, as_json: bool) -> int:
+    """Report an error in one line, and give back the exit code."""
+    from normfuse.cli_print import clean, print_json
+
+    message = " ".join(message.split())
+    if as_json:
+        print_json({"schema": SCHEMA, "error": {"kind": kind, "message": message}})
+    else:
+        with contextlib.suppress(BrokenPipeError):
+            print(f"normfuse: {clean(message)}", file=sys.stderr)
+    return code

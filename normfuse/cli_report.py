@@ -1,0 +1,107 @@
+"""A report as lines and tables: equal norms in one row, so that a model of 80 layers fits on a screen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from normfuse.cli_print import Block, Table
+from normfuse.report import NormRecord, Report
+
+HEADERS = ("norm", "count", "kind", "size", "placement", "fact", "types", "action", "verified")
+FORMS = {"op": "one operator", "decomposed": "decomposed"}
+
+
+def report_blocks(report: Report, path: str, seconds: float, verbose: bool, quiet: bool) -> list[Block]:
+    """What was found, where it sits, what was done, and why not."""
+    end = f"{_totals(report)}; {seconds:.2f} s"
+    if quiet:
+        return [end]
+    blocks: list[Block] = [_header(report, path)]
+    if report.recipe:
+        blocks.append(report.recipe)
+    blocks.append("")
+    if report.norms:
+        blocks.append(_norm_table(report, verbose))
+    if report.refusals:
+        rows = [(r.code, r.node, r.message) for r in report.refusals]
+        blocks += [Table(("code", "node", "why it was refused"), rows), _hint(report)]
+    blocks += [f"note: {note}" for note in report.notes]
+    if report.model_check is not None:
+        blocks.append(f"whole model: {_verdict(report.model_check)}")
+    blocks.append(end)
+    if verbose and report.seconds:
+        blocks.append("time: " + ", ".join(f"{stage} {t:.3f} s" for stage, t in report.seconds.items()))
+    return blocks
+
+
+def _header(report: Report, path: str) -> str:
+    opset = "" if report.opset is None else f", opset {report.opset}"
+    return f"{path}: {report.format or 'model'}{opset}, {report.nodes_before} operators"
+
+
+def _hint(report: Report) -> str:
+    return f"`normfuse explain {report.refusals[0].code}` tells more about a code"
+
+
+def _totals(report: Report) -> str:
+    norms = report.norms
+    if not report.rewritten:
+        ready = sum(n.form == "op" for n in norms)
+        return f"found {len(norms)} ({len(norms) - ready} decomposed, {ready} one operator), refused {report.refused}"
+    text = f"found {len(norms)}, fused {report.fused}, refused {report.refused}"
+    text += f"; operators {report.nodes_before} -> {report.nodes_after}"
+    checked = [n.verified for n in norms if n.verified is not None]
+    return text + (f"; verified {sum(checked)}/{len(checked)}" if checked else "")
+
+
+def _norm_table(report: Report, verbose: bool) -> Table:
+    groups: dict[object, list[NormRecord]] = {}
+    for i, norm in enumerate(report.norms):
+        groups.setdefault(i if verbose else _likeness(norm), []).append(norm)
+    plain = all(norm.cast == norm.dtype for norm in report.norms)
+    return Table(HEADERS, [_row(group, report.rewritten, plain) for group in groups.values()])
+
+
+def _likeness(norm: NormRecord) -> tuple[object, ...]:
+    """What norms of one row have in common."""
+    return (norm.kind, norm.placement, norm.size, norm.eps, norm.fact, norm.cast, norm.dtype, norm.form, norm.action)
+
+
+def _row(group: list[NormRecord], rewritten: bool, plain: bool) -> tuple[str, ...]:
+    first, last = group[0], group[-1]
+    name = first.name if len(group) == 1 else f"{first.name} ... {last.name}"
+    count = "" if len(group) == 1 else f"x{len(group)}"
+    size = "?" if first.size is None else str(first.size)
+    action = first.action if rewritten else FORMS.get(first.form, first.form)
+    return (
+        name, count, first.kind, size, first.placement, first.fact, "" if plain else first.cast, action,
+        _verified(n.verified for n in group) if rewritten else "",
+    )  # fmt: skip
+
+
+def _verified(results: Iterable[bool | None]) -> str:
+    checked = [r for r in results if r is not None]
+    if not checked:
+        return ""
+    return "yes" if all(checked) else "no" if not any(checked) else f"{sum(checked)} of {len(checked)}"
+
+
+# -- comparison of two models -------------------------------------------------------------------------------------
+
+
+def comparison_blocks(result: dict[str, Any], quiet: bool) -> list[Block]:
+    """The outputs of two models side by side, and the verdict."""
+    if quiet:
+        return [_verdict(result)]
+    rows = [
+        (o["name"], str(o["dtype"]), "x".join(map(str, o["shape"])), f"{o['max_abs']:.3g}", f"{o['max_rel']:.3g}")
+        for o in result["outputs"]
+    ]
+    return [Table(("output", "type", "shape", "max abs diff", "max rel diff"), rows), _verdict(result)]
+
+
+def _verdict(result: dict[str, Any]) -> str:
+    word = "equal" if result["equal"] else "different"
+    worst = max((o["max_abs"] for o in result["outputs"]), default=0.0)
+    return f"{word}: largest difference {worst:.3g}, tolerance {result['tolerance']:.3g}, {result['provider']}"

@@ -1,0 +1,183 @@
+"""What every refusal code means: `normfuse explain CODE` prints it, and a test keeps it complete.
+
+Codes are stable: a code once given keeps its meaning. NF1xx: what was found is no norm, or is not known to be one.
+NF2xx: it is a norm, and was left as it is.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Code(NamedTuple):
+    """A refusal in words: a title, what it means with an example, and what to change."""
+
+    title: str
+    text: str
+    fix: str
+
+
+CODES: dict[str, Code] = {
+    "NF100": Code(
+        "too complex to be a norm",
+        "The formula grew past what any norm needs: more than a dozen terms, or roots inside roots inside roots. "
+        "Example: ((x + a)*(x + b) + c)*... before the mean is taken. NormFuse stops there, so that its time stays "
+        "linear in the size of the model.",
+        "Nothing, if this is not meant to be a norm. If it is, compute it in fewer steps, or with the framework's own "
+        "operator.",
+    ),
+    "NF101": Code(
+        "not divided by one root of a statistic",
+        "A norm divides x by sqrt(mean square + eps) or sqrt(variance + eps), once. Here eps stands outside the root, "
+        "or x meets two roots or none. Example: x / (std(x) + eps), which is not x / sqrt(var(x) + eps): "
+        "for small x the two differ by orders of magnitude.",
+        "Move eps under the root if the model allows it: this changes the outputs slightly and needs a check, or a "
+        "short retraining. Otherwise the graph stays as it is.",
+    ),
+    "NF102": Code(
+        "the mean is not taken away",
+        "x is divided by its standard deviation, but its mean is still in it: half of a LayerNorm. "
+        "Example: x * rsqrt(var(x) + eps).",
+        "If a LayerNorm is meant, subtract the mean; if an RMSNorm is meant, use mean(x^2) in place of the variance.",
+    ),
+    "NF103": Code(
+        "eps is not positive",
+        "No positive constant is added under the root, so a row of zeros gives a division by zero, which the norm "
+        "operators do not reproduce. Example: x * rsqrt(mean(x^2)).",
+        "Add a small eps under the root, such as 1e-6, and export again.",
+    ),
+    "NF104": Code(
+        "eps is no constant of the graph",
+        "What is added under the root, or what scales the statistic, is computed at run time or varies along the "
+        "normalised axes. The operators take eps as a fixed number. Example: eps as a graph input "
+        "(an export with dynamic=True can do that), or one eps per channel.",
+        "Make eps a Python float in the model's code, and export again.",
+    ),
+    "NF105": Code(
+        "another power than -1/2",
+        "The statistic, or x, is raised to a power that a norm does not have, or the power is not known. "
+        "Examples: x / (mean(x^2) + eps) without a root, x^2 / mean(x^2), a cube root, an exponent given as an input, "
+        "division by x itself.",
+        "Nothing, if this is not meant to be a norm. If it is, look for a missing Sqrt at the named node.",
+    ),
+    "NF106": Code(
+        "the statistic and the scaled tensor do not belong together",
+        "A mean square or a variance was found, but what follows does not make it a norm of the same tensor over the "
+        "same axes. Examples: the mean of one tensor scales another; the mean is taken over a slice or a masked copy; "
+        "two axes are reduced and one is normalised; a statistic goes on into an operator such as Sigmoid.",
+        "Nothing, in most cases: it is no norm. If it is one mathematically, please report it with the node's "
+        "neighbourhood, since NormFuse should have found it.",
+    ),
+    "NF107": Code(
+        "a kept axis of size 1 is missing",
+        "The statistic lost the axis over which it was taken, so that it lines up with another axis of x. This "
+        "happens to run where x is square. Example: x of 64 x 64, ReduceMean with keepdims=0, and then a Mul.",
+        "Reduce with keepdims=1 (keepdim=True in torch) if a norm is meant. As written, the model scales columns by "
+        "the statistics of rows.",
+    ),
+    "NF108": Code(
+        "the weight or bias widens the tensor",
+        "A norm keeps the shape of x. Here a factor or a summand is larger than x, or is not known to fit, and the "
+        "result is broadcast. Example: x of 1 x 64 with a weight of 8 x 64.",
+        "Expand x before the norm, or apply the wide factor as a Mul of its own after it. If only the shapes are "
+        "unknown, export with static or named sizes.",
+    ),
+    "NF109": Code(
+        "the weight varies from row to row",
+        "The weight or the bias of a norm is the same for every row. Here it runs over an axis that is not "
+        "normalised. Examples: a weight per token; NCHW data normalised over W and scaled per channel.",
+        "Nothing: the factor belongs after the norm, as a Mul of its own. If rows and columns were mixed up, transpose "
+        "the weight.",
+    ),
+    "NF110": Code(
+        "an unbiased variance over an unknown size",
+        "var(x) with a correction divides by N - 1 and not by N. With a known N this is a LayerNorm with another "
+        "weight and eps; with an unknown N it is none. Example: torch.var(x, -1) over a dynamic axis.",
+        "Use unbiased=False (correction=0), or export with a fixed size of the normalised axis.",
+    ),
+    "NF112": Code(
+        "a power of x that no norm has",
+        "A norm is made of x, its mean, and the mean of its square. Here stands |x|, a third or fourth power, or the "
+        "product of two values that both depend on x. Examples: mean(|x|), mean(x^4), the variance of x^2.",
+        "Nothing: it is another normalisation. If a square was meant, look at the exponent of the named Pow.",
+    ),
+    "NF113": Code(
+        "a cast that changes values",
+        "The value is cast to or from an integer or a boolean on its way, which rounds or truncates. Example: int8 "
+        "data normalised without being cast to float first.",
+        "Cast to a floating-point type before the norm, and keep it there.",
+    ),
+    "NF114": Code(
+        "axes known only at run time",
+        "The axes of the reduction are computed, or are a graph input, so nobody can say which norm this is. Example: "
+        "ReduceMean at opset 18 whose axes come from an input.",
+        "Give the axes as constants, and export again.",
+    ),
+    "NF115": Code(
+        "unknown shape",
+        "The shape of a value, or the size of the normalised axis, is not known, and the algebra needs it: a sum is "
+        "N times a mean only for a known N, and a weight fits only what is as wide. Example: the output of an "
+        "operator from an unknown domain, without a value_info.",
+        "Run shape inference on the model, or export with fixed sizes of the normalised axes.",
+    ),
+    "NF116": Code(
+        "an inner value is used elsewhere",
+        "A value inside the norm, such as its mean or its rounded intermediate result, is also a graph output or is "
+        "read by another operator or a sub-graph, and the fused operator would not give it. Example: the variance "
+        "returned next to the normalised tensor.",
+        "Drop the extra output or use if nobody needs it.",
+    ),
+    "NF117": Code(
+        "roundings that no operator has",
+        "It is a norm mathematically, but its casts stand where no operator rounds, so that fusing would change "
+        "low bits. Examples: squares taken in float16 and averaged in float32; a cast between the weight and the bias; "
+        "statistics in one type and the division in another.",
+        "Compute the whole norm in float32 and cast once, before the weight or after it; or let small changes happen "
+        "with --numerics fast.",
+    ),
+    "NF118": Code(
+        "a group, instance or batch norm",
+        "The operator normalises, but over groups of channels, over each channel of each image, or by statistics of "
+        "the training data. These are other operators, already in one piece. Example: InstanceNormalization.",
+        "Nothing: it is fast as it is. The node is named so that you know it was seen.",
+    ),
+    "NF119": Code(
+        "a clamp that changes small values",
+        "The statistic or its root is clamped from below, as in an L2 normalise. Above the clamp this is a norm "
+        "without eps, below it is not. Example: x / max(norm(x), 1e-12). A clamp that never acts, such as "
+        "max(var, 0), is no obstacle.",
+        "Nothing, if an L2 normalise is meant. If a norm is meant, add eps under the root in place of the clamp.",
+    ),
+    "NF120": Code(
+        "written in place",
+        "Between the statistic and its use the tensor, or a view of it, is overwritten, so the two see different "
+        "values. Example: m = x.pow(2).mean(-1); x.add_(1); x * torch.rsqrt(m + eps).",
+        "Use the out-of-place form of the operation.",
+    ),
+    "NF121": Code(
+        "a mean over an axis of size 1",
+        "With one element in a row the mean is the element itself: the norm is a constant or a sign, and has no row "
+        "to work on. Example: ReduceMean over the last axis of a tensor of shape 8 x 1.",
+        "Check the axes: another axis is probably meant.",
+    ),
+    "NF122": Code(
+        "eps can be overridden by callers",
+        "eps, or another constant that the norm depends on, is an initializer that is also a graph input. Callers may "
+        "pass another value at run time, so it is no constant. Example: models exported with "
+        "keep_initializers_as_inputs=True.",
+        "Remove the initializer from the graph's inputs, or export without keep_initializers_as_inputs.",
+    ),
+    "NF201": Code(
+        "verification failed; left as it was",
+        "The norm was recognised and its replacement made, but on test rows the two differed by more than rounding, "
+        "so this site was rolled back. The rest of the model is not concerned.",
+        "Please report it with the model or the neighbourhood of the node: either the algebra or the check is wrong, "
+        "and both would be a bug.",
+    ),
+    "NF202": Code(
+        "the target cannot express it with the same roundings",
+        "It is a norm, but the operators of the target have no form with its types and casts. Example: a float32 "
+        "weight on bfloat16 data, where the target's operator takes one type for both.",
+        "Choose another --target, or let small changes happen with --numerics fast.",
+    ),
+}

@@ -1,0 +1,44 @@
+"""What a rewrite may do; the same names serve Python, the command line and `torch.compile` options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Literal, get_args, get_type_hints
+
+from normfuse.errors import InputError, UnsupportedError
+
+LayerNormToRMSNorm = Literal["off", "exact", "approximate"]
+Numerics = Literal["exact", "fast"]
+Target = Literal["onnx", "ort-cpu", "ort-cuda", "normfuse"]
+Verify = Literal["sites", "model", "off"]
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Options of a rewrite.
+
+    - `layernorm_to_rmsnorm`: turn LayerNorm into RMSNorm; only "off" is available yet.
+    - `numerics`: "exact" keeps every rounding of the model; "fast" may compute a norm in float32 where the model
+      computes it in a narrower or mixed type.
+    - `target`: where the result will run; "onnx" is standard operators and model-local functions, for any runtime.
+    - `verify`: "sites" checks each replaced region against its replacement, "model" also runs the whole model
+      before and after, "off" trusts the algebra.
+
+    Raises `InputError` for a value that is not one of the choices, `UnsupportedError` for one not available yet.
+    """
+
+    layernorm_to_rmsnorm: LayerNormToRMSNorm = "off"
+    numerics: Numerics = "exact"
+    target: Target = "onnx"
+    verify: Verify = "sites"
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(Config)
+        for f in fields(self):
+            value, known = getattr(self, f.name), get_args(hints[f.name])
+            if value not in known:
+                raise InputError(f"{f.name}={value!r} is not known; choose one of {', '.join(map(repr, known))}")
+        if self.layernorm_to_rmsnorm != "off":
+            raise UnsupportedError(f"layernorm_to_rmsnorm={self.layernorm_to_rmsnorm!r} is not available yet; use 'off'")
+        if self.target != "onnx":
+            raise UnsupportedError(f"target={self.target!r} is not available yet; use 'onnx', which runs anywhere")

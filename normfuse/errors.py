@@ -1,0 +1,21 @@
+"""Errors for people: what is wrong, where, and what to do about it."""
+
+
+class NormFuseError(Exception):
+    """Base of every error NormFuse raises on purpose; the message is one line meant for a person."""
+
+
+class InputError(NormFuseError):
+    """The given file, path or argument cannot be used."""
+
+
+class UnsafeModelError(NormFuseError):
+    """The model asks for something a trustworthy model does not need, such as data outside its folder."""
+
+
+class UnsupportedError(NormFuseError):
+    """A correct input that NormFuse does not handle."""
+
+
+class VerificationError(NormFuseError):
+    """Two models, or a region and its replacement, do not compute the same."""

@@ -1,0 +1,356 @@
+"""The ONNX front end: from an `onnx_ir` model to neutral graphs, one per graph and control-flow sub-graph.
+
+The model is only read here; `normfuse.frontends.onnx_emit` edits it. Opsets 11 to the newest: axes as attributes or
+as inputs, default attributes filled in, constants folded. An initializer that is also a graph input may be overridden
+by the caller, so it is never taken for a constant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from normfuse.frontends.onnx_fold import MAX_ELEMENTS, Array, attribute, constant_of, fold
+from normfuse.frontends.onnx_ops import OPS, product_shape
+from normfuse.graph import FLOATS, Graph, Shape, Value
+from normfuse.transfer import REDUCTIONS
+
+_NAMES = {ir.DataType.FLOAT: "float32", ir.DataType.DOUBLE: "float64"}
+DTYPES = {name: dtype for dtype in ir.DataType for name in (_NAMES.get(dtype, dtype.name.lower()),)}
+"""Neutral dtype name -> onnx_ir dtype."""
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MAX_DEPTH = 64
+"""Control flow nested deeper than this is left alone."""
+
+
+def shape_of(shape: ir.Shape | None) -> Shape | None:
+    """The neutral form of an onnx_ir shape."""
+    if shape is None:
+        return None
+    return tuple(d if isinstance(d, int) else d.value for d in shape.dims)  # type: ignore[union-attr]
+
+
+def node_label(node: ir.Node) -> str:
+    """What to call a node in a message: its name, or its operator and output where it has none."""
+    return node.name or f"{node.op_type}({node.outputs[0].name if node.outputs else ''})"
+
+
+class Lowering:
+    """Builds the neutral graph of one ONNX graph.
+
+    `inferred` has shapes and types by value name for what the model itself does not state. `outer` is the
+    lowering of the graph around, for the captures of a sub-graph.
+    """
+
+    def __init__(self, source: ir.Graph, inferred: dict[str, tuple[Shape | None, str | None]] | None = None,
+                 outer: Lowering | None = None) -> None:  # fmt: skip
+        self.source = source
+        self.graph = Graph(source.name or "")
+        self.inferred = inferred or {}
+        self.outer = outer
+        self.values: dict[ir.Value, Value] = {}
+        self.arrays: dict[ir.Value, Array] = {}
+        self.missing = False
+        for value in source.inputs:
+            self._leaf(value, fixed=False)
+        for value in source.initializers.values():
+            if value not in self.values:
+                self._initializer(value)
+        for node in source:
+            self._lower(node)
+        for output in source.outputs:
+            if output is not None and output in self.values:
+                self.values[output].kept = True
+
+    # -- values ---------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def dtype_name(dtype: ir.DataType | None) -> str:
+        """The neutral name of a dtype."""
+        return "?" if dtype is None else _DTYPE_NAMES[dtype]
+
+    def _facts(self, value: ir.Value, shape: Shape | None, dtype: str | None) -> tuple[Shape | None, str | None]:
+        """Shape and dtype as stated by the model, else inferred by `onnx`, else by the row of the operator."""
+        stated = shape_of(value.shape)
+        if value.dtype is not None:
+            dtype = _DTYPE_NAMES[value.dtype]
+        if stated is None or dtype is None or None in stated:
+            more, kind = self.inferred.get(value.name or "", (None, None))
+            dtype = dtype or kind
+            known = [s for s in (stated, more, shape) if s is not None]
+            if known and all(len(s) == len(known[0]) for s in known):
+                stated = tuple(next((d for d in dims if d is not None), None) for dims in zip(*known, strict=True))
+            elif known:
+                stated = known[0]
+        return stated, dtype
+
+    def _leaf(self, value: ir.Value, fixed: bool, number: float | None = None) -> Value:
+        shape, dtype = self._facts(value, None, None)
+        found = self.graph.leaf(value.name or "", shape, dtype, fixed=fixed, number=number, native=value)
+        self.values[value] = found
+        return found
+
+    def _initializer(self, value: ir.Value) -> None:
+        tensor = value.const_value
+        number = None
+        if tensor is not None and tensor.dtype != ir.DataType.STRING:
+            size, integer = tensor.size, tensor.dtype.is_integer()
+            external = isinstance(tensor, ir.ExternalTensor)
+            if size == 1 or (size <= MAX_ELEMENTS and not external) or (integer and size <= 64):
+                self.arrays[value] = array = np.asarray(tensor.numpy())
+                number = _number(array, self._is_matrix(value, array))
+            elif not external and size <= 2**20 and len(tensor.shape) > 1 and self._is_matrix(value, tensor):
+                number = _number(np.asarray(tensor.numpy()), True)
+        self._leaf(value, fixed=True, number=number)
+
+    @staticmethod
+    def _is_matrix(value: ir.Value, tensor: Any) -> bool:
+        """Whether a uniform tensor may count as a number: as the factor of a product, not as a weight or bias."""
+        return bool(len(tensor.shape)) and all(node.op_type == "MatMul" for node, _ in value.uses())
+
+    def value(self, value: ir.Value | None) -> Value:
+        """The neutral value of an operand; one of an outer graph is captured as a leaf."""
+        if value is None:
+            return self.graph.leaf("", None, None)
+        found = self.values.get(value)
+        if found is None:
+            above = self.outer
+            while above is not None and value not in above.values:
+                above = above.outer
+            known = above.values[value] if above is not None else None
+            if above is not None and value in above.arrays:
+                self.arrays[value] = above.arrays[value]
+            fixed = known is not None and known.fixed
+            found = self._leaf(value, fixed, known.number if known is not None else None)
+            if known is not None:
+                found.shape, found.dtype = known.shape, known.dtype
+        return found
+
+    def inputs(self, node: ir.Node) -> list[Value]:
+        """The operands of a node."""
+        return [self.value(v) for v in node.inputs if v is not None]
+
+    def array(self, value: ir.Value) -> Array | None:
+        """The elements of a small constant."""
+        self.value(value)
+        return self.arrays.get(value)
+
+    def bind(self, value: ir.Value, shape: Shape | None, dtype: str | None) -> Value:
+        """The neutral value for the output of a node."""
+        shape, dtype = self._facts(value, shape, dtype)
+        found = self.graph.value(value.name or "", shape, dtype, native=value)
+        self.values[value] = found
+        return found
+
+    def output(self, node: ir.Node, shape: Shape | None, dtype: str | None) -> Value:
+        """The neutral value for the first output of a node."""
+        return self.bind(node.outputs[0], shape, dtype)
+
+    def virtual(self, shape: Shape | None, dtype: str | None) -> Value:
+        """A value that the model computes inside one operator."""
+        return self.graph.value("", shape, dtype)
+
+    def number(self, c: float, dtype: str | None) -> Value:
+        """A constant that an operator implies."""
+        return self.graph.leaf(str(c), (), dtype, number=c, fixed=True)
+
+    # -- nodes ----------------------------------------------------------------------------------------------------
+
+    def emit(self, kind: str, inputs: list[Value], output: Value, node: ir.Node, **attrs: Any) -> None:
+        """Append a neutral node for an ONNX node."""
+        if (output.shape is None or output.dtype is None) and output.dtype in (None, *FLOATS):
+            self.missing = True
+        name = node_label(node)
+        output.fixed = all(v.fixed for v in inputs)
+        self.graph.node(kind, inputs, [output], native=node, op=node.op_type, name=name, **attrs)
+
+    def chain(self, kind: str, inputs: Sequence[Value], node: ir.Node, virtual: bool = False) -> Value:
+        """A left fold of a binary kind over any number of operands."""
+        left = inputs[0]
+        shape = product_shape([v.shape for v in inputs])
+        for i, right in enumerate(inputs[1:], 2):
+            last = i == len(inputs) and not virtual
+            out = self.output(node, shape, left.dtype) if last else self.virtual(shape, left.dtype)
+            self.emit(kind, [left, right], out, node)
+            left = out
+        if len(inputs) == 1:
+            self.emit("identity", [left], self.output(node, left.shape, left.dtype), node)
+        return left
+
+    def opaque(self, node: ir.Node, kind: str = "opaque") -> None:
+        """A node about which the core assumes nothing."""
+        inputs = self.inputs(node)
+        outputs = [self.bind(v, None, None) for v in node.outputs]
+        self.graph.node(kind, inputs, outputs, native=node, op=node.op_type, name=node_label(node))
+
+    def note(self, code: str, node: ir.Node, message: str) -> None:
+        """A refusal that the front end itself has to make."""
+        self.graph.notes.append((code, node_label(node), message))
+
+    def _lower(self, node: ir.Node) -> None:
+        if self._constant(node):
+            return
+        if node.domain in ("", "ai.onnx"):
+            row = OPS.get(node.op_type)
+        else:
+            row = OPS.get(f"{node.domain}::{node.op_type}") or self._own(node)
+        for attr in node.attributes.values():
+            if attr.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
+                row = None
+                self._capture(node)
+                break
+        if row is None or not node.outputs or any(a.is_ref() for a in node.attributes.values()):
+            self.opaque(node)
+            return
+        before = len(self.graph.nodes)
+        row(self, node)
+        for extra in node.outputs:
+            if extra not in self.values:
+                found = self.bind(extra, None, None)
+                if len(self.graph.nodes) > before:
+                    self.graph.nodes[-1].outputs.append(found)
+                    found.producer = self.graph.nodes[-1]
+
+    def _own(self, node: ir.Node) -> Any:
+        from normfuse.frontends.onnx_emit import own_row
+
+        return own_row(node)
+
+    def _capture(self, node: ir.Node) -> None:
+        """Values that a sub-graph reads from this graph are in use."""
+        todo = [g for a in node.attributes.values() for g in _subgraphs(a)]
+        while todo:
+            graph = todo.pop()
+            for value in graph.outputs:
+                if value in self.values:
+                    self.values[value].kept = True
+            for inner in graph:
+                for value in inner.inputs:
+                    if value is not None and value in self.values:
+                        self.values[value].kept = True
+                todo.extend(g for a in inner.attributes.values() for g in _subgraphs(a))
+
+    def _constant(self, node: ir.Node) -> bool:
+        """Fold a node whose inputs are small constants; its output is a leaf of the neutral graph."""
+        if len(node.outputs) != 1:
+            return False
+        if node.op_type == "Constant":
+            array = constant_of(node)
+            out = node.outputs[0]
+            if array is not None:
+                self.arrays[out] = array
+                value = self._leaf(out, True, _number(array, self._is_matrix(out, array)))
+                value.shape = value.shape or array.shape
+                value.dtype = value.dtype or _dtype_of(array)
+            else:
+                self._leaf(out, True)
+            return True
+        if node.op_type in ("Shape", "Size") and node.inputs[0] is not None:
+            array = self._static_shape(node)
+        else:
+            if any(v is None or v not in self.arrays for v in node.inputs):
+                return False
+            array = fold(node, [self.arrays[v] for v in node.inputs if v is not None])
+        if array is None:
+            return False
+        out = node.outputs[0]
+        self.arrays[out] = array
+        value = self._leaf(out, True, _number(array, node.op_type in ("ConstantOfShape", "Expand")))
+        value.shape = array.shape
+        value.dtype = value.dtype or _dtype_of(array)
+        return True
+
+    def _static_shape(self, node: ir.Node) -> Array | None:
+        shape = self.value(node.inputs[0]).shape
+        if shape is None:
+            return None
+        if node.op_type == "Shape":
+            shape = shape[attribute(node, "start", 0) : attribute(node, "end")]
+        sizes = [d for d in shape if isinstance(d, int)]
+        if len(sizes) < len(shape):
+            return None
+        return np.array(sizes if node.op_type == "Shape" else int(np.prod(sizes, dtype=np.int64)), np.int64)
+
+
+def _dtype_of(array: Array) -> str:
+    return _DTYPE_NAMES[ir.DataType.from_numpy(array.dtype)]
+
+
+def _number(array: Array, uniform: bool) -> float | None:
+    """The number that all elements are, for a single element or where a uniform tensor may count as one."""
+    if array.size == 0 or array.dtype.kind not in "fiu" and "float" not in array.dtype.name:
+        return None
+    if array.size > 1 and (not uniform or (array != array.flat[0]).any()):
+        return None
+    number = float(array.flat[0])
+    return number if np.isfinite(number) else None
+
+
+def _subgraphs(attr: ir.Attr) -> list[ir.Graph]:
+    if attr.type == ir.AttributeType.GRAPH:
+        return [attr.value]
+    return list(attr.value) if attr.type == ir.AttributeType.GRAPHS else []
+
+
+def lower(model: ir.Model) -> list[Lowering]:
+    """The neutral graphs of a model: the main graph first, then its control-flow sub-graphs.
+
+    Shapes that the model does not state are inferred, by the operators' rows or, where these leave open what a
+    norm may depend on, by `onnx.shape_inference` on a copy without the weights.
+    """
+    if model.functions:
+        for graph in model.graphs():
+            graph.meta["normfuse.functions"] = model.functions
+    first = Lowering(model.graph)
+    if first.missing and any(node.kind in REDUCTIONS for node in first.graph.nodes):
+        inferred = infer(model)
+        if inferred:
+            first = Lowering(model.graph, inferred)
+    return [first, *_nested(first, first.inferred, 0)]
+
+
+def _nested(outer: Lowering, inferred: dict[str, tuple[Shape | None, str | None]], depth: int) -> Iterator[Lowering]:
+    if depth >= MAX_DEPTH:
+        return
+    for node in outer.source:
+        for attr in node.attributes.values():
+            for graph in _subgraphs(attr):
+                inner = Lowering(graph, inferred, outer)
+                yield inner
+                yield from _nested(inner, inferred, depth + 1)
+
+
+def infer(model: ir.Model) -> dict[str, tuple[Shape | None, str | None]]:
+    """Shapes and types of the main graph by `onnx.shape_inference`, weights left out; empty where that fails."""
+    held: list[tuple[ir.Value, Any]] = []
+    try:
+        for value in model.graph.initializers.values():
+            tensor = value.const_value
+            if tensor is not None and tensor.size > 64:
+                if value.shape is None or value.type is None:
+                    value.shape, value.type = ir.Shape(tensor.shape), ir.TensorType(tensor.dtype)
+                held.append((value, tensor))
+                value.const_value = ir.ExternalTensor("-", 0, 0, tensor.dtype, shape=tensor.shape, name=value.name or "")
+        proto = ir.to_proto(model)
+    finally:
+        for value, tensor in held:
+            value.const_value = tensor
+    try:
+        done = onnx.shape_inference.infer_shapes(proto, data_prop=True)
+    except Exception:  # the C++ checker raises various kinds for graphs it does not understand
+        return {}
+    out: dict[str, tuple[Shape | None, str | None]] = {}
+    for info in done.graph.value_info:
+        tensor_type = info.type.tensor_type
+        dims: Shape | None = None
+        if tensor_type.HasField("shape"):
+            dims = tuple(
+                d.dim_value if d.HasField("dim_value") else (d.dim_param or None) for d in tensor_type.shape.dim
+            )
+        dtype = _DTYPE_NAMES.get(ir.DataType(tensor_type.elem_type)) if tensor_type.elem_type else None
+        out[info.name] = (dims, dtype)
+    return out

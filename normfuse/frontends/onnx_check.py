@@ -1,0 +1,268 @@
+"""Checking one replaced region of an ONNX graph against its replacement, with ONNX's reference evaluator.
+
+The region's own nodes are run, not the neutral ones, so that a mistake of the front end shows too. In float64 every
+float constant and cast is retyped. Equal regions (the layers of a model) are checked once.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx.reference import ReferenceEvaluator
+
+from normfuse.frontends.onnx import Lowering
+from normfuse.frontends.onnx_emit import DOMAIN, Emitter
+from normfuse.graph import Value
+from normfuse.recognise import Site
+from normfuse.verify import Array, Check, compare, numpy_dtype
+
+DOUBLE = ir.DataType.DOUBLE
+FLOAT_TYPES = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, DOUBLE}
+VIEWS = frozenset({"Reshape", "Expand", "Flatten"})
+MAX_REGION = 400
+
+
+class Checker:
+    """Checks sites of one model; remembers what it has checked by the text of region and replacement."""
+
+    def __init__(self, opset: int) -> None:
+        self.opset = opset
+        self.done: dict[bytes, Check] = {}
+
+    def check(self, low: Lowering, site: Site) -> Check:
+        """Compare the region of a site with what would take its place."""
+        built = _Region(low, site).build()
+        if built is None:
+            return Check(False, float("inf"), "the region depends on values that cannot be reproduced alone")
+        nodes, boundary, constants = built
+        shape = _test_shape(site, nodes)
+        params = _parameters(boundary, site.norm.x)
+        old = _proto(low, site, nodes, boundary, constants, shape, self.opset, {})
+        emitter = Emitter(self.opset, spelled=True)
+        copies = {v: ir.Value(name=v.native.name, shape=v.native.shape, type=v.native.type,
+                              const_value=v.native.const_value) for v in boundary if v.native is not None}  # fmt: skip
+        made = emitter.emit(site.norm, copies[site.norm.x], copies, "replacement")
+        made[-1].outputs[0].name = site.value.native.name
+        new = _made_proto(made, boundary, emitter, site, self.opset)
+        key = old[0].SerializeToString(deterministic=True) + new[0].SerializeToString(deterministic=True)
+        key += repr([(v.dtype, v.shape) for v in boundary]).encode()
+        if key not in self.done:
+            feeds = {name: array for name, array in params.items()}
+            try:
+                self.done[key] = compare(_runner(old, site, feeds), _runner(new, site, feeds), shape,
+                                         site.norm.x.dtype or "", site.norm.dtype)  # fmt: skip
+            except Exception as why:  # the reference evaluator raises anything; not checked means not kept
+                text = (str(why) or type(why).__name__).splitlines()[0]
+                self.done[key] = Check(False, float("inf"), f"the check could not run: {text[:200]}")
+        return self.done[key]
+
+
+class _Region:
+    def __init__(self, low: Lowering, site: Site) -> None:
+        self.low, self.site = low, site
+        self.stop = {v.native for v in (site.norm.x, *site.norm.parameters())}
+
+    def build(self) -> tuple[list[ir.Node], list[Value], dict[ir.Value, Array]] | None:
+        """The ONNX nodes of the region in order, the values it reads, and integers that have to be constants."""
+        boundary = {v.native: v for v in (self.site.norm.x, *self.site.norm.parameters())}
+        constants: dict[ir.Value, Array] = {}
+        nodes: dict[ir.Node, int] = {}
+        todo: list[ir.Value] = [self.site.value.native]
+        seen: set[ir.Value] = set(self.stop)
+        while todo:
+            value = todo.pop()
+            if value in seen:
+                continue
+            seen.add(value)
+            node = value.producer()
+            if value in self.low.arrays:
+                constants[value] = self.low.arrays[value]
+                continue
+            if node is None:
+                known = self.low.values.get(value)
+                if known is None or known.native is None:
+                    return None
+                boundary[value] = known
+                continue
+            if node not in nodes:
+                nodes[node] = len(nodes)
+                for slot, v in enumerate(node.inputs):
+                    if v is None:
+                        continue
+                    if node.op_type in VIEWS and slot == 1 and v not in self.low.arrays:
+                        target = self.low.values[node.outputs[0]].shape
+                        if target is None or sum(not isinstance(d, int) for d in target) > 1:
+                            return None
+                        constants[v] = np.array([d if isinstance(d, int) else -1 for d in target], np.int64)
+                        seen.add(v)
+                    else:
+                        todo.append(v)
+            if len(nodes) > MAX_REGION:
+                return None
+        order = {node: i for i, node in enumerate(self._sorted(nodes))}
+        return sorted(nodes, key=order.__getitem__), list(boundary.values()), constants
+
+    def _sorted(self, nodes: dict[ir.Node, int]) -> list[ir.Node]:
+        out: list[ir.Node] = []
+        state: set[ir.Node] = set()
+
+        def visit(node: ir.Node) -> None:
+            if node in state:
+                return
+            state.add(node)
+            for v in node.inputs:
+                if v is not None and v.producer() in nodes and v not in self.stop:
+                    visit(v.producer())  # type: ignore[arg-type]
+            out.append(node)
+
+        for node in nodes:
+            visit(node)
+        return out
+
+
+def _test_shape(site: Site, nodes: list[ir.Node]) -> tuple[int, ...]:
+    """The shape to test with: rows are cut down unless a view in the region fixes them."""
+    fixed = any(node.op_type in VIEWS or node.op_type in ("Shape", "Size") for node in nodes)
+    assert site.norm.x.shape is not None
+    shape = []
+    for i, d in enumerate(site.norm.x.shape):
+        if isinstance(d, int):
+            shape.append(d if fixed or i in site.norm.axes else min(d, 3))
+        else:
+            shape.append(8 if i in site.norm.axes else 2)
+    return tuple(shape)
+
+
+def _parameters(boundary: list[Value], x: Value) -> dict[str, Array]:
+    """Random parameters by name, drawn from the position so that equal regions get equal ones."""
+    out = {}
+    for i, v in enumerate(boundary):
+        if v is not x:
+            rng = np.random.default_rng(i + 1)
+            size = tuple(d if isinstance(d, int) else 1 for d in v.shape or ())
+            out[f"v{i}"] = rng.standard_normal(size) * 0.5 + 1.25
+    return out
+
+
+Model = tuple[onnx.ModelProto, onnx.ModelProto]
+
+
+def _proto(low: Lowering, site: Site, nodes: list[ir.Node], boundary: list[Value], constants: dict[ir.Value, Array],
+           shape: tuple[int, ...], opset: int, _: dict[str, Array]) -> Model:  # fmt: skip
+    names: dict[ir.Value, str] = {v.native: f"v{i}" for i, v in enumerate(boundary)}
+    protos: list[onnx.NodeProto] = []
+    for value, array in constants.items():
+        names[value] = f"c{len(names)}"
+        tensor = onnx.numpy_helper.from_array(np.ascontiguousarray(array), "")
+        protos.append(onnx.helper.make_node("Constant", [], [names[value]], value=tensor))
+    for node in nodes:
+        for v in node.outputs:
+            names.setdefault(v, f"t{len(names)}")
+        proto = ir.to_proto(node)
+        proto.name = proto.doc_string = ""
+        del proto.metadata_props[:]
+        del proto.input[:], proto.output[:]
+        proto.input.extend("" if v is None else names[v] for v in node.inputs)
+        proto.output.extend(names[v] for v in node.outputs)
+        protos.append(proto)
+    used = {n for p in protos for n in p.input}
+    functions = [ir.to_proto(f) for f in low.source.meta.get("normfuse.functions", {}).values() if f.domain == DOMAIN]
+    return _finish(protos, [n for v, n in names.items() if n in used and n[0] == "v"],
+                   names[site.value.native], opset, functions)  # fmt: skip
+
+
+def _made_proto(made: list[ir.Node], boundary: list[Value], emitter: Emitter, site: Site, opset: int) -> Model:
+    renamed = {v.native.name: f"v{i}" for i, v in enumerate(boundary)}
+    protos = []
+    for value in emitter.fresh:
+        assert value.const_value is not None
+        tensor = onnx.helper.make_tensor("", value.const_value.dtype, value.const_value.shape.dims,
+                                         value.const_value.tobytes(), raw=True)  # fmt: skip
+        protos.append(onnx.helper.make_node("Constant", [], [value.name], value=tensor))
+    for i, node in enumerate(made):
+        for v in node.outputs:
+            renamed.setdefault(v.name or "", f"t{len(renamed)}") if v.name else None
+            if v.name is None:
+                v.name = f"inner{i}"
+    for node in made:
+        proto = ir.to_proto(node)
+        proto.name = ""
+        for field in (proto.input, proto.output):
+            names = [renamed.get(n, n) for n in field]
+            del field[:]
+            field.extend(names)
+        protos.append(proto)
+    used = {n for p in protos for n in p.input}
+    output = renamed[site.value.native.name]
+    functions = [ir.to_proto(f) for f in emitter.functions.values()]
+    return _finish(protos, [n for n in renamed.values() if n in used and n[0] == "v"], output, opset, functions)
+
+
+def _finish(nodes: list[onnx.NodeProto], inputs: list[str], output: str, opset: int,
+            functions: list[onnx.FunctionProto]) -> Model:  # fmt: skip
+    """The model in its own types and the same in float64."""
+    imports = [onnx.helper.make_opsetid("", opset), onnx.helper.make_opsetid(DOMAIN, 1),
+               onnx.helper.make_opsetid("com.microsoft", 1)]  # fmt: skip
+    graph = onnx.helper.make_graph(
+        nodes, "g", [onnx.helper.make_tensor_value_info(n, 1, None) for n in sorted(set(inputs))],
+        [onnx.helper.make_tensor_value_info(output, 1, None)],
+    )  # fmt: skip
+    own = onnx.helper.make_model(graph, opset_imports=imports, functions=functions)
+    wide = onnx.ModelProto()
+    wide.CopyFrom(own)
+    for body in (wide.graph, *wide.functions):
+        nodes = [part for node in body.node for part in _widen(node)]
+        del body.node[:]
+        body.node.extend(nodes)
+    return own, wide
+
+
+def _widen(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+    """A node retyped to float64."""
+    for attr in node.attribute:
+        if attr.name == "to" and ir.DataType(attr.i) in FLOAT_TYPES:
+            attr.i = DOUBLE.value
+        elif attr.name == "value" and attr.t.data_type and ir.DataType(attr.t.data_type) in FLOAT_TYPES:
+            attr.t.CopyFrom(onnx.numpy_helper.from_array(_array(attr.t).astype(np.float64), ""))
+        elif attr.name == "value_float" and not attr.ref_attr_name:
+            value = np.array(attr.f, np.float64)
+            attr.Clear()
+            attr.CopyFrom(onnx.helper.make_attribute("value", onnx.numpy_helper.from_array(value, "")))
+    if node.op_type == "Constant" and any(a.name == "value_float" for a in node.attribute):
+        name = node.output[0]
+        node.output[0] = f"{name}_single"
+        return [node, onnx.helper.make_node("Cast", [f"{name}_single"], [name], to=DOUBLE.value)]
+    return [node]
+
+
+def _array(tensor: onnx.TensorProto) -> Array:
+    return np.asarray(ir.from_proto(tensor).numpy()).astype(np.float64)
+
+
+def _runner(model: Model, site: Site, params: dict[str, Array]) -> Callable[[Array, bool], Array]:
+    types = {"v0": site.norm.x.dtype or "float32"}
+    evaluators: dict[bool, ReferenceEvaluator] = {}
+    wanted = {i.name for i in model[0].graph.input}
+    for i, v in enumerate([site.norm.x, *site.norm.parameters()]):
+        types.setdefault(f"v{i}", v.dtype or "float32")
+
+    def run(x: Array, wide: bool) -> Array:
+        if wide not in evaluators:
+            evaluators[wide] = ReferenceEvaluator(model[wide])
+        feeds = {}
+        for name, array in {"v0": x, **params}.items():
+            if name in wanted:
+                dtype = types.get(name, site.norm.compute)
+                array = array.astype(numpy_dtype(dtype))
+                feeds[name] = array.astype(np.float64) if wide else array
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return np.asarray(evaluators[wide].run(None, feeds)[0])
+
+    return run
+
+

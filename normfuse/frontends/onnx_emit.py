@@ -1,0 +1,264 @@
+"""Carrying out a plan on an ONNX graph: standard operators where the opset has them, model-local functions below.
+
+- `LayerNormalization` from opset 17, `RMSNormalization` from opset 23, over trailing axes. Both round to the type of
+  x before the weight, and compute in `stash_type`; any other order of casts is Cast -> norm -> Cast.
+- Otherwise a function in domain "normfuse" whose body is the meaning in operators of the model's own opset, so that
+  every runtime runs the result and the opset stays as it is.
+
+Names, types and shapes of the values that stay are kept; a new node takes over the metadata of the one it replaces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from normfuse.frontends.onnx import DTYPES, Lowering
+from normfuse.frontends.onnx_functions import function_for, function_name
+from normfuse.frontends.onnx_ops import Row, norm_stages
+from normfuse.graph import Value
+from normfuse.recognise import Expr, Norm
+
+NATIVE = {"layer_norm": ("LayerNormalization", 17), "rms_norm": ("RMSNormalization", 23)}
+DOMAIN = "normfuse"
+
+
+class Emitter:
+    """Makes the ONNX nodes of norms for one model; functions and initializers they need collect here."""
+
+    def __init__(self, opset: int, spelled: bool = False) -> None:
+        self.opset = opset
+        self.spelled = spelled  # write every norm as a function, whose body any evaluator can run in any type
+        self.functions: dict[ir.OperatorIdentifier, ir.Function] = {}
+        self.constants: dict[tuple[Any, ...], ir.Value] = {}
+        self.fresh: list[ir.Value] = []
+
+    def expressible(self, norm: Norm, value: Value) -> tuple[str, str] | None:
+        """Why a norm has no form here, as (code, message), or None."""
+        if value.shape is None or norm.x.shape is None:
+            return "NF115", "the shape of the norm is not known"
+        if norm.dtype not in DTYPES or norm.x.dtype not in DTYPES:
+            return "NF113", f"the type {norm.dtype} is not a float type"
+        if not self._trailing(norm) or norm.size is None:
+            for expr in (norm.weight, norm.bias):
+                if expr is not None and not _plain(expr):
+                    return "NF202", "a computed weight along inner axes or of unknown size has no operator form"
+                if expr is not None and not _reaches(expr[0][1][0][0], norm):
+                    return "NF202", "the weight does not line up with the normalised axes of the operator"
+        return None
+
+    @staticmethod
+    def _trailing(norm: Norm) -> bool:
+        rank = len(norm.x.shape or ())
+        return norm.axes == tuple(range(rank - len(norm.axes), rank))
+
+    def native(self, norm: Norm) -> bool:
+        """Whether a standard operator of this opset computes the norm."""
+        return not self.spelled and self.opset >= NATIVE[norm.kind][1] and self._trailing(norm) and norm.size is not None
+
+    def emit(self, norm: Norm, x: ir.Value, params: dict[Value, ir.Value], name: str) -> list[ir.Node]:
+        """Nodes that compute the norm of x; the last one's first output is the result."""
+        nodes: list[ir.Node] = []
+        first = norm.cast == "first" or (norm.cast == "none" and norm.compute == norm.x.dtype)
+        inner = norm.x.dtype if first else norm.compute
+        assert inner is not None
+        if not first and norm.x.dtype != norm.compute:
+            x = self._cast(nodes, x, norm.compute, f"{name}/upcast")
+        native = self.native(norm)
+        rms_bias = norm.kind == "rms_norm" and norm.bias is not None
+        weight = bias = None
+        if norm.weight is not None:
+            weight = self._parameter(nodes, norm, norm.weight, params, inner, f"{name}/weight")
+        elif native:
+            weight = self.constant(np.ones(_width(norm)), inner, "ones")
+        if norm.bias is not None:
+            bias = self._parameter(nodes, norm, norm.bias, params, inner, f"{name}/bias")
+        inputs = [v for v in (x, weight, None if rms_bias else bias) if v is not None]
+        attrs: list[ir.Attr] = [ir.AttrFloat32("epsilon", norm.eps)]
+        stash = norm.compute
+        if native:
+            attrs = [ir.AttrInt64("axis", -len(norm.axes)), *attrs]
+            if stash != "float32":
+                attrs.append(ir.AttrInt64("stash_type", DTYPES[stash].value))
+            core = ir.Node("", NATIVE[norm.kind][0], inputs, attrs, name=name)
+        else:
+            rank = len(norm.x.shape or ())
+            key = (norm.kind, weight is not None, bias is not None and not rms_bias, inner, stash, self.opset)
+            function = function_for(*key, norm.eps)
+            self.functions[function.identifier()] = function
+            attrs = [ir.AttrInt64s("axes", [a - rank for a in norm.axes]), *attrs]
+            core = ir.Node(DOMAIN, function_name(*key, norm.eps), inputs, attrs, name=name)
+        nodes.append(core)
+        y = core.outputs[0]
+        if rms_bias and bias is not None:
+            nodes.append(ir.Node("", "Add", [y, bias], name=f"{name}/add"))
+            y = nodes[-1].outputs[0]
+        if norm.cast in ("last", "mixed") and norm.dtype != inner:
+            self._cast(nodes, y, norm.dtype, f"{name}/downcast")
+        return nodes
+
+    def constant(self, array: np.ndarray[Any, Any], dtype: str, hint: str) -> ir.Value:
+        """A new initializer, shared by all who ask for the same one."""
+        data = array.astype(DTYPES[dtype].numpy())
+        key = (hint, dtype, data.shape, data.tobytes())
+        if key not in self.constants:
+            name = f"normfuse_{hint}_{len(self.constants)}"
+            value = ir.Value(name=name, shape=ir.Shape(data.shape), type=ir.TensorType(DTYPES[dtype]),
+                             const_value=ir.Tensor(data, dtype=DTYPES[dtype], name=name))  # fmt: skip
+            self.constants[key] = value
+            self.fresh.append(value)
+        return self.constants[key]
+
+    def _cast(self, nodes: list[ir.Node], value: ir.Value, dtype: str, name: str) -> ir.Value:
+        nodes.append(ir.Node("", "Cast", [value], [ir.AttrInt64("to", DTYPES[dtype].value)], name=name))
+        return nodes[-1].outputs[0]
+
+    def _node(self, nodes: list[ir.Node], op: str, inputs: Iterable[ir.Value], name: str) -> ir.Value:
+        nodes.append(ir.Node("", op, list(inputs), name=f"{name}/{op.lower()}"))
+        return nodes[-1].outputs[0]
+
+    def _parameter(self, nodes: list[ir.Node], norm: Norm, expr: Expr, params: dict[Value, ir.Value], dtype: str,
+                   name: str) -> ir.Value:  # fmt: skip
+        """The value of a weight or bias in the shape and type that the operator wants."""
+        if _plain(expr):
+            base = _unviewed(expr[0][1][0][0], norm)
+            if base.dtype == dtype and (base.shape == _shape(norm) or not self._trailing(norm) or norm.size is None):
+                return params.get(base, base.native)  # type: ignore[no-any-return]
+        folded = _evaluate(expr, norm)
+        if folded is not None:
+            return self.constant(folded, dtype, "folded")
+        total: ir.Value | None = None
+        for c, factors in expr:
+            term: ir.Value | None = None
+            for value, exponent in factors:
+                operand = params.get(value, value.native)
+                if value.dtype != dtype:
+                    operand = self._cast(nodes, operand, dtype, f"{name}/cast")
+                for _ in range(abs(exponent)):
+                    if term is None:
+                        term = operand if exponent > 0 else self._node(nodes, "Reciprocal", [operand], name)
+                    else:
+                        term = self._node(nodes, "Mul" if exponent > 0 else "Div", [term, operand], name)
+            number = self.constant(np.array(c), dtype, "number")
+            term = number if term is None else term if c == 1 else self._node(nodes, "Mul", [term, number], name)
+            total = term if total is None else self._node(nodes, "Add", [total, term], name)
+        assert total is not None
+        one = self.constant(np.ones(_width(norm)), dtype, "ones")
+        if any(len(v.shape or ()) > len(norm.axes) for _, factors in expr for v, _ in factors):
+            shape = self.constant(np.array(_width(norm)), "int64", "shape")
+            return self._node(nodes, "Reshape", [total, shape], name)
+        return self._node(nodes, "Mul", [total, one], name)
+
+
+def _plain(expr: Expr) -> bool:
+    """A single parameter, as it is."""
+    return len(expr) == 1 and expr[0][0] == 1.0 and len(expr[0][1]) == 1 and expr[0][1][0][1] == 1
+
+
+def _shape(norm: Norm) -> tuple[Any, ...]:
+    assert norm.x.shape is not None
+    return tuple(norm.x.shape[a] for a in norm.axes)
+
+
+def _width(norm: Norm) -> list[int]:
+    return [d for d in _shape(norm) if isinstance(d, int)]
+
+
+def _unviewed(value: Value, norm: Norm) -> Value:
+    """The parameter behind reshapes, if one of the normalised shape stands there."""
+    current = value
+    for _ in range(8):
+        if current.shape == _shape(norm):
+            return current
+        node = current.producer
+        if node is None or node.kind not in ("reshape", "unsqueeze", "squeeze", "identity"):
+            break
+        current = node.inputs[0]
+    return value
+
+
+def _reaches(value: Value, norm: Norm) -> bool:
+    """Whether a parameter, as it stands, broadcasts along the normalised axes of x only."""
+    x = norm.x.shape
+    if x is None or value.shape is None or len(value.shape) > len(x):
+        return False
+    offset = len(x) - len(value.shape)
+    return all(d == 1 or (i + offset in norm.axes and d == x[i + offset]) for i, d in enumerate(value.shape))
+
+
+def _evaluate(expr: Expr, norm: Norm) -> np.ndarray[Any, Any] | None:
+    """The elements of a weight made of initializers, in float64, spread over the normalised shape."""
+    total = np.zeros(_width(norm))
+    for c, factors in expr:
+        term = np.full((), c)
+        for value, exponent in factors:
+            tensor = value.native.const_value if value.leaf and value.fixed and value.native is not None else None
+            if tensor is None or isinstance(tensor, ir.ExternalTensor) or value.native.producer() is not None:
+                return None
+            array = np.asarray(tensor.numpy()).astype(np.float64)
+            term = term * (array.reshape(_width(norm)) if array.size == total.size else array) ** exponent
+        total = total + term
+    return total
+
+
+def own_row(node: ir.Node) -> Row | None:
+    """The lowering of a call to one of the functions made here, if its body is what it should be."""
+    model_functions = node.graph.meta.get("normfuse.functions") if node.graph is not None else None
+    function = model_functions.get(node.op_identifier()) if model_functions else None
+    meaning = _meaning(function) if function is not None else None
+    if meaning is None:
+        return None
+    kind, weighted, biased, inner, stash, eps = meaning
+
+    def row(low: Lowering, node: ir.Node) -> None:
+        inputs = low.inputs(node)
+        x, axes = inputs[0], node.attributes["axes"].as_ints()
+        epsilon = node.attributes["epsilon"].as_float() if eps is None else eps
+        if x.shape is None or x.dtype != inner:
+            return low.opaque(node)
+        scale = inputs[1] if weighted else None
+        out = low.output(node, x.shape, x.dtype)
+        norm_stages(low, node, kind, x, scale, inputs[-1] if biased else None,
+                    tuple(sorted(a % len(x.shape) for a in axes)), epsilon, stash, out)  # fmt: skip
+
+    return row
+
+
+def _meaning(function: ir.Function) -> tuple[str, bool, bool, str, str, float | None] | None:
+    """What a function of ours computes; None where the body is not the one that we would write."""
+    if function.domain != DOMAIN:
+        return None
+    found = function.meta.get("normfuse.meaning", 0)
+    if found == 0:
+        found = _read_meaning(function)
+        function.meta["normfuse.meaning"] = found
+    return found  # type: ignore[no-any-return]
+
+
+def _read_meaning(function: ir.Function) -> tuple[str, bool, bool, str, str, float | None] | None:
+    words = (function.doc_string or "").rpartition("\n")[2].split()
+    if len(words) != 7 or words[0] not in NATIVE:
+        return None
+    kind, weighted, biased, inner, stash, opset, eps = words
+    if inner not in DTYPES or stash not in DTYPES or not opset.isdigit():
+        return None
+    value = None if eps == "-" else float(eps)
+    again = function_for(kind, weighted == "1", biased == "1", inner, stash, int(opset), value or 1.0)
+    if ir.to_proto(again).SerializeToString(deterministic=True) != ir.to_proto(function).SerializeToString(
+        deterministic=True
+    ):
+        return None
+    return kind, weighted == "1", biased == "1", inner, stash, value
+
+
+def register_functions(model: ir.Model, functions: Sequence[ir.Function]) -> None:
+    """Add functions to a model, with the domain import and the IR version they need."""
+    if not functions:
+        return
+    for function in functions:
+        model.functions[function.identifier()] = function
+    model.graph.opset_imports.setdefault(DOMAIN, 1)
+    model.ir_version = max(model.ir_version, 8)

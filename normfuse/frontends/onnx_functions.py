@@ -1,0 +1,96 @@
+"""The model-local functions: the two norms in plain ONNX, for opsets and axes that have no operator.
+
+    layer_norm: y = cast(d / sqrt(mean(d**2) + eps)) * scale + bias,   d = x - mean(x)
+    rms_norm:   y = cast(x / sqrt(mean(x**2) + eps)) * scale
+
+computed in `stash` and cast back to the type of x before the scale, like LayerNormalization-17 and
+RMSNormalization-23 of the ONNX specification. Attributes: `epsilon`, `axes` (from the end). The body of the float32
+form is the one that runtimes know how to fuse themselves.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from normfuse.facts import number
+
+DTYPES = {
+    "float16": ir.DataType.FLOAT16,
+    "bfloat16": ir.DataType.BFLOAT16,
+    "float32": ir.DataType.FLOAT,
+    "float64": ir.DataType.DOUBLE,
+}
+SHORT = {"float16": "f16", "bfloat16": "bf16", "float32": "f32", "float64": "f64"}
+
+
+def function_name(kind: str, weighted: bool, biased: bool, inner: str, stash: str, opset: int, eps: float) -> str:
+    """The name of a function: the kind, then what departs from a float32 norm with all its parameters."""
+    parts = [kind]
+    if not weighted or (kind == "layer_norm" and not biased):
+        parts.append("scale" if weighted else "bias" if biased else "plain")
+    if inner != "float32" or stash != "float32":
+        parts += [SHORT[inner]] if inner == stash else [SHORT[inner], "in", SHORT[stash]]
+    if opset < 12:
+        parts.append("eps" + number(eps).replace("-", "m").replace(".", "p"))
+    return "_".join(parts)
+
+
+def function_for(kind: str, weighted: bool, biased: bool, inner: str, stash: str, opset: int, eps: float) -> ir.Function:
+    """The function of a norm; below opset 12, where a Constant takes no attribute of the call, eps is in the body."""
+    x = ir.Value(name="x")
+    inputs = [x] + [ir.Value(name=n) for n, on in (("scale", weighted), ("bias", biased)) if on]
+    nodes: list[ir.Node] = []
+
+    def op(name: str, args: list[ir.Value], out: str, *attrs: ir.Attr) -> ir.Value:
+        nodes.append(ir.Node("", name, args, attrs, name=f"n{len(nodes)}"))
+        nodes[-1].outputs[0].name = out
+        return nodes[-1].outputs[0]
+
+    def constant(c: float, out: str) -> ir.Value:
+        array = np.array(c).astype(DTYPES[stash].numpy())
+        return op("Constant", [], out, ir.AttrTensor("value", ir.Tensor(array, dtype=DTYPES[stash], name=out)))
+
+    def mean(v: ir.Value, out: str) -> ir.Value:
+        if opset < 18:
+            return op("ReduceMean", [v], out, ir.RefAttr("axes", "axes", ir.AttributeType.INTS))
+        axes = op("Constant", [], f"{out}_axes", ir.RefAttr("value_ints", "axes", ir.AttributeType.INTS))
+        return op("ReduceMean", [v, axes], out)
+
+    def cast(v: ir.Value, dtype: str, out: str) -> ir.Value:
+        return op("Cast", [v], out, ir.AttrInt64("to", DTYPES[dtype].value))
+
+    value = x if inner == stash else cast(x, stash, "x_cast")
+    if kind == "layer_norm":
+        value = op("Sub", [value, mean(value, "mean")], "centred")
+    squared = op("Pow", [value, constant(2.0, "two")], "squared")
+    statistic = mean(squared, "variance" if kind == "layer_norm" else "mean_square")
+    if opset < 12:
+        small = constant(eps, "eps")
+    else:
+        small = op("Constant", [], "eps", ir.RefAttr("value_float", "epsilon", ir.AttributeType.FLOAT))
+        small = small if stash == "float32" else cast(small, stash, "eps_cast")
+    root = op("Sqrt", [op("Add", [statistic, small], "with_eps")], "root")
+    value = op("Div", [value, root], "normalized")
+    if inner != stash:
+        value = cast(value, inner, "rounded")
+    if weighted:
+        value = op("Mul", [value, inputs[1]], "scaled")
+    if biased:
+        value = op("Add", [value, inputs[-1]], "shifted")
+    value.name = "y"
+    words = (kind, int(weighted), int(biased), inner, stash, opset, repr(eps) if opset < 12 else "-")
+    graph = ir.Graph(inputs, [value], nodes=nodes, opset_imports={"": opset}, name="")
+    attributes: list[Any] = [ir.Attr("axes", ir.AttributeType.INTS, None), ir.Attr("epsilon", ir.AttributeType.FLOAT, None)]
+    name = function_name(kind, weighted, biased, inner, stash, opset, eps)
+    function = ir.Function("normfuse", name, graph=graph, attributes=attributes)
+    function.doc_string = f"{_FORMULA[kind]}\n{' '.join(map(str, words))}"
+    return function
+
+
+_FORMULA = {
+    "layer_norm": "scale * (x - mean(x)) / sqrt(var(x) + epsilon) + bias, over axes",
+    "rms_norm": "scale * x / sqrt(mean(x^2) + epsilon), over axes",
+}

@@ -1,0 +1,175 @@
+"""A whole ONNX model on its way through a rewrite: plan, check, apply."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import onnx_ir as ir
+from onnx_ir.passes.common import InlinePass
+
+from normfuse.config import Config
+from normfuse.errors import InputError, UnsupportedError
+from normfuse.frontends.onnx import Lowering, lower
+from normfuse.frontends.onnx_check import Checker
+from normfuse.frontends.onnx_emit import DOMAIN, Emitter, register_functions
+from normfuse.graph import Node, Value
+from normfuse.passmanager import fuse, plan
+from normfuse.plan import Plan
+from normfuse.recognise import Refusal, Site
+from normfuse.verify import Check
+
+OLDEST_OPSET = 11
+Progress = Callable[[str, float], None]
+
+
+class OnnxModel:
+    """Plans and edits one `onnx_ir.Model` in place.
+
+    Raises `InputError` where the graph is not one (cycles, no opset), `UnsupportedError` below opset 11.
+    """
+
+    def __init__(self, model: ir.Model, config: Config, rewrite: bool, progress: Progress | None = None) -> None:
+        self.model, self.config = model, config
+        self.progress = progress or (lambda what, share: None)
+        self.opset = model.graph.opset_imports.get("", model.graph.opset_imports.get("ai.onnx", 0))
+        if not self.opset and any(node.domain in ("", "ai.onnx") for node in model.graph):
+            raise InputError("the model does not say which ONNX opset it uses")
+        if 0 < self.opset < OLDEST_OPSET:
+            raise UnsupportedError(f"opset {self.opset} is older than {OLDEST_OPSET}; convert it with "
+                                   "onnx.version_converter first")  # fmt: skip
+        check_order(model.graph)
+        self.inlined = self._inline()
+        self.nodes_before = count(model)
+        self.emitter = Emitter(self.opset)
+        self.progress("reading", 0.0)
+        self.lowerings = lower(model)
+        self.progress("recognising", 0.2)
+        self.plans = [plan(low.graph, config, self.emitter.expressible, rewrite) for low in self.lowerings]
+        self.checks: dict[Site, Check] = {}
+        self.moved: dict[ir.Value, ir.Value] = {}
+
+    def _inline(self) -> bool:
+        if all(f.domain == DOMAIN for f in self.model.functions.values()):
+            return False
+        try:
+            InlinePass(criteria=lambda f: f.domain != DOMAIN)(self.model)
+        except Exception as why:
+            raise InputError(f"the model's functions cannot be inlined: {str(why).splitlines()[0]}") from why
+        return True
+
+    def check(self) -> None:
+        """Compare every replaced region with its replacement; roll back those that differ."""
+        checker = Checker(self.opset)
+        for low, one in zip(self.lowerings, self.plans, strict=True):
+            total = len(one.replace)
+            failed = False
+            for i, edit in enumerate(one.replace):
+                self.progress("verifying", 0.3 + 0.5 * i / max(total, 1))
+                result = self.checks[edit.site] = checker.check(low, edit.site)
+                if not result.ok:
+                    failed = True
+                    one.refuse(edit.site, Refusal("NF201", edit.site.label, result.message))
+            if failed:
+                fuse(one, self.config, self.emitter.expressible)
+
+    def apply(self) -> bool:
+        """Make the edits; True if there were any."""
+        self.progress("rewriting", 0.85)
+        used = {v.name for node in self.model.graph.all_nodes() for v in node.outputs}
+        used |= {v.name for v in self.model.graph.inputs} | set(self.model.graph.initializers)
+        for low, one in zip(self.lowerings, self.plans, strict=True):
+            for edit in one.replace:
+                self._replace(low, edit.site, used)
+            self._remove(low, one)
+        for value in self.emitter.fresh:
+            value.name = _unique(value.name or "", used)
+            self.model.graph.register_initializer(value)
+        register_functions(self.model, list(self.emitter.functions.values()))
+        return any(one.replace for one in self.plans)
+
+    def _now(self, value: Value) -> ir.Value:
+        native: ir.Value = value.native
+        while native in self.moved:
+            native = self.moved[native]
+        return native
+
+    def _replace(self, low: Lowering, site: Site, used: set[str | None]) -> None:
+        old: ir.Value = site.value.native
+        producer = old.producer()
+        assert producer is not None and producer.graph is not None
+        params = {v: self._now(v) for v in site.norm.parameters()}
+        for v in list(params):
+            base = v.producer
+            while base is not None and base.inputs and base.inputs[0].native is not None:
+                params.setdefault(base.inputs[0], self._now(base.inputs[0]))
+                base = base.inputs[0].producer
+        name = _unique(f"{producer.name or old.name}_{site.norm.kind}", used)
+        nodes = self.emitter.emit(site.norm, self._now(site.norm.x), params, name)
+        new = nodes[-1].outputs[0]
+        for i, node in enumerate(nodes):
+            node.metadata_props.update(producer.metadata_props)
+            if node is not nodes[-1]:
+                node.outputs[0].name = _unique(f"{old.name}_{i}", used)
+        nodes[-1].doc_string = producer.doc_string
+        new.name, new.shape, new.type, new.doc_string = old.name, old.shape, old.type, old.doc_string
+        new.metadata_props.update(old.metadata_props)
+        producer.graph.insert_before(producer, nodes)
+        old.replace_all_uses_with(new, replace_graph_outputs=True)
+        self.moved[old] = new
+
+    def _remove(self, low: Lowering, one: Plan) -> None:
+        """Delete the nodes that are dead now, then constants and initializers that only they read."""
+        dead = set(one.remove)
+        by_native: dict[ir.Node, list[Node]] = {}
+        for node in low.graph.nodes:
+            by_native.setdefault(node.native, []).append(node)
+        gone = [native for native, nodes in by_native.items() if all(node in dead for node in nodes)]
+        lowered = set(by_native)
+        todo = list(reversed(gone))
+        while todo:
+            node = todo.pop(0)
+            if node.graph is None or any(v.uses() or v.is_graph_output() for v in node.outputs):
+                continue
+            operands = [v for v in node.inputs if v is not None]
+            node.graph.remove(node, safe=True)
+            for v in operands:
+                producer = v.producer()
+                if v.uses() or v.is_graph_output():
+                    continue
+                if producer is not None and producer not in lowered and producer.graph is not None:
+                    todo.append(producer)
+                elif v.is_initializer() and not v.is_graph_input() and v.graph is not None:
+                    v.graph.initializers.pop(v.name)
+
+
+def _unique(name: str, used: set[str | None]) -> str:
+    found, i = name, 1
+    while found in used:
+        i += 1
+        found = f"{name}_{i}"
+    used.add(found)
+    return found
+
+
+def count(model: ir.Model) -> int:
+    """Nodes of a model, those of sub-graphs included."""
+    return sum(1 for _ in model.graph.all_nodes())
+
+
+def check_order(graph: ir.Graph) -> None:
+    """Raise `InputError` unless every node comes after what it reads, which also rules out cycles."""
+    todo: list[ir.Graph] = [graph]
+    while todo:
+        current = todo.pop()
+        position = {node: i for i, node in enumerate(current)}
+        for node, i in position.items():
+            for value in node.inputs:
+                source = value.producer() if value is not None else None
+                if source is not None and position.get(source, -1) >= i:
+                    raise InputError(f"node {node.name or node.op_type!r} reads {value.name!r} before it is computed: "  # type: ignore[union-attr]
+                                     "the graph has a cycle or is not in topological order")  # fmt: skip
+            for attr in node.attributes.values():
+                if attr.type == ir.AttributeType.GRAPH:
+                    todo.append(attr.value)
+                elif attr.type == ir.AttributeType.GRAPHS:
+                    todo.extend(attr.value)

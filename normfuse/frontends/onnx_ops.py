@@ -1,0 +1,402 @@
+"""The table from ONNX operators to neutral kinds; a new operator is one row.
+
+A row is called as ``row(lower, node)``, where `lower` is the graph being built (see `normfuse.frontends.onnx`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+
+from normfuse.frontends.onnx_fold import attribute
+from normfuse.graph import Dim, Shape, Value
+
+if TYPE_CHECKING:
+    from normfuse.frontends.onnx import Lowering
+
+Row = Callable[["Lowering", ir.Node], None]
+
+
+def product_shape(shapes: list[Shape | None]) -> Shape | None:
+    """The shape of an elementwise result by ONNX's broadcasting, or None where an operand's is unknown."""
+    known = [s for s in shapes if s is not None]
+    if len(known) < len(shapes):
+        return None
+    out: list[Dim] = []
+    for i in range(1, max((len(s) for s in known), default=0) + 1):
+        dims = {s[-i] for s in known if len(s) >= i} - {1}
+        if len(dims) > 1 and None in dims:
+            sizes = {d for d in dims if isinstance(d, int)}
+            dims = sizes or {None}
+        out.append(1 if not dims else next(iter(dims)) if len(dims) == 1 else None)
+    return tuple(reversed(out))
+
+
+def elementwise(kind: str) -> Row:
+    """Same kind, broadcast shape, first operand's type."""
+
+    def row(low: Lowering, node: ir.Node) -> None:
+        inputs = low.inputs(node)
+        out = low.output(node, product_shape([v.shape for v in inputs]), inputs[0].dtype)
+        low.emit(kind, inputs, out, node)
+
+    return row
+
+
+def _sum(low: Lowering, node: ir.Node) -> None:
+    low.chain("add", low.inputs(node), node)
+
+
+def _max(low: Lowering, node: ir.Node) -> None:
+    low.chain("max", low.inputs(node), node)
+
+
+def _relu(low: Lowering, node: ir.Node) -> None:
+    (x,) = low.inputs(node)
+    low.emit("max", [x, low.number(0.0, x.dtype)], low.output(node, x.shape, x.dtype), node)
+
+
+def _clip(low: Lowering, node: ir.Node) -> None:
+    x = low.value(node.inputs[0])
+    floor, ceiling = attribute(node, "min"), attribute(node, "max")
+    least = low.value(node.inputs[1]) if len(node.inputs) > 1 and node.inputs[1] is not None else None
+    if len(node.inputs) > 2 and node.inputs[2] is not None:
+        high = low.value(node.inputs[2]).number
+        ceiling = float("nan") if high is None else high
+    if floor is not None:
+        least = low.number(float(floor), x.dtype)
+    if least is None or (ceiling is not None and not ceiling >= 3e38):
+        return low.opaque(node)
+    low.emit("max", [x, least], low.output(node, x.shape, x.dtype), node)
+
+
+def _cast(low: Lowering, node: ir.Node) -> None:
+    inputs = low.inputs(node)
+    to = attribute(node, "to")
+    dtype = inputs[1].dtype if to is None else low.dtype_name(ir.DataType(to))
+    low.emit("cast", inputs[:1], low.output(node, inputs[0].shape, dtype), node)
+
+
+def _identity(low: Lowering, node: ir.Node) -> None:
+    x = low.value(node.inputs[0])
+    low.emit("identity", [x], low.output(node, x.shape, x.dtype), node)
+
+
+def _dropout(low: Lowering, node: ir.Node) -> None:
+    mode = node.inputs[2] if len(node.inputs) > 2 else None
+    training = low.array(mode) if mode is not None else False
+    if training is None or bool(training):
+        return low.opaque(node)
+    _identity(low, node)
+
+
+def reduced_shape(x: Value, axes: tuple[int, ...] | None, keepdims: bool) -> Shape | None:
+    """The shape after a reduction."""
+    if x.shape is None or axes is None:
+        return None
+    return tuple(1 if i in axes else d for i, d in enumerate(x.shape) if i not in axes or keepdims)
+
+
+def _reduction_axes(low: Lowering, node: ir.Node, x: Value) -> tuple[int, ...] | None:
+    """Axes counted from the front; None where they are known only at run time."""
+    axes: Any = attribute(node, "axes")
+    if len(node.inputs) > 1 and node.inputs[1] is not None:
+        array = low.array(node.inputs[1])
+        if array is None:
+            return None
+        axes = array.reshape(-1).tolist()
+    if x.shape is None:
+        return None
+    if not axes:
+        return () if attribute(node, "noop_with_empty_axes", 0) else tuple(range(len(x.shape)))
+    rank = len(x.shape)
+    if any(not -rank <= a < rank for a in axes):
+        return None
+    return tuple(sorted({int(a) % rank for a in axes}))
+
+
+def reduction(kind: str, square: bool = False) -> Row:
+    """mean, sum or vecnorm; with `square` of the square."""
+
+    def row(low: Lowering, node: ir.Node) -> None:
+        x = low.value(node.inputs[0])
+        axes = _reduction_axes(low, node, x)
+        keep = bool(attribute(node, "keepdims", 1))
+        out = low.output(node, reduced_shape(x, axes, keep), x.dtype)
+        if square:
+            squared = low.virtual(x.shape, x.dtype)
+            low.emit("square", [x], squared, node)
+            x = squared
+        low.emit(kind, [x], out, node, axes=axes, keepdims=keep)
+
+    return row
+
+
+def _matmul(low: Lowering, node: ir.Node) -> None:
+    a, b = low.inputs(node)
+    shape: Shape | None = None
+    if a.shape and b.shape:
+        if len(b.shape) == 1:
+            shape = a.shape[:-1]
+        elif len(a.shape) > 1:
+            batch = product_shape([a.shape[:-2], b.shape[:-2]])
+            shape = None if batch is None else (*batch, a.shape[-2], b.shape[-1])
+    out = low.output(node, shape, a.dtype)
+    plain = (a.fixed and a.number is None) or (b.fixed and b.number is None)
+    low.emit("linear" if plain else "matmul", [a, b], out, node)
+
+
+def _einsum(low: Lowering, node: ir.Node) -> None:
+    """Row dot products: ``...d,...d->...`` in any letters."""
+    equation = str(attribute(node, "equation")).replace(" ", "")
+    inputs = low.inputs(node)
+    terms, arrow, result = equation.partition("->")
+    left = terms.split(",")
+    if arrow and len(inputs) == 2 and left[0] == left[1] and result == left[0][:-1] and left[0][-1:].isalpha():
+        x, y = inputs
+        shape = product_shape([x.shape, y.shape])
+        if shape is not None and left[0].count(left[0][-1]) == 1:
+            squared = low.virtual(shape, x.dtype)
+            low.emit("mul", [x, y], squared, node)
+            out = low.output(node, shape[:-1], x.dtype)
+            return low.emit("sum", [squared], out, node, axes=(len(shape) - 1,), keepdims=False)
+    fixed = any(v.fixed for v in inputs)
+    low.opaque(node, "linear" if fixed else "attention" if len(inputs) == 2 else "opaque")
+
+
+def _reshape(low: Lowering, node: ir.Node) -> None:
+    x = low.value(node.inputs[0])
+    shape: Shape | None = None
+    target = low.array(node.inputs[1]) if len(node.inputs) > 1 else attribute(node, "shape")
+    if target is not None and x.shape is not None:
+        dims: list[Dim] = [int(d) for d in target]
+        zero = not attribute(node, "allowzero", 0)
+        dims = [x.shape[i] if d == 0 and zero and i < len(x.shape) else d for i, d in enumerate(dims)]
+        shape = tuple(_fill_in(dims, x.shape))
+    low.emit("reshape", [x], low.output(node, shape, x.dtype), node)
+
+
+def _fill_in(dims: list[Dim], source: Shape) -> list[Dim]:
+    """Replace a -1 by the size that keeps the number of elements, where it can be told."""
+    if -1 not in dims:
+        return dims
+    rest = list(source)
+    others: list[Dim] = [d for d in dims if d != -1]
+    for d in list(others):
+        if d in rest:
+            rest.remove(d)
+            others.remove(d)
+    filled: Dim = None
+    if len(rest) == 1 and not others:
+        filled = rest[0]
+    else:
+        sizes, needed = [d for d in rest if isinstance(d, int)], [d for d in others if isinstance(d, int)]
+        if len(sizes) == len(rest) and len(needed) == len(others):
+            total = part = 1
+            for d in sizes:
+                total *= d
+            for d in needed:
+                part *= d
+            filled = total // part if part else None
+    return [filled if d == -1 else d for d in dims]
+
+
+def _flatten(low: Lowering, node: ir.Node) -> None:
+    x = low.value(node.inputs[0])
+    axis = attribute(node, "axis", 1)
+    shape: Shape | None = None
+    if x.shape is not None and all(isinstance(d, int) for d in x.shape):
+        front = back = 1
+        for i, d in enumerate(x.shape):
+            assert isinstance(d, int)
+            if i < (axis % len(x.shape) if axis < 0 else axis):
+                front *= d
+            else:
+                back *= d
+        shape = (front, back)
+    low.emit("reshape", [x], low.output(node, shape, x.dtype), node)
+
+
+def view_axes(kind: str) -> Row:
+    """Unsqueeze and Squeeze, axes as an attribute or as an input."""
+
+    def row(low: Lowering, node: ir.Node) -> None:
+        x = low.value(node.inputs[0])
+        axes: Any = attribute(node, "axes")
+        if len(node.inputs) > 1 and node.inputs[1] is not None:
+            array = low.array(node.inputs[1])
+            axes = None if array is None else [int(a) for a in array.reshape(-1)]
+        elif axes is None and kind == "squeeze" and x.shape is not None and None not in x.shape:
+            axes = [i for i, d in enumerate(x.shape) if d == 1]
+        if axes is None or x.shape is None:
+            return low.emit("reshape", [x], low.output(node, None, x.dtype), node)
+        rank = len(x.shape) + (len(axes) if kind == "unsqueeze" else 0)
+        axes = tuple(sorted(a % rank for a in axes)) if rank else ()
+        dims: list[Dim] = list(x.shape)
+        if kind == "unsqueeze":
+            for a in axes:
+                dims.insert(a, 1)
+        else:
+            dims = [d for i, d in enumerate(dims) if i not in axes]
+        low.emit(kind, [x], low.output(node, tuple(dims), x.dtype), node, axes=axes)
+
+    return row
+
+
+def _expand(low: Lowering, node: ir.Node) -> None:
+    x = low.value(node.inputs[0])
+    target = low.array(node.inputs[1])
+    shape = None if target is None else product_shape([x.shape, tuple(int(d) for d in target)])
+    low.emit("expand", [x], low.output(node, shape, x.dtype), node)
+
+
+def _transpose(low: Lowering, node: ir.Node) -> None:
+    x = low.value(node.inputs[0])
+    if x.shape is None:
+        return low.opaque(node)
+    perm = tuple(attribute(node, "perm") or reversed(range(len(x.shape))))
+    low.emit("transpose", [x], low.output(node, tuple(x.shape[p] for p in perm), x.dtype), node, perm=perm)
+
+
+def norm_stages(low: Lowering, node: ir.Node, kind: str, x: Value, scale: Value | None, bias: Value | None,
+                axes: tuple[int, ...], eps: float, stash: str, out: Value) -> None:  # fmt: skip
+    """An operator that is a norm, in its stages: computed in `stash`, rounded to the type of x, scaled, shifted."""
+    stages: list[tuple[str, list[Value], str | None, dict[str, Any]]] = []
+    if stash != x.dtype:
+        stages.append(("cast", [], stash, {}))
+    stages.append((kind, [], stash, {"axes": axes, "eps": eps}))
+    if stash != x.dtype:
+        stages.append(("cast", [], x.dtype, {}))
+    stages += [(k, [v], x.dtype, {}) for k, v in (("mul", scale), ("add", bias)) if v is not None]
+    for i, (k, more, dtype, attrs) in enumerate(stages):
+        last = i == len(stages) - 1
+        value = out if last else low.virtual(x.shape, dtype)
+        low.emit(k, [x, *more], value, node, **attrs)
+        x = value
+
+
+def norm(kind: str) -> Row:
+    """LayerNormalization, RMSNormalization and SimplifiedLayerNormalization: x, scale, bias."""
+
+    def row(low: Lowering, node: ir.Node) -> None:
+        x = low.value(node.inputs[0])
+        axis = attribute(node, "axis", -1)
+        if x.shape is None or x.dtype is None or not -len(x.shape) <= axis < len(x.shape):
+            low.note("NF115", node, f"the shape of {x.name} is not known")
+            return low.opaque(node)
+        rank = len(x.shape)
+        stash = low.dtype_name(ir.DataType(attribute(node, "stash_type", 1)))
+        if x.dtype == "float64":
+            stash = "float64"
+        scale, bias = ([None if v is None else low.value(v) for v in node.inputs[1:3]] + [None, None])[:2]
+        eps = float(attribute(node, "epsilon", 1e-5))
+        out = low.output(node, x.shape, x.dtype)
+        norm_stages(low, node, kind, x, scale, bias, tuple(range(axis % rank, rank)), eps, stash, out)
+
+    return row
+
+
+def skip_norm(kind: str) -> Row:
+    """The contrib Skip operators: add, then norm; the fourth output is the sum."""
+
+    def row(low: Lowering, node: ir.Node) -> None:
+        slots = dict(enumerate(node.inputs))
+        x, skip = low.value(node.inputs[0]), low.value(node.inputs[1])
+        if x.shape is None:
+            return low.opaque(node)
+        before = slots.get(3 if kind == "rms_norm" else 4)
+        if before is not None:
+            x = low.chain("add", [x, low.value(before)], node, virtual=True)
+        named = node.outputs[3] if len(node.outputs) > 3 else None
+        total = low.virtual(x.shape, x.dtype) if named is None else low.bind(named, x.shape, x.dtype)
+        low.emit("add", [x, skip], total, node)
+        scale, bias = (slots.get(2), slots.get(3) if kind == "layer_norm" else None)
+        out = low.output(node, x.shape, x.dtype)
+        eps = float(attribute(node, "epsilon", 1e-12))
+        assert x.shape is not None
+        norm_stages(low, node, kind, total, None if scale is None else low.value(scale),
+                    None if bias is None else low.value(bias), (len(x.shape) - 1,), eps,
+                    "float64" if x.dtype == "float64" else "float32", out)  # fmt: skip
+
+    return row
+
+
+def role(kind: str) -> Row:
+    """Operators that only matter for where a norm stands."""
+    return lambda low, node: low.opaque(node, kind)
+
+
+def _same_type(kind: str) -> Row:
+    """An opaque operator that keeps shape and type."""
+
+    def row(low: Lowering, node: ir.Node) -> None:
+        x = low.value(node.inputs[0])
+        low.emit(kind, low.inputs(node), low.output(node, x.shape, x.dtype), node)
+
+    return row
+
+
+OPS: dict[str, Row] = {
+    "Add": elementwise("add"),
+    "Sub": elementwise("sub"),
+    "Mul": elementwise("mul"),
+    "Div": elementwise("div"),
+    "Pow": elementwise("pow"),
+    "Neg": elementwise("neg"),
+    "Abs": elementwise("abs"),
+    "Sqrt": elementwise("sqrt"),
+    "Reciprocal": elementwise("reciprocal"),
+    "Sum": _sum,
+    "Max": _max,
+    "Relu": _relu,
+    "Clip": _clip,
+    "Cast": _cast,
+    "CastLike": _cast,
+    "Identity": _identity,
+    "Dropout": _dropout,
+    "ReduceMean": reduction("mean"),
+    "ReduceSum": reduction("sum"),
+    "ReduceSumSquare": reduction("sum", square=True),
+    "ReduceL2": reduction("vecnorm"),
+    "MatMul": _matmul,
+    "Einsum": _einsum,
+    "Reshape": _reshape,
+    "Flatten": _flatten,
+    "Unsqueeze": view_axes("unsqueeze"),
+    "Squeeze": view_axes("squeeze"),
+    "Expand": _expand,
+    "Transpose": _transpose,
+    "LayerNormalization": norm("layer_norm"),
+    "RMSNormalization": norm("rms_norm"),
+    "SimplifiedLayerNormalization": norm("rms_norm"),
+    "com.microsoft::SimplifiedLayerNormalization": norm("rms_norm"),
+    "com.microsoft::SkipSimplifiedLayerNormalization": skip_norm("rms_norm"),
+    "com.microsoft::SkipLayerNormalization": skip_norm("layer_norm"),
+    "com.microsoft::Attention": role("attention"),
+    "com.microsoft::MultiHeadAttention": role("attention"),
+    "com.microsoft::GroupQueryAttention": role("attention"),
+    "Attention": role("attention"),
+    "Gemm": role("linear"),
+    "Conv": role("linear"),
+    "ConvTranspose": role("linear"),
+    "com.microsoft::MatMulNBits": role("linear"),
+    "MatMulInteger": role("linear"),
+    "Gather": role("gather"),
+    "GatherElements": role("gather"),
+    "Slice": role("slice"),
+    "Split": role("slice"),
+    "Concat": role("concat"),
+    "Where": role("where"),
+    "Sigmoid": _same_type("activation"),
+    "Swish": _same_type("activation"),
+    "Tanh": _same_type("activation"),
+    "Erf": _same_type("activation"),
+    "Gelu": _same_type("activation"),
+    "HardSwish": _same_type("activation"),
+    "Softplus": _same_type("activation"),
+    "com.microsoft::QuickGelu": _same_type("activation"),
+    "Softmax": _same_type("opaque"),
+}
+"""ONNX operator (with its domain where that is not ONNX's own) -> how to lower it."""

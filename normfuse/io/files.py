@@ -1,0 +1,200 @@
+"""The one place that opens model files.
+
+Reading: regular files only, and external data only inside the model's folder (the folder of the file that a link
+resolves to, as in the Hugging Face cache). Writing: to a temporary name in the target's folder, synced, renamed; data
+first, the model last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+from normfuse.errors import InputError, UnsafeModelError, UnsupportedError
+
+PROTO_LIMIT = 2**31 - 1
+
+
+def read_onnx(path: str | os.PathLike[str]) -> ir.Model:
+    """Load an ONNX model; external data is checked but not read.
+
+    Raises `InputError` for what is not a readable ONNX file, `UnsafeModelError` for external data outside its folder.
+    """
+    source = Path(path)
+    data = _bytes(source)
+    try:
+        proto = onnx.ModelProto.FromString(data)
+    except Exception:
+        raise InputError(f"{source}: not an ONNX model (the file does not parse; is it complete?)") from None
+    if not proto.HasField("graph") or not (proto.graph.node or proto.graph.output or proto.graph.input):
+        raise InputError(f"{source}: not an ONNX model (no graph in it)")
+    try:
+        model = ir.serde.deserialize_model(proto)
+    except Exception as why:
+        raise InputError(f"{source}: the graph is not valid ONNX: {_line(why)}") from why
+    folder = source.resolve().parent
+    for tensor in external_tensors(model):
+        _check_external(tensor, folder, source)
+    return model
+
+
+def _bytes(source: Path) -> bytes:
+    try:
+        info = source.stat()
+    except FileNotFoundError:
+        raise InputError(f"{source}: no such file") from None
+    except (OSError, ValueError) as why:
+        raise InputError(f"{source}: {_line(why)}") from None
+    if stat.S_ISDIR(info.st_mode):
+        raise InputError(f"{source}: is a directory; give the .onnx file in it")
+    if not stat.S_ISREG(info.st_mode):
+        raise InputError(f"{source}: not a regular file")
+    if info.st_size == 0:
+        raise InputError(f"{source}: the file is empty")
+    if info.st_size > PROTO_LIMIT:
+        raise InputError(f"{source}: larger than 2 GiB; ONNX keeps such weights in external data")
+    try:
+        return source.read_bytes()
+    except OSError as why:
+        raise InputError(f"{source}: {_line(why)}") from None
+
+
+def external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
+    """All tensors of a model whose elements are in another file."""
+    graphs = [model.graph, *model.graph.subgraphs(), *(f.graph for f in model.functions.values())]
+    for graph in graphs:
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                yield value.const_value
+        for node in graph:
+            for attr in node.attributes.values():
+                if attr.type == ir.AttributeType.TENSOR and isinstance(attr.value, ir.ExternalTensor):
+                    yield attr.value
+
+
+def _check_external(tensor: ir.ExternalTensor, folder: Path, source: Path) -> None:
+    name, location = tensor.name, str(tensor.location)
+    where = f"{source}: external data of {name!r}"
+    if not location or os.path.isabs(location) or "\\" in location or "\0" in location or ".." in Path(location).parts:
+        raise UnsafeModelError(f"{where} points outside the model's folder: {location!r}")
+    target = folder / location
+    try:
+        resolved = target.resolve(strict=True)
+        info = resolved.stat()
+    except FileNotFoundError:
+        raise InputError(f"{where} is missing: {location!r}; put the file next to the model") from None
+    except (OSError, RuntimeError) as why:
+        raise InputError(f"{where}: {_line(why)}") from None
+    if not resolved.is_relative_to(folder):
+        raise UnsafeModelError(f"{where} points outside the model's folder: {location!r}")
+    if not stat.S_ISREG(info.st_mode):
+        raise UnsafeModelError(f"{where} is not a regular file: {location!r}")
+    offset = tensor.offset or 0
+    length = tensor.length if tensor.length is not None else tensor.nbytes
+    if offset < 0 or length < 0 or offset + length > info.st_size:
+        raise InputError(f"{where} reaches past the end of {location!r}")
+    if any(d < 0 for d in tensor.shape.numpy()) or length != tensor.nbytes:
+        raise InputError(f"{where} has {length} bytes, its type and shape need {tensor.nbytes}")
+    tensor.base_dir = str(folder)
+
+
+def check_target(source: Path, target: Path, overwrite: bool, in_place: bool) -> None:
+    """Raise `InputError` unless `target` may be written."""
+    if not target.parent.is_dir():
+        raise InputError(f"{target}: the folder {str(target.parent)!r} does not exist")
+    if target.is_dir():
+        raise InputError(f"{target}: is a directory; give the name of the output file")
+    if target.exists():
+        if os.path.samefile(source, target):
+            if not in_place:
+                raise InputError(f"{target}: is the input itself; choose another name, or allow it with --in-place")
+        elif not overwrite:
+            raise InputError(f"{target}: exists already; choose another name, or replace it with --overwrite")
+    if not os.access(target.parent, os.W_OK):
+        raise InputError(f"{target}: the folder is not writable")
+
+
+def write_onnx(model: ir.Model, target: Path) -> None:
+    """Save a model whole or not at all. External data is copied next to it under a name made from its content."""
+    tensors = list(external_tensors(model))
+    old = [(t, t.location, t.base_dir) for t in tensors]
+    moved: dict[Path, str] = {}
+    try:
+        for tensor in tensors:
+            path = (Path(tensor.base_dir) / tensor.location).resolve()
+            if path not in moved:
+                moved[path] = _copy_data(path, target)
+            tensor._location = moved[path]
+        proto = ir.to_proto(model)
+    finally:
+        for tensor, location, base in old:
+            tensor._location, tensor.base_dir = location, base
+    try:
+        data = proto.SerializeToString()
+    except Exception:
+        raise UnsupportedError(f"{target}: the result is larger than 2 GiB; save its weights as external data") from None
+    write_bytes(data, target)
+
+
+def _copy_data(path: Path, target: Path) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    with path.open("rb") as f:
+        while block := f.read(1 << 22):
+            digest.update(block)
+    name = f"{target.stem}-{digest.hexdigest()}.data"
+    copy = target.parent / name
+    if copy.exists() and os.path.samefile(path, copy):
+        return name
+    if not (copy.exists() and copy.stat().st_size == path.stat().st_size):
+        handle, temporary = _temporary(target)
+        os.close(handle)
+        _commit(temporary, copy, lambda: shutil.copyfile(path, temporary))
+    return name
+
+
+def write_bytes(data: bytes, target: Path) -> None:
+    """Write a file whole or not at all."""
+    handle, temporary = _temporary(target)
+
+    def fill() -> None:
+        with os.fdopen(handle, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+
+    _commit(temporary, target, fill)
+
+
+def _temporary(target: Path) -> tuple[int, str]:
+    try:
+        return tempfile.mkstemp(prefix=".normfuse-", dir=target.parent)
+    except OSError as why:
+        raise InputError(f"{target}: cannot be written: {_line(why)}") from None
+
+
+def _commit(temporary: str, target: Path, fill: object) -> None:
+    try:
+        fill()  # type: ignore[operator]
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
+        os.replace(temporary, target)
+    except OSError as why:
+        Path(temporary).unlink(missing_ok=True)
+        raise InputError(f"{target}: cannot be written: {_line(why)}") from None
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _line(why: BaseException) -> str:
+    text = getattr(why, "strerror", None) or str(why) or type(why).__name__
+    return str(text).splitlines()[0][:300]

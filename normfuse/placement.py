@@ -1,0 +1,243 @@
+"""Where each norm stands in its block, read off the graph: never off a name.
+
+The residual stream is found first: the values that are an operand of an addition of two tensors of the same shape
+whose result depends on the other operand's branch. Then each norm is placed by what it reads and who reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from normfuse.graph import Graph, Node, Value
+from normfuse.recognise import Site
+
+THROUGH = frozenset("cast identity reshape unsqueeze squeeze transpose expand".split())
+SHORT_WALK, LONG_WALK = 24, 400
+
+
+def place(graph: Graph, sites: Sequence[Site]) -> None:
+    """Set the placement of every site."""
+    _Placer(graph, sites).run()
+
+
+class _Placer:
+    def __init__(self, graph: Graph, sites: Sequence[Site]) -> None:
+        self.sites = sites
+        self.normed = {site.value: site for site in sites}
+        self.inside = _interiors(sites)
+        self.roots: dict[Value, list[Site]] = {}
+        for site in sites:
+            self.roots.setdefault(self.base(site.norm.x), []).append(site)
+        self.adds = [node for node in graph.nodes if self._residual(node)]
+        self.stream: dict[Value, list[Node]] = {}
+        for node in self.adds:
+            for operand in node.inputs:
+                self.stream.setdefault(self.base(operand), []).append(node)
+        self.fed: set[Value] = set()  # values that some norm is upstream of
+        for node in graph.nodes:
+            if any(v in self.fed or v in self.normed for v in node.inputs):
+                self.fed.update(node.outputs)
+
+    def base(self, value: Value) -> Value:
+        """The value behind casts and copies."""
+        for _ in range(SHORT_WALK):
+            node = value.producer
+            if value in self.normed or node is None or node.kind not in ("cast", "identity"):
+                break
+            value = node.inputs[0]
+        return value
+
+    def _residual(self, node: Node) -> bool:
+        if node.kind != "add" or node in self.inside:
+            return False
+        a, b = node.inputs
+        return not any(v.number is not None or v.fixed for v in (a, b)) and a.shape == b.shape and (a.rank or 0) > 1
+
+    def run(self) -> None:
+        for site in self.sites:
+            site.placement = self._place(site)
+        pre = {self.base(s.norm.x) for s in self.sites if s.placement in ("pre", "sandwich_pre", "final")}
+        for site in self.sites:
+            if site.placement == "post" and any(r in pre and not self._only_final(r) for r in self._others(site)):
+                site.placement = "sandwich_post"
+        for site in self.sites:
+            if site.placement == "pre" and self._closes_with_norm(site):
+                site.placement = "sandwich_pre"
+
+    def _only_final(self, value: Value) -> bool:
+        return all(s.placement == "final" for s in self.roots.get(value, ()))
+
+    def _others(self, site: Site) -> Iterator[Value]:
+        """The streams that the output of a post norm is added to."""
+        for node in self._adds_of(site.value):
+            for operand in node.inputs:
+                if self.base(operand) is not site.value:
+                    yield self.base(operand)
+
+    def _adds_of(self, value: Value) -> list[Node]:
+        """Residual additions that read a value, casts and reshapes aside."""
+        out = list(self.stream.get(value, ()))
+        for node, v in _forward(value, THROUGH, SHORT_WALK):
+            if node in self.adds and v is not value:
+                out.append(node)
+        return [node for i, node in enumerate(out) if node not in out[:i]]
+
+    def _closes_with_norm(self, site: Site) -> bool:
+        """The branch that starts at this pre norm is added back through a norm."""
+        for node in self.stream.get(self.base(site.norm.x), ()):
+            for operand in node.inputs:
+                other = self.normed.get(self.base(operand))
+                if other is not None and other.placement == "sandwich_post":
+                    return True
+        return False
+
+    def _place(self, site: Site) -> str:
+        x, y = self.base(site.norm.x), site.value
+        reads_stream = x in self.stream or (x.producer is not None and x.producer in self.adds)
+        adds = [node for node in self._adds_of(y) if node not in self.inside]
+        uses = [node for node in y.uses if node not in self.inside]
+        if self._attends(y):
+            return "qk"
+        if adds and len(adds) >= len([n for n in uses if n.kind not in THROUGH]) and not reads_stream:
+            if self._branch(x):
+                return "post"
+        if adds:
+            if not self._after_norm(x):
+                return "embedding"
+            if x.producer is not None and x.producer in self.adds:
+                return "post_residual"
+        if self._gated(x, y):
+            return "gated"
+        if reads_stream:
+            if self.stream.get(x):
+                return "pre"
+            node = x.producer
+            assert node is not None
+            if any(self.base(v) in self.normed and self.normed[self.base(v)].placement in
+                   ("post_residual", "embedding") for v in node.inputs):  # fmt: skip
+                return "post_residual"
+            return "final" if self._after_norm(x) or not adds else "embedding"
+        if self._branch(x) and self._feeds_linear(y):
+            return "latent"
+        return "final" if self._after_norm(x) and not self._feeds_linear(y) else "other"
+
+    def _after_norm(self, x: Value) -> bool:
+        return x in self.fed or x in self.normed
+
+    def _branch(self, x: Value) -> bool:
+        """x comes out of a linear layer (or a branch that ends in one), not off the stream."""
+        value = x
+        for _ in range(SHORT_WALK):
+            node = value.producer
+            if node is None or value in self.stream:
+                return False
+            if node.kind in ("linear", "attention", "matmul"):
+                return True
+            if node.kind == "add" and node not in self.adds:  # the bias of a linear layer
+                moving = [v for v in node.inputs if not v.fixed and v.number is None]
+                if len(moving) == 1:
+                    value = moving[0]
+                    continue
+            if node in self.adds:
+                return False
+            if node.kind not in THROUGH | {"slice", "mul", "div", "opaque", "where", "gather", "concat", "sum"}:
+                return False
+            moving = [v for v in node.inputs if not v.fixed and v.number is None]
+            if not moving:
+                return False
+            value = moving[0]
+        return False
+
+    def _feeds_linear(self, y: Value) -> bool:
+        return any(node.kind == "linear" for node, _ in _forward(y, THROUGH | {"mul", "add", "slice"}, SHORT_WALK))
+
+    def _attends(self, y: Value) -> bool:
+        """y goes into an attention product before it goes through any linear layer."""
+        through = THROUGH | set("add sub mul div neg slice concat where gather opaque".split())
+        for node, _ in _forward(y, through, LONG_WALK):
+            if node.kind == "attention":
+                return True
+            if node.kind == "matmul" and not any(v.fixed or v.number is not None for v in node.inputs):
+                return True
+        return False
+
+    def _gated(self, x: Value, y: Value) -> bool:
+        """The norm's input or output is multiplied by an activation."""
+        products = [node for node, _ in _forward(y, THROUGH, SHORT_WALK) if node.kind == "mul"]
+        if x.producer is not None and x.producer.kind == "mul":
+            products.append(x.producer)
+        return any(_activated(v) for node in products for v in node.inputs)
+
+
+def _activated(value: Value) -> bool:
+    """silu(z) or an activation itself, casts and reshapes aside."""
+    for _ in range(6):
+        node = value.producer
+        if node is None:
+            return False
+        if node.kind == "activation":
+            return True
+        if node.kind == "mul":
+            return any(v.producer is not None and v.producer.kind == "activation" for v in node.inputs)
+        if node.kind not in THROUGH:
+            return False
+        value = node.inputs[0]
+    return False
+
+
+def _forward(value: Value, through: frozenset[str] | set[str], limit: int) -> Iterator[tuple[Node, Value]]:
+    """Readers of a value, walking on through the given kinds; each with the value it reads."""
+    todo, seen = [value], set()
+    while todo and len(seen) < limit:
+        v = todo.pop(0)
+        for node in v.uses:
+            if node in seen:
+                continue
+            seen.add(node)
+            yield node, v
+            if node.kind in through:
+                todo.extend(node.outputs)
+
+
+def _interiors(sites: Sequence[Site]) -> set[Node]:
+    """The nodes that make up the norms."""
+    inside: set[Node] = set()
+    for site in sites:
+        stop = {site.norm.x, *site.norm.parameters()}
+        todo = [site.value]
+        while todo:
+            value = todo.pop()
+            node = value.producer
+            if value in stop or node is None or node in inside:
+                continue
+            inside.add(node)
+            todo.extend(node.inputs)
+    return inside
+
+
+def recipe(sites: Sequence[Site]) -> str:
+    """One line on how a model normalises, such as ``RMSNorm, pre-norm, QK-norm per head``."""
+    if not sites:
+        return "no norms"
+    kinds = {"rms_norm": "RMSNorm", "layer_norm": "LayerNorm"}
+    count = {k: sum(s.norm.kind == k for s in sites) for k in kinds}
+    parts = [" and ".join(kinds[k] for k in sorted(kinds, key=lambda k: -count[k]) if count[k])]
+    places = {s.placement for s in sites}
+    if places & {"sandwich_pre", "sandwich_post"}:
+        parts.append("sandwich")
+    elif "pre" in places:
+        parts.append("pre-norm")
+    if "post" in places:
+        parts.append("post-norm inside the residual")
+    if "post_residual" in places:
+        parts.append("post-norm after the residual")
+    if "qk" in places:
+        full = max((s.norm.size or 0 for s in sites if s.placement != "qk"), default=0)
+        widths = {s.norm.size for s in sites if s.placement == "qk"}
+        parts.append("QK-norm " + ("over the full width" if full in widths else "per head"))
+    for place_, text in (("latent", "latent norms"), ("gated", "gated norms"), ("embedding", "embedding norm")):
+        if place_ in places:
+            parts.append(text)
+    return ", ".join(parts)
+
+

@@ -1,0 +1,30 @@
+"""A plan: what the passes want changed in one graph. Front ends carry it out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from normfuse.graph import Graph, Node
+from normfuse.recognise import Recognition, Refusal, Site
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Replace:
+    """Compute the value of a site by one norm operator."""
+
+    site: Site
+
+
+@dataclass(slots=True, eq=False)
+class Plan:
+    """Edits to one graph and the refusals met on the way, by site where they belong to one."""
+
+    graph: Graph
+    found: Recognition
+    replace: list[Replace] = field(default_factory=list)
+    remove: list[Node] = field(default_factory=list)
+    refused: dict[Site, Refusal] = field(default_factory=dict)
+
+    def refuse(self, site: Site, why: Refusal) -> None:
+        """Leave a site as it is, and say why."""
+        self.refused[site] = why

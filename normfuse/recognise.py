@@ -1,0 +1,530 @@
+"""The one loop: from a graph to a fact for every value, the norms among them, and the nearest misses.
+
+First the roots: wherever a statistic is taken, the tensors that it may be a statistic of. Then one pass over the
+nodes in topological order, in which each value gets a fact per root that reaches it (`MAX_ROOTS` at most, so time
+is linear). A value whose fact has the form of a norm, and which is not merely a step towards another one, is a site.
+
+- RMSNorm:   alpha = w * (m2 + eps)**-1/2,          beta = b
+- LayerNorm: alpha = w * (m2 - m1**2 + eps)**-1/2,  beta = b - alpha*m1
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from normfuse.facts import (
+    MEAN, MEAN_SQ, ONE, SQ_MEAN, ZERO, Atom, Fact, Layout, Poly, Refused, Root, add, constant, formula, mul, number,
+    root_poly,
+)  # fmt: skip
+from normfuse.graph import FLOATS, PRECISION, Graph, Node, Value
+from normfuse.transfer import REDUCTIONS, RULES, SPREAD, align, broadcast, identity_layout, regroup, start
+
+MAX_ROOTS = 6
+MAX_WALK = 16
+NEAR = 1e-6
+
+ELEMENTWISE = frozenset("add sub mul div neg abs square pow sqrt rsqrt reciprocal max cast identity".split())
+OPERATORS = ("layer_norm", "rms_norm")
+VIEWS = frozenset("reshape unsqueeze squeeze expand transpose".split())
+CENTRED: Poly = {SQ_MEAN: 1.0, MEAN_SQ: -1.0}
+
+Term = tuple[float, tuple[tuple[Value, int], ...]]
+Expr = tuple[Term, ...]
+"""A sum of products of parameters: ((coefficient, ((value, exponent), ...)), ...)."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Norm:
+    """``weight * (x [- mean(x)]) * (mean-square or variance + eps)**-1/2 + bias``, as recognised.
+
+    `weight` is None for 1, `bias` is None for 0. `compute` is the dtype of the statistics; `cast` says where the
+    result is rounded back: "none" (it stays in `compute`), "first" (before the weight), "last" (after it) or "mixed"
+    (an order of roundings that no single operator has). `dtype` is the type of the result.
+    """
+
+    kind: str
+    x: Value
+    axes: tuple[int, ...]
+    size: int | None
+    eps: float
+    weight: Expr | None
+    bias: Expr | None
+    compute: str
+    cast: str
+    dtype: str
+
+    def parameters(self) -> list[Value]:
+        """The values that the weight and the bias are made of."""
+        return [v for expr in (self.weight, self.bias) if expr for _, factors in expr for v, _ in factors]
+
+
+@dataclass(slots=True, eq=False)
+class Site:
+    """A norm in the graph: the value that is one, and whether a single operator computes it already."""
+
+    value: Value
+    norm: Norm
+    fact: Fact
+    is_op: bool
+    label: str = ""
+    mixed: str = ""
+    placement: str = "other"
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """What nearly was a norm, or was one and could not be fused: a stable code, the node, the reason."""
+
+    code: str
+    node: str
+    message: str
+
+
+@dataclass(slots=True)
+class Recognition:
+    """What is known of a graph: facts per value index and root, the sites in topological order, the refusals."""
+
+    facts: dict[int, dict[tuple[int, tuple[int, ...]], Fact]] = field(default_factory=dict)
+    sites: list[Site] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
+
+    def describe(self, value: Value) -> str:
+        """The fact of a value as a formula; a value about which nothing is known is its own root."""
+        facts = self.facts.get(value.index)
+        if not facts:
+            return value.name
+        fact = next(iter(facts.values()))
+        return formula(fact, fact.root.value.name)
+
+
+def recognise(graph: Graph) -> Recognition:
+    """Find every norm of a graph. Time is linear in its size, the result a function of the graph alone."""
+    return _Recogniser(graph).run()
+
+
+@dataclass(frozen=True, slots=True)
+class _Match:
+    kind: str
+    eps: float
+    weight: Poly
+    bias: Poly
+
+
+def match(fact: Fact) -> _Match:
+    """Read a fact as a norm, or raise `Refused` with what is missing."""
+    roots = {(atom, e) for key in fact.alpha for atom, e in key if atom[0] == "T"}
+    if len(roots) != 1 or any(sum(a[0] == "T" for a, _ in key) != 1 for key in fact.alpha):
+        raise Refused("NF101", "x is not scaled by exactly one root of a statistic")
+    ((atom, exponent),) = roots
+    under = root_poly(atom)
+    if exponent != -0.5:
+        raise Refused("NF105", f"the statistic is raised to {number(exponent)}, a norm needs -1/2")
+    kind, eps = _under(under)
+    weight: Poly = {}
+    for key, c in fact.alpha.items():
+        weight[tuple(f for f in key if f[0] != atom)] = c
+    if any(a[0] == "m" for key in weight for a, _ in key):
+        raise Refused("NF106", "x is scaled by a mean besides the root")
+    bias = fact.beta
+    if kind == "layer_norm":
+        shift = mul(fact.alpha, {MEAN: 1.0})
+        bias = dict(bias)
+        for key, c in shift.items():
+            if abs(bias.pop(key, 0.0) + c) > NEAR * abs(c):
+                raise Refused("NF102", "x is divided by its standard deviation but its mean is not taken away")
+    if any(a[0] != "p" for key in bias for a, _ in key):
+        raise Refused("NF106", "a statistic is left in the sum")
+    if not weight:
+        raise Refused("NF106", "the weight is zero")
+    return _Match(kind, eps, weight, bias)
+
+
+def _under(under: Poly) -> tuple[str, float]:
+    """Kind and eps of the statistic under the root."""
+    rest = dict(under)
+    square, centre = rest.pop(SQ_MEAN, 0.0), rest.pop(MEAN_SQ, 0.0)
+    eps = rest.pop(ONE, 0.0)
+    if rest:
+        if any(a[0] == "p" for key in rest for a, _ in key):
+            raise Refused("NF104", "eps is not a constant of the graph")
+        if any(a[0] == "T" for key in rest for a, _ in key):
+            raise Refused("NF101", "eps is added outside the root: std + eps is not sqrt(var + eps)")
+        raise Refused("NF106", "under the root stands another statistic than a mean square or a variance")
+    if abs(square - 1.0) > NEAR or not (centre == 0.0 or abs(centre + 1.0) <= NEAR):
+        raise Refused("NF106", "under the root stands neither mean(x^2) nor var(x)")
+    if eps <= 0:
+        raise Refused("NF103", f"eps is {number(eps)}; a norm needs a positive eps under the root")
+    return ("layer_norm" if centre else "rms_norm"), eps
+
+
+def precision(fact: Fact) -> tuple[str, str]:
+    """(compute dtype, where it is cast back) of a norm, or `Refused` when no operator has that order of casts."""
+    x = fact.root.value.dtype or "?"
+    compute, back, affine = "", "", set()
+    current = x
+    for event, dtype in fact.trace:
+        if event == "mixed":
+            raise Refused("NF117", "the value is summed from branches with different roundings")
+        if event == "cast":
+            if not compute:
+                current = dtype
+            elif back:
+                raise Refused("NF117", "the result is cast twice")
+            else:
+                back = dtype
+            continue
+        if dtype != (back or current):
+            raise Refused("NF117", f"a step in {dtype} amid {back or current}")
+        if event in ("centre", "norm") and back:
+            raise Refused("NF117", "normalised after the cast back")
+        if event not in ("centre", "norm"):
+            affine.add(bool(back))
+        compute = compute or dtype
+    if len(affine) == 2:
+        raise Refused("NF117", "the cast back stands between scale and shift")
+    if fact.types != {compute}:
+        raise Refused("NF117", f"statistics in {'/'.join(sorted(fact.types))}, normalised in {compute}")
+    cast = "none" if not back else "first" if True in affine else "last"
+    if cast == "first" and back != x:
+        raise Refused("NF117", f"cast to {back} before the weight, though x is {x}")
+    return compute, cast
+
+
+class _Recogniser:
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.out = Recognition()
+        self.facts = self.out.facts
+        self.light: dict[int, int] = {}  # value -> largest rank of the inputs that it is made of, if it is a parameter
+        self.stat: set[int] = set()
+        self.params: dict[int, Value] = {}
+        self.roots: dict[int, list[Root]] = {}
+        self.seeds: dict[int, list[Root]] = {}  # reduction node -> its candidate roots
+        self.misses: dict[tuple[int, tuple[int, ...]], list[tuple[int, int, str, str, str]]] = {}
+
+    def run(self) -> Recognition:
+        for value in self.graph.leaves:
+            self.light[value.index] = 0 if value.fixed else len(value.shape or (0,) * 9)
+        for node in self.graph.nodes:
+            self._classify(node)
+        for node in self.graph.nodes:
+            if node.kind in REDUCTIONS:
+                self._seed(node)
+        for value in self.graph.leaves:
+            self._plant(value)
+        for node in self.graph.nodes:
+            self._step(node)
+        self._sites()
+        self._refusals()
+        return self.out
+
+    # -- what is a parameter, what is a statistic ------------------------------------------------------------------
+
+    def _classify(self, node: Node) -> None:
+        out = node.outputs[0] if node.outputs else None
+        if out is None:
+            return
+        if node.kind in ELEMENTWISE or node.kind in VIEWS:
+            ranks = [self.light.get(v.index) for v in node.inputs if v.number is None]
+            if None not in ranks:
+                self.light[out.index] = max((r for r in ranks if r is not None), default=0)
+            stats = [v for v in node.inputs if v.number is None and v.index not in self.light]
+            if stats and all(v.index in self.stat for v in stats):
+                self.stat.add(out.index)
+        elif node.kind in ("mean", "sum", "var", "std", "vecnorm") or (
+            node.kind == "matmul"
+            and (any(v.number is not None for v in node.inputs) or (out.shape or (0,))[-1:] == (1,) or out.rank == 2)
+        ):
+            self.stat.add(out.index)
+
+    # -- roots ----------------------------------------------------------------------------------------------------
+
+    def _seed(self, node: Node) -> None:
+        value = node.inputs[0] if node.inputs[0].number is None else node.inputs[-1]
+        if value.rank is None:
+            return
+        if node.kind == "matmul":
+            if value.index in self.light or (value.rank < 2 and node.inputs[1].number is None):
+                return
+            dotted = node.inputs[1].number is not None or (node.outputs[0].shape or (0,))[-1] in (1, None)
+            if not dotted and node.inputs[0].number is None and node.outputs[0].rank != 1:
+                return
+            axis = value.rank - 1 if value is node.inputs[0] else max(value.rank - 2, 0)
+            axes: tuple[int, ...] | None = (axis,)
+        else:
+            axes = node.attrs["axes"]
+        if axes is None:
+            return
+        found: list[Root] = []
+        for v, over in self._origins(value, axes):
+            size = _size(v, over)
+            if v.tainted or size == 1 or not over:
+                continue
+            root = next((r for r in self.roots.get(v.index, ()) if r.axes == over), None)
+            if root is None:
+                root = Root(v, over, size)
+                self.roots.setdefault(v.index, []).append(root)
+            found.append(root)
+        self.seeds[node.index] = found
+
+    def _origins(self, value: Value, axes: tuple[int, ...]) -> Iterator[tuple[Value, tuple[int, ...]]]:
+        """The tensors that a statistic of `value` may be a statistic of, with the axes seen from them."""
+        todo, seen = [(value, tuple(sorted(axes)))], set()
+        while todo and len(seen) < MAX_WALK:
+            v, over = todo.pop(0)
+            if v.index in seen or v.shape is None or v.dtype not in FLOATS or v.number is not None:
+                continue
+            seen.add(v.index)
+            yield v, over
+            node = v.producer
+            if node is None or node.outputs[0] is not v:
+                continue
+            if node.kind in VIEWS:
+                source = node.inputs[0]
+                layout = _view(node, source)
+                if layout is not None and node.kind != "expand":
+                    todo.append((source, tuple(sorted(a for i in over for a in layout[i]))))
+            elif node.kind in ELEMENTWISE:
+                for i, operand in enumerate(node.inputs):
+                    others = [o for j, o in enumerate(node.inputs) if j != i]
+                    scaled = all(o.number is not None or o.index in self.stat or o.index in self.light for o in others)
+                    square = node.kind == "mul" and operand.shape == v.shape
+                    if operand.rank == v.rank and (scaled or square) and operand.index not in self.stat:
+                        todo.append((operand, over))
+
+    def _plant(self, value: Value) -> None:
+        for root in self.roots.get(value.index, ()):
+            self.facts.setdefault(value.index, {})[root.key()] = start(root)
+
+    # -- facts ----------------------------------------------------------------------------------------------------
+
+    def _step(self, node: Node) -> None:
+        rule = RULES.get(node.kind)
+        roots: dict[tuple[int, tuple[int, ...]], Root] = {}
+        for v in node.inputs:
+            for key, fact in self.facts.get(v.index, {}).items():
+                roots[key] = fact.root
+        if rule is not None and node.outputs:
+            out = node.outputs[0]
+            if out.tainted:
+                for key in roots:
+                    self._miss(key, node, Refused("NF120", f"{out.name} or a view of it is written in place"))
+                roots = {}
+            for key in sorted(roots, reverse=True)[:MAX_ROOTS]:
+                try:
+                    fact = rule(node, self._operands(node, roots[key]))
+                except Refused as why:
+                    self._miss(key, node, why)
+                else:
+                    self.facts.setdefault(out.index, {})[key] = fact
+        elif rule is None:
+            for key in roots:
+                self._miss(key, node, Refused("NF106", f"statistics go into {node.op}, which is not part of a norm"))
+        for v in node.outputs:
+            self._plant(v)
+
+    def _operands(self, node: Node, root: Root) -> list[Fact]:
+        key = root.key()
+        known = [self.facts.get(v.index, {}).get(key) for v in node.inputs]
+        layouts = [f.layout for f in known if f is not None]
+        layout = layouts[0] if len(layouts) == 1 else broadcast(*layouts) if node.kind != "matmul" else ()
+        out = []
+        for i, (v, fact) in enumerate(zip(node.inputs, known, strict=True)):
+            if fact is not None:
+                out.append(fact)
+            elif v.number is not None:
+                aligned = _matrix(v, i, layout) if node.kind == "matmul" else align(v, layout, root)
+                out.append(Fact(root, ZERO, ZERO, constant(v.number), aligned))
+            elif v.index in self.light and self.light[v.index] <= max(len(root.axes), 1) and node.kind != "matmul":
+                atom: Atom = ("p", v.index, v.name)
+                self.params[v.index] = v
+                out.append(Fact(root, ZERO, ZERO, {((atom, 1.0),): 1.0}, align(v, layout, root)))
+            elif _size(v, tuple(range(v.rank or 0))) == 1 and v.shape is not None and node.kind != "matmul":
+                raise Refused("NF104", f"{v.name} is computed at run time, not a constant")
+            else:
+                name = root.value.name
+                raise Refused("NF106", f"the statistics of {name} meet {v.name}, which is not {name} or a parameter")
+        return out
+
+    def _miss(self, key: tuple[int, tuple[int, ...]], node: Node, why: Refused) -> None:
+        level = max(self.facts[v.index][key].advanced for v in node.inputs if key in self.facts.get(v.index, ()))
+        if level >= 2 or (level and why.code == "NF114"):
+            self.misses.setdefault(key, []).append((level, node.index, why.code, node.name, why.message))
+
+    # -- sites ----------------------------------------------------------------------------------------------------
+
+    def _canonical(self, root: Root) -> tuple[int, tuple[int, ...]]:
+        """The oldest root of which this one is only a cast or a reshape."""
+        for key, fact in sorted(self.facts.get(root.value.index, {}).items()):
+            if key != root.key() and fact.alpha == {ONE: 1.0} and not (fact.beta or fact.kappa or fact.absolute):
+                return key
+        return root.key()
+
+    def _sites(self) -> None:
+        matches: dict[int, list[tuple[Fact, _Match]]] = {}
+        by_root: dict[int, set[tuple[int, tuple[int, ...]]]] = {}
+        values = [v for node in self.graph.nodes for v in node.outputs if v.index in self.facts]
+        for value in values:
+            for key, fact in sorted(self.facts[value.index].items()):
+                if fact.advanced < 3 or not fact.alpha or fact.kappa:
+                    continue
+                try:
+                    if fact.layout != identity_layout(fact.root.value):
+                        continue
+                    found = match(fact)
+                except Refused as why:
+                    assert value.producer is not None
+                    self.misses.setdefault(key, []).append(
+                        (4, value.producer.index, why.code, value.producer.name, why.message)
+                    )
+                    continue
+                matches.setdefault(value.index, []).append((fact, found))
+                by_root.setdefault(value.index, set()).add(self._canonical(fact.root))
+        chosen: set[int] = set()
+        for value in values:
+            if value.index not in matches:
+                continue
+            fact, found = self._best(matches[value.index])
+            group = by_root[value.index]
+            leads_on = [
+                node for node in value.uses
+                if node.outputs and by_root.get(node.outputs[0].index, set()) & group
+                and any(f.via is value for f, _ in matches[node.outputs[0].index])
+            ]  # fmt: skip
+            if value.uses and not value.kept and len(leads_on) == len(value.uses):
+                continue
+            chain = list(self._chain(fact, value))
+            if not any(v.index in chosen for v, _ in chain):
+                chosen.add(value.index)
+                self._site(chain)
+
+    def _best(self, found: list[tuple[Fact, _Match]]) -> tuple[Fact, _Match]:
+        """Of several readings of one value: the oldest root, unless a later one is more than a cast away."""
+        best = found[0]
+        for fact, m in found[1:]:
+            seen = self.facts[fact.root.value.index].get(best[0].root.key())
+            plain = seen is not None and seen.alpha == {ONE: 1.0} and not seen.beta
+            if not plain and not (best[1].kind == "layer_norm" and m.kind == "rms_norm"):
+                best = (fact, m)
+        return best
+
+    def _chain(self, fact: Fact, value: Value) -> Iterator[tuple[Value, Fact]]:
+        """The value and those before it on the way of x, back to the root."""
+        key = fact.root.key()
+        current: Value | None = value
+        while current is not None and current is not fact.root.value:
+            step = self.facts.get(current.index, {}).get(key)
+            if step is None:
+                return
+            yield current, step
+            current = step.via
+
+    def _site(self, chain: list[tuple[Value, Fact]]) -> None:
+        """Take the longest part of the chain that an operator with the same roundings can compute."""
+        first: Refused | None = None
+        chain_name = _label(chain[0][0])
+        for value, fact in chain:
+            try:
+                if fact.layout != identity_layout(fact.root.value):
+                    continue
+                found = match(fact)
+                compute, cast = precision(fact)
+            except Refused as why:
+                if first is None or why.code == "NF117":
+                    first = why
+                continue
+            steps = [v.producer for v, _ in chain[chain.index((value, fact)) :]]
+            natives = {node.native for node in steps if node is not None}
+            is_op = len(natives) == 1 and any(node is not None and node.kind in OPERATORS for node in steps)
+            self.out.sites.append(Site(value, self._norm(value, fact, found, compute, cast), fact, is_op, chain_name))
+            return
+        value, fact = chain[0]
+        assert first is not None
+        compute = max(fact.types & set(PRECISION) | {"float32"}, key=PRECISION.__getitem__)
+        norm = self._norm(value, fact, match(fact), compute, "mixed")
+        self.out.sites.append(Site(value, norm, fact, False, chain_name, first.message))
+
+    def _norm(self, value: Value, fact: Fact, found: _Match, compute: str, cast: str) -> Norm:
+        root = fact.root
+        weight, bias = self._expr(found.weight, 1.0), self._expr(found.bias, 0.0)
+        return Norm(found.kind, root.value, root.axes, root.size, found.eps, weight, bias, compute, cast,
+                    value.dtype or "?")  # fmt: skip
+
+    def _expr(self, p: Poly, neutral: float) -> Expr | None:
+        if not p and neutral == 0.0:
+            return None
+        if set(p) == {ONE} and abs(p[ONE] - neutral) <= 4 * NEAR / 8:
+            return None
+        terms = []
+        for key in sorted(p):
+            factors = tuple((self.params[int(str(atom[1]))], int(e)) for atom, e in key)
+            terms.append((p[key], factors))
+        return tuple(terms)
+
+    # -- refusals -------------------------------------------------------------------------------------------------
+
+    def _refusals(self) -> None:
+        """One nearest miss per second moment that went into no norm."""
+        done = {site.norm.x.index for site in self.out.sites}
+        covered = {
+            i for i, roots in self.seeds.items()
+            if any(r.value.index in done or self._canonical(r)[0] in done for r in roots)
+        }  # fmt: skip
+        said: set[tuple[str, str]] = set()
+        for i in sorted(self.seeds):
+            if i in covered:
+                continue
+            found = [m for root in self.seeds[i] for m in self.misses.get(root.key(), ())]
+            if not found:
+                continue
+            _, _, code, node, message = max(found, key=lambda m: (m[0], -m[1]))
+            if (code, node) not in said:
+                said.add((code, node))
+                self.out.refusals.append(Refusal(code, node, message))
+        self.out.refusals.extend(Refusal(*note) for note in self.graph.notes)
+
+
+def _label(value: Value) -> str:
+    return value.producer.name if value.producer is not None and value.producer.name else value.name
+
+
+def _size(value: Value, axes: tuple[int, ...]) -> int | None:
+    assert value.shape is not None or not axes
+    size = 1
+    for a in axes:
+        d = value.shape[a] if value.shape is not None else None
+        if not isinstance(d, int):
+            return None
+        size *= d
+    return size
+
+
+def _view(node: Node, source: Value) -> Layout | None:
+    """The layout of a view's output over the axes of its input."""
+    if source.shape is None or node.outputs[0].shape is None:
+        return None
+    root = Root(source, (), None)
+    fact = Fact(root, ZERO, {ONE: 1.0}, ZERO, identity_layout(source))
+    try:
+        if node.kind == "reshape":
+            return regroup(fact.layout, node.outputs[0].shape, root)
+        return RULES[node.kind](node, [fact]).layout
+    except Refused:
+        return None
+
+
+def _matrix(value: Value, position: int, layout: Layout) -> Layout:
+    """The layout of a uniform matrix in a product with a value of the given layout."""
+    shape = value.shape
+    if not shape or not layout:
+        raise Refused("NF106", "a matrix product with a scalar")
+    inner = layout[-1] if position else (layout[-2] if len(layout) > 1 else layout[0])
+    if len(shape) == 1:
+        return (inner,)
+    if any(d != 1 for d in shape[:-2]):
+        raise Refused("NF106", "a matrix product with a batch of matrices")
+    outer = shape[-1] if position else shape[-2]
+    spread = () if outer == 1 else SPREAD
+    pad: Layout = ((),) * (len(shape) - 2)
+    return (*pad, inner, spread) if position else (*pad, spread, inner)

@@ -1,0 +1,107 @@
+"""What was found and what was done, as one object for people and programs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+SCHEMA = 1
+
+
+@dataclass(slots=True)
+class NormRecord:
+    """One norm of a model.
+
+    `axes` count from the end; `size` is None where the model leaves it open. `cast` tells where the rounding back
+    stands, such as ``"float32, cast to float16 before the weight"``. `action` is one of "fused", "kept", "refused";
+    `verified` is None where nothing was checked.
+    """
+
+    name: str
+    kind: str
+    axes: list[int]
+    size: int | None
+    eps: float
+    dtype: str
+    weight: str | None
+    bias: str | None
+    placement: str
+    fact: str
+    form: str
+    cast: str
+    action: str = "found"
+    verified: bool | None = None
+    emitted: str = ""
+    error: float | None = None
+
+
+@dataclass(slots=True)
+class RefusalRecord:
+    """What nearly was a norm, or could not be fused: `normfuse explain CODE` tells the rest."""
+
+    code: str
+    node: str
+    message: str
+
+
+@dataclass(slots=True)
+class Report:
+    """Result of `inspect`, `rewrite` and `optimize`; `to_dict()` is what `--json` prints."""
+
+    norms: list[NormRecord] = field(default_factory=list)
+    refusals: list[RefusalRecord] = field(default_factory=list)
+    recipe: str = ""
+    format: str = ""
+    opset: int | None = None
+    rewritten: bool = False
+    nodes_before: int = 0
+    nodes_after: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    model_check: dict[str, Any] | None = None
+
+    @property
+    def fused(self) -> int:
+        return sum(n.action == "fused" for n in self.norms)
+
+    @property
+    def refused(self) -> int:
+        return len(self.refusals)
+
+    def totals(self) -> dict[str, int]:
+        """The counts of a rewrite."""
+        return {
+            "found": len(self.norms),
+            "fused": self.fused,
+            "converted": 0,
+            "refused": self.refused,
+            "nodes_before": self.nodes_before,
+            "nodes_after": self.nodes_after,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain dict, ready for JSON: the same input gives the same dict but for `summary.seconds`."""
+        norms = [asdict(n) for n in self.norms]
+        if not self.rewritten:
+            for n in norms:
+                for key in ("action", "verified", "emitted", "error"):
+                    del n[key]
+        summary: dict[str, Any] = {
+            "recipe": self.recipe,
+            "format": self.format,
+            "opset": self.opset,
+            "rms_norm": sum(n.kind == "rms_norm" for n in self.norms),
+            "layer_norm": sum(n.kind == "layer_norm" for n in self.norms),
+            "op": sum(n.form == "op" for n in self.norms),
+            "decomposed": sum(n.form == "decomposed" for n in self.norms),
+            "nodes": self.nodes_before,
+            "notes": self.notes,
+            "seconds": self.seconds,
+        }
+        out: dict[str, Any] = {"schema": SCHEMA, "norms": norms, "refusals": [asdict(r) for r in self.refusals]}
+        if self.rewritten:
+            summary |= self.totals()
+            out |= self.totals()
+            if self.model_check is not None:
+                summary["model_check"] = self.model_check
+        return out | {"summary": summary}

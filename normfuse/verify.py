@@ -1,0 +1,188 @@
+"""Checking that two computations agree: a region against its replacement, a model against its rewrite.
+
+A region is compared on random and adversarial rows, first in float64, where both must be the same function, then in
+its own types, where the replacement may be no further from float64 than the region itself was, give or take a few
+roundings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from normfuse.errors import InputError, UnsupportedError
+
+Array = np.ndarray[Any, Any]
+EPSILON = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
+
+FLOAT64_TOLERANCE = 1e-5
+"""Relative to the largest element of a row block. Constants in a float32 graph (1/N, sqrt(N)) are off by up to 6e-8,
+which a mean of 100 standard deviations amplifies; everything else agrees to 1e-12."""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """Result of comparing a region with its replacement; `error` is in units of the type's rounding."""
+
+    ok: bool
+    error: float
+    message: str = ""
+
+
+def rows(shape: tuple[int, ...], dtype: str, seed: int = 0) -> Iterator[tuple[str, Array]]:
+    """Inputs in float64, exactly representable in the dtype: random, offset, large mean, tiny, large, zero, a spike."""
+    rng = np.random.default_rng(seed)
+    normal = rng.standard_normal(shape)
+    large = 1e4 if dtype != "float16" else 100.0
+    spike = np.zeros(shape)
+    spike.reshape(-1)[:: max(7, shape[-1] + 1 if shape else 7)] = 3.0
+    for name, array in (
+        ("random", normal),
+        ("offset", normal + 3.0),
+        ("large mean", normal + 100.0),
+        ("tiny", normal * 1e-3),
+        ("large", normal * large),
+        ("zero", np.zeros(shape)),
+        ("spike", spike),
+    ):
+        yield name, representable(array, dtype)
+
+
+def representable(array: Array, dtype: str) -> Array:
+    """The nearest values of a dtype, as float64."""
+    return array.astype(numpy_dtype(dtype)).astype(np.float64)
+
+
+def numpy_dtype(dtype: str) -> Any:
+    """The numpy type of a neutral dtype name."""
+    if dtype == "bfloat16":
+        import ml_dtypes
+
+        return ml_dtypes.bfloat16
+    return np.dtype(dtype)
+
+
+def compare(region: Callable[[Array, bool], Array], replacement: Callable[[Array, bool], Array],
+            shape: tuple[int, ...], dtype: str, out: str) -> Check:  # fmt: skip
+    """Run both on all rows. The callables take x in float64 and whether to compute all in float64 too."""
+    worst = 0.0
+    for name, x in rows(shape, dtype):
+        with np.errstate(all="ignore"):
+            want, got = region(x, True).astype(np.float64), replacement(x, True).astype(np.float64)
+        if want.shape != got.shape:
+            return Check(False, float("inf"), f"shape {got.shape} instead of {want.shape}")
+        top = float(np.max(np.abs(want), initial=0.0))
+        if not _close(want, got, FLOAT64_TOLERANCE * top):
+            return Check(False, float("inf"), f"differs in float64 on {name} rows by {_gap(want, got):.2g} of {top:.2g}")
+        with np.errstate(all="ignore"):
+            old, new = region(x, False).astype(np.float64), replacement(x, False).astype(np.float64)
+        unit = EPSILON.get(out, 2.0**-23)
+        allowed = 2 * _gap(want, old) + 4 * unit * top
+        gap = _gap(want, new)
+        if np.isfinite(old).all() and not gap <= allowed:
+            return Check(False, gap / (unit * top or 1.0), f"further from float64 on {name} rows: {gap:.2g}, was "
+                         f"{_gap(want, old):.2g}")  # fmt: skip
+        if top and np.isfinite(gap):
+            worst = max(worst, gap / (unit * top))
+    return Check(True, worst)
+
+
+def _gap(a: Array, b: Array) -> float:
+    finite = np.isfinite(a) & np.isfinite(b)
+    if (np.isnan(a) != np.isnan(b)).any() or (a[~finite] != b[~finite])[~np.isnan(a[~finite])].any():
+        return float("inf")
+    return float(np.max(np.abs(a[finite] - b[finite]), initial=0.0))
+
+
+def _close(a: Array, b: Array, tolerance: float) -> bool:
+    return _gap(a, b) <= max(tolerance, 1e-300)
+
+
+# -- whole models ------------------------------------------------------------------------------------------------
+
+
+def compare_models(path_a: str | Path, path_b: str | Path, *, seed: int = 0,
+                   inputs: dict[str, Array] | None = None) -> dict[str, Any]:  # fmt: skip
+    """Run two ONNX models on the same inputs in ONNX Runtime (CPU) and compare each output.
+
+    `inputs` by name; those not given are drawn from the seed: floats from a normal distribution with mean 0.5,
+    integers small and not negative, masks all true. An output agrees when no element differs by more than 64
+    roundings of its type times the largest element. Returns {"equal", "outputs", "tolerance", "provider"}.
+
+    Raises `InputError` where a model does not load or run, or the two have other inputs or outputs.
+    """
+    a, b = session(path_a), session(path_b)
+    names = [i.name for i in a.get_inputs()]
+    if sorted(names) != sorted(i.name for i in b.get_inputs()):
+        raise InputError(f"the models have other inputs: {names} and {[i.name for i in b.get_inputs()]}")
+    wanted = [o.name for o in a.get_outputs()]
+    if sorted(wanted) != sorted(o.name for o in b.get_outputs()):
+        raise InputError(f"the models have other outputs: {wanted} and {[o.name for o in b.get_outputs()]}")
+    feeds = feeds_for(a, seed) | (inputs or {})
+    unknown = sorted(set(feeds) - set(names))
+    if unknown:
+        raise InputError(f"no input is named {unknown[0]!r}; the models have {', '.join(names)}")
+    try:
+        first, second = a.run(wanted, feeds), b.run(wanted, feeds)
+    except Exception as why:
+        raise InputError(f"the models do not run on these inputs: {_first_line(why)}") from why
+    outputs, equal = [], True
+    for name, x, y in zip(wanted, first, second, strict=True):
+        record, same = _compare_output(name, x, y)
+        outputs.append(record)
+        equal = equal and same
+    return {"equal": equal, "outputs": outputs, "tolerance": 64.0, "provider": a.get_providers()[0]}
+
+
+def _compare_output(name: str, x: Any, y: Any) -> tuple[dict[str, Any], bool]:
+    if not isinstance(x, np.ndarray) or x.dtype.kind not in "fiub" and "float" not in x.dtype.name:
+        same = repr(x) == repr(y)
+        return {"name": name, "max_abs": None, "max_rel": None, "shape": None, "dtype": type(x).__name__}, same
+    record: dict[str, Any] = {"name": name, "shape": list(x.shape), "dtype": str(x.dtype)}
+    if x.shape != y.shape or x.dtype != y.dtype:
+        return record | {"max_abs": None, "max_rel": None}, False
+    p, q = x.astype(np.float64), y.astype(np.float64)
+    gap, top = _gap(p, q), float(np.max(np.abs(p[np.isfinite(p)]), initial=0.0))
+    unit = EPSILON.get(str(x.dtype), 0.0)
+    return record | {"max_abs": gap, "max_rel": gap / top if top else gap}, gap <= 64 * unit * top
+
+
+def session(path: str | Path) -> Any:
+    """An ONNX Runtime session on the CPU. Raises `UnsupportedError` without ONNX Runtime, `InputError` on a bad model."""
+    try:
+        import onnxruntime
+    except ImportError:
+        raise UnsupportedError("this needs ONNX Runtime: pip install 'normfuse[cpu]' or 'normfuse[gpu]'") from None
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as why:
+        raise InputError(f"{path}: ONNX Runtime does not load it: {_first_line(why)}") from why
+
+
+def feeds_for(runtime: Any, seed: int = 0) -> dict[str, Array]:
+    """Random inputs for a session: each symbolic size becomes 2, the same symbol the same size."""
+    rng = np.random.default_rng(seed)
+    feeds: dict[str, Array] = {}
+    for info in runtime.get_inputs():
+        shape = [d if isinstance(d, int) and d > 0 else 2 for d in info.shape]
+        kind = info.type.removeprefix("tensor(").removesuffix(")")
+        if kind in ("float", "double", "float16", "bfloat16"):
+            dtype = numpy_dtype({"float": "float32", "double": "float64"}.get(kind, kind))
+            feeds[info.name] = (rng.standard_normal(shape) + 0.5).astype(dtype)
+        elif kind == "bool":
+            feeds[info.name] = np.ones(shape, np.bool_)
+        elif "int" in kind:
+            feeds[info.name] = rng.integers(0, 2, shape).astype(kind)
+        else:
+            raise UnsupportedError(f"input {info.name!r} has type {info.type}; give it with inputs")
+    return feeds
+
+
+def _first_line(why: BaseException) -> str:
+    return (str(why).strip() or type(why).__name__).splitlines()[0][:300]

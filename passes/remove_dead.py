@@ -1,0 +1,45 @@
+"""Remove what the fusions leave without a reader, and nothing else.
+
+Nodes that were dead before stay: they are the model's own business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from normfuse.graph import Graph, Node
+from normfuse.plan import Plan, Replace
+
+
+def live(graph: Graph, replaced: Sequence[Replace] = ()) -> set[Node]:
+    """The nodes that an output or a kept value depends on, once the replacements are made."""
+    instead = {edit.site.value: [edit.site.norm.x, *edit.site.norm.parameters()] for edit in replaced}
+    todo = [value for node in graph.nodes for value in node.outputs if value.kept]
+    todo += [value for node in graph.nodes if node.attrs.get("effect") for value in node.inputs]
+    seen, alive = set(todo), {node for node in graph.nodes if node.attrs.get("effect")}
+    while todo:
+        value = todo.pop()
+        if value in instead:
+            inputs = instead[value]
+        elif value.producer is not None:
+            alive.add(value.producer)
+            inputs = value.producer.inputs
+        else:
+            continue
+        for operand in inputs:
+            if operand not in seen:
+                seen.add(operand)
+                todo.append(operand)
+    return alive
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveDead:
+    """No options."""
+
+    def __call__(self, plan: Plan) -> None:
+        """Mark each node that was live before the replacements and is not after them."""
+        if plan.replace:
+            before, after = live(plan.graph), live(plan.graph, plan.replace)
+            plan.remove.extend(node for node in plan.graph.nodes if node in before and node not in after)

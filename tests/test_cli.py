@@ -1,0 +1,502 @@
+"""The contract of the command line: exit codes, one JSON object on stdout, one line per error, nothing half-written."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+import normfuse
+from normfuse.cli import main
+from normfuse.cli_print import Table, clean, print_blocks
+from normfuse.cli_report import report_blocks
+from normfuse.errors import InputError, UnsafeModelError, UnsupportedError, VerificationError
+from normfuse.report import NormRecord, RefusalRecord, Report
+
+EVIL = "\x1b[31mred\x1b[0m\x1b]0;title\x07[bold]\u202ename\r"
+
+# -- models -------------------------------------------------------------------------------------------------------
+
+
+def norm_model(prefix: str = "", eps: float = 1e-6, outside: bool = False) -> onnx.ModelProto:
+    """x * (mean(x^2) + eps)^-1/2 * w at opset 17, each value named with a prefix; or with eps outside the root."""
+    name = prefix.__add__
+    root = [("Add", ["mean", "eps"], "sum"), ("Sqrt", ["sum"], "root")]
+    if outside:
+        root = [("Sqrt", ["mean"], "sum"), ("Add", ["sum", "eps"], "root")]
+    steps: list[tuple[str, list[str], str]] = [
+        ("Mul", ["x", "x"], "square"), ("ReduceMean", ["square"], "mean"), *root,
+        ("Div", ["x", "root"], "normed"), ("Mul", ["normed", "w"], "y"),
+    ]  # fmt: skip
+    nodes = []
+    for op, inputs, output in steps:
+        more: dict[str, Any] = {"axes": [-1], "keepdims": 1} if op == "ReduceMean" else {}
+        node = helper.make_node(
+            op, list(map(name, inputs)), [name(output)], name=name(f"{op}_{output}"), **more
+        )
+        nodes.append(node)
+    weight = np.linspace(0.5, 1.5, 64, dtype=np.float32)
+    constants = [
+        numpy_helper.from_array(np.float32(eps), name("eps")), numpy_helper.from_array(weight, name("w")),
+    ]  # fmt: skip
+    return wrap(nodes, constants, [2, 5, 64], name)
+
+
+def wrap(
+    nodes: list[onnx.NodeProto],
+    constants: list[onnx.TensorProto],
+    shape: list[int],
+    name: Callable[[str], str] = str,
+) -> onnx.ModelProto:
+    x, y = (helper.make_tensor_value_info(name(v), TensorProto.FLOAT, shape) for v in "xy")
+    graph = helper.make_graph(nodes, "g", [x], [y], initializer=constants)
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("acme", 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=8)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    path = tmp_path / "model.onnx"
+    onnx.save(norm_model(), path)
+    return path
+
+
+Result = tuple[int, str, str]
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the command line in this process: (exit code, stdout, stderr); a traceback fails the test."""
+
+    def call(*argv: object) -> Result:
+        capsys.readouterr()
+        code = main([str(a) for a in argv])
+        out, err = capsys.readouterr()
+        assert "Traceback" not in out + err
+        return code, out, err
+
+    return call
+
+
+def fails(result: Result, code: int = 2) -> str:
+    """The one line on stderr of a command that failed as the contract says."""
+    assert result[0] == code, result
+    assert result[1] == ""
+    lines = result[2].splitlines()
+    assert len(lines) == 1, result[2]
+    assert lines[0].startswith("normfuse: ")
+    return lines[0]
+
+
+def fails_json(result: Result, kind: str | None = None, code: int = 2) -> str:
+    assert result[0] == code, result
+    data = json.loads(result[1])
+    assert set(data) == {"schema", "error"}
+    assert data["schema"] == 1
+    assert kind is None or data["error"]["kind"] == kind
+    assert "\n" not in data["error"]["message"]
+    return str(data["error"]["message"])
+
+
+# -- the main job -------------------------------------------------------------------------------------------------
+
+
+def test_inspect_shows_norm_and_formula(run: Run, model: Path) -> None:
+    code, out, _ = run("inspect", model)
+    assert code == 0
+    assert "rms_norm" in out
+    assert "(mean(x^2) + 1e-06)^-1/2" in out
+    assert "found 1 (1 decomposed, 0 one operator), refused 0" in out
+
+
+def test_inspect_json_is_the_report(run: Run, model: Path) -> None:
+    code, out, _ = run("inspect", model, "--json")
+    data = json.loads(out)
+    assert code == 0
+    assert data["schema"] == 1
+    assert [n["kind"] for n in data["norms"]] == ["rms_norm"]
+    assert data["refusals"] == []
+
+
+def test_rewrite_then_verify(run: Run, model: Path, tmp_path: Path) -> None:
+    out_path = tmp_path / "out.onnx"
+    code, out, _ = run("rewrite", model, out_path)
+    assert code == 0
+    assert "found 1, fused 1, refused 0; operators 6 -> 1; verified 1/1" in out
+    onnx.checker.check_model(onnx.load(out_path), full_check=True)
+    code, out, _ = run("verify", model, out_path)
+    assert code == 0
+    assert "equal" in out
+
+
+def test_rewrite_json(run: Run, model: Path, tmp_path: Path) -> None:
+    code, out, _ = run("rewrite", model, tmp_path / "out.onnx", "--json")
+    data = json.loads(out)
+    assert code == 0
+    assert (data["found"], data["fused"], data["refused"]) == (1, 1, 0)
+    assert data["norms"][0]["action"] == "fused"
+    assert data["norms"][0]["verified"] is True
+
+
+def test_dry_run_writes_nothing(run: Run, model: Path, tmp_path: Path) -> None:
+    before = sorted(tmp_path.iterdir())
+    for argv in ([model, tmp_path / "out.onnx", "--dry-run"], [model, "--dry-run"]):
+        code, out, _ = run("rewrite", *argv)
+        assert code == 0
+        assert "fused 1" in out
+        assert "nothing was written" in out
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_quiet_is_one_line(run: Run, model: Path, tmp_path: Path) -> None:
+    assert run("inspect", model, "-q")[1].count("\n") == 1
+    assert run("rewrite", model, tmp_path / "out.onnx", "-q")[1].count("\n") == 1
+
+
+def test_strict(run: Run, tmp_path: Path) -> None:
+    path, out_path = tmp_path / "near.onnx", tmp_path / "out.onnx"
+    onnx.save(norm_model(outside=True), path)
+    assert run("rewrite", path, out_path)[0] == 0
+    for more in (["--overwrite"], ["--dry-run"], ["--dry-run", "--json"]):
+        code, out, _ = run("rewrite", path, out_path, "--strict", *more)
+        assert code == 1
+        assert "NF101" in out
+    assert "NF101" in run("inspect", path)[1]
+
+
+def test_verify_tells_different_models_apart(run: Run, model: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.onnx"
+    onnx.save(norm_model(eps=0.5), other)
+    code, out, _ = run("verify", model, other)
+    assert code == 1
+    assert "different" in out
+    code, out, _ = run("verify", model, other, "--json")
+    assert code == 1
+    assert json.loads(out)["equal"] is False
+
+
+def test_verify_takes_inputs(run: Run, model: Path, tmp_path: Path) -> None:
+    good, bad, text, array = (tmp_path / n for n in ("good.npz", "bad.npz", "text.npz", "array.npy"))
+    np.savez(good, x=np.ones((2, 5, 64), np.float32))
+    np.savez(bad, z=np.ones(3, np.float32))
+    np.savez(tmp_path / "pickle.npz", x=np.array([{}], dtype=object))
+    np.save(array, np.ones(3))
+    text.write_text("not an archive")
+    assert run("verify", model, model, "--inputs", good)[0] == 0
+    for wrong in (bad, text, array, tmp_path / "pickle.npz", tmp_path / "missing.npz"):
+        fails(run("verify", model, model, "--inputs", wrong))
+
+
+# -- bad input ----------------------------------------------------------------------------------------------------
+
+
+def unreadable(folder: Path) -> dict[str, Path]:
+    """Files that are no model."""
+    data = norm_model().SerializeToString()
+    contents = {
+        "truncated": data[: len(data) // 2], "random": np.random.default_rng(0).bytes(4096), "empty file": b"",
+        "text": b"this is a text file\n" * 20, "json": b'{"model": 1}', "zeros": bytes(1000),
+    }  # fmt: skip
+    paths = {"missing": folder / "missing.onnx", "directory": folder}
+    for name, content in contents.items():
+        paths[name] = folder / f"{name.replace(' ', '_')}.onnx"
+        paths[name].write_bytes(content)
+    return paths
+
+
+@pytest.mark.parametrize(
+    "case", ["missing", "directory", "truncated", "random", "empty file", "text", "json", "zeros"]
+)  # fmt: skip
+def test_what_is_no_model_is_refused_in_one_line(run: Run, model: Path, tmp_path: Path, case: str) -> None:
+    folder = tmp_path / "bad"
+    folder.mkdir()
+    path = unreadable(folder)[case]
+    before = sorted(tmp_path.rglob("*"))
+    for argv in (["inspect", path], ["rewrite", path, tmp_path / "out.onnx"], ["verify", model, path]):
+        assert path.name in fails(run(*argv))
+        fails_json(run(*argv, "--json"), "InputError")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_cycle(run: Run, tmp_path: Path) -> None:
+    nodes = [helper.make_node("Add", ["x", "b"], ["a"]), helper.make_node("Relu", ["a"], ["b"]),
+             helper.make_node("Mul", ["a", "b"], ["y"])]  # fmt: skip
+    path = tmp_path / "cycle.onnx"
+    path.write_bytes(wrap(nodes, [], [2, 4]).SerializeToString())
+    fails(run("inspect", path))
+    fails(run("rewrite", path, tmp_path / "out.onnx"))
+    assert not (tmp_path / "out.onnx").exists()
+
+
+@pytest.mark.parametrize("case", ["unknown operator", "unknown domain", "no norms", "empty graph"])
+def test_models_without_norms_pass_through(run: Run, tmp_path: Path, case: str) -> None:
+    nodes = {
+        "unknown operator": [helper.make_node("Frobnicate", ["x"], ["y"])],
+        "unknown domain": [helper.make_node("Gadget", ["x"], ["y"], domain="acme")],
+        "no norms": [helper.make_node("Relu", ["x"], ["y"])],
+        "empty graph": [],
+    }[case]
+    path, out_path = tmp_path / "model.onnx", tmp_path / "out.onnx"
+    path.write_bytes(wrap(nodes, [], [2, 4]).SerializeToString())
+    assert "found 0" in run("inspect", path)[1]
+    code, out, _ = run("rewrite", path, out_path)
+    assert code == 0
+    assert "found 0, fused 0" in out
+    assert [n.op_type for n in onnx.load(out_path).graph.node] == [n.op_type for n in nodes]
+
+
+def test_missing_external_data(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    big = norm_model()
+    onnx.save(big, path, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    (tmp_path / "weights.bin").unlink()
+    assert "weights.bin" in fails(run("rewrite", path, tmp_path / "out.onnx"))
+    code, out, err = run("inspect", path)
+    assert code == 0 or "weights.bin" in fails((code, out, err))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.onnx"]
+
+
+def test_output_may_not_be_the_input(run: Run, model: Path, tmp_path: Path) -> None:
+    before = model.read_bytes()
+    link = tmp_path / "link.onnx"
+    link.symlink_to(model)
+    hard = tmp_path / "hard.onnx"
+    os.link(model, hard)
+    for same in (
+        model,
+        tmp_path / "." / "model.onnx",
+        tmp_path / ".." / tmp_path.name / "model.onnx",
+        link,
+        hard,
+    ):
+        for more in ([], ["--overwrite"]):
+            fails(run("rewrite", model, same, *more))
+            fails_json(run("rewrite", model, same, *more, "--json"), "InputError")
+    assert model.read_bytes() == before
+    for argv in ([model, model, "--in-place"], [model, "--in-place"]):
+        model.write_bytes(before)
+        assert run("rewrite", *argv)[0] == 0
+        assert model.read_bytes() != before
+
+
+def test_output_that_cannot_be_written(run: Run, model: Path, tmp_path: Path) -> None:
+    existing = tmp_path / "existing.onnx"
+    existing.write_text("keep me")
+    before = sorted(tmp_path.iterdir())
+    for output in (existing, tmp_path / "no" / "such" / "out.onnx", tmp_path, model / "out.onnx"):
+        fails(run("rewrite", model, output))
+        fails_json(run("rewrite", model, output, "--json"), "InputError")
+    assert "existing.onnx" in fails(run("rewrite", model, existing))
+    assert existing.read_text() == "keep me"
+    assert sorted(tmp_path.iterdir()) == before
+    assert run("rewrite", model, existing, "--overwrite")[0] == 0
+    assert len(onnx.load(existing).graph.node) == 1
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [], ["nonsense"], ["inspect"], ["inspect", "a", "b"], ["rewrite", "a"], ["rewrite", "a", "b", "--target", "x"],
+        ["rewrite", "a", "b", "--no-such"], ["verify", "a"], ["verify", "a", "b", "--seed", "x"], ["explain", "NF9"],
+        ["inspect", "a", "-q", "-v"], ["inspect", ""], ["rewrite", "a", ""], ["explain", "\x1b[31m"],
+        ["rewrite", "a", "b", "--layernorm-to-rmsnorm", "approximate"], ["rewrite", "a", "b", "--target", "ort-cuda"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_wrong_arguments(run: Run, argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "\x1b" not in fails(run(*argv))
+    fails_json(run(*argv, "--json"))
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- errors -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "kind"),
+    [
+        (InputError("bad\nnews"), 2, "InputError"),
+        (UnsafeModelError("bad news"), 2, "UnsafeModelError"),
+        (UnsupportedError("bad news"), 2, "UnsupportedError"),
+        (VerificationError("bad news"), 1, "VerificationError"),
+        (PermissionError(13, "bad news", "m.onnx"), 2, "InputError"),
+        (ZeroDivisionError("bad news"), 3, "InternalError"),
+        (RecursionError("bad news"), 3, "InternalError"),
+        (KeyboardInterrupt(), 130, "Interrupted"),
+    ],
+    ids=lambda v: type(v).__name__ if isinstance(v, BaseException) else str(v),
+)
+def test_exit_code_of_each_error(
+    run: Run, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, kind: str
+) -> None:
+    def boom(*_: object, **__: object) -> Report:
+        print("a library that talks")
+        raise error
+
+    monkeypatch.setattr(normfuse, "inspect", boom, raising=False)
+    result = run("inspect", "m.onnx")
+    assert result[:2] == (code, "")
+    line = result[2].splitlines()[-1]
+    assert "bad news" in line or code == 130
+    assert ("internal error" in line) == (code == 3)
+    fails_json(run("inspect", "m.onnx", "--json"), kind, code)
+
+
+def test_verbose_shows_the_traceback_of_an_internal_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(normfuse, "inspect", lambda _: 1 // 0, raising=False)
+    assert main(["inspect", "m.onnx", "-v", "--json"]) == 3
+    out, err = capsys.readouterr()
+    assert "Traceback" in err
+    assert json.loads(out)["error"]["kind"] == "InternalError"
+
+
+# -- the other commands -------------------------------------------------------------------------------------------
+
+
+def test_explain(run: Run) -> None:
+    code, out, _ = run("explain", "nf101")
+    assert code == 0
+    assert out.startswith("NF101: ")
+    assert "What to do: " in out
+    assert "NF101" in run("explain")[1]
+    assert set(json.loads(run("explain", "NF101", "--json")[1])) == {
+        "schema",
+        "code",
+        "title",
+        "explanation",
+        "fix",
+    }
+    assert json.loads(run("explain", "--json")[1])["codes"][0]["code"] == "NF100"
+
+
+def test_env(run: Run) -> None:
+    data = json.loads(run("env", "--json")[1])
+    assert {"schema", "python", "normfuse", "torch", "onnx", "onnxruntime", "onnxruntime_providers"} <= set(
+        data
+    )
+    assert "CPUExecutionProvider" in data["onnxruntime_providers"]
+    code, out, err = run("env")
+    assert code == 0
+    assert "onnxscript" in out
+    assert err == ""
+
+
+# -- hostile names, many layers -----------------------------------------------------------------------------------
+
+
+def test_names_cannot_act_on_the_terminal(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "evil.onnx"
+    for outside in (False, True):
+        onnx.save(norm_model(EVIL, outside=outside), path)
+        for argv in (["inspect", path], ["inspect", path, "-v"], ["rewrite", path, "--dry-run"],
+                     ["inspect", path, "--json"]):  # fmt: skip
+            _, out, err = run(*argv)
+            assert not set("\x1b\x07\u202e\r") & set(out + err)
+    assert EVIL in json.loads(run("inspect", path, "--json")[1])["refusals"][0]["node"]
+
+
+def test_terminal_output_escapes_names_and_markup(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    out = Terminal()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "200")
+    print_blocks([EVIL, Table(("name", "action"), [(EVIL, "fused")])])
+    text = out.getvalue()
+    assert text.count(clean(EVIL)) == 2
+    assert "[bold]" in clean(EVIL)
+    assert "\x1b]" not in text
+    assert "\x1b[31m" not in text
+
+
+def layers(count: int) -> Report:
+    """Llama-like: two norms a layer, and a last one."""
+    report = Report(format="ONNX", opset=23, rewritten=True, nodes_before=1000, nodes_after=500)
+    for i in range(count):
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            weight, fact = f"model.layers.{i}.{name}.weight", "w*x*(mean(x^2) + 1e-06)^-1/2"
+            report.norms.append(
+                NormRecord(f"layers.{i}.{name}", "rms_norm", [-1], 64, 1e-6, "float32", weight, None, "pre", fact,
+                           "decomposed", "float32", "fused", True)
+            )  # fmt: skip
+    report.refusals = [RefusalRecord("NF101", "n", "because")]
+    return report
+
+
+def test_equal_norms_share_a_row() -> None:
+    report = layers(80)
+    table = next(b for b in report_blocks(report, "m", 0.0, False, False) if isinstance(b, Table))
+    assert len(table.rows) == 1
+    assert table.rows[0][:2] == ("layers.0.input_layernorm ... layers.79.post_attention_layernorm", "x160")
+    assert "w*x*(mean(x^2) + 1e-06)^-1/2" in table.rows[0]
+    table = next(b for b in report_blocks(report, "m", 0.0, True, False) if isinstance(b, Table))
+    assert len(table.rows) == 160
+
+
+def test_numbers_that_json_lacks_become_null(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = layers(1)
+    report.norms[0].error = float("nan")
+    monkeypatch.setattr(normfuse, "rewrite", lambda *_, **__: report, raising=False)
+    out = run("rewrite", "a", "b", "--json")[1]
+    assert json.loads(out, parse_constant=pytest.fail)["norms"][0]["error"] is None
+
+
+# -- as a process -------------------------------------------------------------------------------------------------
+
+COMMAND = [sys.executable, "-m", "normfuse"]
+
+
+def test_help_is_instant() -> None:
+    def once() -> float:
+        started = time.perf_counter()
+        done = subprocess.run([*COMMAND, "--help"], capture_output=True, text=True, check=True)
+        assert "inspect" in done.stdout
+        return time.perf_counter() - started
+
+    assert min(once() for _ in range(5)) < 0.3
+
+
+def test_help_imports_nothing_heavy() -> None:
+    script = (
+        "import sys, normfuse.cli\n"
+        "try: normfuse.cli.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print(*{'torch', 'onnx', 'onnx_ir', 'numpy', 'rich', 'onnxruntime'} & set(sys.modules), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == ""
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    with subprocess.Popen([*COMMAND, "explain"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+
+
+def test_output_in_a_narrow_encoding(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    argv = [*COMMAND, "inspect", str(tmp_path / "módèl.onnx")]
+    done = subprocess.run(argv, capture_output=True, env=environment, check=False)
+    assert done.returncode == 2
+    assert b"Traceback" not in done.stderr

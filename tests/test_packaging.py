@@ -1,0 +1,90 @@
+"""The wheel holds every source file once, and the core imports neither torch nor onnx."""
+
+from __future__ import annotations
+
+import ast
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CORE = ("facts", "transfer", "recognise", "graph")
+HEAVY = {"torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "numpy"}
+
+
+def sources() -> set[str]:
+    """The Python files of the library under the names that they are installed with."""
+    library = {str(f.relative_to(ROOT)) for f in (ROOT / "normfuse").rglob("*.py")}
+    passes = {f"normfuse/passes/{f.relative_to(ROOT / 'passes')}" for f in (ROOT / "passes").rglob("*.py")}
+    return {name for name in library if not name.startswith("normfuse/passes/")} | passes
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel of a copy of the sources, so that nothing is built in the checkout."""
+    folder = tmp_path_factory.mktemp("build")
+    for name in ("normfuse", "passes"):
+        shutil.copytree(
+            ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    for name in ("pyproject.toml", "LICENSE", "README.md"):
+        shutil.copy(ROOT / name, folder)
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    done = subprocess.run(
+        [*pip, "--wheel-dir", "dist", "."], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = (folder / "dist").glob("normfuse-*.whl")
+    return path
+
+
+def test_wheel_holds_every_source_file_once(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert sorted(n for n in names if n.endswith(".py")) == sorted(sources())
+    assert "normfuse/py.typed" in names
+    assert not [n for n in names if not n.startswith(("normfuse/", "normfuse-"))]
+
+
+def test_wheel_runs_from_where_it_is_unpacked(wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    script = "import normfuse, normfuse.passes, normfuse.frontends; print(normfuse.__file__, normfuse.passes.__file__)"
+    code = f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); {script}"
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert all(path.startswith(str(tmp_path / "site")) for path in done.stdout.split())
+
+
+def test_passes_are_one_package_in_the_checkout() -> None:
+    link = ROOT / "normfuse" / "passes"
+    assert link.is_symlink()
+    assert str(link.readlink()) == "../passes"
+
+
+def test_core_imports_nothing_heavy_at_run_time() -> None:
+    modules = ", ".join(f"normfuse.{name}" for name in CORE)
+    script = f"import {modules}, sys; print(*sorted({HEAVY!r} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == ""
+
+
+@pytest.mark.parametrize("name", CORE)
+def test_core_names_nothing_heavy(name: str) -> None:
+    tree = ast.parse((ROOT / "normfuse" / f"{name}.py").read_text(encoding="utf-8"))
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module or "")
+    assert not {module for module in found if module.split(".")[0] in HEAVY}
+    own = {module for module in found if module.startswith("normfuse")}
+    assert own <= {f"normfuse.{other}" for other in CORE}
