@@ -38,7 +38,7 @@ def ocr_model(folder: Path) -> tuple[Path, dict[str, np.ndarray]]:
 
 
 def llama_model(folder: Path) -> tuple[Path, dict[str, np.ndarray]]:
-    """A small Llama with random weights, as the exporter writes it at opset 23."""
+    """A small Llama with random weights at opset 23, as the exporter writes it before it optimizes on its own."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -51,17 +51,17 @@ def llama_model(folder: Path) -> tuple[Path, dict[str, np.ndarray]]:
     path = folder / "llama.onnx"
     print("Exporting with torch.onnx.export ...\n", flush=True)
     torch.onnx.export(
-        LlamaForCausalLM(config).eval(), (tokens,), path,
-        input_names=["tokens"], output_names=["logits"], opset_version=23, dynamo=True, verbose=False,
-        external_data=False,
+        LlamaForCausalLM(config).train(False), (tokens,), path,
+        input_names=["tokens"], output_names=["logits"], opset_version=23, dynamo=True, optimize=False,
+        verbose=False, external_data=False,
     )  # fmt: skip
     return path, {"tokens": tokens.numpy()}
 
 
 def session(path: Path) -> ort.InferenceSession:
-    """A session on the CPU with two threads."""
+    """A session on one thread of the CPU: the spinning threads of two sessions would disturb each other."""
     options = ort.SessionOptions()
-    options.intra_op_num_threads = min(2, os.cpu_count() or 1)
+    options.intra_op_num_threads = 1
     options.log_severity_level = 3
     return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 

@@ -110,7 +110,7 @@ def _print_rich(blocks: list[Block]) -> None:
             console.print(Text(clean(block)), soft_wrap=True)
             continue
         keep = _columns(block)
-        grid = table.Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+        grid = table.Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
         for i in keep:
             narrow = max(len(row[i]) for row in block.rows) <= 16
             grid.add_column(Text(block.headers[i]), no_wrap=narrow, overflow="fold")

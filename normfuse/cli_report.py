@@ -59,8 +59,9 @@ def _norm_table(report: Report, verbose: bool) -> Table:
     groups: dict[object, list[NormRecord]] = {}
     for i, norm in enumerate(report.norms):
         groups.setdefault(i if verbose else _likeness(norm), []).append(norm)
+    shared = len(groups) < len(report.norms)
     plain = all(norm.cast == norm.dtype for norm in report.norms)
-    return Table(HEADERS, [_row(group, report.rewritten, plain) for group in groups.values()])
+    return Table(HEADERS, [_row(group, report.rewritten, shared, plain) for group in groups.values()])
 
 
 def _likeness(norm: NormRecord) -> tuple[object, ...]:
@@ -68,16 +69,19 @@ def _likeness(norm: NormRecord) -> tuple[object, ...]:
     return (norm.kind, norm.placement, norm.size, norm.eps, norm.fact, norm.cast, norm.dtype, norm.form, norm.action)
 
 
-def _row(group: list[NormRecord], rewritten: bool, plain: bool) -> tuple[str, ...]:
+def _row(group: list[NormRecord], rewritten: bool, shared: bool, plain: bool) -> tuple[str, ...]:
     first, last = group[0], group[-1]
-    name = first.name if len(group) == 1 else f"{first.name} ... {last.name}"
-    count = "" if len(group) == 1 else f"x{len(group)}"
-    size = "?" if first.size is None else str(first.size)
-    action = first.action if rewritten else FORMS.get(first.form, first.form)
     return (
-        name, count, first.kind, size, first.placement, first.fact, "" if plain else first.cast, action,
+        first.name if len(group) == 1 else f"{first.name} ... {last.name}",
+        f"x{len(group)}" if shared else "",
+        first.kind,
+        "?" if first.size is None else str(first.size),
+        first.placement,
+        first.fact,
+        "" if plain else first.cast,
+        first.action if rewritten else FORMS.get(first.form, first.form),
         _verified(n.verified for n in group) if rewritten else "",
-    )  # fmt: skip
+    )
 
 
 def _verified(results: Iterable[bool | None]) -> str:
@@ -95,13 +99,18 @@ def comparison_blocks(result: dict[str, Any], quiet: bool) -> list[Block]:
     if quiet:
         return [_verdict(result)]
     rows = [
-        (o["name"], str(o["dtype"]), "x".join(map(str, o["shape"])), f"{o['max_abs']:.3g}", f"{o['max_rel']:.3g}")
+        (o["name"], str(o["dtype"]), "x".join(map(str, o["shape"] or ())), _gap(o["max_abs"]), _gap(o["max_rel"]))
         for o in result["outputs"]
     ]
     return [Table(("output", "type", "shape", "max abs diff", "max rel diff"), rows), _verdict(result)]
 
 
+def _gap(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
 def _verdict(result: dict[str, Any]) -> str:
-    word = "equal" if result["equal"] else "different"
-    worst = max((o["max_abs"] for o in result["outputs"]), default=0.0)
-    return f"{word}: largest difference {worst:.3g}, tolerance {result['tolerance']:.3g}, {result['provider']}"
+    if not result["equal"]:
+        return f"different, by more than {result['tolerance']:g} roundings; {result['provider']}"
+    worst = max((o["max_rel"] or 0.0 for o in result["outputs"]), default=0.0)
+    return f"equal: largest difference {worst:.2g} of an output's largest element; {result['provider']}"

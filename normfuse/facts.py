@@ -178,6 +178,18 @@ def has(p: Poly, tag: str) -> bool:
     return any(atom[0] == tag for key in p for atom, _ in key)
 
 
+def _level(p: Poly) -> int:
+    level = 0
+    for key in p:
+        for atom, e in key:
+            if atom[0] == "T":
+                inner = _level(root_poly(atom))
+                level = max(level, 3 if inner >= 2 or e % 1 else inner)
+            elif atom[0] == "m":
+                level = max(level, 1 if atom == M1 else 3 if e < 0 or e % 1 else 2)
+    return level
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Root:
     """A tensor and the axes over which it may be normalised; `size` is the number of elements in a row."""
@@ -221,12 +233,8 @@ class Fact:
     @property
     def advanced(self) -> int:
         """How far on the way to a norm: 0 no statistics, 1 a mean, 2 a second moment, 3 a root of one."""
-        polys = (self.kappa, self.alpha, self.beta)
-        if any(has(p, "T") for p in polys):
-            return 3
-        if self.kappa or any(atom == M2 for p in polys for key in p for atom, _ in key):
-            return 2
-        return 1 if any(has(p, "m") for p in polys) else 0
+        level = max(_level(p) for p in (self.kappa, self.alpha, self.beta))
+        return max(level, 2) if self.kappa else level
 
 
 def single(c: float) -> float:

@@ -39,10 +39,10 @@ class _Placer:
                 self.fed.update(node.outputs)
 
     def base(self, value: Value) -> Value:
-        """The value behind casts and copies."""
+        """The value behind casts, copies and reshapes."""
         for _ in range(SHORT_WALK):
             node = value.producer
-            if value in self.normed or node is None or node.kind not in ("cast", "identity"):
+            if value in self.normed or node is None or node.kind not in ("cast", "identity", "reshape"):
                 break
             value = node.inputs[0]
         return value
@@ -157,7 +157,7 @@ class _Placer:
         for node, _ in _forward(y, through, LONG_WALK):
             if node.kind == "attention":
                 return True
-            if node.kind == "matmul" and not any(v.fixed or v.number is not None for v in node.inputs):
+            if node.kind == "matmul" and not any(_weight(v) for v in node.inputs):
                 return True
         return False
 
@@ -167,6 +167,18 @@ class _Placer:
         if x.producer is not None and x.producer.kind == "mul":
             products.append(x.producer)
         return any(_activated(v) for node in products for v in node.inputs)
+
+
+def _weight(value: Value) -> bool:
+    """A constant, or picked out of one: the matrices of the experts that a router chose."""
+    for _ in range(SHORT_WALK):
+        if value.fixed or value.number is not None:
+            return True
+        node = value.producer
+        if node is None or node.kind not in THROUGH | {"gather", "slice"}:
+            return False
+        value = node.inputs[0]
+    return False
 
 
 def _activated(value: Value) -> bool:

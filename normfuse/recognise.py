@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from normfuse.facts import (
-    MEAN, MEAN_SQ, ONE, SQ_MEAN, ZERO, Atom, Fact, Layout, Poly, Refused, Root, add, constant, formula, mul, number,
+    M2, MEAN, MEAN_SQ, ONE, SQ_MEAN, ZERO, Atom, Fact, Layout, Poly, Refused, Root, constant, formula, mul, number,
     root_poly,
 )  # fmt: skip
 from normfuse.graph import FLOATS, PRECISION, Graph, Node, Value
@@ -25,6 +25,8 @@ MAX_WALK = 16
 NEAR = 1e-6
 
 ELEMENTWISE = frozenset("add sub mul div neg abs square pow sqrt rsqrt reciprocal max cast identity".split())
+TELLING = ("NF112", "NF117")
+"""Refusals that explain a miss even where they stand before any statistic."""
 OPERATORS = ("layer_norm", "rms_norm")
 VIEWS = frozenset("reshape unsqueeze squeeze expand transpose".split())
 CENTRED: Poly = {SQ_MEAN: 1.0, MEAN_SQ: -1.0}
@@ -114,11 +116,17 @@ class _Match:
 def match(fact: Fact) -> _Match:
     """Read a fact as a norm, or raise `Refused` with what is missing."""
     roots = {(atom, e) for key in fact.alpha for atom, e in key if atom[0] == "T"}
+    if not roots or any(atom == M2 and e < 0 for key in fact.alpha for atom, e in key):
+        if len(fact.alpha) > 1:
+            raise Refused("NF101", "eps is added outside the root")
+        raise Refused("NF103", "eps is missing; a norm needs a positive eps under the root")
     if len(roots) != 1 or any(sum(a[0] == "T" for a, _ in key) != 1 for key in fact.alpha):
         raise Refused("NF101", "x is not scaled by exactly one root of a statistic")
     ((atom, exponent),) = roots
     under = root_poly(atom)
     if exponent != -0.5:
+        if any(a[0] == "T" or e % 1 for key in under for a, e in key):
+            raise Refused("NF101", "eps is added outside the root: std + eps is not sqrt(var + eps)")
         raise Refused("NF105", f"the statistic is raised to {number(exponent)}, a norm needs -1/2")
     kind, eps = _under(under)
     weight: Poly = {}
@@ -181,6 +189,8 @@ def precision(fact: Fact) -> tuple[str, str]:
         if event not in ("centre", "norm"):
             affine.add(bool(back))
         compute = compute or dtype
+    if sum(e in ("weight", "scale") and PRECISION.get(d, 0) < 24 for e, d in fact.trace) > 1:
+        raise Refused("NF117", "scaled twice in a narrow type, with a rounding each time")
     if len(affine) == 2:
         raise Refused("NF117", "the cast back stands between scale and shift")
     if fact.types != {compute}:
@@ -229,7 +239,7 @@ class _Recogniser:
             ranks = [self.light.get(v.index) for v in node.inputs if v.number is None]
             if None not in ranks:
                 self.light[out.index] = max((r for r in ranks if r is not None), default=0)
-            stats = [v for v in node.inputs if v.number is None and v.index not in self.light]
+            stats = [v for v in node.inputs if v.number is None and not self._parameter(v)]
             if stats and all(v.index in self.stat for v in stats):
                 self.stat.add(out.index)
         elif node.kind in ("mean", "sum", "var", "std", "vecnorm") or (
@@ -238,11 +248,19 @@ class _Recogniser:
         ):
             self.stat.add(out.index)
 
+    def _parameter(self, value: Value) -> bool:
+        """Surely a parameter: made of constants, or of inputs of rank 1 at most."""
+        return self.light.get(value.index, 9) <= 1
+
     # -- roots ----------------------------------------------------------------------------------------------------
 
     def _seed(self, node: Node) -> None:
         value = node.inputs[0] if node.inputs[0].number is None else node.inputs[-1]
+        if node.kind == "mean" and value.dtype not in FLOATS and value.dtype is not None:
+            self.out.refusals.append(Refusal("NF113", node.name, f"the mean of a tensor of type {value.dtype}"))
         if value.rank is None:
+            if node.kind in ("mean", "var", "std"):
+                self.out.refusals.append(Refusal("NF115", node.name, f"the shape of {value.name} is not known"))
             return
         if node.kind == "matmul":
             if value.index in self.light or (value.rank < 2 and node.inputs[1].number is None):
@@ -255,6 +273,7 @@ class _Recogniser:
         else:
             axes = node.attrs["axes"]
         if axes is None:
+            self.out.refusals.append(Refusal("NF114", node.name, "the axes of the mean are known only at run time"))
             return
         found: list[Root] = []
         for v, over in self._origins(value, axes):
@@ -288,7 +307,7 @@ class _Recogniser:
             elif node.kind in ELEMENTWISE:
                 for i, operand in enumerate(node.inputs):
                     others = [o for j, o in enumerate(node.inputs) if j != i]
-                    scaled = all(o.number is not None or o.index in self.stat or o.index in self.light for o in others)
+                    scaled = all(o.number is not None or o.index in self.stat or self._parameter(o) for o in others)
                     square = node.kind == "mul" and operand.shape == v.shape
                     if operand.rank == v.rank and (scaled or square) and operand.index not in self.stat:
                         todo.append((operand, over))
@@ -348,8 +367,9 @@ class _Recogniser:
         return out
 
     def _miss(self, key: tuple[int, tuple[int, ...]], node: Node, why: Refused) -> None:
-        level = max(self.facts[v.index][key].advanced for v in node.inputs if key in self.facts.get(v.index, ()))
-        if level >= 2 or (level and why.code == "NF114"):
+        known = [self.facts[v.index][key] for v in node.inputs if key in self.facts.get(v.index, ())]
+        level = max(f.advanced for f in known)
+        if level >= 2 or why.code in TELLING or (level and why.code == "NF107"):
             self.misses.setdefault(key, []).append((level, node.index, why.code, node.name, why.message))
 
     # -- sites ----------------------------------------------------------------------------------------------------
@@ -426,7 +446,7 @@ class _Recogniser:
         chain_name = _label(chain[0][0])
         for value, fact in chain:
             try:
-                if fact.layout != identity_layout(fact.root.value):
+                if fact.layout != identity_layout(fact.root.value) or self._idle(value, fact):
                     continue
                 found = match(fact)
                 compute, cast = precision(fact)
@@ -444,6 +464,14 @@ class _Recogniser:
         compute = max(fact.types & set(PRECISION) | {"float32"}, key=PRECISION.__getitem__)
         norm = self._norm(value, fact, match(fact), compute, "mixed")
         self.out.sites.append(Site(value, norm, fact, False, chain_name, first.message))
+
+    def _idle(self, value: Value, fact: Fact) -> bool:
+        """Only a copy or a view of a value before it that has the same layout."""
+        node, before = value.producer, None if fact.via is None else self.facts[fact.via.index].get(fact.root.key())
+        assert node is not None
+        copies = node.kind in VIEWS or node.kind == "identity" or (
+            node.kind == "cast" and node.inputs[0].dtype == value.dtype)  # fmt: skip
+        return copies and before is not None and before.layout == fact.layout and fact.via is not fact.root.value
 
     def _norm(self, value: Value, fact: Fact, found: _Match, compute: str, cast: str) -> Norm:
         root = fact.root
@@ -478,7 +506,11 @@ class _Recogniser:
             found = [m for root in self.seeds[i] for m in self.misses.get(root.key(), ())]
             if not found:
                 continue
-            _, _, code, node, message = max(found, key=lambda m: (m[0], -m[1]))
+            if not any(m[0] >= 2 or (m[0] and m[2] == "NF107") for m in found):
+                continue
+            _, _, code, node, message = max(found, key=lambda m: (m[0] >= 2 and m[2] != "NF106", m[0], -m[1]))
+            if code == "NF106":  # an earlier miss of another reading may say why
+                _, _, code, node, message = next((m for m in found if m[2] in TELLING), (0, 0, code, node, message))
             if (code, node) not in said:
                 said.add((code, node))
                 self.out.refusals.append(Refusal(code, node, message))

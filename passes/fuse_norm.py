@@ -79,8 +79,9 @@ def statistics(site: Site) -> list[Node]:
 
 
 def _reader(graph: Graph, site: Site, alive: set[Node]) -> str:
-    inside = set(region(site))
-    for node in reversed(list(inside)):
+    nodes = region(site)
+    inside = set(nodes)
+    for node in nodes:
         for value in node.outputs:
             if value is site.value:
                 continue

@@ -11,9 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def used() -> set[str]:
-    files = [
-        f for folder in ("normfuse", "passes") for f in (ROOT / folder).rglob("*.py") if f.name != "codes.py"
-    ]
+    files = [f for folder in ("normfuse", "passes") for f in (ROOT / folder).rglob("*.py") if f.name != "codes.py"]
     return {code for f in files for code in re.findall(r"\bNF\d{3}\b", f.read_text(encoding="utf-8"))}
 
 

@@ -28,15 +28,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A wheel of a copy of the sources, so that nothing is built in the checkout."""
     folder = tmp_path_factory.mktemp("build")
     for name in ("normfuse", "passes"):
-        shutil.copytree(
-            ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
-        )
+        shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "LICENSE", "README.md"):
         shutil.copy(ROOT / name, folder)
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    done = subprocess.run(
-        [*pip, "--wheel-dir", "dist", "."], cwd=folder, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([*pip, "--wheel-dir", "dist", "."], cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = (folder / "dist").glob("normfuse-*.whl")
     return path
@@ -55,9 +51,7 @@ def test_wheel_runs_from_where_it_is_unpacked(wheel: Path, tmp_path: Path) -> No
         archive.extractall(tmp_path / "site")
     script = "import normfuse, normfuse.passes, normfuse.frontends; print(normfuse.__file__, normfuse.passes.__file__)"
     code = f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); {script}"
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert all(path.startswith(str(tmp_path / "site")) for path in done.stdout.split())
 
 
@@ -70,9 +64,7 @@ def test_passes_are_one_package_in_the_checkout() -> None:
 def test_core_imports_nothing_heavy_at_run_time() -> None:
     modules = ", ".join(f"normfuse.{name}" for name in CORE)
     script = f"import {modules}, sys; print(*sorted({HEAVY!r} & set(sys.modules)))"
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
 
 

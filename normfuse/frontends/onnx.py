@@ -74,19 +74,23 @@ class Lowering:
         return "?" if dtype is None else _DTYPE_NAMES[dtype]
 
     def _facts(self, value: ir.Value, shape: Shape | None, dtype: str | None) -> tuple[Shape | None, str | None]:
-        """Shape and dtype as stated by the model, else inferred by `onnx`, else by the row of the operator."""
+        """Shape and dtype: the operator's row, what the model states and what `onnx` infers, merged axis by axis.
+
+        Sizes win over symbols, and what follows from the inputs over what a `value_info` says.
+        """
+        more, kind = self.inferred.get(value.name or "", (None, None))
         stated = shape_of(value.shape)
         if value.dtype is not None:
-            dtype = _DTYPE_NAMES[value.dtype]
-        if stated is None or dtype is None or None in stated:
-            more, kind = self.inferred.get(value.name or "", (None, None))
-            dtype = dtype or kind
-            known = [s for s in (stated, more, shape) if s is not None]
-            if known and all(len(s) == len(known[0]) for s in known):
-                stated = tuple(next((d for d in dims if d is not None), None) for dims in zip(*known, strict=True))
-            elif known:
-                stated = known[0]
-        return stated, dtype
+            kind = _DTYPE_NAMES[value.dtype]
+        known = [s for s in (shape, stated, more) if s is not None]
+        if not known:
+            return None, kind or dtype
+        known = [s for s in known if len(s) == len(known[0])]
+        merged = []
+        for dims in zip(*known, strict=True):
+            sizes, symbols = [d for d in dims if isinstance(d, int)], [d for d in dims if isinstance(d, str)]
+            merged.append((sizes or symbols or [None])[0])
+        return tuple(merged), kind or dtype
 
     def _leaf(self, value: ir.Value, fixed: bool, number: float | None = None) -> Value:
         shape, dtype = self._facts(value, None, None)

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
 from normfuse.frontends.onnx import Lowering
-from normfuse.frontends.onnx_emit import DOMAIN, Emitter
+from normfuse.frontends.onnx_emit import DOMAIN, Emitter, rest_of
 from normfuse.graph import Value
 from normfuse.recognise import Site
 from normfuse.verify import Array, Check, compare, numpy_dtype
@@ -46,7 +46,8 @@ class Checker:
         copies = {v: ir.Value(name=v.native.name, shape=v.native.shape, type=v.native.type,
                               const_value=v.native.const_value) for v in boundary if v.native is not None}  # fmt: skip
         made = emitter.emit(site.norm, copies[site.norm.x], copies, "replacement")
-        made[-1].outputs[0].name = site.value.native.name
+        emitter.tail(made, rest_of(site.value), copies, "replacement")
+        made[-1].outputs[0].name = _target(site).native.name
         new = _made_proto(made, boundary, emitter, site, self.opset)
         key = old[0].SerializeToString(deterministic=True) + new[0].SerializeToString(deterministic=True)
         key += repr([(v.dtype, v.shape) for v in boundary]).encode()
@@ -61,17 +62,25 @@ class Checker:
         return self.done[key]
 
 
+def _target(site: Site) -> Value:
+    """The value of the graph that the replacement computes."""
+    rest = rest_of(site.value)
+    return rest[-1].outputs[0] if rest else site.value
+
+
 class _Region:
     def __init__(self, low: Lowering, site: Site) -> None:
         self.low, self.site = low, site
-        self.stop = {v.native for v in (site.norm.x, *site.norm.parameters())}
+        tail = [v for step in rest_of(site.value) for v in step.inputs[1:]]
+        self.reads = [site.norm.x, *site.norm.parameters(), *tail]
+        self.stop = {v.native for v in self.reads}
 
     def build(self) -> tuple[list[ir.Node], list[Value], dict[ir.Value, Array]] | None:
         """The ONNX nodes of the region in order, the values it reads, and integers that have to be constants."""
-        boundary = {v.native: v for v in (self.site.norm.x, *self.site.norm.parameters())}
+        boundary = {v.native: v for v in self.reads}
         constants: dict[ir.Value, Array] = {}
         nodes: dict[ir.Node, int] = {}
-        todo: list[ir.Value] = [self.site.value.native]
+        todo: list[ir.Value] = [_target(self.site).native]
         seen: set[ir.Value] = set(self.stop)
         while todo:
             value = todo.pop()
@@ -126,7 +135,7 @@ class _Region:
 
 def _test_shape(site: Site, nodes: list[ir.Node]) -> tuple[int, ...]:
     """The shape to test with: rows are cut down unless a view in the region fixes them."""
-    fixed = any(node.op_type in VIEWS or node.op_type in ("Shape", "Size") for node in nodes)
+    fixed = bool(rest_of(site.value)) or any(node.op_type in VIEWS or node.op_type in ("Shape", "Size") for node in nodes)
     assert site.norm.x.shape is not None
     shape = []
     for i, d in enumerate(site.norm.x.shape):
@@ -172,7 +181,7 @@ def _proto(low: Lowering, site: Site, nodes: list[ir.Node], boundary: list[Value
     used = {n for p in protos for n in p.input}
     functions = [ir.to_proto(f) for f in low.source.meta.get("normfuse.functions", {}).values() if f.domain == DOMAIN]
     return _finish(protos, [n for v, n in names.items() if n in used and n[0] == "v"],
-                   names[site.value.native], opset, functions)  # fmt: skip
+                   names[_target(site).native], opset, functions)  # fmt: skip
 
 
 def _made_proto(made: list[ir.Node], boundary: list[Value], emitter: Emitter, site: Site, opset: int) -> Model:
@@ -197,7 +206,7 @@ def _made_proto(made: list[ir.Node], boundary: list[Value], emitter: Emitter, si
             field.extend(names)
         protos.append(proto)
     used = {n for p in protos for n in p.input}
-    output = renamed[site.value.native.name]
+    output = renamed[_target(site).native.name]
     functions = [ir.to_proto(f) for f in emitter.functions.values()]
     return _finish(protos, [n for n in renamed.values() if n in used and n[0] == "v"], output, opset, functions)
 

@@ -19,7 +19,7 @@ import onnx_ir as ir
 from normfuse.frontends.onnx import DTYPES, Lowering
 from normfuse.frontends.onnx_functions import function_for, function_name
 from normfuse.frontends.onnx_ops import Row, norm_stages
-from normfuse.graph import Value
+from normfuse.graph import Node, Value
 from normfuse.recognise import Expr, Norm
 
 NATIVE = {"layer_norm": ("LayerNormalization", 17), "rms_norm": ("RMSNormalization", 23)}
@@ -40,6 +40,8 @@ class Emitter:
         """Why a norm has no form here, as (code, message), or None."""
         if value.shape is None or norm.x.shape is None:
             return "NF115", "the shape of the norm is not known"
+        if norm.x.native is None or any(v.native is None for v in norm.parameters()):
+            return "NF202", "the norm reads a value inside another operator"
         if norm.dtype not in DTYPES or norm.x.dtype not in DTYPES:
             return "NF113", f"the type {norm.dtype} is not a float type"
         if not self._trailing(norm) or norm.size is None:
@@ -100,6 +102,16 @@ class Emitter:
             self._cast(nodes, y, norm.dtype, f"{name}/downcast")
         return nodes
 
+    def tail(self, nodes: list[ir.Node], rest: Sequence[Node], params: dict[Value, ir.Value], name: str) -> None:
+        """The stages of a norm operator behind the value that was replaced: its cast, scale and shift."""
+        for step in rest:
+            y = nodes[-1].outputs[0]
+            if step.kind == "cast":
+                self._cast(nodes, y, step.outputs[0].dtype or "", f"{name}/cast")
+            else:
+                other = step.inputs[1]
+                self._node(nodes, step.kind.capitalize(), [y, params.get(other, other.native)], name)
+
     def constant(self, array: np.ndarray[Any, Any], dtype: str, hint: str) -> ir.Value:
         """A new initializer, shared by all who ask for the same one."""
         data = array.astype(DTYPES[dtype].numpy())
@@ -127,7 +139,7 @@ class Emitter:
             base = _unviewed(expr[0][1][0][0], norm)
             if base.dtype == dtype and (base.shape == _shape(norm) or not self._trailing(norm) or norm.size is None):
                 return params.get(base, base.native)  # type: ignore[no-any-return]
-        folded = _evaluate(expr, norm)
+        folded = None if self.spelled else _evaluate(expr, norm)
         if folded is not None:
             return self.constant(folded, dtype, "folded")
         total: ir.Value | None = None
@@ -151,6 +163,15 @@ class Emitter:
             shape = self.constant(np.array(_width(norm)), "int64", "shape")
             return self._node(nodes, "Reshape", [total, shape], name)
         return self._node(nodes, "Mul", [total, one], name)
+
+
+def rest_of(value: Value) -> list[Node]:
+    """The stages from a value inside an operator to that operator's output; empty for a value of the graph."""
+    out: list[Node] = []
+    while value.native is None:
+        out.append(value.uses[0])
+        value = value.uses[0].outputs[0]
+    return out
 
 
 def _plain(expr: Expr) -> bool:

@@ -11,7 +11,7 @@ from normfuse.config import Config
 from normfuse.errors import InputError, UnsupportedError
 from normfuse.frontends.onnx import Lowering, lower
 from normfuse.frontends.onnx_check import Checker
-from normfuse.frontends.onnx_emit import DOMAIN, Emitter, register_functions
+from normfuse.frontends.onnx_emit import DOMAIN, Emitter, register_functions, rest_of
 from normfuse.graph import Node, Value
 from normfuse.passmanager import fuse, plan
 from normfuse.plan import Plan
@@ -94,10 +94,12 @@ class OnnxModel:
         return native
 
     def _replace(self, low: Lowering, site: Site, used: set[str | None]) -> None:
-        old: ir.Value = site.value.native
+        rest = rest_of(site.value)
+        old: ir.Value = rest[-1].outputs[0].native if rest else site.value.native
         producer = old.producer()
         assert producer is not None and producer.graph is not None
         params = {v: self._now(v) for v in site.norm.parameters()}
+        params |= {v: self._now(v) for step in rest for v in step.inputs[1:]}
         for v in list(params):
             base = v.producer
             while base is not None and base.inputs and base.inputs[0].native is not None:
@@ -105,6 +107,7 @@ class OnnxModel:
                 base = base.inputs[0].producer
         name = _unique(f"{producer.name or old.name}_{site.norm.kind}", used)
         nodes = self.emitter.emit(site.norm, self._now(site.norm.x), params, name)
+        self.emitter.tail(nodes, rest, params, name)
         new = nodes[-1].outputs[0]
         for i, node in enumerate(nodes):
             node.metadata_props.update(producer.metadata_props)
@@ -123,7 +126,8 @@ class OnnxModel:
         by_native: dict[ir.Node, list[Node]] = {}
         for node in low.graph.nodes:
             by_native.setdefault(node.native, []).append(node)
-        gone = [native for native, nodes in by_native.items() if all(node in dead for node in nodes)]
+        gone = [rest_of(edit.site.value)[-1].native for edit in one.replace if edit.site.value.native is None]
+        gone += [native for native, nodes in by_native.items() if all(node in dead for node in nodes)]
         lowered = set(by_native)
         todo = list(reversed(gone))
         while todo:

@@ -254,10 +254,9 @@ def _expand(low: Lowering, node: ir.Node) -> None:
 
 def _transpose(low: Lowering, node: ir.Node) -> None:
     x = low.value(node.inputs[0])
-    if x.shape is None:
-        return low.opaque(node)
-    perm = tuple(attribute(node, "perm") or reversed(range(len(x.shape))))
-    low.emit("transpose", [x], low.output(node, tuple(x.shape[p] for p in perm), x.dtype), node, perm=perm)
+    perm = tuple(attribute(node, "perm") or reversed(range(len(x.shape or ()))))
+    shape = tuple(x.shape[p] for p in perm) if x.shape is not None and len(perm) == len(x.shape) else None
+    low.emit("transpose", [x], low.output(node, shape, x.dtype), node, perm=perm)
 
 
 def norm_stages(low: Lowering, node: ir.Node, kind: str, x: Value, scale: Value | None, bias: Value | None,
@@ -385,6 +384,7 @@ OPS: dict[str, Row] = {
     "MatMulInteger": role("linear"),
     "Gather": role("gather"),
     "GatherElements": role("gather"),
+    "GatherND": role("gather"),
     "Slice": role("slice"),
     "Split": role("slice"),
     "Concat": role("concat"),
