@@ -1,0 +1,260 @@
+"""The FX front end: from a torch graph to the neutral one, before and after AOTAutograd.
+
+Reads Dynamo graphs (torch functions, methods, operators), `torch.export` programs and aten graphs. Shapes and types
+come from what the tracer left in `node.meta`; without them nothing can be told, and a note says so. The graph is only
+read here; `normfuse.frontends.fx_emit` edits it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.passes.shape_prop import TensorMetadata
+
+from normfuse.frontends import fx_effects
+from normfuse.frontends.fx_ops import MODULES, OPS, Call, fold
+from normfuse.graph import Dim, Graph, Shape, Value
+
+MISSING = object()
+_CONSTANT = re.compile(r"(_tensor_constant|lifted_tensor_|_lifted_tensor_constant)\d+$")
+_STATE = re.compile(r"l_.*_(parameters|buffers)_", re.IGNORECASE)
+
+Slot = Value | tuple["Value | None", ...] | None
+
+
+def meta_of(node: fx.Node) -> Any:
+    """What the tracer knows of a node's result, or MISSING."""
+    for key in ("val", "example_value", "tensor_meta"):
+        if key in node.meta:
+            return node.meta[key]
+    return MISSING
+
+
+def is_tensor(meta: Any) -> bool:
+    """Whether a node's meta describes one tensor."""
+    return isinstance(meta, (torch.Tensor, TensorMetadata))
+
+
+def dim_of(d: Any) -> Dim:
+    """The neutral form of one size: an int, or the symbolic expression as text."""
+    if isinstance(d, int):
+        return d
+    exact = d.node.maybe_as_int()
+    return str(d) if exact is None else int(exact)
+
+
+def shape_of(meta: Any) -> Shape | None:
+    """The neutral shape of a tensor's meta; None for what is no plain strided tensor."""
+    if isinstance(meta, torch.Tensor) and (meta.layout != torch.strided or meta.is_quantized):
+        return None
+    return tuple(dim_of(d) for d in meta.shape)
+
+
+def dtype_of(meta: Any) -> str:
+    """The neutral name of a tensor's dtype."""
+    return str(meta.dtype).removeprefix("torch.")
+
+
+def label(node: fx.Node) -> str:
+    """What to call a node in a message: the path of its module, where known, and its name."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return node.name
+    entry = next(reversed(stack.values()))
+    path = entry[0] if isinstance(entry, tuple) else str(entry)
+    path = re.sub(r"^L\['self'\]\.?|_modules\b|['\"]", "", path)
+    path = re.sub(r"\[(\w+)\]", r".\1", path).replace("..", ".").strip(".")
+    return f"{path}/{node.name}" if path else node.name
+
+
+class Lowering:
+    """Builds the neutral graph of one FX graph.
+
+    `state` names the placeholders that are parameters, buffers or lifted constants of an exported program; for a
+    constant its tensor, whose value counts when it has one element.
+    """
+
+    def __init__(self, module: torch.nn.Module, graph: fx.Graph,
+                 state: Mapping[str, torch.Tensor | None] | None = None) -> None:  # fmt: skip
+        self.module = module
+        self.source = graph
+        self.state = state or {}
+        self.graph = Graph("")
+        self.values: dict[fx.Node, Slot] = {}
+        self.tainted = fx_effects.tainted(graph)
+        self.segment: dict[fx.Node, tuple[int, int]] = {}
+        self.subgraphs: list[str] = []
+        mode, autocast = 0, 0
+        for node in graph.nodes:
+            self._lower(node)
+            name = fx_effects.name_of(node)
+            if name in fx_effects.MODES:
+                mode, autocast = mode + 1, autocast + fx_effects.MODES[name]
+            self.segment[node] = (mode, autocast)
+        computed = [n for n in graph.nodes if n.op in ("call_function", "call_method", "call_module")]
+        if computed and not any(is_tensor(meta_of(n)) or isinstance(meta_of(n), (tuple, list)) for n in computed):
+            self.graph.notes.append(("NF115", "graph", "the graph has no shapes and types in node.meta; trace it with "
+                                     "torch.export or torch.compile, or run ShapeProp on it"))  # fmt: skip
+
+    # -- values ---------------------------------------------------------------------------------------------------
+
+    def out(self, node: fx.Node) -> Value:
+        """The neutral value for the result of a node that gives one tensor."""
+        value = self._value(node.name, meta_of(node), node)
+        self.values[node] = value
+        return value
+
+    def outs(self, node: fx.Node) -> tuple[Value | None, ...]:
+        """The neutral values for the results of a node that gives several."""
+        metas = meta_of(node)
+        slots = tuple(self._value(f"{node.name}.{i}", m, None) if is_tensor(m) else None for i, m in enumerate(metas))
+        for value in slots:
+            if value is not None:
+                value.tainted = node in self.tainted
+        self.values[node] = slots
+        return slots
+
+    def _value(self, name: str, meta: Any, native: fx.Node | None) -> Value:
+        shape, dtype = (shape_of(meta), dtype_of(meta)) if is_tensor(meta) else (None, None)
+        return self.graph.value(name, shape, dtype, native=native, tainted=native in self.tainted)
+
+    def virtual(self, shape: Shape | None, dtype: str | None) -> Value:
+        """A value that the model computes inside one operator."""
+        return self.graph.value("", shape, dtype)
+
+    def number(self, c: float, dtype: str | None, shape: Shape = ()) -> Value:
+        """A constant that an operator implies."""
+        return self.graph.leaf(str(c), shape, dtype, number=c, fixed=True)
+
+    def _leaf(self, node: fx.Node, fixed: bool, number: float | None = None) -> Value:
+        meta = meta_of(node)
+        shape, dtype = (shape_of(meta), dtype_of(meta)) if is_tensor(meta) else (None, None)
+        written = node in self.tainted
+        value = self.graph.leaf(node.name, shape, dtype, native=node, fixed=fixed and not written, tainted=written,
+                                number=None if written else number)  # fmt: skip
+        self.values[node] = value
+        return value
+
+    def constant(self, node: fx.Node, number: float) -> None:
+        """The result of a node that is a number all over, rounded to its type."""
+        meta = meta_of(node)
+        exact = torch.tensor(number, dtype=meta.dtype)
+        self._leaf(node, True, float(exact) if not exact.is_complex() else None)
+
+    def operand(self, argument: Any, like: Value | None = None) -> Value | None:
+        """The neutral value of an argument: a node, or a number beside a tensor; None for anything else."""
+        if isinstance(argument, fx.Node):
+            found = self.values.get(argument)
+            return found if isinstance(found, Value) else None
+        if isinstance(argument, (int, float)):
+            return self.number(float(argument), like.dtype if like is not None else None)
+        return None
+
+    # -- nodes ----------------------------------------------------------------------------------------------------
+
+    def emit(self, kind: str, inputs: list[Value], node: fx.Node, out: Value | None = None, **attrs: Any) -> Value:
+        """Append a neutral node for an FX node, or a constant where all operands are numbers."""
+        if out is None:
+            folded = fold(kind, [v.number for v in inputs]) if node not in self.tainted else None
+            if folded is not None and is_tensor(meta_of(node)):
+                self.constant(node, folded)
+                value = self.values[node]
+                assert isinstance(value, Value)
+                return value
+            out = self.out(node)
+        out.fixed = bool(inputs) and all(v.fixed for v in inputs) and not out.tainted
+        self.graph.node(kind, inputs, [out], native=node, op=fx_effects.name_of(node) or str(node.target),
+                        name=label(node), **attrs)  # fmt: skip
+        return out
+
+    def role(self, node: fx.Node, kind: str = "opaque", effect: bool = False) -> None:
+        """A node about which the core knows its kind at most."""
+        inputs: list[Value] = []
+        for n in node.all_input_nodes:
+            slot = self.values.get(n)
+            inputs += [v for v in (slot if isinstance(slot, tuple) else (slot,)) if v is not None]
+        if isinstance(meta_of(node), (tuple, list)) and not is_tensor(meta_of(node)):
+            outputs = [v for v in self.outs(node) if v is not None]
+        else:
+            outputs = [self.out(node)]
+        attrs = {"effect": True} if effect else {}
+        self.graph.node(kind, inputs, outputs, native=node, op=fx_effects.name_of(node) or str(node.target),
+                        name=label(node), **attrs)  # fmt: skip
+
+    def note(self, code: str, node: fx.Node, message: str) -> None:
+        """A refusal that the front end itself has to make."""
+        self.graph.notes.append((code, label(node), message))
+
+    def _lower(self, node: fx.Node) -> None:
+        if node.op == "placeholder":
+            self._placeholder(node)
+        elif node.op == "get_attr":
+            self._attribute(node)
+        elif node.op == "output":
+            for n in node.all_input_nodes:
+                slot = self.values.get(n)
+                for value in slot if isinstance(slot, tuple) else (slot,):
+                    if value is not None:
+                        value.kept = True
+        elif not fx_effects.is_assert(node):
+            self._call(node)
+
+    def _call(self, node: fx.Node) -> None:
+        meta = meta_of(node)
+        if fx_effects.written(node) or not fx_effects.known(node):
+            return self.role(node, effect=True)
+        if meta is not MISSING and not is_tensor(meta) and not (isinstance(meta, (tuple, list)) and meta):
+            return self._scalar(node, meta)
+        row = None if meta is MISSING else self._row(node)
+        if row is None or not row(Call(self, node)):
+            self.role(node)
+
+    def _row(self, node: fx.Node) -> Any:
+        if node.op == "call_module":
+            return MODULES.get(type(self.module.get_submodule(str(node.target))))
+        return OPS.get(fx_effects.name_of(node) or "")
+
+    def _scalar(self, node: fx.Node, meta: Any) -> None:
+        """A size, a flag or nothing: a plain number is a constant; what reads a tensor keeps it alive."""
+        if isinstance(meta, (int, float)):
+            self.values[node] = self.number(float(meta), None)
+            return
+        inputs = [v for n in node.all_input_nodes if isinstance(v := self.values.get(n), Value)]
+        value = self.graph.value(node.name, () if isinstance(meta, (torch.SymInt, torch.SymFloat)) else None, None,
+                                 native=node)  # fmt: skip
+        self.values[node] = value
+        effect = bool(node.users and inputs) or meta is None
+        self.graph.node("opaque", inputs, [value], native=node, op=fx_effects.name_of(node) or str(node.target),
+                        name=label(node), **({"effect": True} if effect else {}))  # fmt: skip
+
+    def _placeholder(self, node: fx.Node) -> None:
+        meta = meta_of(node)
+        if meta is not MISSING and not is_tensor(meta):
+            return self._scalar(node, meta)
+        constant = self.state.get(node.name)
+        parameter = isinstance(meta, torch.nn.Parameter) or node.type is torch.nn.Parameter
+        fixed = node.name in self.state or parameter or _STATE.match(node.name) is not None
+        self._leaf(node, fixed, _single(constant))
+
+    def _attribute(self, node: fx.Node) -> None:
+        found: Any = self.module
+        for part in str(node.target).split("."):
+            found = getattr(found, part, None)
+        if isinstance(found, fx.GraphModule):
+            self.subgraphs.append(str(node.target))
+        elif isinstance(found, torch.Tensor):
+            constant = _CONSTANT.search(str(node.target)) is not None
+            value = self._leaf(node, True, _single(found) if constant else None)
+            if value.shape is None:
+                value.shape, value.dtype = shape_of(found), dtype_of(found)
+
+
+def _single(tensor: torch.Tensor | None) -> float | None:
+    """The element of a real tensor that has only one."""
+    if tensor is None or type(tensor) is not torch.Tensor or tensor.numel() != 1 or tensor.is_meta:
+        return None
+    return None if tensor.is_complex() else float(tensor.item())

@@ -1,0 +1,197 @@
+"""Names, writes and aliases of FX nodes: what a node calls, what it overwrites, what shares memory with what.
+
+Refusing is the default: a callable that is not known may write to its inputs and return views of them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import torch
+from torch import fx
+from torch._ops import HigherOrderOperator, OpOverload
+
+Function = Callable[..., Any]
+
+ASSERTS = frozenset({"_assert_tensor_metadata", "_assert_async", "_functional_assert_async"})
+"""Checks of a tensor that compute nothing: they go when the tensor goes."""
+
+MODES = {"_set_grad_enabled": 0, "_enter_autocast": 1, "_exit_autocast": -1, "_enter_inference_mode": 0,
+         "_exit_inference_mode": 0, "set_grad_enabled": 0}  # fmt: skip
+"""Switches of a global mode, and what they do to the depth of autocast."""
+
+_INPLACE_OPERATORS = frozenset(
+    "iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor ilshift irshift setitem delitem".split()
+)
+_KEEPS_DATA = frozenset({"detach_", "requires_grad_", "retain_grad"})
+_MAY_RETURN_INPUT = frozenset(
+    """dropout feature_dropout alpha_dropout feature_alpha_dropout type_as einsum atleast_1d atleast_2d atleast_3d
+    broadcast_tensors meshgrid sum_to_size getitem pos resolve_conj resolve_neg""".split()
+)
+
+
+@cache
+def _functions() -> dict[Function, str]:
+    """torch's own functions -> their names."""
+    found: dict[Function, str] = {}
+    for module in (operator, torch.Tensor, torch.linalg, torch._C._nn, torch.nn.functional, torch):
+        for name in dir(module):
+            if name.startswith("__") and module is not torch.Tensor:
+                continue
+            try:
+                function = getattr(module, name)
+                if callable(function) and not isinstance(function, type):
+                    found[function] = getattr(function, "__name__", name)
+            except (AttributeError, TypeError, RuntimeError):  # what cannot be read or hashed is no function of ours
+                continue
+    for name in ("_set_grad_enabled", "_log_api_usage_once"):
+        found[getattr(torch._C, name)] = name
+    autocast = torch.amp.autocast_mode
+    for name in ("_enter_autocast", "_exit_autocast"):
+        found[getattr(autocast, name)] = name
+    return found
+
+
+def name_of(node: fx.Node) -> str | None:
+    """The bare name of what a node calls ("mul", "layer_norm"), or None for what is not torch's."""
+    target = node.target
+    if node.op == "call_method":
+        return str(target)
+    if node.op != "call_function":
+        return None
+    if isinstance(target, OpOverload):
+        namespace, _, name = target._schema.name.partition("::")
+        return name if namespace in ("aten", "prims") else f"{namespace}::{name}"
+    try:
+        return _functions().get(target)  # type: ignore[arg-type]
+    except TypeError:  # not hashable
+        return None
+
+
+def is_assert(node: fx.Node) -> bool:
+    """A check of a tensor's metadata, to be dropped with the tensor."""
+    return node.op == "call_function" and name_of(node) in ASSERTS
+
+
+def _modules(node: fx.Node) -> Iterator[torch.nn.Module]:
+    """The module that a node calls, or the sub-graphs that a higher-order operator is given."""
+    owner = node.graph.owning_module
+    targets = [n.target for n in node.all_input_nodes if n.op == "get_attr"]
+    for target in [node.target] if node.op == "call_module" else targets:
+        module: Any = owner
+        for part in str(target).split("."):
+            module = getattr(module, part, None)
+        if isinstance(module, torch.nn.Module):
+            yield module
+
+
+def written(node: fx.Node) -> list[fx.Node]:
+    """The nodes whose values this one overwrites, as far as can be told: all inputs of what is not known."""
+    if node.op not in ("call_function", "call_method", "call_module"):
+        return []
+    if isinstance(node.target, OpOverload):
+        return _schema_writes(node, node.target)
+    out = _nodes(node.kwargs.get("out"))
+    name = name_of(node)
+    if node.op == "call_module" or isinstance(node.target, HigherOrderOperator):
+        return list(node.all_input_nodes) if any(_module_writes(m) for m in _modules(node)) or _kernel(node) else []
+    if name is None:
+        return list(node.all_input_nodes)
+    bare = name.strip("_")
+    inplace = name in _INPLACE_OPERATORS or bare in _INPLACE_OPERATORS or (name == f"{bare}_" and bare)
+    if name not in _KEEPS_DATA and (inplace or (node.op == "call_function" and _inplace_flag(node))):
+        out += _nodes(node.args[:1]) or list(node.all_input_nodes)
+    return out
+
+
+def _schema_writes(node: fx.Node, op: OpOverload) -> list[fx.Node]:
+    if not op._schema.is_mutable or op._schema.name.partition("::")[2] in _KEEPS_DATA:
+        return []
+    out: list[fx.Node] = []
+    for i, argument in enumerate(op._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            out += _nodes(node.args[i] if i < len(node.args) else node.kwargs.get(argument.name))
+    return out
+
+
+def _kernel(node: fx.Node) -> bool:
+    return node.op == "call_function" and "kernel" in str(node.target)
+
+
+def _module_writes(module: torch.nn.Module) -> bool:
+    if isinstance(module, fx.GraphModule):
+        return any(written(n) for n in module.graph.nodes)
+    return bool(getattr(module, "inplace", False)) or not type(module).__module__.startswith("torch.nn.modules")
+
+
+def _inplace_flag(node: fx.Node) -> bool:
+    """A call of a Python function such as relu(x, inplace=True)."""
+    if "inplace" in node.kwargs:
+        return node.kwargs["inplace"] is not False
+    try:
+        names = list(inspect.signature(node.target).parameters)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return False
+    return "inplace" in names and len(node.args) > names.index("inplace") and bool(node.args[names.index("inplace")])
+
+
+def _nodes(argument: Any) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    fx.map_arg(argument, lambda n: found.append(n))
+    return found
+
+
+def known(node: fx.Node) -> bool:
+    """Whether the node calls something of torch's, so that it has no effects beyond those of its writes."""
+    if node.op == "call_module":
+        return not any(_module_writes(m) for m in _modules(node))
+    return node.op == "call_method" or isinstance(node.target, OpOverload) or name_of(node) is not None
+
+
+def fresh(node: fx.Node) -> bool:
+    """Whether the result is certainly new memory."""
+    name = name_of(node)
+    if name is None or name in _MAY_RETURN_INPUT:
+        return False
+    if isinstance(node.target, OpOverload):
+        return all(r.alias_info is None for r in node.target._schema.returns)
+    if node.op == "call_function" and getattr(operator, name, None) is node.target:
+        return name not in _INPLACE_OPERATORS
+    return _fresh_packet(name)
+
+
+@cache
+def _fresh_packet(name: str) -> bool:
+    packet = getattr(torch.ops.aten, name, None)
+    if packet is None:
+        return False
+    overloads = [getattr(packet, o) for o in packet.overloads() if "out" not in o]
+    return all(r.alias_info is None for o in overloads for r in o._schema.returns)
+
+
+def tainted(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes whose memory somebody overwrites, with all that may share it. Linear in the graph."""
+    writes = [n for node in graph.nodes for n in written(node)]
+    if not writes:
+        return set()
+    parent: dict[fx.Node, fx.Node] = {}
+
+    def find(node: fx.Node) -> fx.Node:
+        while (above := parent.get(node, node)) is not node:
+            parent[node] = parent.get(above, above)
+            node = above
+        return node
+
+    for node in graph.nodes:
+        if node.op in ("call_function", "call_method", "call_module") and not fresh(node):
+            for n in node.all_input_nodes:
+                parent[find(n)] = find(node)
+        elif node.op in ("call_function", "call_method") and written(node):
+            for n in written(node):
+                parent[find(n)] = find(node)
+    hit = {find(n) for n in writes}
+    return {node for node in graph.nodes if find(node) in hit}

@@ -1,0 +1,81 @@
+"""Every spelling of the two norms, through every exporter: found, fused, nothing left behind, and right.
+
+An output may be no further from float64 than the input graph's own was, give or take a few roundings.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+
+import normfuse
+from tests.families import cached
+from tests.spellings import (
+    CANNOT_EXPORT, CANNOT_RUN, SPELLINGS, Exporter, Spelling, export, hostile_inputs, parameters, reference,
+)  # fmt: skip
+
+HALF, SINGLE, BRAIN = torch.float16, torch.float32, torch.bfloat16
+ULP = {SINGLE: 2.0**-23, HALF: 2.0**-10, BRAIN: 2.0**-7}
+REDUCTIONS = {"ReduceMean", "ReduceSum", "ReduceL2", "ReduceSumSquare", "GlobalAveragePool", "Einsum"}
+EXPORTERS: tuple[tuple[Exporter, int], ...] = (
+    ("dynamo", 18), ("dynamo", 23), ("torchscript", 11), ("torchscript", 17),
+)  # fmt: skip
+CASES = [
+    pytest.param(exporter, opset, dtype, name, id=f"{exporter}-{opset}-{str(dtype)[6:]}-{name}")
+    for exporter, opset in EXPORTERS
+    for dtype in (SINGLE, HALF, *((BRAIN,) if (exporter, opset) == ("dynamo", 18) else ()))
+    for name in SPELLINGS
+    if name not in CANNOT_EXPORT[exporter, opset]
+]
+
+
+def exported(exporter: Exporter, opset: int, dtype: torch.dtype, name: str) -> Path:
+    """The exported spelling, cached; unoptimised where the optimised one is not a valid model."""
+    optimize = name not in CANNOT_RUN.get((exporter, opset, dtype), ())
+    return cached(
+        f"{exporter}-{opset}-{str(dtype)[6:]}-{name}.onnx",
+        lambda path: export(SPELLINGS[name], exporter, opset, dtype, path, optimize=optimize),
+    )
+
+
+@pytest.mark.parametrize(("exporter", "opset", "dtype", "name"), CASES)
+def test_spelling(exporter: Exporter, opset: int, dtype: torch.dtype, name: str, tmp_path: Path) -> None:
+    spelling = SPELLINGS[name]
+    source, target = exported(exporter, opset, dtype, name), tmp_path / "out.onnx"
+    report = normfuse.rewrite(source, target)
+    assert [norm.kind for norm in report.norms] == [spelling.kind]
+    norm = report.norms[0]
+    assert norm.action in ("fused", "kept"), report.refusals
+    assert norm.action == "kept" or norm.verified
+    assert norm.eps == pytest.approx(spelling.eps, rel=1e-5 if dtype == SINGLE else 0.05)
+    model = onnx.load(target)
+    assert not REDUCTIONS & {node.op_type for node in model.graph.node}
+    onnx.checker.check_model(model, full_check=True)
+    assert {i.domain: i.version for i in model.opset_import}[""] == opset
+    if dtype != BRAIN:
+        compare_runs(spelling, dtype, source, target)
+
+
+def compare_runs(spelling: Spelling, dtype: torch.dtype, source: Path, target: Path) -> None:
+    """Both models in ONNX Runtime against float64, on inputs that are hard on norms."""
+    before, after = session(source), session(target)
+    for name, x in hostile_inputs(spelling.shape, dtype).items():
+        feeds = {before.get_inputs()[0].name: x.numpy()}
+        want = reference(spelling, x, *(p.to(dtype) for p in parameters())).numpy()
+        old = np.abs(before.run(None, feeds)[0].astype(np.float64) - want).max()
+        new = np.abs(after.run(None, feeds)[0].astype(np.float64) - want).max()
+        allowed = 2 * old + 4 * ULP[dtype] * np.abs(want).max()
+        assert new <= allowed or not np.isfinite(old), f"{name}: off by {new:.3g}, was {old:.3g}"
+
+
+def session(path: Path) -> ort.InferenceSession:
+    """A quiet CPU session on one thread."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = 1
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
