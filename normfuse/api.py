@@ -223,7 +223,7 @@ def build_report(plans: Iterable[Plan], checks: dict[Site, Check], rewritten: bo
     report = Report(rewritten=rewritten)
     sites: list[Site] = []
     for plan in plans:
-        replaced = {edit.site for edit in plan.replace}
+        replaced = {edit.site: edit for edit in plan.replace}
         for site in plan.found.sites:
             sites.append(site)
             record = record_of(site)
@@ -233,7 +233,7 @@ def build_report(plans: Iterable[Plan], checks: dict[Site, Check], rewritten: bo
                 record.verified = check.ok if check is not None else None
                 record.error = round(check.error, 3) if check is not None and check.ok else None
                 if site in replaced:
-                    record.emitted = _emitted(site.norm, native(site.norm))
+                    record.emitted = _emitted(site.norm, native(site.norm), replaced[site].as_written)
             report.norms.append(record)
         refusals = [*plan.found.refusals, *plan.refused.values()]
         report.refusals.extend(RefusalRecord(r.code, r.node, r.message) for r in refusals)
@@ -241,7 +241,9 @@ def build_report(plans: Iterable[Plan], checks: dict[Site, Check], rewritten: bo
     return report
 
 
-def _emitted(norm: Norm, native: bool) -> str:
+def _emitted(norm: Norm, native: bool, as_written: bool) -> str:
+    if as_written:
+        return f"function normfuse.{norm.kind}_as_written"
     names = {"layer_norm": "LayerNormalization", "rms_norm": "RMSNormalization"}
     core = names[norm.kind] if native else f"function normfuse.{norm.kind}"
     if norm.cast in ("last", "mixed"):

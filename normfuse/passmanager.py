@@ -15,23 +15,26 @@ from normfuse.recognise import Norm, recognise
 Veto = Callable[[Norm, Value], tuple[str, str] | None]
 
 
-def plan(graph: Graph, config: Config, expressible: Veto, rewrite: bool = True) -> Plan:
-    """Recognise the norms of a graph, label their places and, for a rewrite, decide what to change."""
+def plan(graph: Graph, config: Config, expressible: Veto, rewrite: bool = True, functions: bool = False) -> Plan:
+    """Recognise the norms of a graph, label their places and, for a rewrite, decide what to change.
+
+    `expressible` is the front end's veto on a norm, `functions` says that it can make functions of nodes.
+    """
     out = Plan(graph, recognise(graph))
     place(graph, out.found.sites)
     if rewrite:
-        fuse(out, config, expressible)
+        fuse(out, config, expressible, functions)
     return out
 
 
-def passes(config: Config, expressible: Veto) -> tuple[Callable[[Plan], None], ...]:
+def passes(config: Config, expressible: Veto, functions: bool = False) -> tuple[Callable[[Plan], None], ...]:
     """The passes of a configuration, in the order they run."""
-    return FuseNorm(config.numerics, expressible), RemoveDead()
+    return FuseNorm(config.numerics, expressible, functions), RemoveDead()
 
 
-def fuse(out: Plan, config: Config, expressible: Veto) -> None:
+def fuse(out: Plan, config: Config, expressible: Veto, functions: bool = False) -> None:
     """Run the passes; a plan may be run again after verification has refused a site."""
     out.replace.clear()
     out.remove.clear()
-    for step in passes(config, expressible):
+    for step in passes(config, expressible, functions):
         step(out)

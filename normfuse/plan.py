@@ -10,9 +10,10 @@ from normfuse.recognise import Recognition, Refusal, Site
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Replace:
-    """Compute the value of a site by one norm operator."""
+    """Compute the value of a site by one norm operator, or, `as_written`, by one function of its own nodes."""
 
     site: Site
+    as_written: bool = False
 
 
 @dataclass(slots=True, eq=False)

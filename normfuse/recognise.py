@@ -27,7 +27,6 @@ NEAR = 1e-6
 ELEMENTWISE = frozenset("add sub mul div neg abs square pow sqrt rsqrt reciprocal max cast identity".split())
 TELLING = ("NF112", "NF117")
 """Refusals that explain a miss even where they stand before any statistic."""
-OPERATORS = ("layer_norm", "rms_norm")
 VIEWS = frozenset("reshape unsqueeze squeeze expand transpose".split())
 CENTRED: Poly = {SQ_MEAN: 1.0, MEAN_SQ: -1.0}
 
@@ -263,7 +262,7 @@ class _Recogniser:
                 self.out.refusals.append(Refusal("NF115", node.name, f"the shape of {value.name} is not known"))
             return
         if node.kind == "matmul":
-            if value.index in self.light or (value.rank < 2 and node.inputs[1].number is None):
+            if self._parameter(value) or (value.rank < 2 and node.inputs[1].number is None):
                 return
             dotted = node.inputs[1].number is not None or (node.outputs[0].shape or (0,))[-1] in (1, None)
             if not dotted and node.inputs[0].number is None and node.outputs[0].rank != 1:
@@ -454,16 +453,14 @@ class _Recogniser:
                 if first is None or why.code == "NF117":
                     first = why
                 continue
-            steps = [v.producer for v, _ in chain[chain.index((value, fact)) :]]
-            natives = {node.native for node in steps if node is not None}
-            is_op = len(natives) == 1 and any(node is not None and node.kind in OPERATORS for node in steps)
-            self.out.sites.append(Site(value, self._norm(value, fact, found, compute, cast), fact, is_op, chain_name))
+            norm = self._norm(value, fact, found, compute, cast)
+            self.out.sites.append(Site(value, norm, fact, _is_op(value, norm), chain_name))
             return
         value, fact = chain[0]
         assert first is not None
         compute = max(fact.types & set(PRECISION) | {"float32"}, key=PRECISION.__getitem__)
         norm = self._norm(value, fact, match(fact), compute, "mixed")
-        self.out.sites.append(Site(value, norm, fact, False, chain_name, first.message))
+        self.out.sites.append(Site(value, norm, fact, _is_op(value, norm), chain_name, first.message))
 
     def _idle(self, value: Value, fact: Fact) -> bool:
         """Only a copy or a view of a value before it that has the same layout."""
@@ -515,6 +512,28 @@ class _Recogniser:
                 said.add((code, node))
                 self.out.refusals.append(Refusal(code, node, message))
         self.out.refusals.extend(Refusal(*note) for note in self.graph.notes)
+
+
+def region(value: Value, norm: Norm) -> list[Node]:
+    """The nodes between the root of a norm and a value, last first."""
+    stop = {norm.x, *norm.parameters()}
+    todo, seen, out = [value], set(stop), set()
+    while todo:
+        current = todo.pop()
+        node = current.producer
+        if current in seen or node is None:
+            continue
+        seen.add(current)
+        if node not in out:
+            out.add(node)
+            todo.extend(node.inputs)
+    return sorted(out, key=lambda node: -node.index)
+
+
+def _is_op(value: Value, norm: Norm) -> bool:
+    """One node of the model does it all."""
+    natives = {node.native for node in region(value, norm)}
+    return len(natives) == 1 and None not in natives
 
 
 def _label(value: Value) -> str:

@@ -54,11 +54,13 @@ def align(value: Value, layout: Layout, root: Root) -> Layout:
     for i, d in enumerate(value.shape):
         j = len(layout) - len(value.shape) + i
         entry = layout[j] if j >= 0 else ()
+        if not entry and j in root.axes and len(layout) == root.value.rank:
+            entry = (j,)  # a parameter that scales a statistic before it meets x
         if d == 1:
             out.append(())
         elif entry == SPREAD or (value.number is not None and entry and spans(entry, d, root)):
             out.append(entry)
-        elif not entry:
+        elif not entry or (not layout[j] and not spans(entry, d, root)):
             raise Refused("NF108", f"{value.name} is wider than the tensor it scales or shifts")
         elif not set(entry) <= set(root.axes):
             raise Refused("NF109", f"{value.name} is not constant over the rows that are normalised")
@@ -210,6 +212,9 @@ def _cast(node: Node, facts: list[Fact]) -> Fact:  # identity for the mathematic
         raise Refused("NF113", f"a cast from {old} to {new} is no identity")
     if not f.linear:
         return replace(f, types=f.types | {new}, via=node.inputs[0])
+    before = f.trace[-2][1] if len(f.trace) > 1 else f.root.value.dtype
+    if f.trace and f.trace[-1][0] == "cast" and before == new:
+        return replace(f, trace=f.trace[:-1], via=node.inputs[0])  # there and back again: nothing was rounded
     widens = new in ("float32", "float64") and PRECISION[new] >= PRECISION[old]
     if f.kappa and not widens:
         raise Refused("NF117", "squares rounded to a narrower type")

@@ -2,8 +2,11 @@
 
     x -> square -> mean -> + eps -> rsqrt -> * x -> * w      becomes      x, w -> rms_norm
 
+A norm with an order of roundings that no operator has becomes one function of its own nodes, where the front end has
+functions; `numerics="fast"` gives it the operator, and other roundings, instead.
+
 A norm is refused, with a code, when
-- it has an order of roundings that no operator has (NF117), unless `numerics` is "fast";
+- it has such an order of roundings and there are no functions (NF117);
 - the runtime form cannot express it (the front end says why);
 - a value inside it is read elsewhere, so that its reductions would be computed twice (NF116).
 """
@@ -16,16 +19,17 @@ from dataclasses import dataclass
 from normfuse.graph import Graph, Node, Value
 from normfuse.passes.remove_dead import live
 from normfuse.plan import Plan, Replace
-from normfuse.recognise import Norm, Refusal, Site
+from normfuse.recognise import Norm, Refusal, Site, region
 from normfuse.transfer import REDUCTIONS
 
 
 @dataclass(frozen=True, slots=True)
 class FuseNorm:
-    """`numerics="fast"` also fuses norms whose roundings change; `expressible` is the front end's veto."""
+    """`numerics="fast"` may change roundings; `expressible` is the front end's veto; `functions`: it has functions."""
 
     numerics: str = "exact"
     expressible: Callable[[Norm, Value], tuple[str, str] | None] = lambda norm, value: None
+    functions: bool = False
 
     def __call__(self, plan: Plan) -> None:
         """Add a `Replace` for each site that can be fused, a refusal for each that cannot."""
@@ -35,13 +39,16 @@ class FuseNorm:
                 continue
             why = self._veto(site)
             if why is None:
-                chosen.append(Replace(site))
+                chosen.append(Replace(site, as_written=self._mixed(site)))
             else:
                 plan.refuse(site, Refusal(why[0], site.label, why[1]))
         plan.replace.extend(self._paying(plan, chosen))
 
+    def _mixed(self, site: Site) -> bool:
+        return site.norm.cast == "mixed" and self.numerics == "exact"
+
     def _veto(self, site: Site) -> tuple[str, str] | None:
-        if site.norm.cast == "mixed" and self.numerics == "exact":
+        if self._mixed(site) and not self.functions:
             return "NF117", f"no operator has this order of roundings: {site.mixed}"
         return self.expressible(site.norm, site.value)
 
@@ -57,29 +64,13 @@ class FuseNorm:
             chosen = [edit for edit in chosen if edit not in stuck]
 
 
-def region(site: Site) -> list[Node]:
-    """The nodes between the root and the norm, last first."""
-    stop = {site.norm.x, *site.norm.parameters()}
-    todo, seen, out = [site.value], set(stop), []
-    while todo:
-        value = todo.pop()
-        node = value.producer
-        if value in seen or node is None:
-            continue
-        seen.add(value)
-        if node not in out:
-            out.append(node)
-            todo.extend(node.inputs)
-    return sorted(out, key=lambda node: -node.index)
-
-
 def statistics(site: Site) -> list[Node]:
     """The reductions of a norm."""
-    return [node for node in region(site) if node.kind in REDUCTIONS]
+    return [node for node in region(site.value, site.norm) if node.kind in REDUCTIONS]
 
 
 def _reader(graph: Graph, site: Site, alive: set[Node]) -> str:
-    nodes = region(site)
+    nodes = region(site.value, site.norm)
     inside = set(nodes)
     for node in nodes:
         for value in node.outputs:

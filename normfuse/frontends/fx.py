@@ -13,62 +13,17 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.passes.shape_prop import TensorMetadata
 
 from normfuse.frontends import fx_effects
-from normfuse.frontends.fx_ops import MODULES, OPS, Call, fold
-from normfuse.graph import Dim, Graph, Shape, Value
+from normfuse.frontends.fx_call import Call, fold
+from normfuse.frontends.fx_meta import MISSING, dtype_of, is_tensor, label, meta_of, shape_of
+from normfuse.frontends.fx_ops import MODULES, OPS
+from normfuse.graph import Graph, Shape, Value
 
-MISSING = object()
 _CONSTANT = re.compile(r"(_tensor_constant|lifted_tensor_|_lifted_tensor_constant)\d+$")
 _STATE = re.compile(r"l_.*_(parameters|buffers)_", re.IGNORECASE)
 
 Slot = Value | tuple["Value | None", ...] | None
-
-
-def meta_of(node: fx.Node) -> Any:
-    """What the tracer knows of a node's result, or MISSING."""
-    for key in ("val", "example_value", "tensor_meta"):
-        if key in node.meta:
-            return node.meta[key]
-    return MISSING
-
-
-def is_tensor(meta: Any) -> bool:
-    """Whether a node's meta describes one tensor."""
-    return isinstance(meta, (torch.Tensor, TensorMetadata))
-
-
-def dim_of(d: Any) -> Dim:
-    """The neutral form of one size: an int, or the symbolic expression as text."""
-    if isinstance(d, int):
-        return d
-    exact = d.node.maybe_as_int()
-    return str(d) if exact is None else int(exact)
-
-
-def shape_of(meta: Any) -> Shape | None:
-    """The neutral shape of a tensor's meta; None for what is no plain strided tensor."""
-    if isinstance(meta, torch.Tensor) and (meta.layout != torch.strided or meta.is_quantized):
-        return None
-    return tuple(dim_of(d) for d in meta.shape)
-
-
-def dtype_of(meta: Any) -> str:
-    """The neutral name of a tensor's dtype."""
-    return str(meta.dtype).removeprefix("torch.")
-
-
-def label(node: fx.Node) -> str:
-    """What to call a node in a message: the path of its module, where known, and its name."""
-    stack = node.meta.get("nn_module_stack")
-    if not stack:
-        return node.name
-    entry = next(reversed(stack.values()))
-    path = entry[0] if isinstance(entry, tuple) else str(entry)
-    path = re.sub(r"^L\['self'\]\.?|_modules\b|['\"]", "", path)
-    path = re.sub(r"\[(\w+)\]", r".\1", path).replace("..", ".").strip(".")
-    return f"{path}/{node.name}" if path else node.name
 
 
 class Lowering:
@@ -138,6 +93,12 @@ class Lowering:
                                 number=None if written else number)  # fmt: skip
         self.values[node] = value
         return value
+
+    def parameter(self, path: str, tensor: torch.Tensor | None) -> Value | None:
+        """A parameter of a module that the graph calls; its native form is the path of the attribute."""
+        if tensor is None:
+            return None
+        return self.graph.leaf(path, shape_of(tensor), dtype_of(tensor), native=path, fixed=True)
 
     def constant(self, node: fx.Node, number: float) -> None:
         """The result of a node that is a number all over, rounded to its type."""

@@ -15,7 +15,9 @@ import onnx
 import onnx_ir as ir
 
 from normfuse.frontends.onnx_fold import MAX_ELEMENTS, Array, attribute, constant_of, fold
+from normfuse.frontends.onnx_functions import function_body
 from normfuse.frontends.onnx_ops import OPS, product_shape
+from normfuse.frontends.onnx_sizes import sizes_of
 from normfuse.graph import FLOATS, Graph, Shape, Value
 from normfuse.transfer import REDUCTIONS
 
@@ -54,6 +56,8 @@ class Lowering:
         self.outer = outer
         self.values: dict[ir.Value, Value] = {}
         self.arrays: dict[ir.Value, Array] = {}
+        self.sizes: dict[ir.Value, Shape] = {}  # what is known of small integer vectors that hold sizes
+        self.call: ir.Node | None = None
         self.missing = False
         for value in source.inputs:
             self._leaf(value, fixed=False)
@@ -146,7 +150,7 @@ class Lowering:
     def bind(self, value: ir.Value, shape: Shape | None, dtype: str | None) -> Value:
         """The neutral value for the output of a node."""
         shape, dtype = self._facts(value, shape, dtype)
-        found = self.graph.value(value.name or "", shape, dtype, native=value)
+        found = self.graph.value(value.name or "", shape, dtype, native=None if self.call is not None else value)
         self.values[value] = found
         return found
 
@@ -168,9 +172,9 @@ class Lowering:
         """Append a neutral node for an ONNX node."""
         if (output.shape is None or output.dtype is None) and output.dtype in (None, *FLOATS):
             self.missing = True
-        name = node_label(node)
+        origin = self.call or node
         output.fixed = all(v.fixed for v in inputs)
-        self.graph.node(kind, inputs, [output], native=node, op=node.op_type, name=name, **attrs)
+        self.graph.node(kind, inputs, [output], native=origin, op=origin.op_type, name=node_label(origin), **attrs)
 
     def chain(self, kind: str, inputs: Sequence[Value], node: ir.Node, virtual: bool = False) -> Value:
         """A left fold of a binary kind over any number of operands."""
@@ -189,7 +193,8 @@ class Lowering:
         """A node about which the core assumes nothing."""
         inputs = self.inputs(node)
         outputs = [self.bind(v, None, None) for v in node.outputs]
-        self.graph.node(kind, inputs, outputs, native=node, op=node.op_type, name=node_label(node))
+        origin = self.call or node
+        self.graph.node(kind, inputs, outputs, native=origin, op=origin.op_type, name=node_label(origin))
 
     def note(self, code: str, node: ir.Node, message: str) -> None:
         """A refusal that the front end itself has to make."""
@@ -201,7 +206,9 @@ class Lowering:
         if node.domain in ("", "ai.onnx"):
             row = OPS.get(node.op_type)
         else:
-            row = OPS.get(f"{node.domain}::{node.op_type}") or self._own(node)
+            row = OPS.get(f"{node.domain}::{node.op_type}")
+            if row is None and self._inline(node):
+                return
         for attr in node.attributes.values():
             if attr.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
                 row = None
@@ -219,10 +226,29 @@ class Lowering:
                     self.graph.nodes[-1].outputs.append(found)
                     found.producer = self.graph.nodes[-1]
 
-    def _own(self, node: ir.Node) -> Any:
-        from normfuse.frontends.onnx_emit import own_row
-
-        return own_row(node)
+    def _inline(self, node: ir.Node) -> bool:
+        """Lower a call of one of our functions as its body, all of it on account of the call."""
+        function = self.source.meta.get("normfuse.functions", {}).get(node.op_identifier())
+        if function is None or self.call is not None or len(node.inputs) > len(function.inputs):
+            return False
+        body = function_body(function, node)
+        if body is None:
+            return False
+        inputs, nodes, outputs = body
+        for formal, actual in zip(inputs, node.inputs, strict=False):
+            if actual is not None:
+                self.values[formal] = self.value(actual)
+                if actual in self.arrays:
+                    self.arrays[formal] = self.arrays[actual]
+        self.call = node
+        for inner in nodes:
+            self._lower(inner)
+        self.call = None
+        for formal, actual in zip(outputs, node.outputs, strict=False):
+            found = self.values[formal]
+            found.native, found.name = actual, actual.name or ""
+            self.values[actual] = found
+        return True
 
     def _capture(self, node: ir.Node) -> None:
         """Values that a sub-graph reads from this graph are in use."""
@@ -242,42 +268,69 @@ class Lowering:
         """Fold a node whose inputs are small constants; its output is a leaf of the neutral graph."""
         if len(node.outputs) != 1:
             return False
+        out = node.outputs[0]
         if node.op_type == "Constant":
             array = constant_of(node)
-            out = node.outputs[0]
-            if array is not None:
-                self.arrays[out] = array
-                value = self._leaf(out, True, _number(array, self._is_matrix(out, array)))
-                value.shape = value.shape or array.shape
-                value.dtype = value.dtype or _dtype_of(array)
-            else:
+            if array is None:
                 self._leaf(out, True)
-            return True
-        if node.op_type in ("Shape", "Size") and node.inputs[0] is not None:
-            array = self._static_shape(node)
+                return True
+        elif any(v is not None and v not in self.arrays for v in node.inputs) or not node.inputs:
+            return self._sizes(node)
         else:
-            if any(v is None or v not in self.arrays for v in node.inputs):
-                return False
-            array = fold(node, [self.arrays[v] for v in node.inputs if v is not None])
+            array = fold(node, [None if v is None else self.arrays[v] for v in node.inputs])
         if array is None:
             return False
-        out = node.outputs[0]
-        self.arrays[out] = array
-        value = self._leaf(out, True, _number(array, node.op_type in ("ConstantOfShape", "Expand")))
-        value.shape = array.shape
-        value.dtype = value.dtype or _dtype_of(array)
+        uniform = self._is_matrix(out, array) or node.op_type in ("ConstantOfShape", "Expand")
+        self._fold(out, array, uniform)
         return True
 
-    def _static_shape(self, node: ir.Node) -> Array | None:
-        shape = self.value(node.inputs[0]).shape
-        if shape is None:
+    def _fold(self, out: ir.Value, array: Array, uniform: bool = False) -> None:
+        self.arrays[out] = array
+        value = self._leaf(out, True, _number(array, uniform))
+        value.shape, value.dtype = array.shape, value.dtype or _dtype_of(array)
+        if self.call is not None:
+            value.native = None
+
+    def _sizes(self, node: ir.Node) -> bool:
+        """Follow sizes of tensors through the small integer vectors that models compute shapes with."""
+        out = node.outputs[0]
+        if node.op_type in ("Shape", "Size"):
+            args = [None if v is None else self.value(v).shape for v in node.inputs]
+        else:
+            args = [self.known_sizes(v) for v in node.inputs]
+        sizes = sizes_of(node, args, [None if v is None else self.arrays.get(v) for v in node.inputs])
+        if sizes is None:
+            return False
+        numbers = [d for d in sizes if isinstance(d, int)]
+        scalar = node.op_type in ("Gather", "Squeeze", "Size", "ReduceProd", "Cast", "Identity") and (
+            len(sizes) == 1 and _is_scalar(node, self))  # fmt: skip
+        if len(numbers) == len(sizes):
+            dtype = ir.DataType(attribute(node, "to", ir.DataType.INT64.value)).numpy()
+            self._fold(out, np.array(numbers[0] if scalar else numbers, dtype))
+            return True
+        value = self._leaf(out, False)
+        value.shape, value.dtype = (() if scalar else (len(sizes),)), value.dtype or "int64"
+        self.sizes[out] = sizes
+        return True
+
+    def known_sizes(self, value: ir.Value | None) -> Shape | None:
+        """What is known of the elements of an integer vector, or None; for Shape, of the operand's own shape."""
+        if value is None:
             return None
-        if node.op_type == "Shape":
-            shape = shape[attribute(node, "start", 0) : attribute(node, "end")]
-        sizes = [d for d in shape if isinstance(d, int)]
-        if len(sizes) < len(shape):
-            return None
-        return np.array(sizes if node.op_type == "Shape" else int(np.prod(sizes, dtype=np.int64)), np.int64)
+        array = self.arrays.get(value)
+        if array is not None and array.dtype.kind in "iu" and array.ndim <= 1:
+            return tuple(int(d) for d in array.reshape(-1))
+        return self.sizes.get(value)
+
+
+def _is_scalar(node: ir.Node, low: Lowering) -> bool:
+    """Whether a size that stands alone has rank 0."""
+    if node.op_type == "Gather":
+        index = low.arrays.get(node.inputs[1]) if node.inputs[1] is not None else None
+        return index is not None and index.ndim == 0
+    if node.op_type in ("Cast", "Identity"):
+        return low.value(node.inputs[0]).shape == ()
+    return node.op_type in ("Squeeze", "Size") or not attribute(node, "keepdims", 1)
 
 
 def _dtype_of(array: Array) -> str:

@@ -15,15 +15,15 @@ import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
 from normfuse.frontends.onnx import Lowering
-from normfuse.frontends.onnx_emit import DOMAIN, Emitter, rest_of
+from normfuse.frontends.onnx_emit import DOMAIN, Emitter
+from normfuse.frontends.onnx_region import VIEWS, Region, as_function, region, rest_of, target_of
 from normfuse.graph import Value
+from normfuse.plan import Replace
 from normfuse.recognise import Site
 from normfuse.verify import Array, Check, compare, numpy_dtype
 
 DOUBLE = ir.DataType.DOUBLE
 FLOAT_TYPES = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, DOUBLE}
-VIEWS = frozenset({"Reshape", "Expand", "Flatten"})
-MAX_REGION = 400
 
 
 class Checker:
@@ -33,104 +33,40 @@ class Checker:
         self.opset = opset
         self.done: dict[bytes, Check] = {}
 
-    def check(self, low: Lowering, site: Site) -> Check:
+    def check(self, low: Lowering, edit: Replace) -> Check:
         """Compare the region of a site with what would take its place."""
-        built = _Region(low, site).build()
-        if built is None:
+        site = edit.site
+        loose = region(low, site)
+        shape = _test_shape(site, [] if loose is None else loose.nodes)
+        found = region(low, site, shape)
+        if found is None:
             return Check(False, float("inf"), "the region depends on values that cannot be reproduced alone")
-        nodes, boundary, constants = built
-        shape = _test_shape(site, nodes)
-        params = _parameters(boundary, site.norm.x)
-        old = _proto(low, site, nodes, boundary, constants, shape, self.opset, {})
+        boundary = found.boundary
+        old = _proto(low, site, found, self.opset)
         emitter = Emitter(self.opset, spelled=True)
         copies = {v: ir.Value(name=v.native.name, shape=v.native.shape, type=v.native.type,
                               const_value=v.native.const_value) for v in boundary if v.native is not None}  # fmt: skip
-        made = emitter.emit(site.norm, copies[site.norm.x], copies, "replacement")
-        emitter.tail(made, rest_of(site.value), copies, "replacement")
-        made[-1].outputs[0].name = _target(site).native.name
+        if edit.as_written:
+            own = as_function(low, site, self.opset)
+            if own is None:
+                return Check(False, float("inf"), "the region reads what only a whole run knows")
+            made = emitter.call(own[0], [copies[v] for v in own[1]], "replacement")
+        else:
+            made = emitter.emit(site.norm, copies[site.norm.x], copies, "replacement")
+            emitter.tail(made, rest_of(site.value), copies, "replacement")
+        made[-1].outputs[0].name = target_of(site).native.name
         new = _made_proto(made, boundary, emitter, site, self.opset)
         key = old[0].SerializeToString(deterministic=True) + new[0].SerializeToString(deterministic=True)
         key += repr([(v.dtype, v.shape) for v in boundary]).encode()
         if key not in self.done:
-            feeds = {name: array for name, array in params.items()}
+            params = _parameters(boundary, site.norm.x)
             try:
-                self.done[key] = compare(_runner(old, site, feeds), _runner(new, site, feeds), shape,
-                                         site.norm.x.dtype or "", site.norm.dtype)  # fmt: skip
+                self.done[key] = compare(_runner(old, boundary, params), _runner(new, boundary, params), shape,
+                                         site.norm.x.dtype or "", target_of(site).dtype or "")  # fmt: skip
             except Exception as why:  # the reference evaluator raises anything; not checked means not kept
                 text = (str(why) or type(why).__name__).splitlines()[0]
                 self.done[key] = Check(False, float("inf"), f"the check could not run: {text[:200]}")
         return self.done[key]
-
-
-def _target(site: Site) -> Value:
-    """The value of the graph that the replacement computes."""
-    rest = rest_of(site.value)
-    return rest[-1].outputs[0] if rest else site.value
-
-
-class _Region:
-    def __init__(self, low: Lowering, site: Site) -> None:
-        self.low, self.site = low, site
-        tail = [v for step in rest_of(site.value) for v in step.inputs[1:]]
-        self.reads = [site.norm.x, *site.norm.parameters(), *tail]
-        self.stop = {v.native for v in self.reads}
-
-    def build(self) -> tuple[list[ir.Node], list[Value], dict[ir.Value, Array]] | None:
-        """The ONNX nodes of the region in order, the values it reads, and integers that have to be constants."""
-        boundary = {v.native: v for v in self.reads}
-        constants: dict[ir.Value, Array] = {}
-        nodes: dict[ir.Node, int] = {}
-        todo: list[ir.Value] = [_target(self.site).native]
-        seen: set[ir.Value] = set(self.stop)
-        while todo:
-            value = todo.pop()
-            if value in seen:
-                continue
-            seen.add(value)
-            node = value.producer()
-            if value in self.low.arrays:
-                constants[value] = self.low.arrays[value]
-                continue
-            if node is None:
-                known = self.low.values.get(value)
-                if known is None or known.native is None:
-                    return None
-                boundary[value] = known
-                continue
-            if node not in nodes:
-                nodes[node] = len(nodes)
-                for slot, v in enumerate(node.inputs):
-                    if v is None:
-                        continue
-                    if node.op_type in VIEWS and slot == 1 and v not in self.low.arrays:
-                        target = self.low.values[node.outputs[0]].shape
-                        if target is None or sum(not isinstance(d, int) for d in target) > 1:
-                            return None
-                        constants[v] = np.array([d if isinstance(d, int) else -1 for d in target], np.int64)
-                        seen.add(v)
-                    else:
-                        todo.append(v)
-            if len(nodes) > MAX_REGION:
-                return None
-        order = {node: i for i, node in enumerate(self._sorted(nodes))}
-        return sorted(nodes, key=order.__getitem__), list(boundary.values()), constants
-
-    def _sorted(self, nodes: dict[ir.Node, int]) -> list[ir.Node]:
-        out: list[ir.Node] = []
-        state: set[ir.Node] = set()
-
-        def visit(node: ir.Node) -> None:
-            if node in state:
-                return
-            state.add(node)
-            for v in node.inputs:
-                if v is not None and v.producer() in nodes and v not in self.stop:
-                    visit(v.producer())  # type: ignore[arg-type]
-            out.append(node)
-
-        for node in nodes:
-            visit(node)
-        return out
 
 
 def _test_shape(site: Site, nodes: list[ir.Node]) -> tuple[int, ...]:
@@ -160,15 +96,14 @@ def _parameters(boundary: list[Value], x: Value) -> dict[str, Array]:
 Model = tuple[onnx.ModelProto, onnx.ModelProto]
 
 
-def _proto(low: Lowering, site: Site, nodes: list[ir.Node], boundary: list[Value], constants: dict[ir.Value, Array],
-           shape: tuple[int, ...], opset: int, _: dict[str, Array]) -> Model:  # fmt: skip
-    names: dict[ir.Value, str] = {v.native: f"v{i}" for i, v in enumerate(boundary)}
+def _proto(low: Lowering, site: Site, found: Region, opset: int) -> Model:
+    names: dict[ir.Value, str] = {v.native: f"v{i}" for i, v in enumerate(found.boundary)}
     protos: list[onnx.NodeProto] = []
-    for value, array in constants.items():
+    for value, array in found.constants.items():
         names[value] = f"c{len(names)}"
-        tensor = onnx.numpy_helper.from_array(np.ascontiguousarray(array), "")
+        tensor = ir.to_proto(ir.tensor(np.ascontiguousarray(array)))
         protos.append(onnx.helper.make_node("Constant", [], [names[value]], value=tensor))
-    for node in nodes:
+    for node in found.nodes:
         for v in node.outputs:
             names.setdefault(v, f"t{len(names)}")
         proto = ir.to_proto(node)
@@ -181,7 +116,7 @@ def _proto(low: Lowering, site: Site, nodes: list[ir.Node], boundary: list[Value
     used = {n for p in protos for n in p.input}
     functions = [ir.to_proto(f) for f in low.source.meta.get("normfuse.functions", {}).values() if f.domain == DOMAIN]
     return _finish(protos, [n for v, n in names.items() if n in used and n[0] == "v"],
-                   names[_target(site).native], opset, functions)  # fmt: skip
+                   names[target_of(site).native], opset, functions)  # fmt: skip
 
 
 def _made_proto(made: list[ir.Node], boundary: list[Value], emitter: Emitter, site: Site, opset: int) -> Model:
@@ -206,7 +141,7 @@ def _made_proto(made: list[ir.Node], boundary: list[Value], emitter: Emitter, si
             field.extend(names)
         protos.append(proto)
     used = {n for p in protos for n in p.input}
-    output = renamed[_target(site).native.name]
+    output = renamed[target_of(site).native.name]
     functions = [ir.to_proto(f) for f in emitter.functions.values()]
     return _finish(protos, [n for n in renamed.values() if n in used and n[0] == "v"], output, opset, functions)
 
@@ -252,12 +187,10 @@ def _array(tensor: onnx.TensorProto) -> Array:
     return np.asarray(ir.from_proto(tensor).numpy()).astype(np.float64)
 
 
-def _runner(model: Model, site: Site, params: dict[str, Array]) -> Callable[[Array, bool], Array]:
-    types = {"v0": site.norm.x.dtype or "float32"}
+def _runner(model: Model, boundary: list[Value], params: dict[str, Array]) -> Callable[[Array, bool], Array]:
+    types = {f"v{i}": v.dtype or "float32" for i, v in enumerate(boundary)}
     evaluators: dict[bool, ReferenceEvaluator] = {}
     wanted = {i.name for i in model[0].graph.input}
-    for i, v in enumerate([site.norm.x, *site.norm.parameters()]):
-        types.setdefault(f"v{i}", v.dtype or "float32")
 
     def run(x: Array, wide: bool) -> Array:
         if wide not in evaluators:
@@ -265,8 +198,7 @@ def _runner(model: Model, site: Site, params: dict[str, Array]) -> Callable[[Arr
         feeds = {}
         for name, array in {"v0": x, **params}.items():
             if name in wanted:
-                dtype = types.get(name, site.norm.compute)
-                array = array.astype(numpy_dtype(dtype))
+                array = array.astype(numpy_dtype(types[name]))
                 feeds[name] = array.astype(np.float64) if wide else array
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

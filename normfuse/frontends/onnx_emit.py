@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from normfuse.frontends.onnx import DTYPES, Lowering
+from normfuse.frontends.onnx import DTYPES
 from normfuse.frontends.onnx_functions import function_for, function_name
-from normfuse.frontends.onnx_ops import Row, norm_stages
+from normfuse.frontends.onnx_region import rest_of
 from normfuse.graph import Node, Value
 from normfuse.recognise import Expr, Norm
 
@@ -42,6 +42,9 @@ class Emitter:
             return "NF115", "the shape of the norm is not known"
         if norm.x.native is None or any(v.native is None for v in norm.parameters()):
             return "NF202", "the norm reads a value inside another operator"
+        for step in rest_of(value):
+            if step.kind not in ("cast", "mul", "add") or any(v.native is None for v in step.inputs[1:]):
+                return "NF202", "the norm ends inside another operator"
         if norm.dtype not in DTYPES or norm.x.dtype not in DTYPES:
             return "NF113", f"the type {norm.dtype} is not a float type"
         if not self._trailing(norm) or norm.size is None:
@@ -101,6 +104,11 @@ class Emitter:
         if norm.cast in ("last", "mixed") and norm.dtype != inner:
             self._cast(nodes, y, norm.dtype, f"{name}/downcast")
         return nodes
+
+    def call(self, function: ir.Function, inputs: list[ir.Value], name: str) -> list[ir.Node]:
+        """A node that calls a function made of the model's own nodes."""
+        self.functions[function.identifier()] = function
+        return [ir.Node(DOMAIN, function.name, inputs, name=name)]
 
     def tail(self, nodes: list[ir.Node], rest: Sequence[Node], params: dict[Value, ir.Value], name: str) -> None:
         """The stages of a norm operator behind the value that was replaced: its cast, scale and shift."""
@@ -165,15 +173,6 @@ class Emitter:
         return self._node(nodes, "Mul", [total, one], name)
 
 
-def rest_of(value: Value) -> list[Node]:
-    """The stages from a value inside an operator to that operator's output; empty for a value of the graph."""
-    out: list[Node] = []
-    while value.native is None:
-        out.append(value.uses[0])
-        value = value.uses[0].outputs[0]
-    return out
-
-
 def _plain(expr: Expr) -> bool:
     """A single parameter, as it is."""
     return len(expr) == 1 and expr[0][0] == 1.0 and len(expr[0][1]) == 1 and expr[0][1][0][1] == 1
@@ -223,56 +222,6 @@ def _evaluate(expr: Expr, norm: Norm) -> np.ndarray[Any, Any] | None:
             term = term * (array.reshape(_width(norm)) if array.size == total.size else array) ** exponent
         total = total + term
     return total
-
-
-def own_row(node: ir.Node) -> Row | None:
-    """The lowering of a call to one of the functions made here, if its body is what it should be."""
-    model_functions = node.graph.meta.get("normfuse.functions") if node.graph is not None else None
-    function = model_functions.get(node.op_identifier()) if model_functions else None
-    meaning = _meaning(function) if function is not None else None
-    if meaning is None:
-        return None
-    kind, weighted, biased, inner, stash, eps = meaning
-
-    def row(low: Lowering, node: ir.Node) -> None:
-        inputs = low.inputs(node)
-        x, axes = inputs[0], node.attributes["axes"].as_ints()
-        epsilon = node.attributes["epsilon"].as_float() if eps is None else eps
-        if x.shape is None or x.dtype != inner:
-            return low.opaque(node)
-        scale = inputs[1] if weighted else None
-        out = low.output(node, x.shape, x.dtype)
-        norm_stages(low, node, kind, x, scale, inputs[-1] if biased else None,
-                    tuple(sorted(a % len(x.shape) for a in axes)), epsilon, stash, out)  # fmt: skip
-
-    return row
-
-
-def _meaning(function: ir.Function) -> tuple[str, bool, bool, str, str, float | None] | None:
-    """What a function of ours computes; None where the body is not the one that we would write."""
-    if function.domain != DOMAIN:
-        return None
-    found = function.meta.get("normfuse.meaning", 0)
-    if found == 0:
-        found = _read_meaning(function)
-        function.meta["normfuse.meaning"] = found
-    return found  # type: ignore[no-any-return]
-
-
-def _read_meaning(function: ir.Function) -> tuple[str, bool, bool, str, str, float | None] | None:
-    words = (function.doc_string or "").rpartition("\n")[2].split()
-    if len(words) != 7 or words[0] not in NATIVE:
-        return None
-    kind, weighted, biased, inner, stash, opset, eps = words
-    if inner not in DTYPES or stash not in DTYPES or not opset.isdigit():
-        return None
-    value = None if eps == "-" else float(eps)
-    again = function_for(kind, weighted == "1", biased == "1", inner, stash, int(opset), value or 1.0)
-    if ir.to_proto(again).SerializeToString(deterministic=True) != ir.to_proto(function).SerializeToString(
-        deterministic=True
-    ):
-        return None
-    return kind, weighted == "1", biased == "1", inner, stash, value
 
 
 def register_functions(model: ir.Model, functions: Sequence[ir.Function]) -> None:

@@ -81,13 +81,34 @@ def function_for(kind: str, weighted: bool, biased: bool, inner: str, stash: str
     if biased:
         value = op("Add", [value, inputs[-1]], "shifted")
     value.name = "y"
-    words = (kind, int(weighted), int(biased), inner, stash, opset, repr(eps) if opset < 12 else "-")
     graph = ir.Graph(inputs, [value], nodes=nodes, opset_imports={"": opset}, name="")
     attributes: list[Any] = [ir.Attr("axes", ir.AttributeType.INTS, None), ir.Attr("epsilon", ir.AttributeType.FLOAT, None)]
     name = function_name(kind, weighted, biased, inner, stash, opset, eps)
     function = ir.Function("normfuse", name, graph=graph, attributes=attributes)
-    function.doc_string = f"{_FORMULA[kind]}\n{' '.join(map(str, words))}"
+    function.doc_string = _FORMULA[kind]
     return function
+
+
+def function_body(function: ir.Function, call: ir.Node) -> tuple[list[ir.Value], list[ir.Node], list[ir.Value]] | None:
+    """A copy of a function's inputs, nodes and outputs with the attributes of a call; None with sub-graphs in it."""
+    values = {v: ir.Value(name=v.name) for v in function.inputs}
+    nodes = []
+    for node in function:
+        attributes = []
+        for attr in node.attributes.values():
+            if attr.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
+                return None
+            if attr.is_ref():
+                given = call.attributes.get(attr.ref_attr_name or "") or function.attributes.get(attr.ref_attr_name or "")
+                if given is None or given.value is None:
+                    continue
+                attr = ir.Attr(attr.name, given.type, given.value)
+            attributes.append(attr)
+        inputs = [None if v is None else values[v] for v in node.inputs]
+        copy = ir.Node(node.domain, node.op_type, inputs, attributes, num_outputs=len(node.outputs), name=node.name)
+        values.update(zip(node.outputs, copy.outputs, strict=True))
+        nodes.append(copy)
+    return [values[v] for v in function.inputs], nodes, [values[v] for v in function.outputs]
 
 
 _FORMULA = {

@@ -11,10 +11,11 @@ from normfuse.config import Config
 from normfuse.errors import InputError, UnsupportedError
 from normfuse.frontends.onnx import Lowering, lower
 from normfuse.frontends.onnx_check import Checker
-from normfuse.frontends.onnx_emit import DOMAIN, Emitter, register_functions, rest_of
+from normfuse.frontends.onnx_emit import DOMAIN, Emitter, register_functions
+from normfuse.frontends.onnx_region import as_function, rest_of
 from normfuse.graph import Node, Value
 from normfuse.passmanager import fuse, plan
-from normfuse.plan import Plan
+from normfuse.plan import Plan, Replace
 from normfuse.recognise import Refusal, Site
 from normfuse.verify import Check
 
@@ -44,7 +45,8 @@ class OnnxModel:
         self.progress("reading", 0.0)
         self.lowerings = lower(model)
         self.progress("recognising", 0.2)
-        self.plans = [plan(low.graph, config, self.emitter.expressible, rewrite) for low in self.lowerings]
+        self.plans = [plan(low.graph, config, self.emitter.expressible, rewrite, functions=True)
+                      for low in self.lowerings]  # fmt: skip
         self.checks: dict[Site, Check] = {}
         self.moved: dict[ir.Value, ir.Value] = {}
 
@@ -65,21 +67,22 @@ class OnnxModel:
             failed = False
             for i, edit in enumerate(one.replace):
                 self.progress("verifying", 0.3 + 0.5 * i / max(total, 1))
-                result = self.checks[edit.site] = checker.check(low, edit.site)
+                result = self.checks[edit.site] = checker.check(low, edit)
                 if not result.ok:
                     failed = True
                     one.refuse(edit.site, Refusal("NF201", edit.site.label, result.message))
             if failed:
-                fuse(one, self.config, self.emitter.expressible)
+                fuse(one, self.config, self.emitter.expressible, functions=True)
 
     def apply(self) -> bool:
         """Make the edits; True if there were any."""
         self.progress("rewriting", 0.85)
         used = {v.name for node in self.model.graph.all_nodes() for v in node.outputs}
+        used |= {node.name for node in self.model.graph.all_nodes()}
         used |= {v.name for v in self.model.graph.inputs} | set(self.model.graph.initializers)
         for low, one in zip(self.lowerings, self.plans, strict=True):
             for edit in one.replace:
-                self._replace(low, edit.site, used)
+                self._replace(low, edit, used)
             self._remove(low, one)
         for value in self.emitter.fresh:
             value.name = _unique(value.name or "", used)
@@ -93,7 +96,8 @@ class OnnxModel:
             native = self.moved[native]
         return native
 
-    def _replace(self, low: Lowering, site: Site, used: set[str | None]) -> None:
+    def _replace(self, low: Lowering, edit: Replace, used: set[str | None]) -> None:
+        site = edit.site
         rest = rest_of(site.value)
         old: ir.Value = rest[-1].outputs[0].native if rest else site.value.native
         producer = old.producer()
@@ -106,11 +110,17 @@ class OnnxModel:
                 params.setdefault(base.inputs[0], self._now(base.inputs[0]))
                 base = base.inputs[0].producer
         name = _unique(f"{producer.name or old.name}_{site.norm.kind}", used)
-        nodes = self.emitter.emit(site.norm, self._now(site.norm.x), params, name)
-        self.emitter.tail(nodes, rest, params, name)
+        if edit.as_written:
+            own = as_function(low, site, self.opset)
+            assert own is not None  # the check and `expressible` have seen to it
+            nodes = self.emitter.call(own[0], [self._now(v) for v in own[1]], name)
+        else:
+            nodes = self.emitter.emit(site.norm, self._now(site.norm.x), params, name)
+            self.emitter.tail(nodes, rest, params, name)
         new = nodes[-1].outputs[0]
         for i, node in enumerate(nodes):
             node.metadata_props.update(producer.metadata_props)
+            node.name = name if i == 0 else _unique(node.name or name, used)
             if node is not nodes[-1]:
                 node.outputs[0].name = _unique(f"{old.name}_{i}", used)
         nodes[-1].doc_string = producer.doc_string
@@ -128,7 +138,7 @@ class OnnxModel:
             by_native.setdefault(node.native, []).append(node)
         gone = [rest_of(edit.site.value)[-1].native for edit in one.replace if edit.site.value.native is None]
         gone += [native for native, nodes in by_native.items() if all(node in dead for node in nodes)]
-        lowered = set(by_native)
+        lowered = set(by_native) - set(gone)
         todo = list(reversed(gone))
         while todo:
             node = todo.pop(0)
@@ -140,7 +150,7 @@ class OnnxModel:
                 producer = v.producer()
                 if v.uses() or v.is_graph_output():
                     continue
-                if producer is not None and producer not in lowered and producer.graph is not None:
+                if producer is not None and producer not in lowered:
                     todo.append(producer)
                 elif v.is_initializer() and not v.is_graph_input() and v.graph is not None:
                     v.graph.initializers.pop(v.name)

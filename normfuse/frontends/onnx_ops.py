@@ -149,29 +149,66 @@ def _matmul(low: Lowering, node: ir.Node) -> None:
 
 
 def _einsum(low: Lowering, node: ir.Node) -> None:
-    """Row dot products: ``...d,...d->...`` in any letters."""
-    equation = str(attribute(node, "equation")).replace(" ", "")
+    """Products and sums along axes that both operands have in the same order: ``...d,...d->...``, ``bsd,d->bsd``."""
     inputs = low.inputs(node)
-    terms, arrow, result = equation.partition("->")
-    left = terms.split(",")
-    if arrow and len(inputs) == 2 and left[0] == left[1] and result == left[0][:-1] and left[0][-1:].isalpha():
-        x, y = inputs
-        shape = product_shape([x.shape, y.shape])
-        if shape is not None and left[0].count(left[0][-1]) == 1:
-            squared = low.virtual(shape, x.dtype)
-            low.emit("mul", [x, y], squared, node)
-            out = low.output(node, shape[:-1], x.dtype)
-            return low.emit("sum", [squared], out, node, axes=(len(shape) - 1,), keepdims=False)
-    fixed = any(v.fixed for v in inputs)
-    low.opaque(node, "linear" if fixed else "attention" if len(inputs) == 2 else "opaque")
+    terms = _letters(str(attribute(node, "equation")), [v.rank for v in inputs])
+    if terms is None or len(inputs) > 2:
+        return low.opaque(node)
+    *operands, result = terms
+    full = max(operands, key=len)
+    plain = all(len(set(t)) == len(t) and [c for c in full if c in t] == list(t) for t in (*operands, result))
+    if not plain:
+        fixed = any(v.fixed for v in inputs)
+        return low.opaque(node, "linear" if fixed else "attention" if len(inputs) == 2 else "opaque")
+    spread = [_insert(low, node, v, t, full) for v, t in zip(inputs, operands, strict=True)]
+    summed = tuple(i for i, c in enumerate(full) if c not in result)
+    shape = product_shape([v.shape for v in spread])
+    dtype = inputs[0].dtype
+    out_shape = None if shape is None else tuple(d for i, d in enumerate(shape) if i not in summed)
+    out = low.output(node, out_shape, dtype)
+    value = spread[0]
+    if len(spread) == 2:
+        value = low.virtual(shape, dtype) if summed else out
+        low.emit("mul", spread, value, node)
+    if summed:
+        low.emit("sum", [value], out, node, axes=summed, keepdims=False)
+    elif len(spread) == 1:
+        low.emit("identity", [value], out, node)
+
+
+def _letters(equation: str, ranks: list[int | None]) -> list[str] | None:
+    """The terms of an equation with its ellipsis spelled out, the result last."""
+    left, arrow, result = equation.replace(" ", "").partition("->")
+    terms = left.split(",")
+    if not arrow or len(terms) != len(ranks) or any(r is None for r in ranks):
+        return None
+    dots = max((r - len(t) + 3 for t, r in zip(terms, ranks, strict=True) if "..." in t and r is not None), default=0)
+    names = "".join(chr(0x3B1 + i) for i in range(max(dots, 0)))
+    out = []
+    for term, rank in zip((*terms, result), (*ranks, None), strict=True):
+        here = dots if rank is None else rank - len(term) + 3
+        out.append(term.replace("...", names[len(names) - here :] if here > 0 else ""))
+    return out if all(len(t) == r for t, r in zip(out, ranks, strict=False)) else None
+
+
+def _insert(low: Lowering, node: ir.Node, value: Value, term: str, full: str) -> Value:
+    """The operand with an axis of size 1 for each letter it lacks."""
+    missing = tuple(i for i, c in enumerate(full) if c not in term)
+    if not missing or value.shape is None:
+        return value
+    dims = iter(value.shape)
+    shape = tuple(1 if i in missing else next(dims) for i in range(len(full)))
+    out = low.virtual(shape, value.dtype)
+    low.emit("unsqueeze", [value], out, node, axes=missing)
+    return out
 
 
 def _reshape(low: Lowering, node: ir.Node) -> None:
     x = low.value(node.inputs[0])
     shape: Shape | None = None
-    target = low.array(node.inputs[1]) if len(node.inputs) > 1 else attribute(node, "shape")
+    target = low.known_sizes(node.inputs[1]) if len(node.inputs) > 1 else attribute(node, "shape")
     if target is not None and x.shape is not None:
-        dims: list[Dim] = [int(d) for d in target]
+        dims: list[Dim] = list(target)
         zero = not attribute(node, "allowzero", 0)
         dims = [x.shape[i] if d == 0 and zero and i < len(x.shape) else d for i, d in enumerate(dims)]
         shape = tuple(_fill_in(dims, x.shape))
@@ -247,9 +284,26 @@ def view_axes(kind: str) -> Row:
 
 def _expand(low: Lowering, node: ir.Node) -> None:
     x = low.value(node.inputs[0])
-    target = low.array(node.inputs[1])
-    shape = None if target is None else product_shape([x.shape, tuple(int(d) for d in target)])
-    low.emit("expand", [x], low.output(node, shape, x.dtype), node)
+    target = low.known_sizes(node.inputs[1])
+    out = low.output(node, None if target is None else product_shape([x.shape, target]), x.dtype)
+    low.emit("expand", [x], out, node)
+    out.number = x.number
+
+
+def _fill(low: Lowering, node: ir.Node) -> None:
+    """ConstantOfShape with a shape that is known only in part."""
+    tensor = attribute(node, "value")
+    number = 0.0 if tensor is None else float(tensor.numpy().reshape(-1)[0])
+    dtype = "float32" if tensor is None else low.dtype_name(tensor.dtype)
+    out = low.output(node, low.known_sizes(node.inputs[0]), dtype)
+    low.emit("opaque", [], out, node)
+    out.number = number
+
+
+def _global_pool(low: Lowering, node: ir.Node) -> None:
+    x = low.value(node.inputs[0])
+    axes = None if x.shape is None else tuple(range(2, len(x.shape)))
+    low.emit("mean", [x], low.output(node, reduced_shape(x, axes, True), x.dtype), node, axes=axes, keepdims=True)
 
 
 def _transpose(low: Lowering, node: ir.Node) -> None:
@@ -359,6 +413,8 @@ OPS: dict[str, Row] = {
     "ReduceSum": reduction("sum"),
     "ReduceSumSquare": reduction("sum", square=True),
     "ReduceL2": reduction("vecnorm"),
+    "GlobalAveragePool": _global_pool,
+    "ConstantOfShape": _fill,
     "MatMul": _matmul,
     "Einsum": _einsum,
     "Reshape": _reshape,

@@ -1,0 +1,224 @@
+"""A whole torch graph on its way through a rewrite: plan, check, apply. The graph given is never changed."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export.graph_signature import InputKind
+
+from normfuse.config import Config
+from normfuse.errors import UnsupportedError
+from normfuse.frontends import fx_effects
+from normfuse.frontends.fx import Lowering
+from normfuse.frontends.fx_check import Checker
+from normfuse.frontends.fx_emit import Emitter, emitted, level_of
+from normfuse.frontends.fx_meta import meta_of, order_of
+from normfuse.graph import Node, Value
+from normfuse.passmanager import fuse, plan
+from normfuse.plan import Plan
+from normfuse.recognise import Norm, Refusal, Site
+from normfuse.report import Report
+from normfuse.verify import Check
+
+_OWN_META = ("val", "example_value", "tensor_meta", "original_aten")
+
+
+def run(model: Any, config: Config, rewrite: bool) -> tuple[Any, Report]:
+    """Find the norms of a GraphModule or ExportedProgram and, for a rewrite, fuse them in a copy.
+
+    Gives (a model of the same type, the report). Raises `UnsupportedError` for verify="model".
+    """
+    if config.verify == "model":
+        raise UnsupportedError("verify='model' needs files to run; use verify='sites'")
+    exported = not isinstance(model, fx.GraphModule)
+    source = model.graph_module if exported else model
+    state = _state(model) if exported else None
+    level = {"ATEN": "core", "TRAINING": "aten"}.get(model.dialect) if exported else None
+    whole = _Module(source, config, rewrite, state, level)
+    if rewrite:
+        if config.verify != "off":
+            whole.check()
+        changed = whole.apply()
+        model = _program(model, changed) if exported else changed
+    report = whole.report()
+    report.format = "exported" if exported else "fx"
+    return model, report
+
+
+def _state(program: Any) -> dict[str, torch.Tensor | None]:
+    """The placeholders of an exported program that are the same in every run; for a constant, its tensor."""
+    out: dict[str, torch.Tensor | None] = {}
+    mutated = set(program.graph_signature.buffers_to_mutate.values())
+    for spec in program.graph_signature.input_specs:
+        if spec.kind == InputKind.CONSTANT_TENSOR:
+            out[spec.arg.name] = program.constants.get(spec.target)
+        elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER) and spec.target not in mutated:
+            out[spec.arg.name] = None
+    return out
+
+
+def _program(program: Any, changed: fx.GraphModule) -> Any:
+    """A new exported program with another graph."""
+    return torch.export.ExportedProgram(
+        root=changed, graph=changed.graph, graph_signature=copy.deepcopy(program.graph_signature),
+        state_dict=program.state_dict, range_constraints=dict(program.range_constraints),
+        module_call_graph=copy.deepcopy(program.module_call_graph), example_inputs=program.example_inputs,
+        constants=program.constants, verifiers=program.verifiers,
+    )  # fmt: skip
+
+
+class _Module:
+    """One graph module and those inside it."""
+
+    def __init__(self, source: fx.GraphModule, config: Config, rewrite: bool,
+                 state: Mapping[str, torch.Tensor | None] | None = None, level: str | None = None) -> None:  # fmt: skip
+        started = time.perf_counter()
+        self.source, self.config, self.rewrite = source, config, rewrite
+        self.graph = _copy(source) if rewrite else source.graph
+        self.nodes_before = count(source.graph)
+        self.low = Lowering(source, self.graph, state)
+        self.emitter = Emitter(level or level_of(self.graph), config.numerics)
+        self.plan: Plan = plan(self.low.graph, config, self._expressible, rewrite)
+        self.checks: dict[Site, Check] = {}
+        self.emitted: dict[Site, str] = {}
+        self.moved: dict[fx.Node, fx.Node] = {}
+        self.seconds = {"recognise": time.perf_counter() - started}
+        self.inner: dict[str, _Module] = {}
+        for path in self.low.subgraphs:
+            part = source.get_submodule(path)
+            if path not in self.inner and isinstance(part, fx.GraphModule):
+                self.inner[path] = _Module(part, config, rewrite, None, self.emitter.level)
+
+    def _expressible(self, norm: Norm, value: Value) -> tuple[str, str] | None:
+        return self.emitter.expressible(self.low, norm, value)
+
+    def check(self) -> None:
+        """Compare every replaced region with its replacement; roll back those that differ."""
+        started = time.perf_counter()
+        checker = Checker(self.emitter)
+        failed = False
+        for edit in self.plan.replace:
+            result = self.checks[edit.site] = checker.check(self.low, edit.site)
+            if not result.ok:
+                failed = True
+                self.plan.refuse(edit.site, Refusal("NF201", edit.site.label, result.message))
+        if failed:
+            fuse(self.plan, self.config, self._expressible)
+        for part in self.inner.values():
+            part.check()
+        self.seconds["verify"] = time.perf_counter() - started
+
+    def apply(self) -> fx.GraphModule:
+        """Make the edits and give the new module."""
+        started = time.perf_counter()
+        for edit in self.plan.replace:
+            self._replace(edit.site)
+        if self.plan.replace:
+            self._remove()
+        self.graph.lint()
+        made = fx.GraphModule(self.source, self.graph, type(self.source).__name__)
+        made.meta = dict(self.source.meta)
+        for path, part in self.inner.items():
+            parent, _, name = path.rpartition(".")
+            setattr(made.get_submodule(parent), name, part.apply())
+        self.seconds["rewrite"] = time.perf_counter() - started
+        return made
+
+    def _replace(self, site: Site) -> None:
+        old: fx.Node = site.value.native
+        order = order_of(meta_of(old))
+        attributes: dict[str, fx.Node] = {}
+
+        def operand(value: Value) -> fx.Node:
+            if isinstance(value.native, str):
+                if value.native not in attributes:
+                    attributes[value.native] = self.graph.get_attr(value.native)
+                return attributes[value.native]
+            return self._now(value.native)
+
+        with self.graph.inserting_before(old):
+            nodes = self.emitter.emit(self.graph, site.norm, operand(site.norm.x), operand, order)
+        new = nodes[-1]
+        self.emitted[site] = emitted(nodes)
+        for node in nodes:
+            node.meta = {k: v for k, v in old.meta.items() if k not in _OWN_META}
+            if node is not new:
+                _infer(node, old)
+        new.meta = dict(old.meta)
+        old.replace_all_uses_with(new)
+        self.moved[old] = new
+
+    def _now(self, node: fx.Node) -> fx.Node:
+        while node in self.moved:
+            node = self.moved[node]
+        return node
+
+    def _remove(self) -> None:
+        """Erase the nodes that are dead now, then checks, sizes and constants that only they used."""
+        dead = set(self.plan.remove)
+        by_native: dict[fx.Node, list[Node]] = {}
+        for node in self.low.graph.nodes:
+            by_native.setdefault(node.native, []).append(node)
+        gone = {native for native, nodes in by_native.items() if all(node in dead for node in nodes)}
+        names = {new: old.name for old, new in self.moved.items() if old in gone}
+        for node in reversed(list(self.graph.nodes)):
+            idle = not node.users and node.op not in ("placeholder", "output")
+            check = fx_effects.is_assert(node) and all(n in gone for n in node.all_input_nodes)
+            if idle and (node in gone or check):
+                # what is no node of the neutral graph is a constant, a size or an element of a tuple
+                gone.update(n for n in node.all_input_nodes if n.op != "placeholder" and n not in by_native)
+                self.graph.erase_node(node)
+        for new, name in names.items():
+            new.name = name
+
+    def report(self) -> Report:
+        """The report on this graph and those inside it."""
+        from normfuse.api import build_report
+
+        parts = [self, *self.inner.values()]
+        checks = {site: check for part in parts for site, check in part.checks.items()}
+        out = build_report([part.plan for part in parts], checks, self.rewrite, lambda norm: True)
+        sites = [(part, site) for part in parts for site in part.plan.found.sites]
+        for (part, site), record in zip(sites, out.norms, strict=True):
+            record.emitted = part.emitted.get(site, "")
+        out.nodes_before = sum(part.nodes_before for part in parts)
+        out.nodes_after = sum(count(part.graph) for part in parts)
+        out.seconds = dict(self.seconds)
+        return out
+
+
+def _copy(source: fx.GraphModule) -> fx.Graph:
+    """The graph again, node for node under the same names."""
+    out = copy.deepcopy(source.graph)
+    out.owning_module = source
+    for before, after in zip(source.graph.nodes, out.nodes, strict=True):
+        after.name = before.name
+    return out
+
+
+def count(graph: fx.Graph) -> int:
+    """The operations of a graph."""
+    return sum(n.op in ("call_function", "call_method", "call_module") for n in graph.nodes)
+
+
+def _infer(node: fx.Node, like: fx.Node) -> None:
+    """The meta of a new inner node, by running it on the fake tensors of its operands."""
+    key = next((k for k in ("val", "example_value") if k in like.meta), None)
+    mode = getattr(like.meta.get(key or ""), "fake_mode", None)
+    if key is None or mode is None:
+        return
+    operands = node.all_input_nodes
+    if any(key not in n.meta for n in operands):
+        return
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta[key])
+    target: Any = node.target
+    with mode, torch.set_grad_enabled(bool(like.meta[key].requires_grad)):
+        if node.op == "call_method":
+            node.meta[key] = getattr(args[0], target)(*args[1:], **kwargs)
+        elif node.op == "call_function":
+            node.meta[key] = target(*args, **kwargs)

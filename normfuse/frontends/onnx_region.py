@@ -1,0 +1,145 @@
+"""The ONNX nodes behind one norm: what the check runs, and what a function of them is made of."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+
+from normfuse.frontends.onnx import Lowering
+from normfuse.frontends.onnx_fold import Array
+from normfuse.graph import Node, Value
+from normfuse.recognise import Site
+
+VIEWS = frozenset({"Reshape", "Expand", "Flatten"})
+MAX_REGION = 400
+
+
+@dataclass(slots=True)
+class Region:
+    """Nodes in topological order, the values they read from outside (x first), and the constants among these."""
+
+    nodes: list[ir.Node] = field(default_factory=list)
+    boundary: list[Value] = field(default_factory=list)
+    constants: dict[ir.Value, Array] = field(default_factory=dict)
+
+
+def rest_of(value: Value) -> list[Node]:
+    """The stages from a value inside an operator to that operator's output; empty for a value of the graph."""
+    out: list[Node] = []
+    while value.native is None and value.uses:
+        out.append(value.uses[0])
+        value = value.uses[0].outputs[0]
+    return out
+
+
+def target_of(site: Site) -> Value:
+    """The value of the graph that a replacement computes."""
+    rest = rest_of(site.value)
+    return rest[-1].outputs[0] if rest else site.value
+
+
+def region(low: Lowering, site: Site, shape: tuple[int, ...] | None = None) -> Region | None:
+    """The region of a site, or None where it is too large or reads what only a whole run knows.
+
+    With a `shape` for x, the targets of views that depend on sizes become constants for that shape.
+    """
+    reads = [site.norm.x, *site.norm.parameters(), *(v for step in rest_of(site.value) for v in step.inputs[1:])]
+    out = Region()
+    boundary = {v.native: v for v in reads}
+    found: dict[ir.Node, None] = {}
+    todo: list[ir.Value] = [target_of(site).native]
+    seen: set[ir.Value] = set(boundary)
+    while todo:
+        value = todo.pop()
+        if value in seen:
+            continue
+        seen.add(value)
+        node, known = value.producer(), low.values.get(value)
+        if value in low.arrays:
+            out.constants[value] = low.arrays[value]
+        elif known is not None and known.number is not None and known.leaf:
+            sizes = [d for d in known.shape or () if isinstance(d, int)]
+            out.constants[value] = np.full(sizes, known.number, known.dtype)
+        elif node is None:
+            if known is None:
+                return None
+            boundary[value] = known
+        elif node not in found:
+            found[node] = None
+            for slot, v in enumerate(node.inputs):
+                if v is None:
+                    continue
+                if shape is not None and slot == 1 and node.op_type in VIEWS and v not in low.arrays:
+                    target = _sizes(low.values[node.outputs[0]], site.norm.x, shape)
+                    if target is None:
+                        return None
+                    out.constants[v] = target
+                    seen.add(v)
+                else:
+                    todo.append(v)
+        if len(found) > MAX_REGION:
+            return None
+    out.nodes, out.boundary = _ordered(found, set(boundary)), list(boundary.values())
+    return out
+
+
+def _sizes(view: Value, x: Value, shape: tuple[int, ...]) -> Array | None:
+    """The shape of a view when x has the given one; one size may be left to the runtime."""
+    sizes = dict(zip(x.shape or (), shape, strict=True))
+    dims = [d if isinstance(d, int) else sizes.get(d, -1) if d is not None else -1 for d in view.shape or ()]
+    return None if view.shape is None or dims.count(-1) > 1 else np.array(dims, np.int64)
+
+
+def _ordered(nodes: dict[ir.Node, None], stop: set[ir.Value]) -> list[ir.Node]:
+    out: list[ir.Node] = []
+    state: set[ir.Node] = set()
+    for start in nodes:
+        stack = [(start, False)]
+        while stack:
+            node, done = stack.pop()
+            if done:
+                out.append(node)
+            elif node not in state:
+                state.add(node)
+                stack.append((node, True))
+                for v in node.inputs:
+                    source = v.producer() if v is not None and v not in stop else None
+                    if source is not None and source in nodes:
+                        stack.append((source, False))
+    return out
+
+
+def as_function(low: Lowering, site: Site, opset: int) -> tuple[ir.Function, list[Value]] | None:
+    """A function of the region's own nodes, so that every rounding stays, and the values to call it with."""
+    found = region(low, site)
+    if found is None or any(v.native is None or v.dtype is None for v in found.boundary):
+        return None
+    values: dict[ir.Value, ir.Value] = {v.native: ir.Value(name=f"v{i}") for i, v in enumerate(found.boundary)}
+    nodes: list[ir.Node] = []
+    for value, array in found.constants.items():
+        tensor = ir.tensor(np.ascontiguousarray(array), name=f"c{len(values)}")
+        node = ir.Node("", "Constant", [], [ir.AttrTensor("value", tensor)], name=f"n{len(nodes)}")
+        node.outputs[0].name = f"c{len(values)}"
+        values[value] = node.outputs[0]
+        nodes.append(node)
+    for source in found.nodes:
+        if any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in source.attributes.values()):
+            return None
+        inputs = [None if v is None else values[v] for v in source.inputs]
+        node = ir.Node(source.domain, source.op_type, inputs, list(source.attributes.values()),
+                       num_outputs=len(source.outputs), name=f"n{len(nodes)}")  # fmt: skip
+        for old, new in zip(source.outputs, node.outputs, strict=True):
+            new.name = f"t{len(values)}"
+            values[old] = new
+        nodes.append(node)
+    output = values[target_of(site).native]
+    text = "\n".join(str(n.op_type) + repr([(a.name, str(a.value)) for a in n.attributes.values()]) + repr(
+        [v.name if v is not None else None for v in n.inputs]) for n in nodes)  # fmt: skip
+    name = f"{site.norm.kind}_as_written_{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
+    graph = ir.Graph([values[v.native] for v in found.boundary], [output], nodes=nodes, opset_imports={"": opset}, name="")
+    function = ir.Function("normfuse", name, graph=graph, attributes=[])
+    function.doc_string = "a norm with the order of roundings of the model it was found in"
+    return function, found.boundary

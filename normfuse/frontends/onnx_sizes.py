@@ -1,0 +1,99 @@
+"""Sizes in motion: models compute the targets of Reshape and Expand from the shapes of tensors.
+
+Each small integer vector is followed as a tuple of sizes, some of them symbols or unknown, so that a Reshape whose
+target mixes a batch size with constants still has a shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import onnx_ir as ir
+
+from normfuse.frontends.onnx_fold import Array, attribute
+from normfuse.graph import Dim, Shape
+
+Sizes = Shape | None
+Arrays = Sequence[Array | None]
+Rule = Callable[[ir.Node, Sequence[Sizes], Arrays], Sizes]
+
+
+def _shape(node: ir.Node, args: Sequence[Sizes], arrays: Arrays) -> Sizes:
+    return None if args[0] is None else args[0][attribute(node, "start", 0) : attribute(node, "end")]
+
+
+def _size(node: ir.Node, args: Sequence[Sizes], arrays: Arrays) -> Sizes:
+    return None if args[0] is None else (_product(args[0]),)
+
+
+def _product(sizes: Shape) -> Dim:
+    if len(sizes) == 1:
+        return sizes[0]
+    total = 1
+    for d in sizes:
+        if not isinstance(d, int):
+            return None
+        total *= d
+    return total
+
+
+def _gather(node: ir.Node, args: Sequence[Sizes], arrays: Arrays) -> Sizes:
+    if args[0] is None or arrays[1] is None:
+        return None
+    picked = [int(i) for i in arrays[1].reshape(-1)]
+    return tuple(args[0][i] for i in picked) if all(-len(args[0]) <= i < len(args[0]) for i in picked) else None
+
+
+def _slice(node: ir.Node, args: Sequence[Sizes], arrays: Arrays) -> Sizes:
+    if args[0] is None:
+        return None
+    if len(arrays) > 1:
+        if any(a is None for a in arrays[1:]):
+            return None
+        starts, ends = ([int(i) for i in a.reshape(-1)] for a in arrays[1:3] if a is not None)
+        steps = [int(i) for i in arrays[4].reshape(-1)] if len(arrays) > 4 and arrays[4] is not None else [1]
+    else:
+        starts, ends, steps = attribute(node, "starts"), attribute(node, "ends"), [1]
+    return args[0][starts[0] : ends[0] : steps[0]] if len(starts) == 1 and steps[0] > 0 else None
+
+
+def _concat(node: ir.Node, args: Sequence[Sizes], arrays: Arrays) -> Sizes:
+    return None if any(a is None for a in args) else tuple(d for a in args if a is not None for d in a)
+
+
+def _same(node: ir.Node, args: Sequence[Sizes], arrays: Arrays) -> Sizes:
+    return args[0] if args else None
+
+
+def _cast(node: ir.Node, args: Sequence[Sizes], arrays: Arrays) -> Sizes:
+    return args[0] if ir.DataType(attribute(node, "to")).is_integer() else None
+
+
+def _all(node: ir.Node, args: Sequence[Sizes], arrays: Arrays) -> Sizes:
+    return None if args[0] is None else (_product(args[0]),)
+
+
+SIZES: dict[str, Rule] = {
+    "Shape": _shape,
+    "Size": _size,
+    "Gather": _gather,
+    "Slice": _slice,
+    "Concat": _concat,
+    "Cast": _cast,
+    "Identity": _same,
+    "Unsqueeze": _same,
+    "Squeeze": _same,
+    "Reshape": _same,
+    "ReduceProd": _all,
+}
+
+
+def sizes_of(node: ir.Node, args: Sequence[Sizes], arrays: Arrays) -> Sizes:
+    """The sizes that a node computes from sizes; None where it does something else."""
+    rule = SIZES.get(node.op_type)
+    if rule is None or not args or args[0] is None or node.domain not in ("", "ai.onnx"):
+        return None
+    try:
+        return rule(node, args, arrays)
+    except (IndexError, TypeError, ValueError):
+        return None  # a run-time error of the model is the runtime's to report
