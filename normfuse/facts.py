@@ -211,8 +211,9 @@ class Fact:
     """What a value is in terms of one root.
 
     `trace` lists the events with a rounding on the way from the root, as (event, dtype); events are cast, centre,
-    norm, scale, weight and bias. `types` are the dtypes in which the statistics were computed. `via` is the
-    operand that carries x.
+    norm, scale, weight and bias. `types` are the dtypes in which the statistics were computed. `absolute` marks |v|,
+    which only a square can use, and `partial` the axes of the root over which a mean has been taken already while
+    others are still to come. `via` is the operand that carries x.
     """
 
     root: Root
@@ -223,6 +224,7 @@ class Fact:
     trace: tuple[tuple[str, str], ...] = ()
     types: frozenset[str] = frozenset()
     absolute: bool = False
+    partial: frozenset[int] = frozenset()
     via: Value | None = None
 
     @property

@@ -10,6 +10,7 @@ is linear). A value whose fact has the form of a norm, and which is not merely a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -303,6 +304,10 @@ class _Recogniser:
                 layout = _view(node, source)
                 if layout is not None and node.kind != "expand":
                     todo.append((source, tuple(sorted(a for i in over for a in layout[i]))))
+            elif node.kind in ("mean", "sum") and node.attrs["axes"]:  # a mean in several steps
+                taken, source = node.attrs["axes"], node.inputs[0]
+                kept = [a for a in range(source.rank or 0) if node.attrs["keepdims"] or a not in taken]
+                todo.append((source, tuple(sorted({*(kept[a] for a in over), *taken}))))
             elif node.kind in ELEMENTWISE:
                 for i, operand in enumerate(node.inputs):
                     others = [o for j, o in enumerate(node.inputs) if j != i]
@@ -409,7 +414,6 @@ class _Recogniser:
             leads_on = [
                 node for node in value.uses
                 if node.outputs and by_root.get(node.outputs[0].index, set()) & group
-                and any(f.via is value for f, _ in matches[node.outputs[0].index])
             ]  # fmt: skip
             if value.uses and not value.kept and len(leads_on) == len(value.uses):
                 continue
@@ -423,7 +427,8 @@ class _Recogniser:
         best = found[0]
         for fact, m in found[1:]:
             seen = self.facts[fact.root.value.index].get(best[0].root.key())
-            plain = seen is not None and seen.alpha == {ONE: 1.0} and not seen.beta
+            plain = seen is not None and seen.alpha == {ONE: 1.0} and (
+                not seen.beta or (seen.beta == {MEAN: -1.0} and best[1].kind == "layer_norm"))  # fmt: skip
             if not plain and not (best[1].kind == "layer_norm" and m.kind == "rms_norm"):
                 best = (fact, m)
         return best
@@ -444,11 +449,15 @@ class _Recogniser:
         first: Refused | None = None
         chain_name = _label(chain[0][0])
         for value, fact in chain:
+            if first is not None and first.code == "NF117" and self._joins(chain, value):
+                break
             try:
                 if fact.layout != identity_layout(fact.root.value) or self._idle(value, fact):
                     continue
                 found = match(fact)
                 compute, cast = precision(fact)
+                if any(PRECISION.get(d, 0) < 24 for d in (compute, value.dtype or "")) and not _exact(found.weight):
+                    raise Refused("NF117", "a constant factor would be rounded with the weight")
             except Refused as why:
                 if first is None or why.code == "NF117":
                     first = why
@@ -461,6 +470,13 @@ class _Recogniser:
         compute = max(fact.types & set(PRECISION) | {"float32"}, key=PRECISION.__getitem__)
         norm = self._norm(value, fact, match(fact), compute, "mixed")
         self.out.sites.append(Site(value, norm, fact, _is_op(value, norm), chain_name, first.message))
+
+    def _joins(self, chain: list[tuple[Value, Fact]], value: Value) -> bool:
+        """Whether, after a value on the chain, another operand depends on the root too: the value alone will not do."""
+        after = chain[[v for v, _ in chain].index(value) - 1][0]
+        key = chain[0][1].root.key()
+        assert after.producer is not None
+        return len({v for v in after.producer.inputs if key in self.facts.get(v.index, ())}) > 1
 
     def _idle(self, value: Value, fact: Fact) -> bool:
         """Only a copy or a view of a value before it that has the same layout."""
@@ -512,6 +528,11 @@ class _Recogniser:
                 said.add((code, node))
                 self.out.refusals.append(Refusal(code, node, message))
         self.out.refusals.extend(Refusal(*note) for note in self.graph.notes)
+
+
+def _exact(weight: Poly) -> bool:
+    """Every factor is a power of two, so that it may move past a rounding."""
+    return all(math.frexp(c)[0] in (0.5, -0.5) for c in weight.values())
 
 
 def region(value: Value, norm: Norm) -> list[Node]:

@@ -104,12 +104,14 @@ def _combine(node: Node, f: Fact, g: Fact, kappa: Poly, alpha: Poly, beta: Poly,
     else:
         types |= {dtype} | {d for event, d in f.trace + g.trace if event != "cast"}
         trace = ()
-    return Fact(main.root, kappa, alpha, beta, broadcast(f.layout, g.layout), trace, types, False, via)
+    return Fact(main.root, kappa, alpha, beta, broadcast(f.layout, g.layout), trace, types, via=via)
 
 
 def _plain(*facts: Fact) -> None:
     if any(f.absolute for f in facts):
         raise Refused("NF112", "|x| is not linear; only its square is a statistic")
+    if any(f.partial for f in facts):
+        raise Refused("NF106", "a mean over some of the axes is used before the mean over the others")
 
 
 def _add(node: Node, facts: list[Fact], sign: float = 1.0) -> Fact:  # sums of facts in one root
@@ -151,8 +153,8 @@ def _div(node: Node, facts: list[Fact]) -> Fact:
 
 def _unary(node: Node, f: Fact, kappa: Poly, alpha: Poly, beta: Poly) -> Fact:
     types = f.types if alpha and not kappa else f.types | {_dtype(node)} | {d for e, d in f.trace if e != "cast"}
-    return Fact(f.root, kappa, alpha, beta, f.layout, f.trace if alpha and not kappa else (), types, False,
-                node.inputs[0])  # fmt: skip
+    trace = f.trace if alpha and not kappa else ()
+    return Fact(f.root, kappa, alpha, beta, f.layout, trace, types, via=node.inputs[0])
 
 
 def _neg(node: Node, facts: list[Fact]) -> Fact:
@@ -163,6 +165,8 @@ def _neg(node: Node, facts: list[Fact]) -> Fact:
 
 def _abs(node: Node, facts: list[Fact]) -> Fact:  # |x|, to be squared
     f = facts[0]
+    if f.partial:
+        _plain(f)
     if not f.linear and bound(f.beta) is not None:
         return _same(node, facts)
     if f.kappa or not f.alpha:
@@ -228,45 +232,58 @@ def _same(node: Node, facts: list[Fact]) -> Fact:
     return replace(facts[0], via=node.inputs[0])
 
 
-def _reduced(f: Fact, axes: tuple[int, ...], total: bool) -> tuple[Poly, tuple[int, ...]]:
-    """The mean (or sum) of f over axes of the value, and the axes that were reduced over nothing but constants."""
-    hit = [f.layout[a] for a in axes]
-    over = sorted(a for entry in hit if entry != SPREAD for a in entry)
-    if total and SPREAD in hit:
-        raise Refused("NF107", "a sum over an expanded axis")
-    if not over:
-        if f.linear:
-            raise Refused("NF121", "a mean over an axis of size 1")
-        return f.beta, axes
-    if tuple(over) != f.root.axes:
-        raise Refused("NF106", "the statistics run over other axes than the ones normalised")
-    _plain(f)
-    if not (free(f.kappa) and free(f.alpha) and free(f.beta)):
-        raise Refused("NF106", "the mean of a tensor already scaled or shifted by a parameter")
-    poly = add(mul(f.kappa, {SQ_MEAN: 1.0}), add(mul(f.alpha, {MEAN: 1.0}), f.beta))
-    if total:
-        if f.root.size is None:
-            raise Refused("NF115", "a sum over an axis whose size is not known")
-        poly = scale(poly, float(f.root.size))
-    return poly, axes
-
-
 def _mean(node: Node, facts: list[Fact], total: bool = False) -> Fact:  # mean(k x^2 + a x + b) = k m2 + a m1 + b
     f = facts[0]
     axes, keepdims = node.attrs["axes"], node.attrs.get("keepdims", True)
     if axes is None:
         raise Refused("NF114", "the axes are known only at run time")
-    poly, _ = _reduced(f, axes, total)
+    fact = _reduced(f, tuple(f.layout[a] for a in axes), total)
     layout = tuple(() if i in axes else e for i, e in enumerate(f.layout) if i not in axes or keepdims)
-    return replace(_unary(node, f, ZERO, ZERO, poly), layout=layout)
+    types = f.types | {_dtype(node)} | {d for e, d in f.trace if e != "cast"}
+    return replace(fact, layout=layout, types=types, trace=(), via=node.inputs[0])
+
+
+def _reduced(f: Fact, hit: Layout, total: bool) -> Fact:
+    """The mean (or sum) of f over axes of its value, given by what they run over."""
+    if total and SPREAD in hit:
+        raise Refused("NF107", "a sum over an expanded axis")
+    over = sorted(a for entry in hit if entry != SPREAD for a in entry)
+    if not over and not f.linear:
+        return f
+    if not over:
+        raise Refused("NF121", "a mean over an axis of size 1")
+    done = f.partial | set(over)
+    if not done <= set(f.root.axes):
+        raise Refused("NF106", "the statistics run over other axes than the ones normalised")
+    _plain(replace(f, partial=frozenset()))
+    if not (free(f.kappa) and free(f.alpha) and free(f.beta)):
+        raise Refused("NF106", "the mean of a tensor already scaled or shifted by a parameter")
+    if total:
+        size = 1
+        for a in over:
+            d = f.root.value.shape[a] if f.root.value.shape is not None else None
+            if not isinstance(d, int):
+                raise Refused("NF115", "a sum over an axis whose size is not known")
+            size *= d
+        f = replace(f, kappa=scale(f.kappa, size), alpha=scale(f.alpha, size), beta=scale(f.beta, size))
+    if done != set(f.root.axes):
+        return replace(f, partial=frozenset(done))
+    poly = add(mul(f.kappa, {SQ_MEAN: 1.0}), add(mul(f.alpha, {MEAN: 1.0}), f.beta))
+    return replace(f, kappa=ZERO, alpha=ZERO, beta=poly, partial=frozenset())
+
+
+def _whole(fact: Fact) -> Fact:
+    """A statistic that one node takes at once."""
+    _plain(fact)
+    return fact
 
 
 def _var(node: Node, facts: list[Fact], root_of: bool = False) -> Fact:  # mean(v^2) - mean(v)^2, times N/(N-correction)
     f = facts[0]
-    mean = _mean(node, [f])
+    mean = _whole(_mean(node, [f]))
     if f.kappa:
         raise Refused("NF112", "the variance of a square")
-    square = _mean(node, [_square(node, [f])])
+    square = _whole(_mean(node, [_square(node, [f])]))
     correction = float(node.attrs.get("correction", 0))
     poly = add(square.beta, scale(mul(mean.beta, mean.beta), -1))
     if correction:
@@ -278,7 +295,7 @@ def _var(node: Node, facts: list[Fact], root_of: bool = False) -> Fact:  # mean(
 
 
 def _vecnorm(node: Node, facts: list[Fact]) -> Fact:  # sqrt(sum(v^2))
-    squares = _mean(node, [_square(node, facts)], total=True)
+    squares = _whole(_mean(node, [_square(node, facts)], total=True))
     return replace(squares, beta=power(squares.beta, 0.5))
 
 
@@ -298,7 +315,7 @@ def _matmul(node: Node, facts: list[Fact]) -> Fact:  # sum_k a[.., i, k] b[.., k
     if (related[0] and not related[1] and not b.layout) or SPREAD in la[:-2] + lb[:-2]:
         raise Refused("NF106", "a matrix product with unknown operands")
     product = _mul(node, [replace(a, layout=(inner,)), replace(b, layout=(inner,))])
-    poly, _ = _reduced(product, (0,), total=True)
+    poly = _whole(_reduced(product, (inner,), total=True)).beta
     column = SPREAD if column and not related[1] else column
     layout = broadcast(la[:-2], () if one else lb[:-2]) + (rows,) + (() if one else (column,))
     if one:
@@ -386,15 +403,15 @@ def _transpose(node: Node, facts: list[Fact]) -> Fact:
 
 def _norm(node: Node, facts: list[Fact]) -> Fact:  # a node that already is a norm: (v - mean v)(var v + eps)^-1/2
     f = facts[0]
-    statistic = _mean(node, [_square(node, facts)]).beta
+    statistic = _whole(_mean(node, [_square(node, facts)])).beta
     beta = f.beta
     if node.kind == "layer_norm":
-        mean = _mean(node, facts).beta
+        mean = _whole(_mean(node, facts)).beta
         statistic = add(statistic, scale(mul(mean, mean), -1))
         beta = add(beta, scale(mean, -1))
     rsqrt = power(add(statistic, constant(float(node.attrs["eps"]))), -0.5)
     return Fact(f.root, ZERO, mul(f.alpha, rsqrt), mul(beta, rsqrt), f.layout, (*f.trace, ("norm", _dtype(node))),
-                f.types | {_dtype(node)}, False, node.inputs[0])  # fmt: skip
+                f.types | {_dtype(node)}, via=node.inputs[0])  # fmt: skip
 
 
 RULES: dict[str, Rule] = {

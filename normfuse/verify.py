@@ -26,11 +26,15 @@ which a mean of 100 standard deviations amplifies; everything else agrees to 1e-
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """Result of comparing a region with its replacement; `error` is in units of the type's rounding."""
+    """Result of comparing a region with its replacement; `error` is in units of the type's rounding.
+
+    `same` says that they agree in float64, so that only roundings differ.
+    """
 
     ok: bool
     error: float
     message: str = ""
+    same: bool = False
 
 
 def rows(shape: tuple[int, ...], dtype: str, seed: int = 0) -> Iterator[tuple[str, Array]]:
@@ -67,8 +71,12 @@ def numpy_dtype(dtype: str) -> Any:
 
 
 def compare(region: Callable[[Array, bool], Array], replacement: Callable[[Array, bool], Array],
-            shape: tuple[int, ...], dtype: str, out: str) -> Check:  # fmt: skip
-    """Run both on all rows. The callables take x in float64 and whether to compute all in float64 too."""
+            shape: tuple[int, ...], dtype: str, out: str, conditioned: bool = False) -> Check:  # fmt: skip
+    """Run both on all rows. The callables take x in float64 and whether to compute all in float64 too.
+
+    With `conditioned` the replacement may also be off by what a few float32 roundings of x do to the region: torch's
+    layer_norm on the CPU computes x*rstd - mean*rstd, which loses digits where the mean is large.
+    """
     worst = 0.0
     for name, x in rows(shape, dtype):
         with np.errstate(all="ignore"):
@@ -82,13 +90,17 @@ def compare(region: Callable[[Array, bool], Array], replacement: Callable[[Array
             old, new = region(x, False).astype(np.float64), replacement(x, False).astype(np.float64)
         unit = EPSILON.get(out, 2.0**-23)
         allowed = 2 * _gap(want, old) + 4 * unit * top
+        if conditioned:
+            signs = np.where(np.arange(x.size).reshape(x.shape) % 3 == 1, 1.0, -1.0)
+            rounding = 2 * min(EPSILON.get(dtype, 1.0), EPSILON["float32"])
+            allowed += 2 * _gap(want, region(x * (1 + rounding * signs), True))
         gap = _gap(want, new)
         if np.isfinite(old).all() and not gap <= allowed:
-            return Check(False, gap / (unit * top or 1.0), f"further from float64 on {name} rows: {gap:.2g}, was "
-                         f"{_gap(want, old):.2g}")  # fmt: skip
+            message = f"further from float64 on {name} rows: {gap:.2g}, was {_gap(want, old):.2g}"
+            return Check(False, gap / (unit * top or 1.0), message, same=True)
         if top and np.isfinite(gap):
             worst = max(worst, gap / (unit * top))
-    return Check(True, worst)
+    return Check(True, worst, same=True)
 
 
 def _gap(a: Array, b: Array) -> float:
@@ -139,7 +151,7 @@ def compare_models(path_a: str | Path, path_b: str | Path, *, seed: int = 0,
 
 
 def _compare_output(name: str, x: Any, y: Any) -> tuple[dict[str, Any], bool]:
-    if not isinstance(x, np.ndarray) or x.dtype.kind not in "fiub" and "float" not in x.dtype.name:
+    if not isinstance(x, np.ndarray) or (x.dtype.kind not in "fiub" and "float" not in x.dtype.name):
         same = repr(x) == repr(y)
         return {"name": name, "max_abs": None, "max_rel": None, "shape": None, "dtype": type(x).__name__}, same
     record: dict[str, Any] = {"name": name, "shape": list(x.shape), "dtype": str(x.dtype)}

@@ -16,7 +16,7 @@ import torch
 import normfuse
 from tests.families import cached
 from tests.spellings import (
-    CANNOT_EXPORT, CANNOT_RUN, SPELLINGS, Exporter, Spelling, export, hostile_inputs, parameters, reference,
+    CANNOT_EXPORT, CANNOT_RUN, LOSES_EPS, SPELLINGS, Exporter, Spelling, export, hostile_inputs, parameters, reference,
 )  # fmt: skip
 
 HALF, SINGLE, BRAIN = torch.float16, torch.float32, torch.bfloat16
@@ -48,11 +48,14 @@ def test_spelling(exporter: Exporter, opset: int, dtype: torch.dtype, name: str,
     spelling = SPELLINGS[name]
     source, target = exported(exporter, opset, dtype, name), tmp_path / "out.onnx"
     report = normfuse.rewrite(source, target)
+    if name in LOSES_EPS[exporter]:
+        assert [refusal.code for refusal in report.refusals] == ["NF103"] and not report.norms
+        return
     assert [norm.kind for norm in report.norms] == [spelling.kind]
     norm = report.norms[0]
     assert norm.action in ("fused", "kept"), report.refusals
     assert norm.action == "kept" or norm.verified
-    assert norm.eps == pytest.approx(spelling.eps, rel=1e-5 if dtype == SINGLE else 0.05)
+    assert norm.eps == pytest.approx(spelling.eps * spelling.prescale**2, rel=1e-5 if dtype == SINGLE else 0.05)
     model = onnx.load(target)
     assert not REDUCTIONS & {node.op_type for node in model.graph.node}
     onnx.checker.check_model(model, full_check=True)
@@ -65,6 +68,8 @@ def compare_runs(spelling: Spelling, dtype: torch.dtype, source: Path, target: P
     """Both models in ONNX Runtime against float64, on inputs that are hard on norms."""
     before, after = session(source), session(target)
     for name, x in hostile_inputs(spelling.shape, dtype).items():
+        if dtype == HALF and spelling.one_pass and not spelling.upcast and name == "tiny":
+            continue  # x + 0.5 loses a tiny x in float16; the runtime keeps it or not, as its own fusions fall
         feeds = {before.get_inputs()[0].name: x.numpy()}
         want = reference(spelling, x, *(p.to(dtype) for p in parameters())).numpy()
         old = np.abs(before.run(None, feeds)[0].astype(np.float64) - want).max()

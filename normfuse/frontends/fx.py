@@ -198,7 +198,8 @@ class Lowering:
             return self._scalar(node, meta)
         constant = self.state.get(node.name)
         parameter = isinstance(meta, torch.nn.Parameter) or node.type is torch.nn.Parameter
-        fixed = node.name in self.state or parameter or _STATE.match(node.name) is not None
+        described = type(node.meta.get("desc")).__name__ in ("ParamAOTInput", "BufferAOTInput")
+        fixed = node.name in self.state or parameter or described or _STATE.match(node.name) is not None
         self._leaf(node, fixed, _single(constant))
 
     def _attribute(self, node: fx.Node) -> None:

@@ -28,9 +28,10 @@ _INPLACE_OPERATORS = frozenset(
     "iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor ilshift irshift setitem delitem".split()
 )
 _KEEPS_DATA = frozenset({"detach_", "requires_grad_", "retain_grad"})
-_MAY_RETURN_INPUT = frozenset(
-    """dropout feature_dropout alpha_dropout feature_alpha_dropout type_as einsum atleast_1d atleast_2d atleast_3d
-    broadcast_tensors meshgrid sum_to_size getitem pos resolve_conj resolve_neg""".split()
+_SHARES_ALL = frozenset("einsum broadcast_tensors meshgrid atleast_1d atleast_2d atleast_3d".split())
+_SHARES_FIRST = frozenset(
+    """dropout feature_dropout alpha_dropout feature_alpha_dropout type_as sum_to_size getitem getattr pos
+    resolve_conj resolve_neg""".split()
 )
 
 
@@ -50,6 +51,7 @@ def _functions() -> dict[Function, str]:
                 continue
     for name in ("_set_grad_enabled", "_log_api_usage_once"):
         found[getattr(torch._C, name)] = name
+    found[getattr] = "getattr"
     autocast = torch.amp.autocast_mode
     for name in ("_enter_autocast", "_exit_autocast"):
         found[getattr(autocast, name)] = name
@@ -132,11 +134,17 @@ def _inplace_flag(node: fx.Node) -> bool:
     """A call of a Python function such as relu(x, inplace=True)."""
     if "inplace" in node.kwargs:
         return node.kwargs["inplace"] is not False
+    at = _inplace_position(node.target)
+    return 0 <= at < len(node.args) and bool(node.args[at])
+
+
+@cache
+def _inplace_position(function: Function) -> int:
     try:
-        names = list(inspect.signature(node.target).parameters)  # type: ignore[arg-type]
+        names = list(inspect.signature(function).parameters)
     except (TypeError, ValueError):
-        return False
-    return "inplace" in names and len(node.args) > names.index("inplace") and bool(node.args[names.index("inplace")])
+        return -1
+    return names.index("inplace") if "inplace" in names else -1
 
 
 def _nodes(argument: Any) -> list[fx.Node]:
@@ -152,16 +160,27 @@ def known(node: fx.Node) -> bool:
     return node.op == "call_method" or isinstance(node.target, OpOverload) or name_of(node) is not None
 
 
-def fresh(node: fx.Node) -> bool:
-    """Whether the result is certainly new memory."""
+def shared(node: fx.Node) -> list[fx.Node]:
+    """The inputs that the result may share memory with: none for new memory, all for what is not known."""
     name = name_of(node)
-    if name is None or name in _MAY_RETURN_INPUT:
-        return False
+    if node.op not in ("call_function", "call_method", "call_module"):
+        return []
+    if name is None or name in _SHARES_ALL:
+        return list(node.all_input_nodes)
+    if name == "getitem" and any(_is_tensor(n) for n in _nodes(node.args[1:])):
+        return []
+    first = _nodes(node.args[:1]) or list(node.all_input_nodes)
+    if name in _SHARES_FIRST:
+        return first
     if isinstance(node.target, OpOverload):
-        return all(r.alias_info is None for r in node.target._schema.returns)
+        return [] if all(r.alias_info is None for r in node.target._schema.returns) else first
     if node.op == "call_function" and getattr(operator, name, None) is node.target:
-        return name not in _INPLACE_OPERATORS
-    return _fresh_packet(name)
+        return first if name in _INPLACE_OPERATORS else []
+    return [] if _fresh_packet(name) else first
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val", node.meta.get("example_value")), torch.Tensor)
 
 
 @cache
@@ -187,11 +206,7 @@ def tainted(graph: fx.Graph) -> set[fx.Node]:
         return node
 
     for node in graph.nodes:
-        if node.op in ("call_function", "call_method", "call_module") and not fresh(node):
-            for n in node.all_input_nodes:
-                parent[find(n)] = find(node)
-        elif node.op in ("call_function", "call_method") and written(node):
-            for n in written(node):
-                parent[find(n)] = find(node)
+        for n in (*shared(node), *_nodes(node.kwargs.get("out"))):
+            parent[find(n)] = find(node)
     hit = {find(n) for n in writes}
     return {node for node in graph.nodes if find(node) in hit}

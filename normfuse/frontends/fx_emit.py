@@ -9,6 +9,7 @@ Three levels: "torch" (Dynamo graphs), "aten" (torch.export), "core" (after AOTA
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -106,7 +107,8 @@ class Emitter:
         make = _Maker(self.level, graph, norm)
         compute = "float32" if norm.compute in HALF else norm.compute
         late = norm.cast == "first"
-        direct = norm.x.dtype in HALF and compute == "float32" and (late or _rounds_alike(norm))
+        factor = _factor(norm.weight) if late else 1.0  # a constant is applied before the cast, in the wider type
+        direct = norm.x.dtype in HALF and compute == "float32" and (factor == 1.0 if late else _rounds_alike(norm))
         stored = norm.x.dtype if direct or late else compute
         assert stored is not None
         weight, bias, fused_weight, fused_bias = norm.weight, norm.bias, None, None
@@ -122,6 +124,9 @@ class Emitter:
             if norm.kind == "layer_norm" and bias is not None and _shape(bias) and (fused_weight or weight is None):
                 fused_bias = make.weight(bias, stored, operand)
         x = make.norm(x, fused_weight, fused_bias)
+        if factor != 1.0 and weight is not None:
+            x = make.arithmetic("mul", x, factor)
+            weight = tuple((c / factor, factors) for c, factors in weight if factors) or None
         if late and not direct:
             x = make.cast(x, stored)
         if weight is not None and fused_weight is None:
@@ -133,6 +138,13 @@ class Emitter:
         if order is not None:
             make.permute(make.contiguous(x), tuple(order.index(a) for a in range(len(order))))
         return make.nodes
+
+
+def _factor(weight: Expr | None) -> float:
+    """The constant factor of a weight that rounds when it multiplies a half type."""
+    if weight is None or len(weight) != 1:
+        return 1.0
+    return 1.0 if math.frexp(weight[0][0])[0] in (0.5, -0.5) else weight[0][0]
 
 
 def _rounds_alike(norm: Norm) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch.export.graph_signature import InputKind
+from torch.utils._python_dispatch import _disable_current_modes
 
 from normfuse.config import Config
 from normfuse.errors import UnsupportedError
@@ -19,6 +20,7 @@ from normfuse.frontends.fx_check import Checker
 from normfuse.frontends.fx_emit import Emitter, emitted, level_of
 from normfuse.frontends.fx_meta import meta_of, order_of
 from normfuse.graph import Node, Value
+from normfuse.passes.remove_dead import live
 from normfuse.passmanager import fuse, plan
 from normfuse.plan import Plan
 from normfuse.recognise import Norm, Refusal, Site
@@ -33,6 +35,11 @@ def run(model: Any, config: Config, rewrite: bool) -> tuple[Any, Report]:
 
     Gives (a model of the same type, the report). Raises `UnsupportedError` for verify="model".
     """
+    with _disable_current_modes():  # a backend is called under the tracer's fake mode
+        return _run(model, config, rewrite)
+
+
+def _run(model: Any, config: Config, rewrite: bool) -> tuple[Any, Report]:
     if config.verify == "model":
         raise UnsupportedError("verify='model' needs files to run; use verify='sites'")
     exported = not isinstance(model, fx.GraphModule)
@@ -87,6 +94,7 @@ class _Module:
         self.checks: dict[Site, Check] = {}
         self.emitted: dict[Site, str] = {}
         self.moved: dict[fx.Node, fx.Node] = {}
+        self.spent: set[fx.Node] = set()  # casts of parameters that nobody may need any more
         self.seconds = {"recognise": time.perf_counter() - started}
         self.inner: dict[str, _Module] = {}
         for path in self.low.subgraphs:
@@ -143,6 +151,7 @@ class _Module:
 
         with self.graph.inserting_before(old):
             nodes = self.emitter.emit(self.graph, site.norm, operand(site.norm.x), operand, order)
+        self.spent |= {v.native for v in site.norm.parameters() if v.producer is not None and v.producer.kind == "cast"}
         new = nodes[-1]
         self.emitted[site] = emitted(nodes)
         for node in nodes:
@@ -160,19 +169,27 @@ class _Module:
 
     def _remove(self) -> None:
         """Erase the nodes that are dead now, then checks, sizes and constants that only they used."""
-        dead = set(self.plan.remove)
+        alive = live(self.low.graph, self.plan.replace)
         by_native: dict[fx.Node, list[Node]] = {}
         for node in self.low.graph.nodes:
             by_native.setdefault(node.native, []).append(node)
-        gone = {native for native, nodes in by_native.items() if all(node in dead for node in nodes)}
+        gone = {n.native for n in self.plan.remove if not any(other in alive for other in by_native[n.native])}
+        gone |= self.spent
         names = {new: old.name for old, new in self.moved.items() if old in gone}
-        for node in reversed(list(self.graph.nodes)):
-            idle = not node.users and node.op not in ("placeholder", "output")
-            check = fx_effects.is_assert(node) and all(n in gone for n in node.all_input_nodes)
-            if idle and (node in gone or check):
-                # what is no node of the neutral graph is a constant, a size or an element of a tuple
-                gone.update(n for n in node.all_input_nodes if n.op != "placeholder" and n not in by_native)
-                self.graph.erase_node(node)
+        while True:
+            before = len(self.graph.nodes)
+            for old in reversed(list(self.graph.nodes)):
+                if old.op in ("placeholder", "output") or old.users:
+                    continue
+                check = fx_effects.is_assert(old) and all(
+                    n in gone and all(fx_effects.is_assert(u) for u in n.users) for n in old.all_input_nodes
+                )
+                if old in gone or check:
+                    # what is no node of the neutral graph is a constant, a size or an element of a tuple
+                    gone.update(n for n in old.all_input_nodes if n not in by_native)
+                    self.graph.erase_node(old)
+            if len(self.graph.nodes) == before:
+                break
         for new, name in names.items():
             new.name = name
 

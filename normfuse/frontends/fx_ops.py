@@ -241,6 +241,7 @@ def norm(kind: str, many: bool = False) -> Row:
         weight, bias = call.value(2, "weight"), call.value(3, "bias") if layer else None
         eps = call.get(4 if layer else 3, "eps", default=1e-5 if layer else None)
         if not isinstance(eps, (int, float)) and eps is not None:
+            call.low.note("NF104", call.node, "eps is known only at run time")
             return False
         count = len(shape) if isinstance(shape, (tuple, list)) else 1
         if x.shape is None or x.dtype not in (*HALF, "float32", "float64") or not 0 < count <= len(x.shape):
@@ -360,6 +361,8 @@ OPS: dict[str, Row] = _table(
         "expand expand_as broadcast_to": guarded(views.expand),
         "permute": guarded(views.permute),
         "transpose swapaxes swapdims t": guarded(views.transpose),
+        "numpy_T mT": guarded(views.turned),
+        "getattr": guarded(views.attribute),
         "getitem __getitem__": guarded(views.getitem),
         "slice": guarded(views.slice_),
         "layer_norm": norm("layer_norm"),

@@ -6,6 +6,7 @@ import torch
 from torch import fx
 
 from normfuse.frontends.fx_call import Call, axes_of, shape_of_pair
+from normfuse.frontends.fx_effects import name_of
 from normfuse.frontends.fx_meta import meta_of, shape_of
 from normfuse.graph import Value
 
@@ -133,6 +134,20 @@ def transpose(call: Call) -> bool:
     perm = list(range(rank))
     perm[a % rank], perm[b % rank] = b % rank, a % rank
     return call.emit("transpose", [x], perm=tuple(perm))
+
+
+def turned(call: Call) -> bool:
+    """x.T reverses all axes, x.mT the last two."""
+    x = call.tensor()
+    rank = len(x.shape or ())
+    last = name_of(call.node) == "mT" or call.get(1, "name") == "mT"
+    perm = (*range(rank - 2), rank - 1, rank - 2) if last else tuple(reversed(range(rank)))
+    return call.emit("transpose", [x], perm=perm) if rank > 1 else same(call, x)
+
+
+def attribute(call: Call) -> bool:
+    """getattr(x, "T")."""
+    return call.get(1, "name") in ("T", "mT") and turned(call)
 
 
 def getitem(call: Call) -> bool:

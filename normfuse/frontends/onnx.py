@@ -272,7 +272,7 @@ class Lowering:
         if node.op_type == "Constant":
             array = constant_of(node)
             if array is None:
-                self._leaf(out, True)
+                self._large(out, attribute(node, "value"))
                 return True
         elif any(v is not None and v not in self.arrays for v in node.inputs) or not node.inputs:
             return self._sizes(node)
@@ -283,6 +283,15 @@ class Lowering:
         uniform = self._is_matrix(out, array) or node.op_type in ("ConstantOfShape", "Expand")
         self._fold(out, array, uniform)
         return True
+
+    def _large(self, out: ir.Value, tensor: Any) -> None:
+        """A Constant node too large to fold, such as a weight."""
+        value = self._leaf(out, True)
+        if isinstance(tensor, ir.TensorProtocol):
+            value.shape = tuple(int(d) for d in tensor.shape.numpy())
+            value.dtype = _DTYPE_NAMES[tensor.dtype]
+            if value.dtype in FLOATS and tensor.size <= 2**20 and self._is_matrix(out, tensor):
+                value.number = _number(np.asarray(tensor.numpy()), True)
 
     def _fold(self, out: ir.Value, array: Array, uniform: bool = False) -> None:
         self.arrays[out] = array

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import onnx
+import onnx.inliner
 import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
 
 from normfuse.frontends.onnx import Lowering
 from normfuse.frontends.onnx_emit import DOMAIN, Emitter
@@ -156,12 +159,13 @@ def _finish(nodes: list[onnx.NodeProto], inputs: list[str], output: str, opset: 
         [onnx.helper.make_tensor_value_info(output, 1, None)],
     )  # fmt: skip
     own = onnx.helper.make_model(graph, opset_imports=imports, functions=functions)
+    if functions:  # the evaluator would run a function's body without the operators given to it
+        own = onnx.inliner.inline_local_functions(own)
     wide = onnx.ModelProto()
     wide.CopyFrom(own)
-    for body in (wide.graph, *wide.functions):
-        nodes = [part for node in body.node for part in _widen(node)]
-        del body.node[:]
-        body.node.extend(nodes)
+    nodes = [part for node in wide.graph.node for part in _widen(node)]
+    del wide.graph.node[:]
+    wide.graph.node.extend(nodes)
     return own, wide
 
 
@@ -187,6 +191,19 @@ def _array(tensor: onnx.TensorProto) -> Array:
     return np.asarray(ir.from_proto(tensor).numpy()).astype(np.float64)
 
 
+class ReduceMean(OpRun):  # type: ignore[misc]
+    """A mean rounded once, as runtimes compute it; the reference adds up in the type of the data."""
+
+    op_domain = ""
+
+    def _run(self, data: Array, axes: Any = None, keepdims: int = 1, noop_with_empty_axes: int = 0) -> tuple[Array]:
+        over = None if axes is None else tuple(int(a) for a in np.asarray(axes).reshape(-1))
+        if not over and noop_with_empty_axes:
+            return (data,)
+        wide = np.mean(data.astype(np.float64), axis=over or None, keepdims=bool(keepdims))
+        return (wide.astype(data.dtype),)
+
+
 def _runner(model: Model, boundary: list[Value], params: dict[str, Array]) -> Callable[[Array, bool], Array]:
     types = {f"v{i}": v.dtype or "float32" for i, v in enumerate(boundary)}
     evaluators: dict[bool, ReferenceEvaluator] = {}
@@ -194,7 +211,7 @@ def _runner(model: Model, boundary: list[Value], params: dict[str, Array]) -> Ca
 
     def run(x: Array, wide: bool) -> Array:
         if wide not in evaluators:
-            evaluators[wide] = ReferenceEvaluator(model[wide])
+            evaluators[wide] = ReferenceEvaluator(model[wide], new_ops=[ReduceMean])
         feeds = {}
         for name, array in {"v0": x, **params}.items():
             if name in wanted:

@@ -5,12 +5,15 @@ A row is called as ``row(lower, node)``, where `lower` is the graph being built 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import onnx_ir as ir
 
 from normfuse.frontends.onnx_fold import attribute
+from normfuse.frontends.onnx_functions import DTYPES as FLOAT_TYPES
 from normfuse.graph import Dim, Shape, Value
 
 if TYPE_CHECKING:
@@ -41,8 +44,21 @@ def elementwise(kind: str) -> Row:
         inputs = low.inputs(node)
         out = low.output(node, product_shape([v.shape for v in inputs]), inputs[0].dtype)
         low.emit(kind, inputs, out, node)
+        a, b = (*inputs, *inputs)[:2]
+        if a.number is not None and b.number is not None and kind in _UNIFORM and (kind != "div" or b.number):
+            out.number = rounded(_UNIFORM[kind](a.number, b.number), out.dtype)
 
     return row
+
+
+_UNIFORM: dict[str, Callable[[float, float], float]] = {
+    "add": operator.add, "sub": operator.sub, "mul": operator.mul, "div": operator.truediv,
+}  # fmt: skip
+
+
+def rounded(number: float, dtype: str | None) -> float:
+    """A number in the precision of a type; integers stay as they are."""
+    return float(np.array(number).astype(FLOAT_TYPES[dtype].numpy())) if dtype in FLOAT_TYPES else number
 
 
 def _sum(low: Lowering, node: ir.Node) -> None:
@@ -76,7 +92,10 @@ def _cast(low: Lowering, node: ir.Node) -> None:
     inputs = low.inputs(node)
     to = attribute(node, "to")
     dtype = inputs[1].dtype if to is None else low.dtype_name(ir.DataType(to))
-    low.emit("cast", inputs[:1], low.output(node, inputs[0].shape, dtype), node)
+    out = low.output(node, inputs[0].shape, dtype)
+    low.emit("cast", inputs[:1], out, node)
+    if inputs[0].number is not None and dtype in FLOAT_TYPES:
+        out.number = rounded(inputs[0].number, dtype)
 
 
 def _identity(low: Lowering, node: ir.Node) -> None:
@@ -194,8 +213,8 @@ def _letters(equation: str, ranks: list[int | None]) -> list[str] | None:
 def _insert(low: Lowering, node: ir.Node, value: Value, term: str, full: str) -> Value:
     """The operand with an axis of size 1 for each letter it lacks."""
     missing = tuple(i for i, c in enumerate(full) if c not in term)
-    if not missing or value.shape is None:
-        return value
+    if missing == tuple(range(len(missing))) or value.shape is None:
+        return value  # broadcasting adds axes in front by itself
     dims = iter(value.shape)
     shape = tuple(1 if i in missing else next(dims) for i in range(len(full)))
     out = low.virtual(shape, value.dtype)
