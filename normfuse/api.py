@@ -103,7 +103,7 @@ def optimize(model: Any, config: Config | None = None) -> tuple[Any, Report]:
     if config.verify == "model":
         raise UnsupportedError("verify='model' needs files to run; use normfuse.rewrite, or verify='sites'")
     if kind == "proto":
-        copy = ir.from_proto(model)
+        copy = ir.serde.deserialize_model(model)
         report = _rewrite_ir(copy, config, None)[0]
         return ir.to_proto(copy), report
     source = model.model if kind == "program" else model
@@ -137,8 +137,9 @@ def _as_ir(model: Any, kind: str) -> ir.Model:
     import onnx_ir as ir
 
     if kind == "proto":
-        return ir.from_proto(model)
-    return model.model if kind == "program" else model  # type: ignore[no-any-return]
+        return ir.serde.deserialize_model(model)
+    found: ir.Model = model.model if kind == "program" else model
+    return found
 
 
 def _read(path: Path) -> ir.Model:
@@ -201,8 +202,9 @@ def _check_model(source: Path, model: ir.Model, changed: bool) -> dict[str, Any]
         found = compare_models(source, candidate)
     if not found["equal"]:
         worst = max(found["outputs"], key=lambda o: o["max_rel"] or 0.0)
-        raise VerificationError(f"{source}: output {worst['name']!r} differs after the rewrite by {worst['max_rel']:.2g} "
-                                "of its largest element; nothing was written")  # fmt: skip
+        gap = worst["max_rel"]
+        raise VerificationError(f"{source}: output {worst['name']!r} differs after the rewrite by {gap:.2g} of its "
+                                "largest element; nothing was written")  # fmt: skip
     return found
 
 
@@ -231,7 +233,8 @@ def build_report(plans: Iterable[Plan], checks: dict[Site, Check], rewritten: bo
                 record.action = "kept" if site.is_op else "fused" if site in replaced else "refused"
                 check = checks.get(site)
                 record.verified = check.ok if check is not None else None
-                record.error = round(check.error, 3) if check is not None and check.ok else None
+                if check is not None and check.ok:
+                    record.error_before, record.error_after = round(check.before, 2), round(check.after, 2)
                 if site in replaced:
                     record.emitted = _emitted(site.norm, native(site.norm), replaced[site].as_written)
             report.norms.append(record)

@@ -135,12 +135,6 @@ CODES: dict[str, Code] = {
         "Compute the whole norm in float32 and cast once, before the weight or after it; or let small changes happen "
         "with --numerics fast.",
     ),
-    "NF118": Code(
-        "a group, instance or batch norm",
-        "The operator normalises, but over groups of channels, over each channel of each image, or by statistics of "
-        "the training data. These are other operators, already in one piece. Example: InstanceNormalization.",
-        "Nothing: it is fast as it is. The node is named so that you know it was seen.",
-    ),
     "NF119": Code(
         "a clamp that changes small values",
         "The statistic or its root is clamped from below, as in an L2 normalise. Above the clamp this is a norm "

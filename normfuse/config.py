@@ -39,6 +39,7 @@ class Config:
             if value not in known:
                 raise InputError(f"{f.name}={value!r} is not known; choose one of {', '.join(map(repr, known))}")
         if self.layernorm_to_rmsnorm != "off":
-            raise UnsupportedError(f"layernorm_to_rmsnorm={self.layernorm_to_rmsnorm!r} is not available yet; use 'off'")
+            mode = self.layernorm_to_rmsnorm
+            raise UnsupportedError(f"layernorm_to_rmsnorm={mode!r} is not available yet; use 'off'")
         if self.target != "onnx":
             raise UnsupportedError(f"target={self.target!r} is not available yet; use 'onnx', which runs anywhere")

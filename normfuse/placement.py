@@ -199,7 +199,8 @@ def _activated(value: Value) -> bool:
 
 def _forward(value: Value, through: frozenset[str] | set[str], limit: int) -> Iterator[tuple[Node, Value]]:
     """Readers of a value, walking on through the given kinds; each with the value it reads."""
-    todo, seen = [value], set()
+    todo = [value]
+    seen: set[Node] = set()
     while todo and len(seen) < limit:
         v = todo.pop(0)
         for node in v.uses:

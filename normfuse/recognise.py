@@ -289,7 +289,8 @@ class _Recogniser:
 
     def _origins(self, value: Value, axes: tuple[int, ...]) -> Iterator[tuple[Value, tuple[int, ...]]]:
         """The tensors that a statistic of `value` may be a statistic of, with the axes seen from them."""
-        todo, seen = [(value, tuple(sorted(axes)))], set()
+        todo = [(value, tuple(sorted(axes)))]
+        seen: set[int] = set()
         while todo and len(seen) < MAX_WALK:
             v, over = todo.pop(0)
             if v.index in seen or v.shape is None or v.dtype not in FLOATS or v.number is not None:
@@ -359,6 +360,8 @@ class _Recogniser:
             elif v.number is not None:
                 aligned = _matrix(v, i, layout) if node.kind == "matmul" else align(v, layout, root)
                 out.append(Fact(root, ZERO, ZERO, constant(v.number), aligned))
+            elif v.overridable and _size(v, tuple(range(v.rank or 0))) == 1:
+                raise Refused("NF122", f"{v.name} may be replaced by the caller, so it is no constant")
             elif v.index in self.light and self.light[v.index] <= max(len(root.axes), 1) and node.kind != "matmul":
                 atom: Atom = ("p", v.index, v.name)
                 self.params[v.index] = v

@@ -26,13 +26,15 @@ which a mean of 100 standard deviations amplifies; everything else agrees to 1e-
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """Result of comparing a region with its replacement; `error` is in units of the type's rounding.
+    """Result of comparing a region with its replacement.
 
-    `same` says that they agree in float64, so that only roundings differ.
+    `before` and `after` are their largest distances to float64, in units of the type's rounding at the largest
+    element. `same` says that they agree in float64, so that only roundings differ.
     """
 
     ok: bool
-    error: float
+    before: float = 0.0
+    after: float = 0.0
     message: str = ""
     same: bool = False
 
@@ -77,15 +79,16 @@ def compare(region: Callable[[Array, bool], Array], replacement: Callable[[Array
     With `conditioned` the replacement may also be off by what a few float32 roundings of x do to the region: torch's
     layer_norm on the CPU computes x*rstd - mean*rstd, which loses digits where the mean is large.
     """
-    worst = 0.0
+    before = after = 0.0
     for name, x in rows(shape, dtype):
         with np.errstate(all="ignore"):
             want, got = region(x, True).astype(np.float64), replacement(x, True).astype(np.float64)
         if want.shape != got.shape:
-            return Check(False, float("inf"), f"shape {got.shape} instead of {want.shape}")
+            return Check(False, message=f"shape {got.shape} instead of {want.shape}")
         top = float(np.max(np.abs(want), initial=0.0))
         if not _close(want, got, FLOAT64_TOLERANCE * top):
-            return Check(False, float("inf"), f"differs in float64 on {name} rows by {_gap(want, got):.2g} of {top:.2g}")
+            gap = _gap(want, got)
+            return Check(False, message=f"differs in float64 on {name} rows by {gap:.2g} of {top:.2g}")
         with np.errstate(all="ignore"):
             old, new = region(x, False).astype(np.float64), replacement(x, False).astype(np.float64)
         unit = EPSILON.get(out, 2.0**-23)
@@ -97,10 +100,10 @@ def compare(region: Callable[[Array, bool], Array], replacement: Callable[[Array
         gap = _gap(want, new)
         if np.isfinite(old).all() and not gap <= allowed:
             message = f"further from float64 on {name} rows: {gap:.2g}, was {_gap(want, old):.2g}"
-            return Check(False, gap / (unit * top or 1.0), message, same=True)
+            return Check(False, message=message, same=True)
         if top and np.isfinite(gap):
-            worst = max(worst, gap / (unit * top))
-    return Check(True, worst, same=True)
+            before, after = max(before, _gap(want, old) / (unit * top)), max(after, gap / (unit * top))
+    return Check(True, before, after, same=True)
 
 
 def _gap(a: Array, b: Array) -> float:
@@ -164,7 +167,10 @@ def _compare_output(name: str, x: Any, y: Any) -> tuple[dict[str, Any], bool]:
 
 
 def session(path: str | Path) -> Any:
-    """An ONNX Runtime session on the CPU. Raises `UnsupportedError` without ONNX Runtime, `InputError` on a bad model."""
+    """An ONNX Runtime session on the CPU.
+
+    Raises `UnsupportedError` without ONNX Runtime, `InputError` for a model that it does not load.
+    """
     try:
         import onnxruntime
     except ImportError:

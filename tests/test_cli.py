@@ -244,10 +244,10 @@ def test_equal_norms_share_a_row() -> None:
 
 def test_numbers_that_json_lacks_become_null(monkeypatch: pytest.MonkeyPatch) -> None:
     report = layers(1)
-    report.norms[0].error = float("nan")
+    report.norms[0].error_after = float("nan")
     monkeypatch.setattr(normfuse, "rewrite", lambda *_, **__: report, raising=False)
     out = run("rewrite", "a", "b", "--json")[1]
-    assert json.loads(out, parse_constant=pytest.fail)["norms"][0]["error"] is None
+    assert json.loads(out, parse_constant=pytest.fail)["norms"][0]["error_after"] is None
 
 
 # -- as a process -------------------------------------------------------------------------------------------------

@@ -181,8 +181,9 @@ class Lowering:
 
     def _scalar(self, node: fx.Node, meta: Any) -> None:
         """A size, a flag or nothing: a plain number is a constant; what reads a tensor keeps it alive."""
-        if isinstance(meta, (int, float)):
-            self.values[node] = self.number(float(meta), None)
+        settled = float(meta) if isinstance(meta, (int, float)) else _settle(node, meta)
+        if settled is not None:
+            self.values[node] = self.number(settled, None)
             return
         inputs = [v for n in node.all_input_nodes if isinstance(v := self.values.get(n), Value)]
         value = self.graph.value(node.name, () if isinstance(meta, (torch.SymInt, torch.SymFloat)) else None, None,
@@ -213,6 +214,36 @@ class Lowering:
             value = self._leaf(node, True, _single(found) if constant else None)
             if value.shape is None:
                 value.shape, value.dtype = shape_of(found), dtype_of(found)
+
+
+def _settle(node: fx.Node, meta: Any) -> float | None:
+    """An eps that Dynamo left open (`dynamic=True`): its value while compiling, with a guard on it; else None.
+
+    Only for a float that is added to a statistic or is the eps of an operator, so that no other float is guarded.
+    """
+    context = torch._guards.TracingContext.try_get()
+    if not isinstance(meta, torch.SymFloat) or context is None or context.fake_mode is None:
+        return None
+    environment = meta.node.shape_env
+    if environment is None or environment is not context.fake_mode.shape_env or environment.frozen:
+        return None
+    for user in node.users:
+        name = fx_effects.name_of(user) or ""
+        if name.endswith("_norm") or (name in ("add", "__add__", "__radd__") and any(map(_statistic, user.args))):
+            return float(meta)
+    return None
+
+
+def _statistic(argument: Any) -> bool:
+    """A mean, a variance or the like, possibly scaled."""
+    for _ in range(4):
+        if not isinstance(argument, fx.Node):
+            return False
+        name = fx_effects.name_of(argument) or ""
+        if name in ("mean", "sum", "var", "std", "var_mean", "std_mean", "norm", "einsum", "matmul") or "vec" in name:
+            return True
+        argument = argument.args[0] if argument.args else None
+    return False
 
 
 def _single(tensor: torch.Tensor | None) -> float | None:

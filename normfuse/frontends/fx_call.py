@@ -30,6 +30,18 @@ class Call:
         """A tensor operand, or a number as a constant."""
         return self.low.operand(self.get(i, *names), like)
 
+    def number(self, i: int, *names: str, default: float | None = None) -> float | None:
+        """An argument that has to be a number, or a node known to give one; raises `Unfit` for anything else."""
+        found = self.get(i, *names, default=default)
+        if isinstance(found, fx.Node):
+            value = self.low.operand(found)
+            found = value.number if value is not None else None
+            if found is None:
+                raise Unfit
+        if found is not None and not isinstance(found, (int, float)):
+            raise Unfit
+        return found
+
     def tensor(self, i: int = 0, *names: str) -> Value:
         """A tensor operand of known rank; raises `Unfit` where it is none."""
         found = self.value(i, *(names or ("input", "self", "a", "x")))

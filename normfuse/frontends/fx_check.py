@@ -46,7 +46,7 @@ class Checker:
         boundary = list(dict.fromkeys([norm.x, *norm.parameters()]))
         nodes = region(low, site, boundary)
         if nodes is None:
-            return Check(False, float("inf"), "the region depends on values that cannot be reproduced alone")
+            return Check(False, message="the region depends on values that cannot be reproduced alone")
         symbols: dict[str, int] = {}
         fixed = any(name_of(n) in _SHAPED for n in nodes)
         shapes = [_shape(v, norm, fixed, symbols) for v in boundary]
@@ -69,7 +69,7 @@ class Checker:
                     )
             except Exception as why:  # torch raises anything; not checked means not kept
                 text = (str(why) or type(why).__name__).splitlines()[0]
-                self.done[key] = Check(False, float("inf"), f"the check could not run: {text[:200]}")
+                self.done[key] = Check(False, message=f"the check could not run: {text[:200]}")
         return self.done[key]
 
     def _replacement(self, low: Lowering, site: Site, boundary: list[Value], symbols: dict[str, int]) -> _Program:
@@ -157,7 +157,9 @@ class _Program:
         return "\n".join(lines)
 
     def _size(self, node: fx.Node) -> Any:
-        meta = meta_of(node)
+        meta, slot = meta_of(node), self.low.values.get(node)
+        if isinstance(meta, torch.SymFloat):
+            return slot.number if isinstance(slot, Value) and slot.number is not None else meta.node.hint
         if isinstance(meta, (tuple, list)):
             return type(meta)(size_of(d, self.symbols) for d in meta)
         return size_of(meta, self.symbols) if isinstance(meta, (int, torch.SymInt)) else meta

@@ -40,7 +40,7 @@ def level_of(graph: fx.Graph) -> str:
     calls = [n for n in graph.nodes if n.op in ("call_function", "call_method", "call_module")]
     ops = [n.target for n in calls if isinstance(n.target, OpOverload)]
     getitem = operator.getitem
-    plain = [n for n in calls if n.op != "call_function" or (is_tensor(meta_of(n)) and n.target is not getitem)]
+    plain = [n for n in calls if is_tensor(meta_of(n)) and n.target is not getitem]
     if not ops or any(not isinstance(n.target, OpOverload) for n in plain):
         return "torch"
     composite = any(op.has_kernel_for_dispatch_key(_COMPOSITE) and op._schema.name not in _EITHER for op in ops)
@@ -136,7 +136,7 @@ class Emitter:
         if norm.dtype != stored:
             x = make.cast(x, norm.dtype)
         if order is not None:
-            make.permute(make.contiguous(x), tuple(order.index(a) for a in range(len(order))))
+            make.permute(x, tuple(order.index(a) for a in range(len(order))))
         return make.nodes
 
 
@@ -188,14 +188,6 @@ class _Maker:
         if self.level == "torch":
             return self.method("permute", x, *order)
         return self.call(aten.permute.default, x, list(order))
-
-    def contiguous(self, x: fx.Node) -> fx.Node:
-        """x itself, where it is contiguous already."""
-        if self.level == "torch":
-            return self.method("contiguous", x)
-        if self.level == "aten":
-            return self.call(aten.contiguous.default, x)
-        return x  # native_layer_norm and _fused_rms_norm give contiguous results
 
     def reshape(self, x: fx.Node, shape: list[Any]) -> fx.Node:
         """x in another shape."""

@@ -31,16 +31,14 @@ def binary(kind: str, swapped: bool = False) -> Row:
             return False
         x.dtype, y.dtype = x.dtype or y.dtype, y.dtype or x.dtype
         a, b = (y, x) if swapped else (x, y)
-        alpha = call.get(2, "alpha", default=1) if kind in ("add", "sub") else 1
-        if not isinstance(alpha, (int, float)):
-            return False
-        if alpha != 1:
+        alpha = call.number(2, "alpha", default=1) if kind in ("add", "sub") else 1
+        if alpha is not None and alpha != 1:
             scaled = call.low.virtual(b.shape, b.dtype)
             call.emit("mul", [b, call.low.number(float(alpha), b.dtype)], scaled)
             b = scaled
         return call.emit(kind, [a, b])
 
-    return row
+    return guarded(row)
 
 
 def unary(kind: str) -> Row:
@@ -53,14 +51,12 @@ def _addc(kind: str) -> Row:
 
     def row(call: Call) -> bool:
         x, a, b = call.tensor(), call.tensor(1, "tensor1"), call.tensor(2, "tensor2")
-        c = call.get(3, "value", default=1)
-        if not isinstance(c, (int, float)):
-            return False
+        c = call.number(3, "value", default=1)
         shape, dtype = shape_of(meta_of(call.node)), x.dtype
         narrow = shape_of_pair(a, b) or shape
         product = call.low.virtual(narrow, dtype)
         call.emit(kind, [a, b], product)
-        if c != 1:
+        if c is not None and c != 1:
             scaled = call.low.virtual(narrow, dtype)
             call.emit("mul", [product, call.low.number(float(c), dtype)], scaled)
             product = scaled
@@ -239,8 +235,9 @@ def norm(kind: str, many: bool = False) -> Row:
         x, shape = call.tensor(), call.get(1, "normalized_shape")
         layer = kind == "layer_norm"
         weight, bias = call.value(2, "weight"), call.value(3, "bias") if layer else None
-        eps = call.get(4 if layer else 3, "eps", default=1e-5 if layer else None)
-        if not isinstance(eps, (int, float)) and eps is not None:
+        try:
+            eps = call.number(4 if layer else 3, "eps", default=1e-5 if layer else None)
+        except Unfit:
             call.low.note("NF104", call.node, "eps is known only at run time")
             return False
         count = len(shape) if isinstance(shape, (tuple, list)) else 1

@@ -18,13 +18,15 @@ from normfuse.frontends.onnx_fold import MAX_ELEMENTS, Array, attribute, constan
 from normfuse.frontends.onnx_functions import function_body
 from normfuse.frontends.onnx_ops import OPS, product_shape
 from normfuse.frontends.onnx_sizes import sizes_of
-from normfuse.graph import FLOATS, Graph, Shape, Value
+from normfuse.graph import FLOATS, Dim, Graph, Shape, Value
 from normfuse.transfer import REDUCTIONS
 
 _NAMES = {ir.DataType.FLOAT: "float32", ir.DataType.DOUBLE: "float64"}
 DTYPES = {name: dtype for dtype in ir.DataType for name in (_NAMES.get(dtype, dtype.name.lower()),)}
 """Neutral dtype name -> onnx_ir dtype."""
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MAX_ROUNDS = 6
+"""Rounds of shape inference: ours follows computed sizes, that of `onnx` knows every operator."""
 MAX_DEPTH = 64
 """Control flow nested deeper than this is left alone."""
 
@@ -33,7 +35,12 @@ def shape_of(shape: ir.Shape | None) -> Shape | None:
     """The neutral form of an onnx_ir shape."""
     if shape is None:
         return None
-    return tuple(d if isinstance(d, int) else d.value for d in shape.dims)  # type: ignore[union-attr]
+    return tuple(_dim(d) for d in shape.dims)
+
+
+def _dim(d: Any) -> Dim:
+    """A size; "?" is how some exporters write that they do not know one."""
+    return d if isinstance(d, int) else None if d.value == "?" else d.value
 
 
 def node_label(node: ir.Node) -> str:
@@ -62,12 +69,14 @@ class Lowering:
         for value in source.inputs:
             self._leaf(value, fixed=False)
         for value in source.initializers.values():
-            if value not in self.values:
+            if value in self.values:
+                self.values[value].overridable = True
+            else:
                 self._initializer(value)
         for node in source:
             self._lower(node)
         for output in source.outputs:
-            if output is not None and output in self.values:
+            if output in self.values:
                 self.values[output].kept = True
 
     # -- values ---------------------------------------------------------------------------------------------------
@@ -259,9 +268,9 @@ class Lowering:
                 if value in self.values:
                     self.values[value].kept = True
             for inner in graph:
-                for value in inner.inputs:
-                    if value is not None and value in self.values:
-                        self.values[value].kept = True
+                for operand in inner.inputs:
+                    if operand is not None and operand in self.values:
+                        self.values[operand].kept = True
                 todo.extend(g for a in inner.attributes.values() for g in _subgraphs(a))
 
     def _constant(self, node: ir.Node) -> bool:
@@ -348,7 +357,7 @@ def _dtype_of(array: Array) -> str:
 
 def _number(array: Array, uniform: bool) -> float | None:
     """The number that all elements are, for a single element or where a uniform tensor may count as one."""
-    if array.size == 0 or array.dtype.kind not in "fiu" and "float" not in array.dtype.name:
+    if array.size == 0 or (array.dtype.kind not in "fiu" and "float" not in array.dtype.name):
         return None
     if array.size > 1 and (not uniform or (array != array.flat[0]).any()):
         return None
@@ -372,10 +381,13 @@ def lower(model: ir.Model) -> list[Lowering]:
         for graph in model.graphs():
             graph.meta["normfuse.functions"] = model.functions
     first = Lowering(model.graph)
-    if first.missing and any(node.kind in REDUCTIONS for node in first.graph.nodes):
-        inferred = infer(model)
-        if inferred:
-            first = Lowering(model.graph, inferred)
+    for _ in range(MAX_ROUNDS):
+        if not first.missing or not any(node.kind in REDUCTIONS for node in first.graph.nodes):
+            break
+        inferred = infer(model, first)
+        if inferred == first.inferred or not inferred:
+            break
+        first = Lowering(model.graph, inferred)
     return [first, *_nested(first, first.inferred, 0)]
 
 
@@ -390,21 +402,33 @@ def _nested(outer: Lowering, inferred: dict[str, tuple[Shape | None, str | None]
                 yield from _nested(inner, inferred, depth + 1)
 
 
-def infer(model: ir.Model) -> dict[str, tuple[Shape | None, str | None]]:
-    """Shapes and types of the main graph by `onnx.shape_inference`, weights left out; empty where that fails."""
+def infer(model: ir.Model, known: Lowering) -> dict[str, tuple[Shape | None, str | None]]:
+    """Shapes and types by `onnx.shape_inference`, weights left out; empty where that fails.
+
+    It is told what is `known` already, because it stops where a shape is computed, and what follows is lost.
+    """
     held: list[tuple[ir.Value, Any]] = []
     try:
         for value in model.graph.initializers.values():
             tensor = value.const_value
             if tensor is not None and tensor.size > 64:
+                sizes = ir.Shape([int(d) for d in tensor.shape.numpy()])
                 if value.shape is None or value.type is None:
-                    value.shape, value.type = ir.Shape(tensor.shape), ir.TensorType(tensor.dtype)
+                    value.shape, value.type = sizes, ir.TensorType(tensor.dtype)
                 held.append((value, tensor))
-                value.const_value = ir.ExternalTensor("-", 0, 0, tensor.dtype, shape=tensor.shape, name=value.name or "")
+                value.const_value = ir.ExternalTensor("-", 0, 0, tensor.dtype, shape=sizes, name=value.name or "")
         proto = ir.to_proto(model)
     finally:
         for value, tensor in held:
             value.const_value = tensor
+    stated = {info.name: info for info in proto.graph.value_info}
+    for value, seen in known.values.items():
+        if seen.shape is not None and seen.dtype in DTYPES and value.producer() is not None and value.name:
+            info = onnx.helper.make_tensor_value_info(value.name, DTYPES[seen.dtype].value, seen.shape)
+            if value.name in stated:
+                stated[value.name].CopyFrom(info)
+            else:
+                proto.graph.value_info.append(info)
     try:
         done = onnx.shape_inference.infer_shapes(proto, data_prop=True)
     except Exception:  # the C++ checker raises various kinds for graphs it does not understand

@@ -43,16 +43,15 @@ class Checker:
         shape = _test_shape(site, [] if loose is None else loose.nodes)
         found = region(low, site, shape)
         if found is None:
-            return Check(False, float("inf"), "the region depends on values that cannot be reproduced alone")
+            return Check(False, message="the region depends on values that cannot be reproduced alone")
         boundary = found.boundary
         old = _proto(low, site, found, self.opset)
         emitter = Emitter(self.opset, spelled=True)
-        copies = {v: ir.Value(name=v.native.name, shape=v.native.shape, type=v.native.type,
-                              const_value=v.native.const_value) for v in boundary if v.native is not None}  # fmt: skip
+        copies = {v: ir.Value(name=v.native.name) for v in boundary if v.native is not None}
         if edit.as_written:
             own = as_function(low, site, self.opset)
             if own is None:
-                return Check(False, float("inf"), "the region reads what only a whole run knows")
+                return Check(False, message="the region reads what only a whole run knows")
             made = emitter.call(own[0], [copies[v] for v in own[1]], "replacement")
         else:
             made = emitter.emit(site.norm, copies[site.norm.x], copies, "replacement")
@@ -68,13 +67,13 @@ class Checker:
                                          site.norm.x.dtype or "", target_of(site).dtype or "")  # fmt: skip
             except Exception as why:  # the reference evaluator raises anything; not checked means not kept
                 text = (str(why) or type(why).__name__).splitlines()[0]
-                self.done[key] = Check(False, float("inf"), f"the check could not run: {text[:200]}")
+                self.done[key] = Check(False, message=f"the check could not run: {text[:200]}")
         return self.done[key]
 
 
 def _test_shape(site: Site, nodes: list[ir.Node]) -> tuple[int, ...]:
     """The shape to test with: rows are cut down unless a view in the region fixes them."""
-    fixed = bool(rest_of(site.value)) or any(node.op_type in VIEWS or node.op_type in ("Shape", "Size") for node in nodes)
+    fixed = bool(rest_of(site.value)) or any(node.op_type in {*VIEWS, "Shape", "Size"} for node in nodes)
     assert site.norm.x.shape is not None
     shape = []
     for i, d in enumerate(site.norm.x.shape):
@@ -127,9 +126,7 @@ def _made_proto(made: list[ir.Node], boundary: list[Value], emitter: Emitter, si
     protos = []
     for value in emitter.fresh:
         assert value.const_value is not None
-        tensor = onnx.helper.make_tensor("", value.const_value.dtype, value.const_value.shape.dims,
-                                         value.const_value.tobytes(), raw=True)  # fmt: skip
-        protos.append(onnx.helper.make_node("Constant", [], [value.name], value=tensor))
+        protos.append(onnx.helper.make_node("Constant", [], [value.name or ""], value=ir.to_proto(value.const_value)))
     for i, node in enumerate(made):
         for v in node.outputs:
             renamed.setdefault(v.name or "", f"t{len(renamed)}") if v.name else None
@@ -188,10 +185,10 @@ def _widen(node: onnx.NodeProto) -> list[onnx.NodeProto]:
 
 
 def _array(tensor: onnx.TensorProto) -> Array:
-    return np.asarray(ir.from_proto(tensor).numpy()).astype(np.float64)
+    return np.asarray(ir.serde.deserialize_tensor(tensor).numpy()).astype(np.float64)
 
 
-class ReduceMean(OpRun):  # type: ignore[misc]
+class ReduceMean(OpRun):
     """A mean rounded once, as runtimes compute it; the reference adds up in the type of the data."""
 
     op_domain = ""
@@ -211,7 +208,7 @@ def _runner(model: Model, boundary: list[Value], params: dict[str, Array]) -> Ca
 
     def run(x: Array, wide: bool) -> Array:
         if wide not in evaluators:
-            evaluators[wide] = ReferenceEvaluator(model[wide], new_ops=[ReduceMean])
+            evaluators[wide] = ReferenceEvaluator(model[1] if wide else model[0], new_ops=[ReduceMean])
         feeds = {}
         for name, array in {"v0": x, **params}.items():
             if name in wanted:
@@ -219,7 +216,8 @@ def _runner(model: Model, boundary: list[Value], params: dict[str, Array]) -> Ca
                 feeds[name] = array.astype(np.float64) if wide else array
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return np.asarray(evaluators[wide].run(None, feeds)[0])
+            outputs: Any = evaluators[wide].run(None, feeds)
+        return np.asarray(outputs[0])
 
     return run
 

@@ -62,7 +62,8 @@ class Emitter:
 
     def native(self, norm: Norm) -> bool:
         """Whether a standard operator of this opset computes the norm."""
-        return not self.spelled and self.opset >= NATIVE[norm.kind][1] and self._trailing(norm) and norm.size is not None
+        fits = self._trailing(norm) and norm.size is not None
+        return fits and not self.spelled and self.opset >= NATIVE[norm.kind][1]
 
     def emit(self, norm: Norm, x: ir.Value, params: dict[Value, ir.Value], name: str) -> list[ir.Node]:
         """Nodes that compute the norm of x; the last one's first output is the result."""
@@ -145,7 +146,8 @@ class Emitter:
         """The value of a weight or bias in the shape and type that the operator wants."""
         if _plain(expr):
             base = _unviewed(expr[0][1][0][0], norm)
-            if base.dtype == dtype and (base.shape == _shape(norm) or not self._trailing(norm) or norm.size is None):
+            fits = base.shape == _shape(norm) or not self._trailing(norm) or norm.size is None
+            if base.dtype == dtype and fits:
                 return params.get(base, base.native)  # type: ignore[no-any-return]
         folded = None if self.spelled else _evaluate(expr, norm)
         if folded is not None:

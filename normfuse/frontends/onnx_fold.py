@@ -121,7 +121,7 @@ FOLDS: dict[str, Callable[[ir.Node, Sequence[Array]], Array]] = {
         args[0], np.broadcast_shapes(args[0].shape, tuple(int(d) for d in args[1]))
     ),
     "ConstantOfShape": _fill,
-    "Range": lambda node, args: np.arange(args[0], args[1], args[2]),
+    "Range": lambda node, args: np.arange(args[0].item(), args[1].item(), args[2].item(), dtype=args[0].dtype),
     "Where": lambda node, args: np.where(args[0], args[1], args[2]),
     "ReduceProd": lambda node, args: np.prod(
         args[0], _axes(node, args), keepdims=bool(attribute(node, "keepdims", 1))

@@ -38,7 +38,8 @@ def function_name(kind: str, weighted: bool, biased: bool, inner: str, stash: st
     return "_".join(parts)
 
 
-def function_for(kind: str, weighted: bool, biased: bool, inner: str, stash: str, opset: int, eps: float) -> ir.Function:
+def function_for(kind: str, weighted: bool, biased: bool, inner: str, stash: str, opset: int,
+                 eps: float) -> ir.Function:  # fmt: skip
     """The function of a norm; below opset 12, where a Constant takes no attribute of the call, eps is in the body."""
     x = ir.Value(name="x")
     inputs = [x] + [ir.Value(name=n) for n, on in (("scale", weighted), ("bias", biased)) if on]
@@ -65,7 +66,9 @@ def function_for(kind: str, weighted: bool, biased: bool, inner: str, stash: str
     value = x if inner == stash else cast(x, stash, "x_cast")
     if kind == "layer_norm":
         value = op("Sub", [value, mean(value, "mean")], "centred")
-    squared = op("Pow", [value, constant(2.0, "two")], "squared")
+    # ONNX Runtime 1.31 takes Pow for the start of its own fusion, and any Mul behind the body for the scale, even one
+    # that is wider than x: without a scale in the body it must not see the pattern.
+    squared = op("Pow", [value, constant(2.0, "two")], "squared") if weighted else op("Mul", [value, value], "squared")
     statistic = mean(squared, "variance" if kind == "layer_norm" else "mean_square")
     if opset < 12:
         small = constant(eps, "eps")
@@ -82,14 +85,18 @@ def function_for(kind: str, weighted: bool, biased: bool, inner: str, stash: str
         value = op("Add", [value, inputs[-1]], "shifted")
     value.name = "y"
     graph = ir.Graph(inputs, [value], nodes=nodes, opset_imports={"": opset}, name="")
-    attributes: list[Any] = [ir.Attr("axes", ir.AttributeType.INTS, None), ir.Attr("epsilon", ir.AttributeType.FLOAT, None)]
+    kinds = {"axes": ir.AttributeType.INTS, "epsilon": ir.AttributeType.FLOAT}
+    attributes: list[Any] = [ir.Attr(attr, kind, None) for attr, kind in kinds.items()]
     name = function_name(kind, weighted, biased, inner, stash, opset, eps)
     function = ir.Function("normfuse", name, graph=graph, attributes=attributes)
     function.doc_string = _FORMULA[kind]
     return function
 
 
-def function_body(function: ir.Function, call: ir.Node) -> tuple[list[ir.Value], list[ir.Node], list[ir.Value]] | None:
+Body = tuple[list[ir.Value], list[ir.Node], list[ir.Value]]
+
+
+def function_body(function: ir.Function, call: ir.Node) -> Body | None:
     """A copy of a function's inputs, nodes and outputs with the attributes of a call; None with sub-graphs in it."""
     values = {v: ir.Value(name=v.name) for v in function.inputs}
     nodes = []
@@ -99,7 +106,8 @@ def function_body(function: ir.Function, call: ir.Node) -> tuple[list[ir.Value],
             if attr.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
                 return None
             if attr.is_ref():
-                given = call.attributes.get(attr.ref_attr_name or "") or function.attributes.get(attr.ref_attr_name or "")
+                name = attr.ref_attr_name or ""
+                given = call.attributes.get(name) or function.attributes.get(name)
                 if given is None or given.value is None:
                     continue
                 attr = ir.Attr(attr.name, given.type, given.value)

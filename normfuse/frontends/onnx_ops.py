@@ -30,10 +30,8 @@ def product_shape(shapes: list[Shape | None]) -> Shape | None:
     out: list[Dim] = []
     for i in range(1, max((len(s) for s in known), default=0) + 1):
         dims = {s[-i] for s in known if len(s) >= i} - {1}
-        if len(dims) > 1 and None in dims:
-            sizes = {d for d in dims if isinstance(d, int)}
-            dims = sizes or {None}
-        out.append(1 if not dims else next(iter(dims)) if len(dims) == 1 else None)
+        sizes = [d for d in dims if isinstance(d, int)]  # the others must then be 1 or the same
+        out.append(sizes[0] if sizes else 1 if not dims else dims.pop() if len(dims) == 1 else None)
     return tuple(reversed(out))
 
 

@@ -128,8 +128,8 @@ def as_function(low: Lowering, site: Site, opset: int) -> tuple[ir.Function, lis
     for source in found.nodes:
         if any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in source.attributes.values()):
             return None
-        inputs = [None if v is None else values[v] for v in source.inputs]
-        node = ir.Node(source.domain, source.op_type, inputs, list(source.attributes.values()),
+        operands = [None if v is None else values[v] for v in source.inputs]
+        node = ir.Node(source.domain, source.op_type, operands, list(source.attributes.values()),
                        num_outputs=len(source.outputs), name=f"n{len(nodes)}")  # fmt: skip
         for old, new in zip(source.outputs, node.outputs, strict=True):
             new.name = f"t{len(values)}"
@@ -139,7 +139,8 @@ def as_function(low: Lowering, site: Site, opset: int) -> tuple[ir.Function, lis
     text = "\n".join(str(n.op_type) + repr([(a.name, str(a.value)) for a in n.attributes.values()]) + repr(
         [v.name if v is not None else None for v in n.inputs]) for n in nodes)  # fmt: skip
     name = f"{site.norm.kind}_as_written_{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
-    graph = ir.Graph([values[v.native] for v in found.boundary], [output], nodes=nodes, opset_imports={"": opset}, name="")
+    inputs = [values[v.native] for v in found.boundary]
+    graph = ir.Graph(inputs, [output], nodes=nodes, opset_imports={"": opset}, name="")
     function = ir.Function("normfuse", name, graph=graph, attributes=[])
     function.doc_string = "a norm with the order of roundings of the model it was found in"
     return function, found.boundary

@@ -140,7 +140,7 @@ def write_onnx(model: ir.Model, target: Path) -> None:
     try:
         data = proto.SerializeToString()
     except Exception:
-        raise UnsupportedError(f"{target}: the result is larger than 2 GiB; save its weights as external data") from None
+        raise UnsupportedError(f"{target}: larger than 2 GiB; save the input with external data first") from None
     write_bytes(data, target)
 
 
