@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from normfuse.frontends.onnx_model import OnnxModel
+    from normfuse.io.files import Source
 
 Progress = Callable[[str, float], None]
 
@@ -34,7 +35,7 @@ def inspect(model: Any) -> Report:
     """
     if isinstance(model, (str, Path)):
         with _quiet_collector():
-            return _inspect_ir(_read(Path(model)))
+            return _inspect_ir(_read(Path(model))[0])
     kind = _kind(model)
     if kind in ("fx", "exported"):
         from normfuse.frontends import fx_model
@@ -60,23 +61,22 @@ def rewrite(src_path: str | Path, dst_path: str | Path, config: Config | None = 
     source, target = Path(src_path), Path(dst_path)
     started = time.perf_counter()
     with _quiet_collector():
-        model = _read(source)
+        model, original = _read(source)
         if not dry_run:
             files.check_target(source, target, overwrite, in_place)
         loaded = time.perf_counter()
-        report, changed = _rewrite_ir(model, config, progress)
+        report, changed, plain = _rewrite_ir(model, config, progress)
+        keep = original if plain else None
         planned = time.perf_counter()
         if config.verify == "model":
-            report.model_check = _check_model(source, model, changed)
+            report.model_check = _check_model(source, model, keep) if changed else None
         if not dry_run:
             if progress is not None:
                 progress("saving", 0.9)
             if changed:
-                files.write_onnx(model, target)
+                files.write_onnx(model, target, keep)
             elif not (target.exists() and target.samefile(source)):
-                files.write_onnx(_read(source), target) if any(True for _ in files.external_tensors(model)) else (
-                    files.write_bytes(source.read_bytes(), target)
-                )
+                files.copy_onnx(model, source, target)
     done = time.perf_counter()
     report.seconds |= {"load": loaded - started, "save": done - planned, "total": done - started}
     report.seconds = {k: round(v, 4) for k, v in report.seconds.items()}
@@ -91,7 +91,7 @@ def optimize(model: Any, config: Config | None = None) -> tuple[Any, Report]:
     """
     config = config or Config()
     if isinstance(model, (str, Path)):
-        loaded = _read(Path(model))
+        loaded = _read(Path(model))[0]
         return loaded, _rewrite_ir(loaded, config, None)[0]
     kind = _kind(model)
     if kind in ("fx", "exported"):
@@ -142,7 +142,7 @@ def _as_ir(model: Any, kind: str) -> ir.Model:
     return found
 
 
-def _read(path: Path) -> ir.Model:
+def _read(path: Path) -> tuple[ir.Model, Source]:
     from normfuse.io import files
 
     if path.suffix == ".pt2":
@@ -170,7 +170,8 @@ def _inspect_ir(model: ir.Model) -> Report:
     return _onnx_report(one, rewritten=False)
 
 
-def _rewrite_ir(model: ir.Model, config: Config, progress: Progress | None) -> tuple[Report, bool]:
+def _rewrite_ir(model: ir.Model, config: Config, progress: Progress | None) -> tuple[Report, bool, bool]:
+    """The report, whether anything changed, and whether only nodes of the main graph did."""
     from normfuse.frontends import onnx_model
 
     started = time.perf_counter()
@@ -184,21 +185,20 @@ def _rewrite_ir(model: ir.Model, config: Config, progress: Progress | None) -> t
     report.nodes_after = onnx_model.count(model) if changed else report.nodes_before
     report.seconds |= {"recognise": planned - started, "verify": checked - planned,
                        "rewrite": time.perf_counter() - checked}  # fmt: skip
-    return report, changed
+    plain = not one.inlined and not any(p.replace for p in one.plans[1:])
+    return report, changed, plain
 
 
-def _check_model(source: Path, model: ir.Model, changed: bool) -> dict[str, Any] | None:
+def _check_model(source: Path, model: ir.Model, keep: Source | None) -> dict[str, Any]:
     """Run the input and the result in ONNX Runtime before anything is written where the user asked."""
     import tempfile
 
     from normfuse.io import files
     from normfuse.verify import compare_models
 
-    if not changed:
-        return None
     with tempfile.TemporaryDirectory(prefix="normfuse-") as folder:
         candidate = Path(folder) / "candidate.onnx"
-        files.write_onnx(model, candidate)
+        files.write_onnx(model, candidate, keep)
         found = compare_models(source, candidate)
     if not found["equal"]:
         worst = max(found["outputs"], key=lambda o: o["max_rel"] or 0.0)

@@ -224,8 +224,8 @@ def _settle(node: fx.Node, meta: Any) -> float | None:
     context = torch._guards.TracingContext.try_get()
     if not isinstance(meta, torch.SymFloat) or context is None or context.fake_mode is None:
         return None
-    environment = meta.node.shape_env
-    if environment is None or environment is not context.fake_mode.shape_env or environment.frozen:
+    environment = context.fake_mode.shape_env
+    if environment is None or environment is not meta.node.shape_env or environment.frozen:
         return None
     for user in node.users:
         name = fx_effects.name_of(user) or ""

@@ -167,9 +167,10 @@ class _Program:
     def run(self, values: list[Array], wide: bool) -> Array:
         """The result for x and the parameters."""
         env: dict[Any, Any] = {}
-        for value, node, array in zip(self.boundary, self.inputs, values, strict=True):
-            dtype = getattr(torch, value.dtype or "float32")
-            tensor = torch.from_numpy(np.ascontiguousarray(array)).reshape(array.shape).to(dtype)
+        for i, (value, node, array) in enumerate(zip(self.boundary, self.inputs, values, strict=True)):
+            tensor = torch.from_numpy(np.ascontiguousarray(array)).reshape(array.shape)
+            if not wide or i:  # x comes as its type can hold it, give or take the rounding that `compare` tries
+                tensor = tensor.to(getattr(torch, value.dtype or "float32"))
             env[node] = tensor.to(torch.float64) if wide and tensor.is_floating_point() else tensor
         for node in self.nodes:
             env[node] = self._step(node, env, wide)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,9 +23,9 @@ from normfuse.frontends import fx_effects
 from normfuse.frontends.fx import Lowering
 from normfuse.frontends.fx_call import shape_of_pair
 from normfuse.frontends.fx_meta import is_tensor, meta_of, order_of
-from normfuse.frontends.fx_ops import HALF
-from normfuse.graph import PRECISION, Node, Shape, Value
-from normfuse.recognise import Expr, Norm
+from normfuse.frontends.fx_norms import HALF
+from normfuse.graph import PRECISION, Shape, Value
+from normfuse.recognise import Expr, Norm, region
 
 aten = torch.ops.aten
 Operands = Callable[[Value], fx.Node]
@@ -83,8 +83,7 @@ class Emitter:
         """Modes, devices and memory layout between the model's nodes and the one that replaces them."""
         node = value.native
         mode = low.segment.get(node)
-        inner = list(_region(norm, value))
-        if any(low.segment.get(n.native) != mode for n in inner) or (mode is not None and mode[1]):
+        if any(low.segment.get(n.native) != mode for n in region(value, norm)) or (mode is not None and mode[1]):
             return "NF202", "grad mode or autocast is switched inside the norm or around it"
         metas = [meta_of(v.native) for v in (norm.x, *norm.parameters()) if isinstance(v.native, fx.Node)]
         devices = {str(m.device) for m in (*metas, meta_of(node)) if isinstance(m, torch.Tensor) and m.dim()}
@@ -303,19 +302,6 @@ def _lossless(value: Value, dtype: str | None) -> Value | None:
             return None
         current = source
     return current
-
-
-def _region(norm: Norm, value: Value) -> Iterator[Node]:
-    """The nodes between x and the norm."""
-    stop = {norm.x, *norm.parameters()}
-    todo, seen = [value], set(stop)
-    while todo:
-        current = todo.pop()
-        if current in seen or current.producer is None:
-            continue
-        seen.add(current)
-        yield current.producer
-        todo.extend(current.producer.inputs)
 
 
 def emitted(nodes: list[fx.Node]) -> str:

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from normfuse.frontends import fx_norms as norms
 from normfuse.frontends import fx_views as views
 from normfuse.frontends.fx_call import Call, Row, Unfit, axes_of, guarded, shape_of_pair
 from normfuse.frontends.fx_meta import is_tensor, meta_of, shape_of
 from normfuse.graph import Value
-
-HALF = ("float16", "bfloat16")
 
 # -- elementwise ---------------------------------------------------------------------------------------------------
 
@@ -42,6 +41,7 @@ def binary(kind: str, swapped: bool = False) -> Row:
 
 
 def unary(kind: str) -> Row:
+    """The same kind, one operand."""
     """The same kind, one operand."""
     return guarded(lambda call: call.emit(kind, [call.tensor()]))
 
@@ -104,6 +104,8 @@ def _detach(call: Call) -> bool:
 
 def _dropout(call: Call) -> bool:
     p, training = call.get(1, "p", default=0.5), call.get(2, "training", "train", default=True)
+    if call.node.op == "call_module":
+        training = call.low.module.get_submodule(str(call.node.target)).training
     return (p == 0 or training is False) and _identity(call)
 
 
@@ -198,83 +200,6 @@ def _average_pool(count: int) -> Row:
     return guarded(row)
 
 
-# -- norms ---------------------------------------------------------------------------------------------------------
-
-
-def norm_stages(call: Call, kind: str, x: Value, weight: Value | None, bias: Value | None, count: int,
-                eps: float | None, out: Value) -> bool:  # fmt: skip
-    """An operator that is a norm over the last `count` axes, in its stages.
-
-    torch computes half types in float32, weight and bias included, and rounds once at the end. Without eps it takes
-    the epsilon of the type it computes in (tried on CPU, torch 2.13).
-    """
-    if x.shape is None or not 0 < count <= len(x.shape) or x.dtype not in (*HALF, "float32", "float64"):
-        return False
-    compute = "float32" if x.dtype in HALF else x.dtype
-    if eps is None:
-        eps = torch.finfo(getattr(torch, compute)).eps
-    axes = tuple(range(len(x.shape) - count, len(x.shape)))
-    stages: list[tuple[str, list[Value], str | None, dict[str, Any]]] = []
-    if compute != x.dtype:
-        stages.append(("cast", [], compute, {}))
-    stages.append((kind, [], compute, {"axes": axes, "eps": float(eps)}))
-    stages += [(k, [v], compute, {}) for k, v in (("mul", weight), ("add", bias)) if v is not None]
-    if out.dtype != compute:
-        stages.append(("cast", [], out.dtype, {}))
-    for i, (k, more, dtype, attrs) in enumerate(stages):
-        value = out if i == len(stages) - 1 else call.low.virtual(x.shape, dtype)
-        call.emit(k, [x, *more], value, **attrs)
-        x = value
-    return True
-
-
-def norm(kind: str, many: bool = False) -> Row:
-    """layer_norm and rms_norm; with `many` the forms that give statistics too."""
-
-    def row(call: Call) -> bool:
-        x, shape = call.tensor(), call.get(1, "normalized_shape")
-        layer = kind == "layer_norm"
-        weight, bias = call.value(2, "weight"), call.value(3, "bias") if layer else None
-        try:
-            eps = call.number(4 if layer else 3, "eps", default=1e-5 if layer else None)
-        except Unfit:
-            call.low.note("NF104", call.node, "eps is known only at run time")
-            return False
-        count = len(shape) if isinstance(shape, (tuple, list)) else 1
-        if x.shape is None or x.dtype not in (*HALF, "float32", "float64") or not 0 < count <= len(x.shape):
-            return False
-        if not many:
-            return norm_stages(call, kind, x, weight, bias, count, eps, call.low.out(call.node))
-        outs = call.low.outs(call.node)
-        if outs[0] is None:
-            return False
-        norm_stages(call, kind, x, weight, bias, count, eps, outs[0])
-        rest = [v for v in outs[1:] if v is not None]
-        call.low.graph.node("opaque", [x], rest, native=call.node, op=kind, name=call.node.name)
-        return True
-
-    return guarded(row)
-
-
-def norm_module(kind: str) -> Row:
-    """nn.LayerNorm and nn.RMSNorm as a module of the graph."""
-
-    def row(call: Call) -> bool:
-        x, target = call.tensor(), str(call.node.target)
-        module: Any = call.low.module.get_submodule(target)
-        weight, bias = (call.low.parameter(f"{target}.{n}", getattr(module, n, None)) for n in ("weight", "bias"))
-        return norm_stages(call, kind, x, weight, bias, len(module.normalized_shape), module.eps,
-                           call.low.out(call.node))  # fmt: skip
-
-    return guarded(row)
-
-
-def _other_norm(call: Call) -> bool:
-    call.low.note("NF118", call.node, f"{call.node.target} normalises over groups, instances or a batch")
-    call.low.role(call.node)
-    return True
-
-
 # -- constants and the rest ----------------------------------------------------------------------------------------
 
 
@@ -301,11 +226,6 @@ def role(kind: str) -> Row:
         return True
 
     return row
-
-
-def _module_dropout(call: Call) -> bool:
-    module = call.low.module.get_submodule(str(call.node.target))
-    return not module.training and _identity(call)
 
 
 def _table(rows: dict[str, Row]) -> dict[str, Row]:
@@ -362,12 +282,12 @@ OPS: dict[str, Row] = _table(
         "getattr": guarded(views.attribute),
         "getitem __getitem__": guarded(views.getitem),
         "slice": guarded(views.slice_),
-        "layer_norm": norm("layer_norm"),
-        "rms_norm": norm("rms_norm"),
-        "native_layer_norm": norm("layer_norm", many=True),
-        "_fused_rms_norm": norm("rms_norm", many=True),
+        "layer_norm": norms.norm("layer_norm"),
+        "rms_norm": norms.norm("rms_norm"),
+        "native_layer_norm": norms.norm("layer_norm", many=True),
+        "_fused_rms_norm": norms.norm("rms_norm", many=True),
         "group_norm native_group_norm instance_norm batch_norm native_batch_norm _native_batch_norm_legit "
-        "_native_batch_norm_legit_functional cudnn_batch_norm": _other_norm,
+        "_native_batch_norm_legit_functional cudnn_batch_norm": norms.other_norm,
         "full full_like": filled(1),
         "new_full": filled(2),
         "tensor scalar_tensor": filled(0),
@@ -387,10 +307,10 @@ OPS: dict[str, Row] = _table(
 """Bare name of a torch function, method or aten operator -> how to lower it."""
 
 MODULES: dict[type[nn.Module], Row] = {
-    nn.LayerNorm: norm_module("layer_norm"),
-    nn.RMSNorm: norm_module("rms_norm"),
+    nn.LayerNorm: norms.norm_module("layer_norm"),
+    nn.RMSNorm: norms.norm_module("rms_norm"),
     nn.Identity: guarded(_identity),
-    nn.Dropout: guarded(_module_dropout),
+    nn.Dropout: guarded(_dropout),
     nn.ReLU: guarded(_relu),
     nn.SiLU: role("activation"),
     nn.GELU: role("activation"),

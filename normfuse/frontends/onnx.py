@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from normfuse.errors import InputError
 from normfuse.frontends.onnx_fold import MAX_ELEMENTS, Array, attribute, constant_of, fold
 from normfuse.frontends.onnx_functions import function_body
 from normfuse.frontends.onnx_ops import OPS, product_shape
@@ -65,6 +66,7 @@ class Lowering:
         self.arrays: dict[ir.Value, Array] = {}
         self.sizes: dict[ir.Value, Shape] = {}  # what is known of small integer vectors that hold sizes
         self.call: ir.Node | None = None
+        self.controlled: list[ir.Graph] = []
         self.missing = False
         for value in source.inputs:
             self._leaf(value, fixed=False)
@@ -91,10 +93,12 @@ class Lowering:
 
         Sizes win over symbols, and what follows from the inputs over what a `value_info` says.
         """
-        more, kind = self.inferred.get(value.name or "", (None, None))
+        more, kind = self.inferred.get(value.name or "", (None, None)) if self.inferred else (None, None)
         stated = shape_of(value.shape)
         if value.dtype is not None:
             kind = _DTYPE_NAMES[value.dtype]
+        if more is None and (stated is None or stated == shape):
+            return shape, kind or dtype
         known = [s for s in (shape, stated, more) if s is not None]
         if not known:
             return None, kind or dtype
@@ -135,6 +139,10 @@ class Lowering:
             return self.graph.leaf("", None, None)
         found = self.values.get(value)
         if found is None:
+            source = value.producer()
+            if source is not None and source.graph is self.source:
+                raise InputError(f"{value.name!r} is read before it is computed: the graph has a cycle or is not in "
+                                 "topological order")  # fmt: skip
             above = self.outer
             while above is not None and value not in above.values:
                 above = above.outer
@@ -218,12 +226,8 @@ class Lowering:
             row = OPS.get(f"{node.domain}::{node.op_type}")
             if row is None and self._inline(node):
                 return
-        for attr in node.attributes.values():
-            if attr.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
-                row = None
-                self._capture(node)
-                break
-        if row is None or not node.outputs or any(a.is_ref() for a in node.attributes.values()):
+        if row is None or not node.outputs:
+            self._capture(node)
             self.opaque(node)
             return
         before = len(self.graph.nodes)
@@ -262,6 +266,7 @@ class Lowering:
     def _capture(self, node: ir.Node) -> None:
         """Values that a sub-graph reads from this graph are in use."""
         todo = [g for a in node.attributes.values() for g in _subgraphs(a)]
+        self.controlled.extend(todo)
         while todo:
             graph = todo.pop()
             for value in graph.outputs:
@@ -394,12 +399,10 @@ def lower(model: ir.Model) -> list[Lowering]:
 def _nested(outer: Lowering, inferred: dict[str, tuple[Shape | None, str | None]], depth: int) -> Iterator[Lowering]:
     if depth >= MAX_DEPTH:
         return
-    for node in outer.source:
-        for attr in node.attributes.values():
-            for graph in _subgraphs(attr):
-                inner = Lowering(graph, inferred, outer)
-                yield inner
-                yield from _nested(inner, inferred, depth + 1)
+    for graph in outer.controlled:
+        inner = Lowering(graph, inferred, outer)
+        yield inner
+        yield from _nested(inner, inferred, depth + 1)
 
 
 def infer(model: ir.Model, known: Lowering) -> dict[str, tuple[Shape | None, str | None]]:

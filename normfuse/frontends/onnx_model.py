@@ -38,7 +38,6 @@ class OnnxModel:
         if 0 < self.opset < OLDEST_OPSET:
             raise UnsupportedError(f"opset {self.opset} is older than {OLDEST_OPSET}; convert it with "
                                    "onnx.version_converter first")  # fmt: skip
-        check_order(model.graph)
         self.inlined = self._inline()
         self.nodes_before = count(model)
         self.emitter = Emitter(self.opset)
@@ -82,9 +81,14 @@ class OnnxModel:
     def apply(self) -> bool:
         """Make the edits; True if there were any."""
         self.progress("rewriting", 0.85)
-        used = {v.name for node in self.model.graph.all_nodes() for v in node.outputs}
-        used |= {node.name for node in self.model.graph.all_nodes()}
-        used |= {v.name for v in self.model.graph.inputs} | set(self.model.graph.initializers)
+        if not any(one.replace for one in self.plans):
+            return False
+        used: set[str | None] = set(self.model.graph.initializers)
+        for graph in graphs_of(self.model):
+            used.update(v.name for v in graph.inputs)
+            for node in graph:
+                used.add(node.name)
+                used.update(v.name for v in node.outputs)
         for low, one in zip(self.lowerings, self.plans, strict=True):
             for edit in one.replace:
                 self._replace(low, edit, used)
@@ -93,7 +97,7 @@ class OnnxModel:
             value.name = _unique(value.name or "", used)
             self.model.graph.register_initializer(value)
         register_functions(self.model, list(self.emitter.functions.values()))
-        return any(one.replace for one in self.plans)
+        return True
 
     def _now(self, value: Value) -> ir.Value:
         native: ir.Value = value.native
@@ -172,23 +176,9 @@ def _unique(name: str, used: set[str | None]) -> str:
 
 def count(model: ir.Model) -> int:
     """Nodes of a model, those of sub-graphs included."""
-    return sum(1 for _ in model.graph.all_nodes())
+    return sum(len(graph) for graph in graphs_of(model))
 
 
-def check_order(graph: ir.Graph) -> None:
-    """Raise `InputError` unless every node comes after what it reads, which also rules out cycles."""
-    todo: list[ir.Graph] = [graph]
-    while todo:
-        current = todo.pop()
-        position = {node: i for i, node in enumerate(current)}
-        for node, i in position.items():
-            for value in node.inputs:
-                source = value.producer() if value is not None else None
-                if source is not None and position.get(source, -1) >= i:
-                    raise InputError(f"node {node.name or node.op_type!r} reads {value.name!r} before it is computed: "  # type: ignore[union-attr]
-                                     "the graph has a cycle or is not in topological order")  # fmt: skip
-            for attr in node.attributes.values():
-                if attr.type == ir.AttributeType.GRAPH:
-                    todo.append(attr.value)
-                elif attr.type == ir.AttributeType.GRAPHS:
-                    todo.extend(attr.value)
+def graphs_of(model: ir.Model) -> list[ir.Graph]:
+    """The main graph and its control-flow sub-graphs."""
+    return [model.graph, *model.graph.subgraphs()]

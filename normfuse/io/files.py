@@ -13,6 +13,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
@@ -23,7 +24,16 @@ from normfuse.errors import InputError, UnsafeModelError, UnsupportedError
 PROTO_LIMIT = 2**31 - 1
 
 
-def read_onnx(path: str | os.PathLike[str]) -> ir.Model:
+@dataclass(slots=True)
+class Source:
+    """A model as it was read: the message, and for each node of the main graph the message it was made from."""
+
+    proto: onnx.ModelProto
+    nodes: dict[ir.Node, onnx.NodeProto]
+    spliced: bool = False
+
+
+def read_onnx(path: str | os.PathLike[str]) -> tuple[ir.Model, Source]:
     """Load an ONNX model; external data is checked but not read.
 
     Raises `InputError` for what is not a readable ONNX file, `UnsafeModelError` for external data outside its folder.
@@ -40,10 +50,49 @@ def read_onnx(path: str | os.PathLike[str]) -> ir.Model:
         model = ir.serde.deserialize_model(proto)
     except Exception as why:
         raise InputError(f"{source}: the graph is not valid ONNX: {_line(why)}") from why
-    folder = source.resolve().parent
-    for tensor in external_tensors(model):
-        _check_external(tensor, folder, source)
-    return model
+    if b"location" in data:  # the key without which nothing is external
+        folder = source.resolve().parent
+        for tensor in external_tensors(model):
+            _check_external(tensor, folder, source)
+    return model, Source(proto, dict(zip(model.graph, proto.graph.node, strict=True)))
+
+
+def _spliced(model: ir.Model, source: Source) -> onnx.ModelProto:
+    """The message of an edited model, in which all that was not edited is the very bytes that were read.
+
+    Values keep their names when they are replaced, so a node that stays says what it said before.
+    """
+    proto, graph = source.proto, source.proto.graph
+    if source.spliced:
+        return proto
+    edited = onnx.GraphProto()
+    gone = {v.name for node in source.nodes if node.graph is None for v in node.outputs}
+    for node in model.graph:
+        if node not in source.nodes:
+            source.nodes[node] = ir.to_proto(node)
+            gone -= {v.name for v in node.outputs}
+    edited.node.extend(source.nodes[node] for node in model.graph)
+    del graph.node[:]
+    graph.node.extend(edited.node)
+    wanted = model.graph.initializers
+    known = {tensor.name for tensor in graph.initializer}
+    for i in reversed(range(len(graph.initializer))):
+        if graph.initializer[i].name not in wanted:
+            del graph.initializer[i]
+    graph.initializer.extend(ir.to_proto(v.const_value) for name, v in wanted.items()
+                             if name not in known and v.const_value is not None)  # fmt: skip
+    for i in reversed(range(len(graph.value_info))):
+        if graph.value_info[i].name in gone:
+            del graph.value_info[i]
+    proto.ir_version = model.ir_version
+    stated = {entry.domain or "ai.onnx" for entry in proto.opset_import}
+    for domain, version in model.opset_imports.items():
+        if (domain or "ai.onnx") not in stated:
+            proto.opset_import.append(onnx.helper.make_opsetid(domain, version))
+    have = {(f.domain, f.name) for f in proto.functions}
+    proto.functions.extend(ir.to_proto(f) for f in model.functions.values() if (f.domain, f.name) not in have)
+    source.spliced = True
+    return proto
 
 
 def _bytes(source: Path) -> bytes:
@@ -122,8 +171,12 @@ def check_target(source: Path, target: Path, overwrite: bool, in_place: bool) ->
         raise InputError(f"{target}: the folder is not writable")
 
 
-def write_onnx(model: ir.Model, target: Path) -> None:
-    """Save a model whole or not at all. External data is copied next to it under a name made from its content."""
+def write_onnx(model: ir.Model, target: Path, source: Source | None = None) -> None:
+    """Save a model whole or not at all. External data is copied next to it under a name made from its content.
+
+    With the `source` it was read from, what was not edited is written as it was read; this needs edits in the main
+    graph only.
+    """
     tensors = list(external_tensors(model))
     old = [(t, t.location, t.base_dir) for t in tensors]
     moved: dict[Path, str] = {}
@@ -133,7 +186,7 @@ def write_onnx(model: ir.Model, target: Path) -> None:
             if path not in moved:
                 moved[path] = _copy_data(path, target)
             tensor._location = moved[path]
-        proto = ir.to_proto(model)
+        proto = ir.to_proto(model) if tensors or source is None else _spliced(model, source)
     finally:
         for tensor, location, base in old:
             tensor._location, tensor.base_dir = location, base
@@ -142,6 +195,14 @@ def write_onnx(model: ir.Model, target: Path) -> None:
     except Exception:
         raise UnsupportedError(f"{target}: larger than 2 GiB; save the input with external data first") from None
     write_bytes(data, target)
+
+
+def copy_onnx(model: ir.Model, source: Path, target: Path) -> None:
+    """Save a model that was not changed: the same bytes, unless external data has to get a new name."""
+    if next(external_tensors(model), None) is None:
+        write_bytes(source.read_bytes(), target)
+    else:
+        write_onnx(model, target)
 
 
 def _copy_data(path: Path, target: Path) -> str:
