@@ -191,12 +191,20 @@ class _Program:
             name = "double" if wide and node.target in _TO_FLOAT else str(node.target)
             return getattr(args[0], name)(*args[1:], **kwargs)
         if node.op == "call_module":
-            module = self.low.module.get_submodule(str(node.target))
-            return module(*args, **kwargs)
+            return self._module(node, args, kwargs, env)
         target: Any = node.target
         if target is not operator.getitem and wide and name_of(node) in ("rms_norm", "_fused_rms_norm"):
             args, kwargs = self._default_eps(node, args, kwargs)
         return target(*args, **kwargs)
+
+    def _module(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], env: dict[Any, Any]) -> Any:
+        """The call of a module, with the parameters of the boundary in place of its own."""
+        module: Any = self.low.module.get_submodule(str(node.target))
+        own = {name: env.get(f"{node.target}.{name}", p) for name, p in module.named_parameters()}
+        if isinstance(module, torch.nn.RMSNorm) and module.eps is None and meta_of(node).dtype != torch.float64:
+            eps = torch.finfo(torch.float32).eps
+            return torch.nn.functional.rms_norm(args[0], module.normalized_shape, own.get("weight"), eps)
+        return torch.func.functional_call(module, own, args, kwargs)
 
     @staticmethod
     def _type(argument: Any, wide: bool) -> Any:

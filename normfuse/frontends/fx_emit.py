@@ -85,6 +85,9 @@ class Emitter:
         mode = low.segment.get(node)
         if any(low.segment.get(n.native) != mode for n in region(value, norm)) or (mode is not None and mode[1]):
             return "NF202", "grad mode or autocast is switched inside the norm or around it"
+        device = getattr(meta_of(node), "device", torch.device("cpu"))
+        if self.level == "torch" and torch.is_autocast_enabled(device.type):
+            return "NF202", "autocast is on, and would cast the operator's operands"
         metas = [meta_of(v.native) for v in (norm.x, *norm.parameters()) if isinstance(v.native, fx.Node)]
         devices = {str(m.device) for m in (*metas, meta_of(node)) if isinstance(m, torch.Tensor) and m.dim()}
         if len(devices) > 1:
