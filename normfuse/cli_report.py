@@ -8,7 +8,7 @@ from typing import Any
 from normfuse.cli_print import Block, Table
 from normfuse.report import NormRecord, Report
 
-HEADERS = ("norm", "count", "kind", "size", "placement", "fact", "types", "action", "verified")
+HEADERS = ("norm", "count", "kind", "size", "placement", "fact", "types", "action", "now", "verified")
 FORMS = {"op": "one operator", "decomposed": "decomposed"}
 
 
@@ -66,7 +66,8 @@ def _norm_table(report: Report, verbose: bool) -> Table:
 
 def _likeness(norm: NormRecord) -> tuple[object, ...]:
     """What norms of one row have in common."""
-    return (norm.kind, norm.placement, norm.size, norm.eps, norm.fact, norm.cast, norm.dtype, norm.form, norm.action)
+    return (norm.kind, norm.placement, norm.size, norm.eps, norm.fact, norm.cast, norm.dtype, norm.form, norm.action,
+            norm.emitted)  # fmt: skip
 
 
 def _row(group: list[NormRecord], rewritten: bool, shared: bool, plain: bool) -> tuple[str, ...]:
@@ -80,6 +81,7 @@ def _row(group: list[NormRecord], rewritten: bool, shared: bool, plain: bool) ->
         first.fact,
         "" if plain else first.cast,
         first.action if rewritten else FORMS.get(first.form, first.form),
+        first.emitted,
         _verified(n.verified for n in group) if rewritten else "",
     )
 

@@ -116,8 +116,9 @@ def test_what_is_not_edited_keeps_its_bytes(llama: Path, tmp_path: Path) -> None
 def test_external_data_is_copied_under_the_name_of_its_content(llama: Path, tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    onnx.save(onnx.load(llama), tmp_path / "a" / "m.onnx", save_as_external_data=True, location="w.bin", size_threshold=200)
-    report = normfuse.rewrite(tmp_path / "a" / "m.onnx", tmp_path / "b" / "out.onnx")
+    source = tmp_path / "a" / "m.onnx"
+    onnx.save(onnx.load(llama), source, save_as_external_data=True, location="w.bin", size_threshold=200)
+    report = normfuse.rewrite(source, tmp_path / "b" / "out.onnx")
     assert report.fused == 5
     (data,) = (tmp_path / "b").glob("*.data")
     assert data.read_bytes() == (tmp_path / "a" / "w.bin").read_bytes()

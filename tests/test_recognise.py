@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -24,7 +25,8 @@ class Build:
     def c(self, number: float, dtype: str = "float32") -> Value:
         return self.graph.leaf(str(number), (), dtype, number=number, fixed=True)
 
-    def op(self, kind: str, *inputs: Value, shape: Shape | None = None, dtype: str | None = None, **attrs: object) -> Value:
+    def op(self, kind: str, *inputs: Value, shape: Shape | None = None, dtype: str | None = None,
+           **attrs: Any) -> Value:  # fmt: skip
         rank = max((v.rank or 0) for v in inputs)
         wide = next(v for v in inputs if v.rank == rank)
         if shape is None and all(v.shape is not None for v in inputs):

@@ -174,6 +174,9 @@ class _Program:
             env[node] = tensor.to(torch.float64) if wide and tensor.is_floating_point() else tensor
         for node in self.nodes:
             env[node] = self._step(node, env, wide)
+            slot = self.low.values.get(node)
+            if wide and isinstance(slot, Value) and slot.number is not None:
+                env[node] = torch.full_like(env[node], slot.number)  # a constant as its own type holds it
         out: torch.Tensor = env[self.result]
         return out.detach().to(torch.float64).numpy()
 

@@ -31,13 +31,26 @@ def binary(kind: str, swapped: bool = False) -> Row:
         x.dtype, y.dtype = x.dtype or y.dtype, y.dtype or x.dtype
         a, b = (y, x) if swapped else (x, y)
         alpha = call.number(2, "alpha", default=1) if kind in ("add", "sub") else 1
-        if alpha is not None and alpha != 1:
-            scaled = call.low.virtual(b.shape, b.dtype)
-            call.emit("mul", [b, call.low.number(float(alpha), b.dtype)], scaled)
-            b = scaled
-        return call.emit(kind, [a, b])
+        if alpha is None or alpha == 1:
+            return call.emit(kind, [a, b])
+        b = step(call, "mul", b, call.low.number(float(alpha), b.dtype))
+        return last_step(call, kind, a, b)
 
     return guarded(row)
+
+
+def step(call: Call, kind: str, a: Value, b: Value) -> Value:
+    """A step inside one operator, which torch computes in float32 for half types."""
+    out = call.low.virtual(shape_of_pair(a, b), "float32" if a.dtype in norms.HALF else a.dtype)
+    call.emit(kind, [a, b], out)
+    return out
+
+
+def last_step(call: Call, kind: str, a: Value, b: Value) -> bool:
+    """The last step of an operator, rounded once."""
+    if "float32" not in (a.dtype, b.dtype) or str(meta_of(call.node).dtype) == "torch.float32":
+        return call.emit(kind, [a, b])
+    return call.emit("cast", [step(call, kind, a, b)])
 
 
 def unary(kind: str) -> Row:
@@ -52,15 +65,10 @@ def _addc(kind: str) -> Row:
     def row(call: Call) -> bool:
         x, a, b = call.tensor(), call.tensor(1, "tensor1"), call.tensor(2, "tensor2")
         c = call.number(3, "value", default=1)
-        shape, dtype = shape_of(meta_of(call.node)), x.dtype
-        narrow = shape_of_pair(a, b) or shape
-        product = call.low.virtual(narrow, dtype)
-        call.emit(kind, [a, b], product)
+        product = step(call, kind, a, b)
         if c is not None and c != 1:
-            scaled = call.low.virtual(narrow, dtype)
-            call.emit("mul", [product, call.low.number(float(c), dtype)], scaled)
-            product = scaled
-        return call.emit("add", [x, product])
+            product = step(call, "mul", product, call.low.number(float(c), product.dtype))
+        return last_step(call, "add", x, product)
 
     return guarded(row)
 
