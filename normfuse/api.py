@@ -40,7 +40,8 @@ def inspect(model: Any) -> Report:
     if kind in ("fx", "exported"):
         from normfuse.frontends import fx_model
 
-        return fx_model.run(model, Config(verify="off"), rewrite=False)[1]
+        with _quiet_collector():
+            return fx_model.run(model, Config(verify="off"), rewrite=False)[1]
     return _inspect_ir(_as_ir(model, kind))
 
 
@@ -97,7 +98,8 @@ def optimize(model: Any, config: Config | None = None) -> tuple[Any, Report]:
     if kind in ("fx", "exported"):
         from normfuse.frontends import fx_model
 
-        return fx_model.run(model, config, rewrite=True)
+        with _quiet_collector():
+            return fx_model.run(model, config, rewrite=True)
     import onnx_ir as ir
 
     if config.verify == "model":

@@ -276,8 +276,10 @@ class _Recogniser:
             self.out.refusals.append(Refusal("NF114", node.name, "the axes of the mean are known only at run time"))
             return
         found: list[Root] = []
+        written = False
         for v, over in self._origins(value, axes):
             size = _size(v, over)
+            written = written or v.tainted
             if v.tainted or size == 1 or not over:
                 continue
             root = next((r for r in self.roots.get(v.index, ()) if r.axes == over), None)
@@ -285,6 +287,8 @@ class _Recogniser:
                 root = Root(v, over, size)
                 self.roots.setdefault(v.index, []).append(root)
             found.append(root)
+        if written and not found:
+            self.out.refusals.append(Refusal("NF120", node.name, f"{value.name} or a view of it is written in place"))
         self.seeds[node.index] = found
 
     def _origins(self, value: Value, axes: tuple[int, ...]) -> Iterator[tuple[Value, tuple[int, ...]]]:
@@ -510,10 +514,10 @@ class _Recogniser:
 
     def _refusals(self) -> None:
         """One nearest miss per second moment that went into no norm."""
-        done = {site.norm.x.index for site in self.out.sites}
+        done = {site.fact.root.key() for site in self.out.sites}
         covered = {
             i for i, roots in self.seeds.items()
-            if any(r.value.index in done or self._canonical(r)[0] in done for r in roots)
+            if any(key in done for root in roots for key in self.facts.get(root.value.index, ()))
         }  # fmt: skip
         said: set[tuple[str, str]] = set()
         for i in sorted(self.seeds):
@@ -555,8 +559,8 @@ def region(value: Value, norm: Norm) -> list[Node]:
 
 
 def _is_op(value: Value, norm: Norm) -> bool:
-    """One node of the model does it all."""
-    natives = {node.native for node in region(value, norm)}
+    """One node of the model does it all, copies and views aside."""
+    natives = {node.native for node in region(value, norm) if node.kind not in VIEWS and node.kind != "identity"}
     return len(natives) == 1 and None not in natives
 
 

@@ -357,10 +357,14 @@ def regroup(layout: Layout, shape: tuple[Dim, ...], root: Root) -> Layout:
 
 def _reshape(node: Node, facts: list[Fact]) -> Fact:
     f = facts[0]
-    shape = node.outputs[0].shape
-    if shape is None:
+    shape, old = node.outputs[0].shape, node.inputs[0].shape
+    if shape is None or old is None:
         raise Refused("NF115", "a reshape to a shape that is not known")
-    return replace(f, layout=regroup(f.layout, shape, f.root), via=node.inputs[0])
+    tail = 0  # axes at the end along which the value is constant, and which stay as they are
+    while tail < min(len(shape), len(old)) and f.layout[-1 - tail] == SPREAD and shape[-1 - tail] == old[-1 - tail]:
+        tail += 1
+    layout = regroup(f.layout[: len(old) - tail], shape[: len(shape) - tail], f.root)
+    return replace(f, layout=layout + (SPREAD,) * tail, via=node.inputs[0])
 
 
 def _unsqueeze(node: Node, facts: list[Fact]) -> Fact:

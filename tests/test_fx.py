@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, fx, nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.decomposition import select_decomp_table
 from torch.fx.passes.shape_prop import ShapeProp
 
 import normfuse
@@ -26,7 +27,7 @@ from normfuse.frontends import fx_emit
 from normfuse.frontends.fx_effects import name_of
 from normfuse.recognise import Norm
 from normfuse.report import Report
-from tests.families import FAMILIES, exported_program
+from tests.families import FAMILIES, aot_graphs, exported_program
 from tests.near_misses import TORCH_EQUAL_OK, TORCH_NEAR_MISSES, TORCH_RANDOM
 from tests.spellings import SPELLINGS, Spelling, SpellingModule, hostile_inputs, reference
 
@@ -227,7 +228,7 @@ def test_half_family_keeps_every_bit(name: str) -> None:
         assert torch.equal(found(*args), module(*args))
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", pytest.param("t5", marks=pytest.mark.slow)])
 def test_dynamic_sizes(name: str) -> None:
     """With dynamic=True even eps is open; it is read, with a guard, while compiling."""
     family = FAMILIES[name]
@@ -257,6 +258,17 @@ def test_aot_in_training_keeps_what_the_backward_needs() -> None:
         out.sum().backward()
     assert len(reports[0].norms) == family.norms
     assert all(p.grad is not None for p in module.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_graphs_with_the_decompositions_of_inductor(name: str) -> None:
+    """There layer_norm is spelled out too, and casts are prims.convert_element_type."""
+    family = FAMILIES[name]
+    module = family.build().to(BRAIN)
+    ((graph, _),) = aot_graphs(module, family.args(), decompositions=select_decomp_table())
+    report = normfuse.optimize(graph)[1]
+    assert report.fused == family.norms and not report.refusals
+    assert dict(Counter(n.placement for n in report.norms)) == family.placements
 
 
 # -- exported programs -------------------------------------------------------------------------------------------------
@@ -293,6 +305,15 @@ def test_decomposed_program_gets_the_core_operator() -> None:
     with torch.no_grad():
         want = module(*args)
         assert (new.module()(*args) - want).abs().max() <= 64 * ULP[SINGLE] * want.abs().max()
+
+
+def test_the_module_of_a_program() -> None:
+    """Its call of a guard function reads the inputs and leaves them as they are."""
+    program = torch.export.export(NearMissModule(lambda x, w: rms(x) * w), (torch.randn(2, 64),))
+    new, report = normfuse.optimize(program.module())
+    x = torch.randn(2, 64)
+    assert report.fused == 1 and isinstance(new, fx.GraphModule)
+    assert (new(x) - program.module()(x)).abs().max() < 1e-5
 
 
 def test_asserts_on_dead_values_go_and_others_stay() -> None:

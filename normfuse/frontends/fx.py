@@ -172,7 +172,7 @@ class Lowering:
             return self._scalar(node, meta)
         row = None if meta is MISSING else self._row(node)
         if row is None or not row(Call(self, node)):
-            self.role(node)
+            self.role(node, effect=meta is MISSING and not node.users)
 
     def _row(self, node: fx.Node) -> Any:
         if node.op == "call_module":

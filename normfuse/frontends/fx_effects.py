@@ -17,7 +17,7 @@ from torch._ops import HigherOrderOperator, OpOverload
 
 Function = Callable[..., Any]
 
-ASSERTS = frozenset({"_assert_tensor_metadata", "_assert_async", "_functional_assert_async"})
+ASSERTS = frozenset({"_assert_tensor_metadata"})
 """Checks of a tensor that compute nothing: they go when the tensor goes."""
 
 MODES = {"_set_grad_enabled": 0, "_enter_autocast": 1, "_exit_autocast": -1, "_enter_inference_mode": 0,
@@ -100,7 +100,9 @@ def written(node: fx.Node) -> list[fx.Node]:
     out = _nodes(node.kwargs.get("out"))
     name = name_of(node)
     if node.op == "call_module" or isinstance(node.target, HigherOrderOperator):
-        return list(node.all_input_nodes) if any(_module_writes(m) for m in _modules(node)) or _kernel(node) else []
+        inner = list(_modules(node))
+        pure = inner or "functional" in str(node.target)  # an operator that hides what it runs may write
+        return [] if pure and not any(_module_writes(m) for m in inner) else list(node.all_input_nodes)
     if name is None:
         return list(node.all_input_nodes)
     bare = name.strip("_")
@@ -120,14 +122,11 @@ def _schema_writes(node: fx.Node, op: OpOverload) -> list[fx.Node]:
     return out
 
 
-def _kernel(node: fx.Node) -> bool:
-    return node.op == "call_function" and "kernel" in str(node.target)
-
-
 def _module_writes(module: torch.nn.Module) -> bool:
     if isinstance(module, fx.GraphModule):
         return any(written(n) for n in module.graph.nodes)
-    return bool(getattr(module, "inplace", False)) or not type(module).__module__.startswith("torch.nn.modules")
+    ours = type(module).__module__.startswith(("torch.nn.modules", "torch.export."))
+    return bool(getattr(module, "inplace", False)) or not ours
 
 
 def _inplace_flag(node: fx.Node) -> bool:

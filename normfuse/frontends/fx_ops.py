@@ -14,7 +14,7 @@ from torch import fx, nn
 from normfuse.frontends import fx_norms as norms
 from normfuse.frontends import fx_views as views
 from normfuse.frontends.fx_call import Call, Row, Unfit, axes_of, guarded, shape_of_pair
-from normfuse.frontends.fx_meta import is_tensor, meta_of, shape_of
+from normfuse.frontends.fx_meta import is_tensor, meta_of
 from normfuse.graph import Value
 
 # -- elementwise ---------------------------------------------------------------------------------------------------
@@ -112,8 +112,6 @@ def _detach(call: Call) -> bool:
 
 def _dropout(call: Call) -> bool:
     p, training = call.get(1, "p", default=0.5), call.get(2, "training", "train", default=True)
-    if call.node.op == "call_module":
-        training = call.low.module.get_submodule(str(call.node.target)).training
     return (p == 0 or training is False) and _identity(call)
 
 
@@ -318,7 +316,6 @@ MODULES: dict[type[nn.Module], Row] = {
     nn.LayerNorm: norms.norm_module("layer_norm"),
     nn.RMSNorm: norms.norm_module("rms_norm"),
     nn.Identity: guarded(_identity),
-    nn.Dropout: guarded(_dropout),
     nn.ReLU: guarded(_relu),
     nn.SiLU: role("activation"),
     nn.GELU: role("activation"),

@@ -26,10 +26,11 @@ PROTO_LIMIT = 2**31 - 1
 
 @dataclass(slots=True)
 class Source:
-    """A model as it was read: the message, and for each node of the main graph the message it was made from."""
+    """A model as it was read: the message, and the nodes of the main graph in its order."""
 
     proto: onnx.ModelProto
-    nodes: dict[ir.Node, onnx.NodeProto]
+    nodes: list[ir.Node]
+    external: bool
     spliced: bool = False
 
 
@@ -50,11 +51,12 @@ def read_onnx(path: str | os.PathLike[str]) -> tuple[ir.Model, Source]:
         model = ir.serde.deserialize_model(proto)
     except Exception as why:
         raise InputError(f"{source}: the graph is not valid ONNX: {_line(why)}") from why
-    if b"location" in data:  # the key without which nothing is external
+    external = b"location" in data  # the key without which nothing is
+    if external:
         folder = source.resolve().parent
         for tensor in external_tensors(model):
             _check_external(tensor, folder, source)
-    return model, Source(proto, dict(zip(model.graph, proto.graph.node, strict=True)))
+    return model, Source(proto, list(model.graph), external)
 
 
 def _spliced(model: ir.Model, source: Source) -> onnx.ModelProto:
@@ -65,15 +67,16 @@ def _spliced(model: ir.Model, source: Source) -> onnx.ModelProto:
     proto, graph = source.proto, source.proto.graph
     if source.spliced:
         return proto
-    edited = onnx.GraphProto()
-    gone = {v.name for node in source.nodes if node.graph is None for v in node.outputs}
-    for node in model.graph:
-        if node not in source.nodes:
-            source.nodes[node] = ir.to_proto(node)
-            gone -= {v.name for v in node.outputs}
-    edited.node.extend(source.nodes[node] for node in model.graph)
-    del graph.node[:]
-    graph.node.extend(edited.node)
+    gone: set[str | None] = set()
+    for i in reversed(range(len(source.nodes))):
+        if source.nodes[i].graph is None:
+            gone.update(v.name for v in source.nodes[i].outputs)
+            del graph.node[i]
+    old = set(source.nodes)
+    for i, node in enumerate(model.graph):
+        if node not in old:
+            gone.difference_update(v.name for v in node.outputs)
+            graph.node.insert(i, ir.to_proto(node))
     wanted = model.graph.initializers
     known = {tensor.name for tensor in graph.initializer}
     for i in reversed(range(len(graph.initializer))):
@@ -177,7 +180,7 @@ def write_onnx(model: ir.Model, target: Path, source: Source | None = None) -> N
     With the `source` it was read from, what was not edited is written as it was read; this needs edits in the main
     graph only.
     """
-    tensors = list(external_tensors(model))
+    tensors = list(external_tensors(model)) if source is None or source.external else []
     old = [(t, t.location, t.base_dir) for t in tensors]
     moved: dict[Path, str] = {}
     try:

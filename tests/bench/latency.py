@@ -70,11 +70,25 @@ def wide(name: str) -> Family:
     return replace(family, options={**family.options, **WIDER[name]})
 
 
-def torchscript(module: torch.nn.Module, args: tuple[torch.Tensor, ...], path: Path, opset: int) -> None:
+class _Masked(torch.nn.Module):
+    """A model with its causal mask given: making one takes operators that the old exporter lacks."""
+
+    def __init__(self, tokens: Any) -> None:
+        super().__init__()
+        self.model = tokens.model  # inside the wrapper that takes tokens only
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The logits."""
+        length = tokens.shape[1]
+        mask = torch.full((length, length), torch.finfo(torch.float32).min).triu(1)[None, None]
+        found: torch.Tensor = self.model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
+        return found
+
+
+def torchscript(module: torch.nn.Module, tokens: torch.Tensor, path: Path, opset: int) -> None:
     """Export with the old exporter."""
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(module, args, str(path), dynamo=False, opset_version=opset, verbose=False)
+    with torch.no_grad():
+        torch.onnx.export(_Masked(module), (tokens,), str(path), dynamo=False, opset_version=opset, verbose=False)
 
 
 def jobs(only: list[str], folder: Path) -> Iterator[Job]:
@@ -90,7 +104,7 @@ def jobs(only: list[str], folder: Path) -> Iterator[Job]:
                 if exporter == "dynamo":
                     export_onnx(module, (tokens,), path, opset, optimize=False)
                 else:
-                    torchscript(module, (tokens,), path, opset)
+                    torchscript(module, tokens, path, opset)
                 feeds: Arrays = {onnx.load(path).graph.input[0].name: tokens.numpy()}
                 yield Job(f"{name}, {exporter} {opset}, seq {length}", path, feeds)
     found = importlib.util.find_spec("rapidocr_onnxruntime")
