@@ -14,7 +14,7 @@ from normfuse.errors import InputError, UnsupportedError, VerificationError
 from normfuse.facts import Atom, formula
 from normfuse.placement import recipe
 from normfuse.plan import Plan
-from normfuse.recognise import Expr, Norm, Site
+from normfuse.norm import Expr, Norm, Site
 from normfuse.report import NormRecord, RefusalRecord, Report
 from normfuse.verify import Check
 

@@ -10,7 +10,8 @@ from normfuse.passes.fuse_norm import FuseNorm
 from normfuse.passes.remove_dead import RemoveDead
 from normfuse.placement import place
 from normfuse.plan import Plan
-from normfuse.recognise import Norm, recognise
+from normfuse.norm import Norm
+from normfuse.recognise import recognise
 
 Veto = Callable[[Norm, Value], tuple[str, str] | None]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from normfuse.graph import Graph, Node, Value
-from normfuse.recognise import Site
+from normfuse.norm import Site
 
 THROUGH = frozenset("cast identity reshape unsqueeze squeeze transpose expand".split())
 SHORT_WALK, LONG_WALK = 24, 400

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from normfuse.graph import Graph, Node
-from normfuse.recognise import Recognition, Refusal, Site
+from normfuse.norm import Refusal, Site
+from normfuse.recognise import Recognition
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -10,78 +10,22 @@ is linear). A value whose fact has the form of a norm, and which is not merely a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from normfuse.facts import (
-    M2, MEAN, MEAN_SQ, ONE, SQ_MEAN, ZERO, Atom, Fact, Layout, Poly, Refused, Root, constant, formula, mul, number,
-    root_poly,
+    MEAN, ONE, ZERO, Atom, Fact, Layout, Poly, Refused, Root, constant, formula,
 )  # fmt: skip
 from normfuse.graph import FLOATS, PRECISION, Graph, Node, Value
+from normfuse.norm import NEAR, VIEWS, Expr, Match, Norm, Refusal, Site, exact, is_op, match, precision
 from normfuse.transfer import REDUCTIONS, RULES, SPREAD, align, broadcast, identity_layout, regroup, start
 
 MAX_ROOTS = 6
 MAX_WALK = 16
-NEAR = 1e-6
 
 ELEMENTWISE = frozenset("add sub mul div neg abs square pow sqrt rsqrt reciprocal max cast identity".split())
 TELLING = ("NF112", "NF117")
 """Refusals that explain a miss even where they stand before any statistic."""
-VIEWS = frozenset("reshape unsqueeze squeeze expand transpose".split())
-CENTRED: Poly = {SQ_MEAN: 1.0, MEAN_SQ: -1.0}
-
-Term = tuple[float, tuple[tuple[Value, int], ...]]
-Expr = tuple[Term, ...]
-"""A sum of products of parameters: ((coefficient, ((value, exponent), ...)), ...)."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Norm:
-    """``weight * (x [- mean(x)]) * (mean-square or variance + eps)**-1/2 + bias``, as recognised.
-
-    `weight` is None for 1, `bias` is None for 0. `compute` is the dtype of the statistics; `cast` says where the
-    result is rounded back: "none" (it stays in `compute`), "first" (before the weight), "last" (after it) or "mixed"
-    (an order of roundings that no single operator has). `dtype` is the type of the result.
-    """
-
-    kind: str
-    x: Value
-    axes: tuple[int, ...]
-    size: int | None
-    eps: float
-    weight: Expr | None
-    bias: Expr | None
-    compute: str
-    cast: str
-    dtype: str
-
-    def parameters(self) -> list[Value]:
-        """The values that the weight and the bias are made of."""
-        return [v for expr in (self.weight, self.bias) if expr for _, factors in expr for v, _ in factors]
-
-
-@dataclass(slots=True, eq=False)
-class Site:
-    """A norm in the graph: the value that is one, and whether a single operator computes it already."""
-
-    value: Value
-    norm: Norm
-    fact: Fact
-    is_op: bool
-    label: str = ""
-    mixed: str = ""
-    placement: str = "other"
-
-
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """What nearly was a norm, or was one and could not be fused: a stable code, the node, the reason."""
-
-    code: str
-    node: str
-    message: str
-
 
 @dataclass(slots=True)
 class Recognition:
@@ -103,102 +47,6 @@ class Recognition:
 def recognise(graph: Graph) -> Recognition:
     """Find every norm of a graph. Time is linear in its size, the result a function of the graph alone."""
     return _Recogniser(graph).run()
-
-
-@dataclass(frozen=True, slots=True)
-class _Match:
-    kind: str
-    eps: float
-    weight: Poly
-    bias: Poly
-
-
-def match(fact: Fact) -> _Match:
-    """Read a fact as a norm, or raise `Refused` with what is missing."""
-    roots = {(atom, e) for key in fact.alpha for atom, e in key if atom[0] == "T"}
-    if not roots or any(atom == M2 and e < 0 for key in fact.alpha for atom, e in key):
-        if len(fact.alpha) > 1:
-            raise Refused("NF101", "eps is added outside the root")
-        raise Refused("NF103", "eps is missing; a norm needs a positive eps under the root")
-    if len(roots) != 1 or any(sum(a[0] == "T" for a, _ in key) != 1 for key in fact.alpha):
-        raise Refused("NF101", "x is not scaled by exactly one root of a statistic")
-    ((atom, exponent),) = roots
-    under = root_poly(atom)
-    if exponent != -0.5:
-        if any(a[0] == "T" or e % 1 for key in under for a, e in key):
-            raise Refused("NF101", "eps is added outside the root: std + eps is not sqrt(var + eps)")
-        raise Refused("NF105", f"the statistic is raised to {number(exponent)}, a norm needs -1/2")
-    kind, eps = _under(under)
-    weight: Poly = {}
-    for key, c in fact.alpha.items():
-        weight[tuple(f for f in key if f[0] != atom)] = c
-    if any(a[0] == "m" for key in weight for a, _ in key):
-        raise Refused("NF106", "x is scaled by a mean besides the root")
-    bias = fact.beta
-    if kind == "layer_norm":
-        shift = mul(fact.alpha, {MEAN: 1.0})
-        bias = dict(bias)
-        for key, c in shift.items():
-            if abs(bias.pop(key, 0.0) + c) > NEAR * abs(c):
-                raise Refused("NF102", "x is divided by its standard deviation but its mean is not taken away")
-    if any(a[0] != "p" for key in bias for a, _ in key):
-        raise Refused("NF106", "a statistic is left in the sum")
-    if not weight:
-        raise Refused("NF106", "the weight is zero")
-    return _Match(kind, eps, weight, bias)
-
-
-def _under(under: Poly) -> tuple[str, float]:
-    """Kind and eps of the statistic under the root."""
-    rest = dict(under)
-    square, centre = rest.pop(SQ_MEAN, 0.0), rest.pop(MEAN_SQ, 0.0)
-    eps = rest.pop(ONE, 0.0)
-    if rest:
-        if any(a[0] == "p" for key in rest for a, _ in key):
-            raise Refused("NF104", "eps is not a constant of the graph")
-        if any(a[0] == "T" for key in rest for a, _ in key):
-            raise Refused("NF101", "eps is added outside the root: std + eps is not sqrt(var + eps)")
-        raise Refused("NF106", "under the root stands another statistic than a mean square or a variance")
-    if abs(square - 1.0) > NEAR or not (centre == 0.0 or abs(centre + 1.0) <= NEAR):
-        raise Refused("NF106", "under the root stands neither mean(x^2) nor var(x)")
-    if eps <= 0:
-        raise Refused("NF103", f"eps is {number(eps)}; a norm needs a positive eps under the root")
-    return ("layer_norm" if centre else "rms_norm"), eps
-
-
-def precision(fact: Fact) -> tuple[str, str]:
-    """(compute dtype, where it is cast back) of a norm, or `Refused` when no operator has that order of casts."""
-    x = fact.root.value.dtype or "?"
-    compute, back, affine = "", "", set()
-    current = x
-    for event, dtype in fact.trace:
-        if event == "mixed":
-            raise Refused("NF117", "the value is summed from branches with different roundings")
-        if event == "cast":
-            if not compute:
-                current = dtype
-            elif back:
-                raise Refused("NF117", "the result is cast twice")
-            else:
-                back = dtype
-            continue
-        if dtype != (back or current):
-            raise Refused("NF117", f"a step in {dtype} amid {back or current}")
-        if event in ("centre", "norm") and back:
-            raise Refused("NF117", "normalised after the cast back")
-        if event not in ("centre", "norm"):
-            affine.add(bool(back))
-        compute = compute or dtype
-    if sum(e in ("weight", "scale") and PRECISION.get(d, 0) < 24 for e, d in fact.trace) > 1:
-        raise Refused("NF117", "scaled twice in a narrow type, with a rounding each time")
-    if len(affine) == 2:
-        raise Refused("NF117", "the cast back stands between scale and shift")
-    if fact.types != {compute}:
-        raise Refused("NF117", f"statistics in {'/'.join(sorted(fact.types))}, normalised in {compute}")
-    cast = "none" if not back else "first" if True in affine else "last"
-    if cast == "first" and back != x:
-        raise Refused("NF117", f"cast to {back} before the weight, though x is {x}")
-    return compute, cast
 
 
 class _Recogniser:
@@ -287,7 +135,8 @@ class _Recogniser:
                 root = Root(v, over, size)
                 self.roots.setdefault(v.index, []).append(root)
             found.append(root)
-        if written and not found:
+        squared = value.producer is not None and value.producer.kind in ("square", "pow")
+        if written and not found and (squared or node.kind in ("var", "std", "vecnorm")):
             self.out.refusals.append(Refusal("NF120", node.name, f"{value.name} or a view of it is written in place"))
         self.seeds[node.index] = found
 
@@ -393,7 +242,7 @@ class _Recogniser:
         return root.key()
 
     def _sites(self) -> None:
-        matches: dict[int, list[tuple[Fact, _Match]]] = {}
+        matches: dict[int, list[tuple[Fact, Match]]] = {}
         by_root: dict[int, set[tuple[int, tuple[int, ...]]]] = {}
         values = [v for node in self.graph.nodes for v in node.outputs if v.index in self.facts]
         for value in values:
@@ -429,7 +278,7 @@ class _Recogniser:
                 chosen.add(value.index)
                 self._site(chain)
 
-    def _best(self, found: list[tuple[Fact, _Match]]) -> tuple[Fact, _Match]:
+    def _best(self, found: list[tuple[Fact, Match]]) -> tuple[Fact, Match]:
         """Of several readings of one value: the oldest root, unless a later one is more than a cast away."""
         best = found[0]
         for fact, m in found[1:]:
@@ -463,20 +312,20 @@ class _Recogniser:
                     continue
                 found = match(fact)
                 compute, cast = precision(fact)
-                if any(PRECISION.get(d, 0) < 24 for d in (compute, value.dtype or "")) and not _exact(found.weight):
+                if any(PRECISION.get(d, 0) < 24 for d in (compute, value.dtype or "")) and not exact(found.weight):
                     raise Refused("NF117", "a constant factor would be rounded with the weight")
             except Refused as why:
                 if first is None or why.code == "NF117":
                     first = why
                 continue
             norm = self._norm(value, fact, found, compute, cast)
-            self.out.sites.append(Site(value, norm, fact, _is_op(value, norm), chain_name))
+            self.out.sites.append(Site(value, norm, fact, is_op(value, norm), chain_name))
             return
         value, fact = chain[0]
         assert first is not None
         compute = max(fact.types & set(PRECISION) | {"float32"}, key=PRECISION.__getitem__)
         norm = self._norm(value, fact, match(fact), compute, "mixed")
-        self.out.sites.append(Site(value, norm, fact, _is_op(value, norm), chain_name, first.message))
+        self.out.sites.append(Site(value, norm, fact, is_op(value, norm), chain_name, first.message))
 
     def _joins(self, chain: list[tuple[Value, Fact]], value: Value) -> bool:
         """Whether, after a value on the chain, another operand depends on the root too: the value alone will not do."""
@@ -493,7 +342,7 @@ class _Recogniser:
             node.kind == "cast" and node.inputs[0].dtype == value.dtype)  # fmt: skip
         return copies and before is not None and before.layout == fact.layout and fact.via is not fact.root.value
 
-    def _norm(self, value: Value, fact: Fact, found: _Match, compute: str, cast: str) -> Norm:
+    def _norm(self, value: Value, fact: Fact, found: Match, compute: str, cast: str) -> Norm:
         root = fact.root
         weight, bias = self._expr(found.weight, 1.0), self._expr(found.bias, 0.0)
         return Norm(found.kind, root.value, root.axes, root.size, found.eps, weight, bias, compute, cast,
@@ -535,33 +384,6 @@ class _Recogniser:
                 said.add((code, node))
                 self.out.refusals.append(Refusal(code, node, message))
         self.out.refusals.extend(Refusal(*note) for note in self.graph.notes)
-
-
-def _exact(weight: Poly) -> bool:
-    """Every factor is a power of two, so that it may move past a rounding."""
-    return all(math.frexp(c)[0] in (0.5, -0.5) for c in weight.values())
-
-
-def region(value: Value, norm: Norm) -> list[Node]:
-    """The nodes between the root of a norm and a value, last first."""
-    stop = {norm.x, *norm.parameters()}
-    todo, seen, out = [value], set(stop), set()
-    while todo:
-        current = todo.pop()
-        node = current.producer
-        if current in seen or node is None:
-            continue
-        seen.add(current)
-        if node not in out:
-            out.add(node)
-            todo.extend(node.inputs)
-    return sorted(out, key=lambda node: -node.index)
-
-
-def _is_op(value: Value, norm: Norm) -> bool:
-    """One node of the model does it all, copies and views aside."""
-    natives = {node.native for node in region(value, norm) if node.kind not in VIEWS and node.kind != "identity"}
-    return len(natives) == 1 and None not in natives
 
 
 def _label(value: Value) -> str:

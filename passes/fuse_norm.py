@@ -17,9 +17,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from normfuse.graph import Graph, Node, Value
+from normfuse.norm import Norm, Refusal, Site, region
 from normfuse.passes.remove_dead import live
 from normfuse.plan import Plan, Replace
-from normfuse.recognise import Norm, Refusal, Site, region
 from normfuse.transfer import REDUCTIONS
 
 

@@ -25,7 +25,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 import normfuse
 from normfuse.frontends import fx_emit
 from normfuse.frontends.fx_effects import name_of
-from normfuse.recognise import Norm
+from normfuse.norm import Norm
 from normfuse.report import Report
 from tests.families import FAMILIES, aot_graphs, exported_program
 from tests.near_misses import TORCH_EQUAL_OK, TORCH_NEAR_MISSES, TORCH_RANDOM

@@ -21,7 +21,7 @@ from normfuse.frontends.fx_effects import is_assert, name_of
 from normfuse.frontends.fx_emit import Emitter
 from normfuse.frontends.fx_meta import MISSING, is_tensor, meta_of, size_of
 from normfuse.graph import Value
-from normfuse.recognise import Norm, Site
+from normfuse.norm import Norm, Site
 from normfuse.verify import Array, Check, compare
 
 MAX_REGION = 400

@@ -25,7 +25,7 @@ from normfuse.frontends.fx_call import shape_of_pair
 from normfuse.frontends.fx_meta import is_tensor, meta_of, order_of
 from normfuse.frontends.fx_norms import HALF
 from normfuse.graph import PRECISION, Shape, Value
-from normfuse.recognise import Expr, Norm, region
+from normfuse.norm import Expr, Norm, region
 
 aten = torch.ops.aten
 Operands = Callable[[Value], fx.Node]

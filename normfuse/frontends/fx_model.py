@@ -23,7 +23,7 @@ from normfuse.graph import Node, Value
 from normfuse.passes.remove_dead import live
 from normfuse.passmanager import fuse, plan
 from normfuse.plan import Plan
-from normfuse.recognise import Norm, Refusal, Site
+from normfuse.norm import Norm, Refusal, Site
 from normfuse.report import Report
 from normfuse.verify import Check
 

@@ -79,8 +79,3 @@ def norm_module(kind: str) -> Row:
 
     return guarded(row)
 
-
-def other_norm(call: Call) -> bool:
-    call.low.note("NF118", call.node, f"{call.node.target} normalises over groups, instances or a batch")
-    call.low.role(call.node)
-    return True

@@ -292,8 +292,6 @@ OPS: dict[str, Row] = _table(
         "rms_norm": norms.norm("rms_norm"),
         "native_layer_norm": norms.norm("layer_norm", many=True),
         "_fused_rms_norm": norms.norm("rms_norm", many=True),
-        "group_norm native_group_norm instance_norm batch_norm native_batch_norm _native_batch_norm_legit "
-        "_native_batch_norm_legit_functional cudnn_batch_norm": norms.other_norm,
         "full full_like": filled(1),
         "new_full": filled(2),
         "tensor scalar_tensor": filled(0),

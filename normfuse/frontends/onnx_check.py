@@ -22,7 +22,7 @@ from normfuse.frontends.onnx_emit import DOMAIN, Emitter
 from normfuse.frontends.onnx_region import VIEWS, Region, as_function, region, rest_of, target_of
 from normfuse.graph import Value
 from normfuse.plan import Replace
-from normfuse.recognise import Site
+from normfuse.norm import Site
 from normfuse.verify import Array, Check, compare, numpy_dtype
 
 DOUBLE = ir.DataType.DOUBLE

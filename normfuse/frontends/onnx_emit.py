@@ -20,7 +20,7 @@ from normfuse.frontends.onnx import DTYPES
 from normfuse.frontends.onnx_functions import function_for, function_name
 from normfuse.frontends.onnx_region import rest_of
 from normfuse.graph import Node, Value
-from normfuse.recognise import Expr, Norm
+from normfuse.norm import Expr, Norm
 
 NATIVE = {"layer_norm": ("LayerNormalization", 17), "rms_norm": ("RMSNormalization", 23)}
 DOMAIN = "normfuse"

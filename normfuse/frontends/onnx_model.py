@@ -16,7 +16,7 @@ from normfuse.frontends.onnx_region import as_function, rest_of
 from normfuse.graph import Node, Value
 from normfuse.passmanager import fuse, plan
 from normfuse.plan import Plan, Replace
-from normfuse.recognise import Refusal, Site
+from normfuse.norm import Refusal, Site
 from normfuse.verify import Check
 
 OLDEST_OPSET = 11

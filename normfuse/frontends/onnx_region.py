@@ -11,7 +11,7 @@ import onnx_ir as ir
 from normfuse.frontends.onnx import Lowering
 from normfuse.frontends.onnx_fold import Array
 from normfuse.graph import Node, Value
-from normfuse.recognise import Site
+from normfuse.norm import Site
 
 VIEWS = frozenset({"Reshape", "Expand", "Flatten"})
 MAX_REGION = 400
