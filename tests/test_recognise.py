@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 from typing import Any
@@ -214,8 +215,11 @@ def test_time_is_linear_in_the_graph() -> None:
             best = min(best, time.perf_counter() - started)
         return best
 
-    small = seconds(100)
-    assert seconds(1600) < 16 * small * 1.8
+    gc.disable()  # its full collections grow with all that other tests keep
+    try:
+        assert seconds(1600) < 16 * seconds(100) * 3  # a quadratic pass would take 16 times that again
+    finally:
+        gc.enable()
 
 
 def test_a_long_chain_of_norms_and_scalings_stays_linear() -> None:
