@@ -5,6 +5,8 @@ An output may be no further from float64 than the input graph's own was, give or
 
 from __future__ import annotations
 
+import inspect
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -36,9 +38,10 @@ CASES = [
 
 def exported(exporter: Exporter, opset: int, dtype: torch.dtype, name: str) -> Path:
     """The exported spelling, cached; unoptimised where the optimised one is not a valid model."""
+    digest = zlib.crc32(inspect.getsource(SPELLINGS[name].fn).encode())
     optimize = name not in CANNOT_RUN.get((exporter, opset, dtype), ())
     return cached(
-        f"{exporter}-{opset}-{str(dtype)[6:]}-{name}.onnx",
+        f"{exporter}-{opset}-{str(dtype)[6:]}-{name}-{digest:08x}.onnx",
         lambda path: export(SPELLINGS[name], exporter, opset, dtype, path, optimize=optimize),
     )
 
@@ -62,6 +65,20 @@ def test_spelling(exporter: Exporter, opset: int, dtype: torch.dtype, name: str,
     assert {i.domain: i.version for i in model.opset_import}[""] == opset
     if dtype != BRAIN:
         compare_runs(spelling, dtype, source, target)
+
+
+@pytest.mark.parametrize(("exporter", "opset", "name"), [
+    ("dynamo", 18, "ln_channels_first_1d"), ("dynamo", 18, "rms_rounded_rstd"), ("dynamo", 18, "ln_centred_then_rms"),
+    ("torchscript", 11, "ln_functional"), ("torchscript", 17, "ln_native"),
+])  # fmt: skip
+def test_fast_numerics_gives_an_operator_to_what_has_none(exporter: Exporter, opset: int, name: str,
+                                                          tmp_path: Path) -> None:  # fmt: skip
+    source, exact, fast = exported(exporter, opset, HALF, name), tmp_path / "exact.onnx", tmp_path / "fast.onnx"
+    (norm,) = normfuse.rewrite(source, exact).norms
+    assert norm.emitted.endswith("_as_written")
+    (norm,) = normfuse.rewrite(source, fast, normfuse.Config(numerics="fast")).norms
+    assert norm.action == "fused" and norm.verified and "Cast, " in norm.emitted
+    compare_runs(SPELLINGS[name], HALF, source, fast)
 
 
 def compare_runs(spelling: Spelling, dtype: torch.dtype, source: Path, target: Path) -> None:

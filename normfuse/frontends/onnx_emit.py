@@ -146,9 +146,12 @@ class Emitter:
         """The value of a weight or bias in the shape and type that the operator wants."""
         if _plain(expr):
             base = _unviewed(expr[0][1][0][0], norm)
-            fits = base.shape == _shape(norm) or not self._trailing(norm) or norm.size is None
-            if base.dtype == dtype and fits:
-                return params.get(base, base.native)  # type: ignore[no-any-return]
+            given: ir.Value = params.get(base, base.native)
+            as_it_is = not self._trailing(norm) or norm.size is None  # it lines up with x already
+            if base.dtype == dtype and (as_it_is or base.shape == _shape(norm)):
+                return given
+            if as_it_is:
+                return self._cast(nodes, given, dtype, f"{name}/cast")
         folded = None if self.spelled else _evaluate(expr, norm)
         if folded is not None:
             return self.constant(folded, dtype, "folded")
