@@ -20,7 +20,9 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(PIP) install --quiet -c constraints.txt -e ".[bench]"
-	$(BIN)/python -m pytest -m "not gpu" -s tests/bench
+	$(BIN)/python -m tests.bench.peers
+	$(BIN)/python -m tests.bench.speed --peers
+	$(BIN)/python -m tests.bench.latency
 
 clean:
 	rm -rf $(VENV) build dist normfuse.egg-info .pytest_cache .ruff_cache .mypy_cache

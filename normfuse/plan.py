@@ -4,17 +4,29 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from normfuse.graph import Graph, Node
+from normfuse.graph import Graph, Node, Value
 from normfuse.norm import Refusal, Site
 from normfuse.recognise import Recognition
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Replace:
-    """Compute the value of a site by one norm operator, or, `as_written`, by one function of its own nodes."""
+    """Compute the value of a site by one norm operator, or, `as_written`, by one function of its own nodes.
+
+    `mean` and `rstd` are values besides it that the operator has to give: the mean and the reciprocal of the standard
+    deviation, where these are read outside the norm.
+    """
 
     site: Site
     as_written: bool = False
+    mean: Value | None = None
+    rstd: Value | None = None
+
+    def computes(self) -> dict[Value, list[Value]]:
+        """Each value that the replacement gives, with what it is then computed from."""
+        norm = self.site.norm
+        out = {v: [norm.x] for v in (self.mean, self.rstd) if v is not None}
+        return out | {self.site.value: [norm.x, *norm.parameters()]}
 
 
 @dataclass(slots=True, eq=False)

@@ -23,6 +23,7 @@ from normfuse.transfer import REDUCTIONS, RULES, SPREAD, align, broadcast, ident
 MAX_ROOTS = 6
 MAX_WALK = 16
 
+RootKey = tuple[int, tuple[int, ...]]
 ELEMENTWISE = frozenset("add sub mul div neg abs square pow sqrt rsqrt reciprocal max cast identity".split())
 TELLING = ("NF112", "NF117")
 """Refusals that explain a miss even where they stand before any statistic."""
@@ -31,7 +32,7 @@ TELLING = ("NF112", "NF117")
 class Recognition:
     """What is known of a graph: facts per value index and root, the sites in topological order, the refusals."""
 
-    facts: dict[int, dict[tuple[int, tuple[int, ...]], Fact]] = field(default_factory=dict)
+    facts: dict[int, dict[RootKey, Fact]] = field(default_factory=dict)
     sites: list[Site] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
 
@@ -59,7 +60,7 @@ class _Recogniser:
         self.params: dict[int, Value] = {}
         self.roots: dict[int, list[Root]] = {}
         self.seeds: dict[int, list[Root]] = {}  # reduction node -> its candidate roots
-        self.misses: dict[tuple[int, tuple[int, ...]], list[tuple[int, int, str, str, str]]] = {}
+        self.misses: dict[RootKey, list[tuple[int, int, str, str, str]]] = {}
 
     def run(self) -> Recognition:
         for value in self.graph.leaves:
@@ -178,7 +179,7 @@ class _Recogniser:
 
     def _step(self, node: Node) -> None:
         rule = RULES.get(node.kind)
-        roots: dict[tuple[int, tuple[int, ...]], Root] = {}
+        roots: dict[RootKey, Root] = {}
         for v in node.inputs:
             for key, fact in self.facts.get(v.index, {}).items():
                 roots[key] = fact.root
@@ -226,7 +227,7 @@ class _Recogniser:
                 raise Refused("NF106", f"the statistics of {name} meet {v.name}, which is not {name} or a parameter")
         return out
 
-    def _miss(self, key: tuple[int, tuple[int, ...]], node: Node, why: Refused) -> None:
+    def _miss(self, key: RootKey, node: Node, why: Refused) -> None:
         known = [self.facts[v.index][key] for v in node.inputs if key in self.facts.get(v.index, ())]
         level = max(f.advanced for f in known)
         if level >= 2 or why.code in TELLING or (level and why.code == "NF107"):
@@ -234,7 +235,7 @@ class _Recogniser:
 
     # -- sites ----------------------------------------------------------------------------------------------------
 
-    def _canonical(self, root: Root) -> tuple[int, tuple[int, ...]]:
+    def _canonical(self, root: Root) -> RootKey:
         """The oldest root of which this one is only a cast or a reshape."""
         for key, fact in sorted(self.facts.get(root.value.index, {}).items()):
             if key != root.key() and fact.alpha == {ONE: 1.0} and not (fact.beta or fact.kappa or fact.absolute):
@@ -242,41 +243,41 @@ class _Recogniser:
         return root.key()
 
     def _sites(self) -> None:
-        matches: dict[int, list[tuple[Fact, Match]]] = {}
-        by_root: dict[int, set[tuple[int, tuple[int, ...]]]] = {}
+        """Choose, of all values that are norms, those that are not merely a step towards another one."""
+        matches: dict[int, list[tuple[Fact, Match]]] = {}  # in the layout of the root
+        groups: dict[int, set[RootKey]] = {}  # in any layout
         values = [v for node in self.graph.nodes for v in node.outputs if v.index in self.facts]
         for value in values:
             for key, fact in sorted(self.facts[value.index].items()):
                 if fact.advanced < 3 or not fact.alpha or fact.kappa:
                     continue
+                whole = fact.layout == identity_layout(fact.root.value)
                 try:
-                    if fact.layout != identity_layout(fact.root.value):
-                        continue
                     found = match(fact)
                 except Refused as why:
                     assert value.producer is not None
-                    self.misses.setdefault(key, []).append(
-                        (4, value.producer.index, why.code, value.producer.name, why.message)
-                    )
+                    if whole:
+                        miss = (4, value.producer.index, why.code, value.producer.name, why.message)
+                        self.misses.setdefault(key, []).append(miss)
                     continue
-                matches.setdefault(value.index, []).append((fact, found))
-                by_root.setdefault(value.index, set()).add(self._canonical(fact.root))
+                groups.setdefault(value.index, set()).add(self._canonical(fact.root))
+                if whole:
+                    matches.setdefault(value.index, []).append((fact, found))
+        final: dict[int, bool] = {}
+        steps: dict[int, set[RootKey]] = {}  # the groups in which a value is a norm, or all its readers come to one
+        for value in reversed(values):
+            own = groups.get(value.index, set())
+            ahead = [steps.get(node.outputs[0].index, set()) if node.outputs else set() for node in value.uses]
+            leads = own.intersection(*ahead) if ahead and not value.kept else set()
+            final[value.index] = not leads
+            steps[value.index] = leads | {self._canonical(f.root) for f, _ in matches.get(value.index, ())}
         chosen: set[int] = set()
         for value in values:
-            if value.index not in matches:
-                continue
-            fact, found = self._best(matches[value.index])
-            group = by_root[value.index]
-            leads_on = [
-                node for node in value.uses
-                if node.outputs and by_root.get(node.outputs[0].index, set()) & group
-            ]  # fmt: skip
-            if value.uses and not value.kept and len(leads_on) == len(value.uses):
-                continue
-            chain = list(self._chain(fact, value))
-            if not any(v.index in chosen for v, _ in chain):
-                chosen.add(value.index)
-                self._site(chain)
+            if value.index in matches and final[value.index]:
+                chain = list(self._chain(self._best(matches[value.index])[0], value))
+                if not any(v.index in chosen for v, _ in chain):
+                    chosen.add(value.index)
+                    self._site(chain)
 
     def _best(self, found: list[tuple[Fact, Match]]) -> tuple[Fact, Match]:
         """Of several readings of one value: the oldest root, unless a later one is more than a cast away."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from normfuse.facts import MEAN
 from normfuse.graph import Graph, Node, Value
 from normfuse.norm import Norm, Refusal, Site, region
 from normfuse.passes.remove_dead import live
@@ -25,11 +26,13 @@ from normfuse.transfer import REDUCTIONS
 
 @dataclass(frozen=True, slots=True)
 class FuseNorm:
-    """`numerics="fast"` may change roundings; `expressible` is the front end's veto; `functions`: it has functions."""
+    """`numerics="fast"` may change roundings; `expressible` is the front end's veto; `functions`: it has functions;
+    `statistics`: whether its operator for a norm can give the mean and the standard deviation too."""
 
     numerics: str = "exact"
     expressible: Callable[[Norm, Value], tuple[str, str] | None] = lambda norm, value: None
     functions: bool = False
+    statistics: Callable[[Norm], bool] = lambda norm: False
 
     def __call__(self, plan: Plan) -> None:
         """Add a `Replace` for each site that can be fused, a refusal for each that cannot."""
@@ -60,13 +63,48 @@ class FuseNorm:
             if not stuck:
                 return chosen
             for edit in stuck:
-                plan.refuse(edit.site, Refusal("NF116", edit.site.label, _reader(plan.graph, edit.site, alive)))
-            chosen = [edit for edit in chosen if edit not in stuck]
+                i = chosen.index(edit)
+                wider = self._with_statistics(plan, edit, alive)
+                if wider is not None:
+                    chosen[i] = wider
+                else:
+                    plan.refuse(edit.site, Refusal("NF116", edit.site.label, _reader(plan.graph, edit.site, alive)))
+                    del chosen[i]
+
+    def _with_statistics(self, plan: Plan, edit: Replace, alive: set[Node]) -> Replace | None:
+        """The replacement that also gives the mean and the standard deviation that are read outside the norm."""
+        site, norm = edit.site, edit.site.norm
+        if edit.as_written or edit.mean or edit.rstd or norm.kind != "layer_norm" or not self.statistics(norm):
+            return None
+        key, reduced = site.fact.root.key(), tuple(() if i in norm.axes else e for i, e in enumerate(site.fact.layout))
+        powers = {factor for monomial in site.fact.alpha for factor in monomial if factor[0][0] == "T"}
+        last = site.value.producer
+        assert last is not None
+        found: dict[str, Value] = {}
+        for node in region_and_readers(plan, site, alive):
+            for value in node.outputs:
+                fact = plan.found.facts.get(value.index, {}).get(key)
+                if fact is None or fact.linear or fact.layout != reduced or value.dtype != norm.compute:
+                    continue
+                if any(use.index < last.index for use in value.uses if use in alive):
+                    continue  # it is read before the operator could stand
+                if fact.beta == {MEAN: 1.0}:
+                    found["mean"] = value
+                elif len(powers) == 1 and fact.beta == {tuple(powers): 1.0}:
+                    found["rstd"] = value
+        return Replace(site, False, found.get("mean"), found.get("rstd")) if found else None
 
 
 def statistics(site: Site) -> list[Node]:
     """The reductions of a norm."""
     return [node for node in region(site.value, site.norm) if node.kind in REDUCTIONS]
+
+
+def region_and_readers(plan: Plan, site: Site, alive: set[Node]) -> list[Node]:
+    """The live nodes that compute statistics of the root of a site, in order."""
+    key = site.fact.root.key()
+    return [node for node in plan.graph.nodes if node in alive and node.outputs
+            and key in plan.found.facts.get(node.outputs[0].index, ())]  # fmt: skip
 
 
 def _reader(graph: Graph, site: Site, alive: set[Node]) -> str:

@@ -14,7 +14,7 @@ from normfuse.plan import Plan, Replace
 
 def live(graph: Graph, replaced: Sequence[Replace] = ()) -> set[Node]:
     """The nodes that an output or a kept value depends on, once the replacements are made."""
-    instead = {edit.site.value: [edit.site.norm.x, *edit.site.norm.parameters()] for edit in replaced}
+    instead = {value: inputs for edit in replaced for value, inputs in edit.computes().items()}
     todo = [value for node in graph.nodes for value in node.outputs if value.kept]
     todo += [value for node in graph.nodes if node.attrs.get("effect") for value in node.inputs]
     seen, alive = set(todo), {node for node in graph.nodes if node.attrs.get("effect")}

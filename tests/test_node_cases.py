@@ -27,6 +27,8 @@ def test_node_case(case: tuple[str, onnx.ModelProto, dict[str, np.ndarray], dict
     onnx.save(model, source)
     report = normfuse.rewrite(source, target)
     assert [n.kind for n in report.norms] == ["rms_norm" if "rms" in name else "layer_norm"]
+    assert report.fused == 1 and report.norms[0].verified, report.refusals
+    assert not {"ReduceMean", "Sqrt"} & {node.op_type for node in onnx.load(target).graph.node}
     onnx.checker.check_model(str(target), full_check=True)
     runtime = session(target)
     for info, got in zip(runtime.get_outputs(), runtime.run(None, inputs), strict=True):

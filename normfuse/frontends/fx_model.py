@@ -21,7 +21,7 @@ from normfuse.frontends.fx_emit import Emitter, emitted, level_of
 from normfuse.frontends.fx_meta import meta_of, order_of
 from normfuse.graph import Node, Value
 from normfuse.passes.remove_dead import live
-from normfuse.passmanager import fuse, plan
+from normfuse.passmanager import Abilities, fuse, plan
 from normfuse.plan import Plan
 from normfuse.norm import Norm, Refusal, Site
 from normfuse.report import Report
@@ -90,7 +90,7 @@ class _Module:
         self.nodes_before = count(source.graph)
         self.low = Lowering(source, self.graph, state)
         self.emitter = Emitter(level or level_of(self.graph), config.numerics)
-        self.plan: Plan = plan(self.low.graph, config, self._expressible, rewrite)
+        self.plan: Plan = plan(self.low.graph, config, Abilities(self._expressible), rewrite)
         self.checks: dict[Site, Check] = {}
         self.emitted: dict[Site, str] = {}
         self.moved: dict[fx.Node, fx.Node] = {}
@@ -116,7 +116,7 @@ class _Module:
                 failed = True
                 self.plan.refuse(edit.site, Refusal("NF201", edit.site.label, result.message))
         if failed:
-            fuse(self.plan, self.config, self._expressible)
+            fuse(self.plan, self.config, Abilities(self._expressible))
         for part in self.inner.values():
             part.check()
         self.seconds["verify"] = time.perf_counter() - started

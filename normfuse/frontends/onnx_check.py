@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from normfuse.frontends.onnx_emit import DOMAIN, Emitter
 from normfuse.frontends.onnx_region import VIEWS, Region, as_function, region, rest_of, target_of
 from normfuse.graph import Value
 from normfuse.plan import Replace
-from normfuse.norm import Site
+from normfuse.norm import Norm, Site
 from normfuse.verify import Array, Check, compare, numpy_dtype
 
 DOUBLE = ir.DataType.DOUBLE
@@ -68,7 +69,28 @@ class Checker:
             except Exception as why:  # the reference evaluator raises anything; not checked means not kept
                 text = (str(why) or type(why).__name__).splitlines()[0]
                 self.done[key] = Check(False, message=f"the check could not run: {text[:200]}")
-        return self.done[key]
+        result = self.done[key]
+        for value, formula in ((edit.mean, _mean), (edit.rstd, _rstd)):
+            if value is not None and result.ok:
+                result = self._statistic(low, replace(site, value=value), formula, shape)
+        return result
+
+    def _statistic(self, low: Lowering, site: Site, formula: Callable[[Array, Norm], Array],
+                   shape: tuple[int, ...]) -> Check:  # fmt: skip
+        """Compare a statistic that the operator is to give with its formula."""
+        found = region(low, site, shape)
+        if found is None:
+            return Check(False, message="a statistic depends on values that cannot be reproduced alone")
+        old = _runner(_proto(low, site, found, self.opset), found.boundary, _parameters(found.boundary, site.norm.x))
+        return compare(old, lambda x, wide: formula(x, site.norm), shape, site.norm.x.dtype or "", site.norm.compute)
+
+
+def _mean(x: Array, norm: Norm) -> Array:
+    return np.asarray(x.mean(axis=norm.axes, keepdims=True))
+
+
+def _rstd(x: Array, norm: Norm) -> Array:
+    return np.asarray(1 / np.sqrt(x.var(axis=norm.axes, keepdims=True) + norm.eps))
 
 
 def _test_shape(site: Site, nodes: list[ir.Node]) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ Names, types and shapes of the values that stay are kept; a new node takes over 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ import onnx_ir as ir
 from normfuse.frontends.onnx import DTYPES
 from normfuse.frontends.onnx_functions import function_for, function_name
 from normfuse.frontends.onnx_region import rest_of
-from normfuse.graph import Node, Value
+from normfuse.graph import Node, Shape, Value
 from normfuse.norm import Expr, Norm
 
 NATIVE = {"layer_norm": ("LayerNormalization", 17), "rms_norm": ("RMSNormalization", 23)}
@@ -65,8 +66,12 @@ class Emitter:
         fits = self._trailing(norm) and norm.size is not None
         return fits and not self.spelled and self.opset >= NATIVE[norm.kind][1]
 
-    def emit(self, norm: Norm, x: ir.Value, params: dict[Value, ir.Value], name: str) -> list[ir.Node]:
-        """Nodes that compute the norm of x; the last one's first output is the result."""
+    def emit(self, norm: Norm, x: ir.Value, params: dict[Value, ir.Value], name: str,
+             statistics: bool = False) -> list[ir.Node]:  # fmt: skip
+        """Nodes that compute the norm of x; the last one's first output is the result.
+
+        With `statistics` the operator also gives the mean and the reciprocal of the standard deviation.
+        """
         nodes: list[ir.Node] = []
         first = norm.cast == "first" or (norm.cast == "none" and norm.compute == norm.x.dtype)
         inner = norm.x.dtype if first else norm.compute
@@ -89,7 +94,7 @@ class Emitter:
             attrs = [ir.AttrInt64("axis", -len(norm.axes)), *attrs]
             if stash != "float32":
                 attrs.append(ir.AttrInt64("stash_type", DTYPES[stash].value))
-            core = ir.Node("", NATIVE[norm.kind][0], inputs, attrs, name=name)
+            core = ir.Node("", NATIVE[norm.kind][0], inputs, attrs, num_outputs=3 if statistics else 1, name=name)
         else:
             rank = len(norm.x.shape or ())
             key = (norm.kind, weight is not None, bias is not None and not rms_bias, inner, stash, self.opset)
@@ -145,7 +150,7 @@ class Emitter:
                    name: str) -> ir.Value:  # fmt: skip
         """The value of a weight or bias in the shape and type that the operator wants."""
         if _plain(expr):
-            base = _unviewed(expr[0][1][0][0], norm)
+            base = expr[0][1][0][0] if self.spelled else _unviewed(expr[0][1][0][0], norm)
             given: ir.Value = params.get(base, base.native)
             as_it_is = not self._trailing(norm) or norm.size is None  # it lines up with x already
             if base.dtype == dtype and (as_it_is or base.shape == _shape(norm)):
@@ -172,7 +177,8 @@ class Emitter:
             total = term if total is None else self._node(nodes, "Add", [total, term], name)
         assert total is not None
         one = self.constant(np.ones(_width(norm)), dtype, "ones")
-        if any(len(v.shape or ()) > len(norm.axes) for _, factors in expr for v, _ in factors):
+        if any(_numel(v.shape) == math.prod(_width(norm)) != 1 and v.shape != _shape(norm)
+               for _, factors in expr for v, _ in factors):  # fmt: skip
             shape = self.constant(np.array(_width(norm)), "int64", "shape")
             return self._node(nodes, "Reshape", [total, shape], name)
         return self._node(nodes, "Mul", [total, one], name)
@@ -186,6 +192,11 @@ def _plain(expr: Expr) -> bool:
 def _shape(norm: Norm) -> tuple[Any, ...]:
     assert norm.x.shape is not None
     return tuple(norm.x.shape[a] for a in norm.axes)
+
+
+def _numel(shape: Shape | None) -> int | None:
+    sizes = [d for d in shape or () if isinstance(d, int)]
+    return math.prod(sizes) if shape is not None and len(sizes) == len(shape) else None
 
 
 def _width(norm: Norm) -> list[int]:

@@ -14,7 +14,7 @@ from normfuse.frontends.onnx_check import Checker
 from normfuse.frontends.onnx_emit import DOMAIN, Emitter, register_functions
 from normfuse.frontends.onnx_region import as_function, rest_of
 from normfuse.graph import Node, Value
-from normfuse.passmanager import fuse, plan
+from normfuse.passmanager import Abilities, fuse, plan
 from normfuse.plan import Plan, Replace
 from normfuse.norm import Refusal, Site
 from normfuse.verify import Check
@@ -44,8 +44,8 @@ class OnnxModel:
         self.progress("reading", 0.0)
         self.lowerings = lower(model)
         self.progress("recognising", 0.2)
-        self.plans = [plan(low.graph, config, self.emitter.expressible, rewrite, functions=True)
-                      for low in self.lowerings]  # fmt: skip
+        self.abilities = Abilities(self.emitter.expressible, functions=True, statistics=self.emitter.native)
+        self.plans = [plan(low.graph, config, self.abilities, rewrite) for low in self.lowerings]
         self.checks: dict[Site, Check] = {}
         self.moved: dict[ir.Value, ir.Value] = {}
 
@@ -75,8 +75,8 @@ class OnnxModel:
                     one.refuse(edit.site, Refusal("NF201", edit.site.label, result.message))
             if failed:
                 written = {edit.site for edit in one.replace if edit.as_written}
-                fuse(one, self.config, self.emitter.expressible, functions=True)
-                one.replace = [Replace(edit.site, edit.site in written) for edit in one.replace]
+                fuse(one, self.config, self.abilities)
+                one.replace = [Replace(e.site, as_written=True) if e.site in written else e for e in one.replace]
 
     def apply(self) -> bool:
         """Make the edits; True if there were any."""
@@ -124,7 +124,8 @@ class OnnxModel:
             assert own is not None  # the check and `expressible` have seen to it
             nodes = self.emitter.call(own[0], [self._now(v) for v in own[1]], name)
         else:
-            nodes = self.emitter.emit(site.norm, self._now(site.norm.x), params, name)
+            both = edit.mean is not None or edit.rstd is not None
+            nodes = self.emitter.emit(site.norm, self._now(site.norm.x), params, name, statistics=both)
             self.emitter.tail(nodes, rest, params, name)
         new = nodes[-1].outputs[0]
         for i, node in enumerate(nodes):
@@ -133,9 +134,21 @@ class OnnxModel:
             if node is not nodes[-1]:
                 node.outputs[0].name = _unique(f"{old.name}_{i}", used)
         nodes[-1].doc_string = producer.doc_string
+        producer.graph.insert_before(producer, nodes)
+        self._rename(old, new)
+        core = next((node for node in nodes if node.op_type == "LayerNormalization"), None)
+        for slot, value in ((1, edit.mean), (2, edit.rstd)):
+            if value is not None:
+                assert core is not None
+                self._rename(value.native, core.outputs[slot])
+        if core is not None and len(core.outputs) > 1:
+            for value_ in core.outputs:
+                value_.name = value_.name or _unique(f"{old.name}_statistic", used)
+
+    def _rename(self, old: ir.Value, new: ir.Value) -> None:
+        """Put a value in the place of another, under its name."""
         new.name, new.shape, new.type, new.doc_string = old.name, old.shape, old.type, old.doc_string
         new.metadata_props.update(old.metadata_props)
-        producer.graph.insert_before(producer, nodes)
         old.replace_all_uses_with(new, replace_graph_outputs=True)
         self.moved[old] = new
 
@@ -148,7 +161,8 @@ class OnnxModel:
         gone = [rest_of(edit.site.value)[-1].native for edit in one.replace if edit.site.value.native is None]
         gone += [native for native, nodes in by_native.items() if all(node in dead for node in nodes)]
         lowered = set(by_native) - set(gone)
-        todo = list(reversed(gone))
+        params = [v.native.producer() for edit in one.replace for v in edit.site.norm.parameters()]
+        todo = list(reversed(gone)) + [node for node in params if node is not None]  # a view may have been seen through
         while todo:
             node = todo.pop(0)
             if node.graph is None or any(v.uses() or v.is_graph_output() for v in node.outputs):

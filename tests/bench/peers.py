@@ -133,14 +133,14 @@ def silence() -> None:
 
 
 def attempt(tool: str, variant: int, case: Case) -> int:
-    """0: not recovered, or the tool failed. 1: recovered, and wrong. 2: recovered, and right."""
+    """-1: the tool failed. 0: not recovered. 1: recovered, and wrong. 2: recovered, and right."""
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "out.onnx"
         try:
             TOOLS[tool][variant](case.source, target)
             nodes = [(n.domain, n.op_type) for n in onnx.load(target).graph.node]
         except Exception:
-            return 0
+            return -1
         if not any(op in NORMS or domain == "normfuse" for domain, op in nodes):
             return 0
         if not case.needs_reductions and any(op in REDUCTIONS for _, op in nodes):
@@ -191,7 +191,7 @@ def count(tool: str, cases: list[Case]) -> dict[str, Any]:
     def pool() -> ProcessPoolExecutor:
         return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), silence)
 
-    worker, best, crashes = pool(), dict.fromkeys((c.name for c in cases), 0), 0
+    worker, best = pool(), dict.fromkeys((c.name for c in cases), -1)
     for case in cases:
         for variant in range(len(TOOLS[tool])):
             try:
@@ -200,14 +200,14 @@ def count(tool: str, cases: list[Case]) -> dict[str, Any]:
                 for process in list(getattr(worker, "_processes", {}).values()):
                     process.kill()
                 worker.shutdown(wait=False, cancel_futures=True)
-                worker, found, crashes = pool(), 0, crashes + 1
+                worker, found = pool(), -1
             best[case.name] = max(best[case.name], found)
     worker.shutdown()
     return {
         "found": sum(b > 0 for b in best.values()),
         "wrong": [name for name, b in best.items() if b == 1],
+        "failed": [name for name, b in best.items() if b < 0],
         "missed": [name for name, b in best.items() if b == 0] if tool == "normfuse" else [],
-        "crashes": crashes,
     }
 
 
@@ -233,6 +233,8 @@ def main() -> None:
         cells = [f"{t['found']} ({len(t['wrong'])})" if t["wrong"] else t["found"] for t in tools]
         lines.append([row, found["cases"], *cells, found["sees"]])
     print("recovered (of these wrong)\n" + table(["exporter, opset", "cases", *TOOLS, "sees"], lines))
+    for row, found in rows.items():
+        print(f"failed on {row}:", {tool: len(found[tool]["failed"]) for tool in TOOLS if found[tool]["failed"]})
     save(given.out, {"limit": LIMIT, "rows": rows})
 
 
