@@ -184,7 +184,7 @@ def _rewrite_ir(model: ir.Model, config: Config, progress: Progress | None) -> t
     checked = time.perf_counter()
     changed = one.apply()
     report = _onnx_report(one, rewritten=True)
-    report.nodes_after = onnx_model.count(model) if changed else report.nodes_before
+    report.nodes_after = one.count()
     report.seconds |= {"recognise": planned - started, "verify": checked - planned,
                        "rewrite": time.perf_counter() - checked}  # fmt: skip
     plain = not one.inlined and not any(p.replace for p in one.plans[1:])

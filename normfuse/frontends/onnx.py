@@ -11,21 +11,18 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 
 from normfuse.errors import InputError
-from normfuse.frontends.onnx_fold import MAX_ELEMENTS, Array, attribute, constant_of, fold
+from normfuse.frontends.onnx_fold import FOLDS, MAX_ELEMENTS, Array, attribute, constant_of, fold
 from normfuse.frontends.onnx_functions import function_body
-from normfuse.frontends.onnx_ops import OPS, product_shape
-from normfuse.frontends.onnx_sizes import sizes_of
+from normfuse.frontends.onnx_infer import DTYPE_NAMES, Inferred, infer
+from normfuse.frontends.onnx_ops import OPS
+from normfuse.frontends.onnx_sizes import SIZES, sizes_of
+from normfuse.frontends.onnx_views import product_shape
 from normfuse.graph import FLOATS, Dim, Graph, Shape, Value
 from normfuse.transfer import REDUCTIONS
 
-_NAMES = {ir.DataType.FLOAT: "float32", ir.DataType.DOUBLE: "float64"}
-DTYPES = {name: dtype for dtype in ir.DataType for name in (_NAMES.get(dtype, dtype.name.lower()),)}
-"""Neutral dtype name -> onnx_ir dtype."""
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_ROUNDS = 6
 """Rounds of shape inference: ours follows computed sizes, that of `onnx` knows every operator."""
 MAX_DEPTH = 64
@@ -56,7 +53,7 @@ class Lowering:
     lowering of the graph around, for the captures of a sub-graph.
     """
 
-    def __init__(self, source: ir.Graph, inferred: dict[str, tuple[Shape | None, str | None]] | None = None,
+    def __init__(self, source: ir.Graph, inferred: Inferred | None = None,
                  outer: Lowering | None = None) -> None:  # fmt: skip
         self.source = source
         self.graph = Graph(source.name or "")
@@ -86,7 +83,7 @@ class Lowering:
     @staticmethod
     def dtype_name(dtype: ir.DataType | None) -> str:
         """The neutral name of a dtype."""
-        return "?" if dtype is None else _DTYPE_NAMES[dtype]
+        return "?" if dtype is None else DTYPE_NAMES[dtype]
 
     def _facts(self, value: ir.Value, shape: Shape | None, dtype: str | None) -> tuple[Shape | None, str | None]:
         """Shape and dtype: the operator's row, what the model states and what `onnx` infers, merged axis by axis.
@@ -96,7 +93,7 @@ class Lowering:
         more, kind = self.inferred.get(value.name or "", (None, None)) if self.inferred else (None, None)
         stated = shape_of(value.shape)
         if value.dtype is not None:
-            kind = _DTYPE_NAMES[value.dtype]
+            kind = DTYPE_NAMES[value.dtype]
         if more is None and (stated is None or stated == shape):
             return shape, kind or dtype
         known = [s for s in (shape, stated, more) if s is not None]
@@ -288,8 +285,10 @@ class Lowering:
             if array is None:
                 self._large(out, attribute(node, "value"))
                 return True
+        elif node.op_type not in FOLDS and node.op_type not in SIZES:
+            return False
         elif any(v is not None and v not in self.arrays for v in node.inputs) or not node.inputs:
-            return self._sizes(node)
+            return node.op_type in SIZES and self._sizes(node)
         else:
             array = fold(node, [None if v is None else self.arrays[v] for v in node.inputs])
         if array is None:
@@ -303,7 +302,7 @@ class Lowering:
         value = self._leaf(out, True)
         if isinstance(tensor, ir.TensorProtocol):
             value.shape = tuple(int(d) for d in tensor.shape.numpy())
-            value.dtype = _DTYPE_NAMES[tensor.dtype]
+            value.dtype = DTYPE_NAMES[tensor.dtype]
             if value.dtype in FLOATS and tensor.size <= 2**20 and self._is_matrix(out, tensor):
                 value.number = _number(np.asarray(tensor.numpy()), True)
 
@@ -357,7 +356,7 @@ def _is_scalar(node: ir.Node, low: Lowering) -> bool:
 
 
 def _dtype_of(array: Array) -> str:
-    return _DTYPE_NAMES[ir.DataType.from_numpy(array.dtype)]
+    return DTYPE_NAMES[ir.DataType.from_numpy(array.dtype)]
 
 
 def _number(array: Array, uniform: bool) -> float | None:
@@ -389,61 +388,17 @@ def lower(model: ir.Model) -> list[Lowering]:
     for _ in range(MAX_ROUNDS):
         if not first.missing or not any(node.kind in REDUCTIONS for node in first.graph.nodes):
             break
-        inferred = infer(model, first)
+        inferred = infer(model, first.values)
         if inferred == first.inferred or not inferred:
             break
         first = Lowering(model.graph, inferred)
     return [first, *_nested(first, first.inferred, 0)]
 
 
-def _nested(outer: Lowering, inferred: dict[str, tuple[Shape | None, str | None]], depth: int) -> Iterator[Lowering]:
+def _nested(outer: Lowering, inferred: Inferred, depth: int) -> Iterator[Lowering]:
     if depth >= MAX_DEPTH:
         return
     for graph in outer.controlled:
         inner = Lowering(graph, inferred, outer)
         yield inner
         yield from _nested(inner, inferred, depth + 1)
-
-
-def infer(model: ir.Model, known: Lowering) -> dict[str, tuple[Shape | None, str | None]]:
-    """Shapes and types by `onnx.shape_inference`, weights left out; empty where that fails.
-
-    It is told what is `known` already, because it stops where a shape is computed, and what follows is lost.
-    """
-    held: list[tuple[ir.Value, Any]] = []
-    try:
-        for value in model.graph.initializers.values():
-            tensor = value.const_value
-            if tensor is not None and tensor.size > 64:
-                sizes = ir.Shape([int(d) for d in tensor.shape.numpy()])
-                if value.shape is None or value.type is None:
-                    value.shape, value.type = sizes, ir.TensorType(tensor.dtype)
-                held.append((value, tensor))
-                value.const_value = ir.ExternalTensor("-", 0, 0, tensor.dtype, shape=sizes, name=value.name or "")
-        proto = ir.to_proto(model)
-    finally:
-        for value, tensor in held:
-            value.const_value = tensor
-    stated = {info.name: info for info in proto.graph.value_info}
-    for value, seen in known.values.items():
-        if seen.shape is not None and seen.dtype in DTYPES and value.producer() is not None and value.name:
-            info = onnx.helper.make_tensor_value_info(value.name, DTYPES[seen.dtype].value, seen.shape)
-            if value.name in stated:
-                stated[value.name].CopyFrom(info)
-            else:
-                proto.graph.value_info.append(info)
-    try:
-        done = onnx.shape_inference.infer_shapes(proto, data_prop=True)
-    except Exception:  # the C++ checker raises various kinds for graphs it does not understand
-        return {}
-    out: dict[str, tuple[Shape | None, str | None]] = {}
-    for info in done.graph.value_info:
-        tensor_type = info.type.tensor_type
-        dims: Shape | None = None
-        if tensor_type.HasField("shape"):
-            dims = tuple(
-                d.dim_value if d.HasField("dim_value") else (d.dim_param or None) for d in tensor_type.shape.dim
-            )
-        dtype = _DTYPE_NAMES.get(ir.DataType(tensor_type.elem_type)) if tensor_type.elem_type else None
-        out[info.name] = (dims, dtype)
-    return out

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from normfuse.frontends.onnx import DTYPES
+from normfuse.frontends.onnx_infer import DTYPES
 from normfuse.frontends.onnx_functions import function_for, function_name
 from normfuse.frontends.onnx_region import rest_of
 from normfuse.graph import Node, Shape, Value

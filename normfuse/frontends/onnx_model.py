@@ -39,15 +39,19 @@ class OnnxModel:
             raise UnsupportedError(f"opset {self.opset} is older than {OLDEST_OPSET}; convert it with "
                                    "onnx.version_converter first")  # fmt: skip
         self.inlined = self._inline()
-        self.nodes_before = count(model)
         self.emitter = Emitter(self.opset)
         self.progress("reading", 0.0)
         self.lowerings = lower(model)
+        self.nodes_before = self.count()
         self.progress("recognising", 0.2)
         self.abilities = Abilities(self.emitter.expressible, functions=True, statistics=self.emitter.native)
         self.plans = [plan(low.graph, config, self.abilities, rewrite) for low in self.lowerings]
         self.checks: dict[Site, Check] = {}
         self.moved: dict[ir.Value, ir.Value] = {}
+
+    def count(self) -> int:
+        """Nodes of the model, those of sub-graphs included."""
+        return sum(len(low.source) for low in self.lowerings)
 
     def _inline(self) -> bool:
         if all(f.domain == DOMAIN for f in self.model.functions.values()):
@@ -84,7 +88,7 @@ class OnnxModel:
         if not any(one.replace for one in self.plans):
             return False
         used: set[str | None] = set(self.model.graph.initializers)
-        for graph in graphs_of(self.model):
+        for graph in (low.source for low in self.lowerings):
             used.update(v.name for v in graph.inputs)
             for node in graph:
                 used.add(node.name)
@@ -186,13 +190,3 @@ def _unique(name: str, used: set[str | None]) -> str:
         found = f"{name}_{i}"
     used.add(found)
     return found
-
-
-def count(model: ir.Model) -> int:
-    """Nodes of a model, those of sub-graphs included."""
-    return sum(len(graph) for graph in graphs_of(model))
-
-
-def graphs_of(model: ir.Model) -> list[ir.Graph]:
-    """The main graph and its control-flow sub-graphs."""
-    return [model.graph, *model.graph.subgraphs()]

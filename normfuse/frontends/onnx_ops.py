@@ -12,27 +12,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
+from normfuse.frontends import onnx_views as views
 from normfuse.frontends.onnx_fold import attribute
 from normfuse.frontends.onnx_functions import DTYPES as FLOAT_TYPES
-from normfuse.graph import Dim, Shape, Value
+from normfuse.graph import Shape, Value
 
 if TYPE_CHECKING:
     from normfuse.frontends.onnx import Lowering
 
-Row = Callable[["Lowering", ir.Node], None]
-
-
-def product_shape(shapes: list[Shape | None]) -> Shape | None:
-    """The shape of an elementwise result by ONNX's broadcasting, or None where an operand's is unknown."""
-    known = [s for s in shapes if s is not None]
-    if len(known) < len(shapes):
-        return None
-    out: list[Dim] = []
-    for i in range(1, max((len(s) for s in known), default=0) + 1):
-        dims = {s[-i] for s in known if len(s) >= i} - {1}
-        sizes = [d for d in dims if isinstance(d, int)]  # the others must then be 1 or the same
-        out.append(sizes[0] if sizes else 1 if not dims else dims.pop() if len(dims) == 1 else None)
-    return tuple(reversed(out))
+Row = views.Row
 
 
 def elementwise(kind: str) -> Row:
@@ -40,7 +28,7 @@ def elementwise(kind: str) -> Row:
 
     def row(low: Lowering, node: ir.Node) -> None:
         inputs = low.inputs(node)
-        out = low.output(node, product_shape([v.shape for v in inputs]), inputs[0].dtype)
+        out = low.output(node, views.product_shape([v.shape for v in inputs]), inputs[0].dtype)
         low.emit(kind, inputs, out, node)
         a, b = (*inputs, *inputs)[:2]
         if a.number is not None and b.number is not None and kind in _UNIFORM and (kind != "div" or b.number):
@@ -109,13 +97,6 @@ def _dropout(low: Lowering, node: ir.Node) -> None:
     _identity(low, node)
 
 
-def reduced_shape(x: Value, axes: tuple[int, ...] | None, keepdims: bool) -> Shape | None:
-    """The shape after a reduction."""
-    if x.shape is None or axes is None:
-        return None
-    return tuple(1 if i in axes else d for i, d in enumerate(x.shape) if i not in axes or keepdims)
-
-
 def _reduction_axes(low: Lowering, node: ir.Node, x: Value) -> tuple[int, ...] | None:
     """Axes counted from the front; None where they are known only at run time."""
     axes: Any = attribute(node, "axes")
@@ -141,7 +122,7 @@ def reduction(kind: str, square: bool = False) -> Row:
         x = low.value(node.inputs[0])
         axes = _reduction_axes(low, node, x)
         keep = bool(attribute(node, "keepdims", 1))
-        out = low.output(node, reduced_shape(x, axes, keep), x.dtype)
+        out = low.output(node, views.reduced_shape(x, axes, keep), x.dtype)
         if square:
             squared = low.virtual(x.shape, x.dtype)
             low.emit("square", [x], squared, node)
@@ -158,176 +139,11 @@ def _matmul(low: Lowering, node: ir.Node) -> None:
         if len(b.shape) == 1:
             shape = a.shape[:-1]
         elif len(a.shape) > 1:
-            batch = product_shape([a.shape[:-2], b.shape[:-2]])
+            batch = views.product_shape([a.shape[:-2], b.shape[:-2]])
             shape = None if batch is None else (*batch, a.shape[-2], b.shape[-1])
     out = low.output(node, shape, a.dtype)
     plain = (a.fixed and a.number is None) or (b.fixed and b.number is None)
     low.emit("linear" if plain else "matmul", [a, b], out, node)
-
-
-def _einsum(low: Lowering, node: ir.Node) -> None:
-    """Products and sums along axes that both operands have in the same order: ``...d,...d->...``, ``bsd,d->bsd``."""
-    inputs = low.inputs(node)
-    terms = _letters(str(attribute(node, "equation")), [v.rank for v in inputs])
-    if terms is None or len(inputs) > 2:
-        return low.opaque(node)
-    *operands, result = terms
-    full = max(operands, key=len)
-    plain = all(len(set(t)) == len(t) and [c for c in full if c in t] == list(t) for t in (*operands, result))
-    if not plain:
-        fixed = any(v.fixed for v in inputs)
-        return low.opaque(node, "linear" if fixed else "attention" if len(inputs) == 2 else "opaque")
-    spread = [_insert(low, node, v, t, full) for v, t in zip(inputs, operands, strict=True)]
-    summed = tuple(i for i, c in enumerate(full) if c not in result)
-    shape = product_shape([v.shape for v in spread])
-    dtype = inputs[0].dtype
-    out_shape = None if shape is None else tuple(d for i, d in enumerate(shape) if i not in summed)
-    out = low.output(node, out_shape, dtype)
-    value = spread[0]
-    if len(spread) == 2:
-        value = low.virtual(shape, dtype) if summed else out
-        low.emit("mul", spread, value, node)
-    if summed:
-        low.emit("sum", [value], out, node, axes=summed, keepdims=False)
-    elif len(spread) == 1:
-        low.emit("identity", [value], out, node)
-
-
-def _letters(equation: str, ranks: list[int | None]) -> list[str] | None:
-    """The terms of an equation with its ellipsis spelled out, the result last."""
-    left, arrow, result = equation.replace(" ", "").partition("->")
-    terms = left.split(",")
-    if not arrow or len(terms) != len(ranks) or any(r is None for r in ranks):
-        return None
-    dots = max((r - len(t) + 3 for t, r in zip(terms, ranks, strict=True) if "..." in t and r is not None), default=0)
-    names = "".join(chr(0x3B1 + i) for i in range(max(dots, 0)))
-    out = []
-    for term, rank in zip((*terms, result), (*ranks, None), strict=True):
-        here = dots if rank is None else rank - len(term) + 3
-        out.append(term.replace("...", names[len(names) - here :] if here > 0 else ""))
-    return out if all(len(t) == r for t, r in zip(out, ranks, strict=False)) else None
-
-
-def _insert(low: Lowering, node: ir.Node, value: Value, term: str, full: str) -> Value:
-    """The operand with an axis of size 1 for each letter it lacks."""
-    missing = tuple(i for i, c in enumerate(full) if c not in term)
-    if missing == tuple(range(len(missing))) or value.shape is None:
-        return value  # broadcasting adds axes in front by itself
-    dims = iter(value.shape)
-    shape = tuple(1 if i in missing else next(dims) for i in range(len(full)))
-    out = low.virtual(shape, value.dtype)
-    low.emit("unsqueeze", [value], out, node, axes=missing)
-    return out
-
-
-def _reshape(low: Lowering, node: ir.Node) -> None:
-    x = low.value(node.inputs[0])
-    shape: Shape | None = None
-    target = low.known_sizes(node.inputs[1]) if len(node.inputs) > 1 else attribute(node, "shape")
-    if target is not None and x.shape is not None:
-        dims: list[Dim] = list(target)
-        zero = not attribute(node, "allowzero", 0)
-        dims = [x.shape[i] if d == 0 and zero and i < len(x.shape) else d for i, d in enumerate(dims)]
-        shape = tuple(_fill_in(dims, x.shape))
-    low.emit("reshape", [x], low.output(node, shape, x.dtype), node)
-
-
-def _fill_in(dims: list[Dim], source: Shape) -> list[Dim]:
-    """Replace a -1 by the size that keeps the number of elements, where it can be told."""
-    if -1 not in dims:
-        return dims
-    rest = list(source)
-    others: list[Dim] = [d for d in dims if d != -1]
-    for d in list(others):
-        if d in rest:
-            rest.remove(d)
-            others.remove(d)
-    filled: Dim = None
-    if len(rest) == 1 and not others:
-        filled = rest[0]
-    else:
-        sizes, needed = [d for d in rest if isinstance(d, int)], [d for d in others if isinstance(d, int)]
-        if len(sizes) == len(rest) and len(needed) == len(others):
-            total = part = 1
-            for d in sizes:
-                total *= d
-            for d in needed:
-                part *= d
-            filled = total // part if part else None
-    return [filled if d == -1 else d for d in dims]
-
-
-def _flatten(low: Lowering, node: ir.Node) -> None:
-    x = low.value(node.inputs[0])
-    axis = attribute(node, "axis", 1)
-    shape: Shape | None = None
-    if x.shape is not None and all(isinstance(d, int) for d in x.shape):
-        front = back = 1
-        for i, d in enumerate(x.shape):
-            assert isinstance(d, int)
-            if i < (axis % len(x.shape) if axis < 0 else axis):
-                front *= d
-            else:
-                back *= d
-        shape = (front, back)
-    low.emit("reshape", [x], low.output(node, shape, x.dtype), node)
-
-
-def view_axes(kind: str) -> Row:
-    """Unsqueeze and Squeeze, axes as an attribute or as an input."""
-
-    def row(low: Lowering, node: ir.Node) -> None:
-        x = low.value(node.inputs[0])
-        axes: Any = attribute(node, "axes")
-        if len(node.inputs) > 1 and node.inputs[1] is not None:
-            array = low.array(node.inputs[1])
-            axes = None if array is None else [int(a) for a in array.reshape(-1)]
-        elif axes is None and kind == "squeeze" and x.shape is not None and None not in x.shape:
-            axes = [i for i, d in enumerate(x.shape) if d == 1]
-        if axes is None or x.shape is None:
-            return low.emit("reshape", [x], low.output(node, None, x.dtype), node)
-        rank = len(x.shape) + (len(axes) if kind == "unsqueeze" else 0)
-        axes = tuple(sorted(a % rank for a in axes)) if rank else ()
-        dims: list[Dim] = list(x.shape)
-        if kind == "unsqueeze":
-            for a in axes:
-                dims.insert(a, 1)
-        else:
-            dims = [d for i, d in enumerate(dims) if i not in axes]
-        low.emit(kind, [x], low.output(node, tuple(dims), x.dtype), node, axes=axes)
-
-    return row
-
-
-def _expand(low: Lowering, node: ir.Node) -> None:
-    x = low.value(node.inputs[0])
-    target = low.known_sizes(node.inputs[1])
-    out = low.output(node, None if target is None else product_shape([x.shape, target]), x.dtype)
-    low.emit("expand", [x], out, node)
-    out.number = x.number
-
-
-def _fill(low: Lowering, node: ir.Node) -> None:
-    """ConstantOfShape with a shape that is known only in part."""
-    tensor = attribute(node, "value")
-    number = 0.0 if tensor is None else float(tensor.numpy().reshape(-1)[0])
-    dtype = "float32" if tensor is None else low.dtype_name(tensor.dtype)
-    out = low.output(node, low.known_sizes(node.inputs[0]), dtype)
-    low.emit("opaque", [], out, node)
-    out.number = number
-
-
-def _global_pool(low: Lowering, node: ir.Node) -> None:
-    x = low.value(node.inputs[0])
-    axes = None if x.shape is None else tuple(range(2, len(x.shape)))
-    low.emit("mean", [x], low.output(node, reduced_shape(x, axes, True), x.dtype), node, axes=axes, keepdims=True)
-
-
-def _transpose(low: Lowering, node: ir.Node) -> None:
-    x = low.value(node.inputs[0])
-    perm = tuple(attribute(node, "perm") or reversed(range(len(x.shape or ()))))
-    shape = tuple(x.shape[p] for p in perm) if x.shape is not None and len(perm) == len(x.shape) else None
-    low.emit("transpose", [x], low.output(node, shape, x.dtype), node, perm=perm)
 
 
 def norm_stages(low: Lowering, node: ir.Node, kind: str, x: Value, scale: Value | None, bias: Value | None,
@@ -430,16 +246,16 @@ OPS: dict[str, Row] = {
     "ReduceSum": reduction("sum"),
     "ReduceSumSquare": reduction("sum", square=True),
     "ReduceL2": reduction("vecnorm"),
-    "GlobalAveragePool": _global_pool,
-    "ConstantOfShape": _fill,
+    "GlobalAveragePool": views.global_pool,
+    "ConstantOfShape": views.fill,
     "MatMul": _matmul,
-    "Einsum": _einsum,
-    "Reshape": _reshape,
-    "Flatten": _flatten,
-    "Unsqueeze": view_axes("unsqueeze"),
-    "Squeeze": view_axes("squeeze"),
-    "Expand": _expand,
-    "Transpose": _transpose,
+    "Einsum": views.einsum,
+    "Reshape": views.reshape,
+    "Flatten": views.flatten,
+    "Unsqueeze": views.view_axes("unsqueeze"),
+    "Squeeze": views.view_axes("squeeze"),
+    "Expand": views.expand,
+    "Transpose": views.transpose,
     "LayerNormalization": norm("layer_norm"),
     "RMSNormalization": norm("rms_norm"),
     "SimplifiedLayerNormalization": norm("rms_norm"),

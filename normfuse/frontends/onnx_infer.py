@@ -1,0 +1,61 @@
+"""Shapes and types that a model does not state, by `onnx.shape_inference`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+
+from normfuse.graph import Shape, Value
+
+_NAMES = {ir.DataType.FLOAT: "float32", ir.DataType.DOUBLE: "float64"}
+DTYPES = {name: dtype for dtype in ir.DataType for name in (_NAMES.get(dtype, dtype.name.lower()),)}
+"""Neutral dtype name -> onnx_ir dtype."""
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+Inferred = dict[str, tuple[Shape | None, str | None]]
+"""Value name -> shape and dtype."""
+
+
+def infer(model: ir.Model, known: dict[ir.Value, Value]) -> Inferred:
+    """Shapes and types by `onnx.shape_inference`, weights left out; empty where that fails.
+
+    It is told what is `known` already, because it stops where a shape is computed, and what follows is lost.
+    """
+    held: list[tuple[ir.Value, Any]] = []
+    try:
+        for value in model.graph.initializers.values():
+            tensor = value.const_value
+            if tensor is not None and tensor.size > 64:
+                sizes = ir.Shape([int(d) for d in tensor.shape.numpy()])
+                if value.shape is None or value.type is None:
+                    value.shape, value.type = sizes, ir.TensorType(tensor.dtype)
+                held.append((value, tensor))
+                value.const_value = ir.ExternalTensor("-", 0, 0, tensor.dtype, shape=sizes, name=value.name or "")
+        proto = ir.to_proto(model)
+    finally:
+        for value, tensor in held:
+            value.const_value = tensor
+    stated = {info.name: info for info in proto.graph.value_info}
+    for value, seen in known.items():
+        if seen.shape is not None and seen.dtype in DTYPES and value.producer() is not None and value.name:
+            info = onnx.helper.make_tensor_value_info(value.name, DTYPES[seen.dtype].value, seen.shape)
+            if value.name in stated:
+                stated[value.name].CopyFrom(info)
+            else:
+                proto.graph.value_info.append(info)
+    try:
+        done = onnx.shape_inference.infer_shapes(proto, data_prop=True)
+    except Exception:  # the C++ checker raises various kinds for graphs it does not understand
+        return {}
+    out: Inferred = {}
+    for info in done.graph.value_info:
+        tensor_type = info.type.tensor_type
+        dims: Shape | None = None
+        if tensor_type.HasField("shape"):
+            dims = tuple(
+                d.dim_value if d.HasField("dim_value") else (d.dim_param or None) for d in tensor_type.shape.dim
+            )
+        dtype = DTYPE_NAMES.get(ir.DataType(tensor_type.elem_type)) if tensor_type.elem_type else None
+        out[info.name] = (dims, dtype)
+    return out
