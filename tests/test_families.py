@@ -9,7 +9,8 @@ import onnx
 import pytest
 
 import normfuse
-from tests.families import FAMILIES, cached_export
+from normfuse.verify import compare_models
+from tests.families import FAMILIES, cached, cached_export, digest, export_onnx
 
 RECIPES = {
     "llama": "RMSNorm, pre-norm",
@@ -42,3 +43,21 @@ def test_family(name: str, opset: int, optimize: bool, tmp_path: Path) -> None:
     again = normfuse.rewrite(target, tmp_path / "again.onnx")
     assert not again.fused and len(again.norms) == family.norms
     assert (tmp_path / "again.onnx").read_bytes() == target.read_bytes()
+
+
+@pytest.mark.parametrize(("name", "cast", "emitted"), [
+    ("llama", "float32, cast to float16 before the weight", "function normfuse.rms_norm"),
+    ("t5", "float32, cast to float16 before the weight", "function normfuse.rms_norm"),
+    ("gemma3", "float32, cast to float16 after the weight", "Cast, function normfuse.rms_norm, Cast"),
+    ("olmo2", "float32, cast to float16 after the weight", "Cast, function normfuse.rms_norm, Cast"),
+    ("cohere", "float32, cast to float16 after the weight", "Cast, LayerNormalization, Cast"),
+])  # fmt: skip
+def test_half_precision_keeps_the_order_of_roundings(name: str, cast: str, emitted: str, tmp_path: Path) -> None:
+    family = FAMILIES[name]
+    source = cached(f"{name}-half-18-{digest(family)}.onnx",
+                    lambda path: export_onnx(family.build().half(), family.args(), path, 18))  # fmt: skip
+    report = normfuse.rewrite(source, tmp_path / "out.onnx")
+    assert len(report.norms) == report.fused == family.norms and not report.refusals
+    assert {n.cast for n in report.norms} == {cast} and {n.emitted for n in report.norms} == {emitted}
+    (output,) = compare_models(source, tmp_path / "out.onnx")["outputs"]
+    assert output["max_rel"] <= 2.0**-10
