@@ -51,7 +51,7 @@ def read_onnx(path: str | os.PathLike[str]) -> tuple[ir.Model, Source]:
         model = ir.serde.deserialize_model(proto)
     except Exception as why:
         raise InputError(f"{source}: the graph is not valid ONNX: {_line(why)}") from why
-    external = b"location" in data  # the key without which nothing is
+    external = b"\n\x08location" in data  # the key without which nothing is, as the format writes it
     if external:
         folder = source.resolve().parent
         for tensor in external_tensors(model):
