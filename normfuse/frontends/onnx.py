@@ -7,6 +7,7 @@ by the caller, so it is never taken for a constant.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -293,7 +294,7 @@ class Lowering:
             array = fold(node, [None if v is None else self.arrays[v] for v in node.inputs])
         if array is None:
             return False
-        uniform = self._is_matrix(out, array) or node.op_type in ("ConstantOfShape", "Expand")
+        uniform = array.size > 1 and (node.op_type in ("ConstantOfShape", "Expand") or self._is_matrix(out, array))
         self._fold(out, array, uniform)
         return True
 
@@ -356,7 +357,13 @@ def _is_scalar(node: ir.Node, low: Lowering) -> bool:
 
 
 def _dtype_of(array: Array) -> str:
-    return DTYPE_NAMES[ir.DataType.from_numpy(array.dtype)]
+    name = _KNOWN.get(array.dtype)
+    if name is None:
+        name = _KNOWN[array.dtype] = DTYPE_NAMES[ir.DataType.from_numpy(array.dtype)]
+    return name
+
+
+_KNOWN: dict[Any, str] = {}
 
 
 def _number(array: Array, uniform: bool) -> float | None:
@@ -366,7 +373,7 @@ def _number(array: Array, uniform: bool) -> float | None:
     if array.size > 1 and (not uniform or (array != array.flat[0]).any()):
         return None
     number = float(array.flat[0])
-    return number if np.isfinite(number) else None
+    return number if math.isfinite(number) else None
 
 
 def _subgraphs(attr: ir.Attr) -> list[ir.Graph]:
