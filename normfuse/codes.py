@@ -170,7 +170,8 @@ CODES: dict[str, Code] = {
     ),
     "NF202": Code(
         "the target cannot express it with the same roundings",
-        "It is a norm, but the operators of the target have no form with its types and casts. Example: a float32 "
+        "It is a norm, but the operators of the target have no form with its types and casts, or the one they have is "
+        "measurably less exact than the model's own arithmetic. Example: a float32 "
         "weight on bfloat16 data, where the target's operator takes one type for both.",
         "Choose another --target, or let small changes happen with --numerics fast.",
     ),

@@ -217,7 +217,7 @@ def _cast(node: Node, facts: list[Fact]) -> Fact:  # identity for the mathematic
     if not f.linear:
         return replace(f, types=f.types | {new}, via=node.inputs[0])
     before = f.trace[-2][1] if len(f.trace) > 1 else f.root.value.dtype
-    if f.trace and f.trace[-1][0] == "cast" and before == new:
+    if f.trace and f.trace[-1] == ("cast", old) and before == new and PRECISION[old] > PRECISION[new]:
         return replace(f, trace=f.trace[:-1], via=node.inputs[0])  # there and back again: nothing was rounded
     widens = new in ("float32", "float64") and PRECISION[new] >= PRECISION[old]
     if f.kappa and not widens:

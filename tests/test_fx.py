@@ -35,6 +35,11 @@ SINGLE, BRAIN = torch.float32, torch.bfloat16
 ULP = {SINGLE: 2.0**-23, BRAIN: 2.0**-7}
 REDUCTIONS = frozenset("mean sum var std var_mean std_mean norm linalg_vector_norm linalg_norm einsum bmm".split())
 MIXED = frozenset({"rms_rounded_rstd"})
+LESS_EXACT = {
+    # torch's layer_norm on the CPU is up to 3e-5 off on rows with a mean of 100, where these are below 1e-5
+    SINGLE: frozenset({"ln_centred_twice", "ln_var_mean", "ln_std_mean"}),
+    BRAIN: frozenset({"ln_var_unbiased"}),
+}
 """Upcast, and yet with an order of roundings that no operator has."""
 
 
@@ -140,6 +145,8 @@ def test_spelling(name: str, how: str, dtype: torch.dtype) -> None:
     assert norm.eps == pytest.approx(spelling.eps * spelling.prescale**2, rel=1e-5 if dtype == SINGLE else 0.05)
     if not trailing(spelling):
         assert found.codes == ["NF202"]
+    elif name in LESS_EXACT[dtype]:
+        assert found.codes == ["NF202"] and "further from float64" in found.reports[0].refusals[0].message
     elif dtype == SINGLE or (spelling.upcast and name not in MIXED):
         assert norm.action in ("fused", "kept"), found.reports[0].refusals
     elif norm.action == "refused":  # computed in bfloat16
@@ -161,10 +168,8 @@ def compare(spelling: Spelling, module: SpellingModule, found: Rewritten) -> Non
         with torch.no_grad():
             old = module(x)
         assert new.dtype == old.dtype and new.stride() == old.stride()
-        nudged = x.double() * (1 + 2.0**-22 * torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).sign())
-        shaken = (reference(spelling, nudged, *parameters) - want).abs().max()
         was, off = (old.double() - want).abs().max(), (new.double() - want).abs().max()
-        allowed = 2 * was + 4 * ULP[x.dtype] * want.abs().max() + 2 * shaken
+        allowed = 2 * was + 4 * ULP[x.dtype] * want.abs().max()
         assert off <= allowed or not was.isfinite(), f"{name}: off by {off:.3g}, was {was:.3g}"
 
 

@@ -186,6 +186,18 @@ def test_the_order_of_casts_is_part_of_the_norm(back: bool, weight: bool, cast: 
     assert (norm.compute, norm.cast) == ("float32", cast)
 
 
+def test_a_rounding_that_is_widened_again_stays() -> None:
+    g = Build(dtype="float16")
+    wide = g.op("cast", g.x, dtype="float32")
+    n = g.op("mul", wide, g.rstd(wide))
+    y = g.op("cast", g.op("cast", n, dtype="float16"), dtype="float32")
+    site = g.found(y).sites[0]
+    assert site.value.dtype == "float16" and site.norm.cast == "last"  # the second cast is left as it is
+    g = Build(dtype="float16")
+    again = g.op("cast", g.op("cast", g.x, dtype="float32"), dtype="float16")  # rounds nothing
+    assert g.found(g.op("mul", again, g.rstd(again))).sites[0].norm.x is g.x
+
+
 def test_squares_in_half_before_the_cast_have_no_operator() -> None:
     g = Build(dtype="float16")
     mean = g.mean(g.op("cast", g.op("square", g.x), dtype="float32"))

@@ -85,7 +85,7 @@ def compare_runs(spelling: Spelling, dtype: torch.dtype, source: Path, target: P
     """Both models in ONNX Runtime against float64, on inputs that are hard on norms."""
     before, after = session(source), session(target)
     for name, x in hostile_inputs(spelling.shape, dtype).items():
-        if dtype == HALF and spelling.one_pass and not spelling.upcast and name == "tiny":
+        if dtype == HALF and spelling.name == "ln_shifted_input" and name == "tiny":
             continue  # x + 0.5 loses a tiny x in float16; the runtime keeps it or not, as its own fusions fall
         feeds = {before.get_inputs()[0].name: x.numpy()}
         want = reference(spelling, x, *(p.to(dtype) for p in parameters())).numpy()

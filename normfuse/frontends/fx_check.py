@@ -65,7 +65,6 @@ class Checker:
                         shapes[0],
                         norm.x.dtype or "",
                         norm.dtype,
-                        conditioned=True,
                     )
             except Exception as why:  # torch raises anything; not checked means not kept
                 text = (str(why) or type(why).__name__).splitlines()[0]

@@ -114,7 +114,8 @@ class _Module:
             result = self.checks[edit.site] = checker.check(self.low, edit.site)
             if not result.ok:
                 failed = True
-                self.plan.refuse(edit.site, Refusal("NF201", edit.site.label, result.message))
+                code = "NF202" if result.same else "NF201"  # less exact, or another function
+                self.plan.refuse(edit.site, Refusal(code, edit.site.label, result.message))
         if failed:
             fuse(self.plan, self.config, Abilities(self._expressible))
         for part in self.inner.values():
