@@ -1,0 +1,259 @@
+"""Registers the operators of `normfuse.ops.meaning` with torch, as `torch.ops.normfuse.*`.
+
+Each has: a schema; one kernel for every device, which is the definition itself or, on CUDA, the Triton kernel; a fake
+kernel; autograd by a fused backward operator. Second derivatives come from the definition of the backward, which is
+plain torch. `Library.define` and not `custom_op`, whose call takes half as long again.
+
+Results have the strides of ``torch.empty_like(x)``, as the elementwise operations of a model's own norm give them.
+Integer or complex tensors, a weight of another length, eps <= 0, several devices, an empty last axis and a residual of
+another shape than x raise `InputError`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, partial
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normfuse.ops import meaning
+from normfuse.ops.checks import check, check_beside, check_rows
+from normfuse.ops.meaning import Dtype, compute_type
+
+_HOW = 'float eps, float offset=0., str cast="last", ScalarType? dtype=None'
+_KIND = 'str kind="rms_norm"'
+_NORM = f"(Tensor x, Tensor? weight, Tensor? bias, {_HOW}) -> Tensor"
+_ADD = f"(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, {_HOW}, bool round_sum=True) -> (Tensor y, Tensor s)"
+_FOUR = "Tensor? {0}weight{1}, Tensor? {0}bias{1}, Tensor? {2}weight{3}, Tensor? {2}bias{3}"
+_SANDWICH, _PAIR = _FOUR.format("", 1, "", 2), _FOUR.format("q_", "", "k_", "")
+_BACK = "float eps, float offset, str kind"
+
+library: Any = torch.library.Library("normfuse", "DEF")  # type: ignore[no-untyped-call]
+Gradients = tuple[Tensor | None, ...]
+Where = ModuleType | Any
+"""Where the arithmetic is: `normfuse.ops.meaning`, or `normfuse.ops.launch` with kernels of the same names."""
+
+
+# -- the operators: check, compute -----------------------------------------------------------------------------------
+
+
+def _norm(op: str, where: Where, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
+          offset: float = 0.0, cast: str = "last", dtype: Dtype = None) -> Tensor:  # fmt: skip
+    check(op, eps, cast, op)
+    check_rows(op, "x", x, ("weight", weight), ("bias", bias))
+    out: Tensor = where.norm(x, weight, bias, eps, offset, cast, dtype, op)
+    return out
+
+
+def _add_norm(op: str, where: Where, x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None,
+              eps: float, offset: float = 0.0, cast: str = "last", dtype: Dtype = None, round_sum: bool = True,
+              ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    kind = op.removeprefix("add_")
+    check(op, eps, cast, kind)
+    check_rows(op, "x", x, ("weight", weight), ("bias", bias))
+    check_beside(op, "residual", residual, x)
+    out: tuple[Tensor, Tensor] = where.add_norm(x, residual, weight, bias, eps, offset, cast, dtype, round_sum, kind)
+    return out
+
+
+def _norm_add(op: str, where: Where, x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None,
+              eps: float, offset: float = 0.0, cast: str = "last", dtype: Dtype = None, kind: str = "rms_norm",
+              ) -> Tensor:  # fmt: skip
+    check(op, eps, cast, kind)
+    check_rows(op, "x", x, ("weight", weight), ("bias", bias))
+    check_beside(op, "residual", residual, x)
+    out: Tensor = where.norm_add(x, residual, weight, bias, eps, offset, cast, dtype, kind)
+    return out
+
+
+def _norm_add_norm(op: str, where: Where, x: Tensor, residual: Tensor, weight1: Tensor | None, bias1: Tensor | None,
+                   weight2: Tensor | None, bias2: Tensor | None, eps: float, offset: float = 0.0, cast: str = "last",
+                   dtype: Dtype = None, kind: str = "rms_norm") -> tuple[Tensor, Tensor]:  # fmt: skip
+    check(op, eps, cast, kind)
+    check_rows(op, "x", x, ("weight1", weight1), ("bias1", bias1), ("weight2", weight2), ("bias2", bias2))
+    check_beside(op, "residual", residual, x)
+    out: tuple[Tensor, Tensor] = where.norm_add_norm(x, residual, weight1, bias1, weight2, bias2, eps, offset, cast,
+                                                     dtype, kind)  # fmt: skip
+    return out
+
+
+def _qk_norm(op: str, where: Where, q: Tensor, k: Tensor, q_weight: Tensor | None, q_bias: Tensor | None,
+             k_weight: Tensor | None, k_bias: Tensor | None, eps: float, offset: float = 0.0, cast: str = "last",
+             dtype: Dtype = None, kind: str = "rms_norm") -> tuple[Tensor, Tensor]:  # fmt: skip
+    check(op, eps, cast, kind)
+    check_rows(op, "q", q, ("q_weight", q_weight), ("q_bias", q_bias), ("k", None))
+    check_rows(op, "k", k, ("k_weight", k_weight), ("k_bias", k_bias))
+    out: tuple[Tensor, Tensor] = where.qk_norm(q, k, q_weight, q_bias, k_weight, k_bias, eps, offset, cast, dtype, kind)
+    return out
+
+
+def _backward(op: str, where: Where, *args: Any) -> tuple[Tensor, ...]:
+    out: tuple[Tensor, ...] = getattr(where, op)(*args)
+    return out
+
+
+# -- autograd ----------------------------------------------------------------------------------------------------------
+
+
+def _back(name: str, *args: Any) -> tuple[Tensor, ...]:
+    """A backward operator; where its own derivative is asked for, its definition."""
+    where: Any = meaning if torch.is_grad_enabled() else torch.ops.normfuse
+    out: tuple[Tensor, ...] = getattr(where, name)(*args)
+    return out
+
+
+def _wanted(ctx: Any, *gradients: tuple[int, Tensor | None]) -> Gradients:
+    """The gradients of the inputs at these places, None for each that nobody needs."""
+    out: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+    for i, gradient in gradients:
+        out[i] = gradient if ctx.needs_input_grad[i] else None
+    return tuple(out)
+
+
+def _cast(gradient: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return gradient if gradient is None else gradient.to(dtype)
+
+
+def _save_norm(ctx: Any, inputs: Any, output: Any, kind: str) -> None:
+    x, weight, bias, ctx.eps, ctx.offset, *_ = inputs
+    ctx.save_for_backward(x, weight, bias)
+    ctx.kind = kind
+
+
+def _norm_gradients(ctx: Any, dy: Tensor) -> Gradients:
+    x, weight, bias = ctx.saved_tensors
+    need = ctx.needs_input_grad
+    dx, dw, db = _back("norm_backward", dy, x, weight, bias, None, ctx.eps, ctx.offset, ctx.kind, need[1], need[2])
+    return _wanted(ctx, (0, dx), (1, dw), (2, db))
+
+
+def _save_add_norm(ctx: Any, inputs: Any, output: Any, kind: str) -> None:
+    x, residual, weight, bias, ctx.eps, ctx.offset, _, _, round_sum = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(weight, bias, *((output[1],) if round_sum else (x, residual)))
+    ctx.types, ctx.kind = (x.dtype, residual.dtype), kind
+
+
+def _add_norm_gradients(ctx: Any, dy: Tensor | None, ds: Tensor | None) -> Gradients:
+    weight, bias, *read = ctx.saved_tensors
+    need, dw, db, dx = ctx.needs_input_grad, None, None, ds
+    if dy is not None:
+        s = read[0]
+        if len(read) == 2:
+            c = compute_type(torch.promote_types(*ctx.types))
+            s = read[0].to(c) + read[1].to(c)
+        dx, dw, db = _back("norm_backward", dy, s, weight, bias, ds, ctx.eps, ctx.offset, ctx.kind, need[2], need[3])
+    return _wanted(ctx, (0, _cast(dx, ctx.types[0])), (1, _cast(dx, ctx.types[1])), (2, dw), (3, db))
+
+
+def _save_norm_add(ctx: Any, inputs: Any, output: Any) -> None:
+    x, residual, weight, bias, ctx.eps, ctx.offset, _, _, ctx.kind = inputs
+    ctx.save_for_backward(x, weight, bias)
+    ctx.dtype = residual.dtype
+
+
+def _norm_add_gradients(ctx: Any, ds: Tensor) -> Gradients:
+    x, weight, bias = ctx.saved_tensors
+    need = ctx.needs_input_grad
+    dx, dw, db = _back("norm_backward", ds, x, weight, bias, None, ctx.eps, ctx.offset, ctx.kind, need[2], need[3])
+    return _wanted(ctx, (0, dx), (1, _cast(ds, ctx.dtype)), (2, dw), (3, db))
+
+
+def _save_norm_add_norm(ctx: Any, inputs: Any, output: Any) -> None:
+    x, residual, w1, b1, w2, b2, ctx.eps, ctx.offset, _, _, ctx.kind = inputs
+    ctx.save_for_backward(x, output[1], w1, b1, w2, b2)
+    ctx.dtype = residual.dtype
+
+
+def _norm_add_norm_gradients(ctx: Any, dy: Tensor, ds: Tensor) -> Gradients:
+    need = list(ctx.needs_input_grad[2:6])
+    dx, dr, *rest = _back("norm_add_norm_backward", dy, ds, *ctx.saved_tensors, ctx.eps, ctx.offset, ctx.kind, need)
+    return _wanted(ctx, (0, dx), (1, _cast(dr, ctx.dtype)), *enumerate(rest, 2))
+
+
+def _save_qk_norm(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.save_for_backward(*inputs[:6])
+    ctx.eps, ctx.offset, ctx.kind = inputs[6], inputs[7], inputs[10]
+
+
+def _qk_norm_gradients(ctx: Any, dq: Tensor, dk: Tensor) -> Gradients:
+    need = list(ctx.needs_input_grad[2:6])
+    return _wanted(ctx, *enumerate(_back("qk_norm_backward", dq, dk, *ctx.saved_tensors, ctx.eps, ctx.offset, ctx.kind,
+                                         need)))  # fmt: skip
+
+
+# -- registration ------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _kernels() -> Where:
+    """The Triton kernels, or the definitions where there is no Triton."""
+    try:
+        from normfuse.ops import launch
+    except ImportError:
+        return meaning
+    return launch
+
+
+def _lay(results: Any, likes: tuple[Tensor, ...]) -> Any:
+    """Results with the strides that the operator promises."""
+    if isinstance(results, tuple):
+        return tuple(_lay(r, likes[i : i + 1] or likes[-1:]) for i, r in enumerate(results))
+    promised = torch.empty_like(likes[0], dtype=results.dtype, device="meta").stride()
+    return results if results.stride() == promised else torch.empty_like(likes[0], dtype=results.dtype).copy_(results)
+
+
+def _register(name: str, schema: str, run: Callable[..., Any], save: Callable[..., None] | None = None,
+              gradients: Callable[..., Any] | None = None) -> None:  # fmt: skip
+    """Register one operator; without `gradients` it is a backward."""
+    paired = 2 if name == "qk_norm" else 1  # the results that lie as arguments of their own do
+
+    def kernel(*args: Any) -> Any:
+        out = run(name, _kernels() if args[0].is_cuda else meaning, *args)
+        return out if gradients is None else _lay(out, args[:paired])
+
+    def fake(*args: Any) -> Any:
+        out = run(name, meaning, *args)
+        return out if gradients is None else _lay(out, args[:paired])
+
+    def decomposition(*args: Any) -> Any:
+        return NotImplemented if args[0].is_cuda else run(name, meaning, *args)
+
+    library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"normfuse::{name}", fake, lib=library)
+    if gradients is not None:
+        torch.library.register_autograd(f"normfuse::{name}", gradients, setup_context=save, lib=library)
+    DECOMPOSITIONS[getattr(torch.ops.normfuse, name).default] = decomposition
+
+
+DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {}
+"""What each operator is made of, for tensors that are not on a GPU."""
+
+for _name in ("rms_norm", "layer_norm"):
+    _register(_name, _NORM, _norm, partial(_save_norm, kind=_name), _norm_gradients)
+    _register(f"add_{_name}", _ADD, _add_norm, partial(_save_add_norm, kind=_name), _add_norm_gradients)
+_register("norm_add", f"(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, {_HOW}, {_KIND}) -> Tensor",
+          _norm_add, _save_norm_add, _norm_add_gradients)  # fmt: skip
+_register("norm_add_norm", f"(Tensor x, Tensor residual, {_SANDWICH}, {_HOW}, {_KIND}) -> (Tensor y, Tensor s)",
+          _norm_add_norm, _save_norm_add_norm, _norm_add_norm_gradients)  # fmt: skip
+_register("qk_norm", f"(Tensor q, Tensor k, {_PAIR}, {_HOW}, {_KIND}) -> (Tensor, Tensor)",
+          _qk_norm, _save_qk_norm, _qk_norm_gradients)  # fmt: skip
+_register("norm_backward", "(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor? ds, "
+          f"{_BACK}, bool need_weight, bool need_bias) -> (Tensor dx, Tensor dweight, Tensor dbias)",
+          _backward)  # fmt: skip
+_SIX = "bool[] need) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+_register("norm_add_norm_backward", f"(Tensor dy, Tensor ds, Tensor x, Tensor s, {_SANDWICH}, {_BACK}, {_SIX}",
+          _backward)  # fmt: skip
+_register("qk_norm_backward", f"(Tensor dq, Tensor dk, Tensor q, Tensor k, {_PAIR}, {_BACK}, {_SIX}", _backward)
+
+
+@cache
+def decompose_on_cpu() -> None:
+    """Let Inductor see what the operators are made of, so that it fuses them itself where there is no GPU."""
+    from torch._inductor.decomposition import decompositions
+
+    decompositions.update(DECOMPOSITIONS)
