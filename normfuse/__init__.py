@@ -9,11 +9,13 @@ from normfuse.errors import InputError, NormFuseError, UnsafeModelError, Unsuppo
 
 if TYPE_CHECKING:
     from normfuse.api import inspect, optimize, rewrite
+    from normfuse.backend import InductorPass, last_report
     from normfuse.report import Report
 
 __version__ = "0.1.0"
 __all__ = [
     "Config",
+    "InductorPass",
     "InputError",
     "NormFuseError",
     "Report",
@@ -22,17 +24,22 @@ __all__ = [
     "VerificationError",
     "__version__",
     "inspect",
+    "last_report",
     "optimize",
     "rewrite",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """Import what needs onnx or numpy only when it is used, so that `import normfuse` is instant."""
+    """Import what needs torch, onnx or numpy only when it is used, so that `import normfuse` is instant."""
     if name in ("inspect", "optimize", "rewrite"):
         from normfuse import api
 
         return getattr(api, name)
+    if name in ("InductorPass", "last_report"):
+        from normfuse import backend
+
+        return getattr(backend, name)
     if name == "Report":
         from normfuse.report import Report
 

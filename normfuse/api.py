@@ -13,7 +13,7 @@ from normfuse.config import Config
 from normfuse.errors import InputError, UnsupportedError, VerificationError
 from normfuse.facts import Atom, formula
 from normfuse.placement import recipe
-from normfuse.plan import Plan
+from normfuse.plan import Fused, Plan
 from normfuse.norm import Expr, Norm, Site
 from normfuse.report import NormRecord, RefusalRecord, Report
 from normfuse.verify import Check
@@ -227,18 +227,23 @@ def build_report(plans: Iterable[Plan], checks: dict[Site, Check], rewritten: bo
     report = Report(rewritten=rewritten)
     sites: list[Site] = []
     for plan in plans:
-        replaced = {edit.site: edit for edit in plan.replace}
+        edits = {site: edit for edit in plan.edits() for site in edit.sites}
         for site in plan.found.sites:
             sites.append(site)
             record = record_of(site)
             if rewritten:
-                record.action = "kept" if site.is_op else "fused" if site in replaced else "refused"
+                record.action = ("fused" if site in edits else "left" if site in plan.left else
+                                 "kept" if site.is_op else "refused")  # fmt: skip
+                record.reason = plan.left.get(site, "")
                 check = checks.get(site)
                 record.verified = check.ok if check is not None else None
                 if check is not None and check.ok:
                     record.error_before, record.error_after = round(check.before, 2), round(check.after, 2)
-                if site in replaced:
-                    record.emitted = _emitted(site.norm, native(site.norm), replaced[site].as_written)
+                edit = edits.get(site)
+                if isinstance(edit, Fused):
+                    record.emitted = f"normfuse.{edit.name}"
+                elif edit is not None:
+                    record.emitted = _emitted(site.norm, native(site.norm), edit.as_written)
             report.norms.append(record)
         refusals = [*plan.found.refusals, *plan.refused.values()]
         report.refusals.extend(RefusalRecord(r.code, r.node, r.message) for r in refusals)

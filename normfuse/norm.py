@@ -59,6 +59,8 @@ class Site:
     label: str = ""
     mixed: str = ""
     placement: str = "other"
+    attends: Node | None = None
+    """The attention product that the norm of a query or key goes into."""
 
 
 @dataclass(frozen=True, slots=True)

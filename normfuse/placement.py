@@ -96,7 +96,8 @@ class _Placer:
         reads_stream = x in self.stream or (x.producer is not None and x.producer in self.adds)
         adds = [node for node in self._adds_of(y) if node not in self.inside]
         uses = [node for node in y.uses if node not in self.inside]
-        if self._attends(y):
+        site.attends = self._attends(y)
+        if site.attends is not None:
             return "qk"
         if adds and len(adds) >= len([n for n in uses if n.kind not in THROUGH]) and not reads_stream:
             if self._branch(x):
@@ -151,15 +152,15 @@ class _Placer:
     def _feeds_linear(self, y: Value) -> bool:
         return any(node.kind == "linear" for node, _ in _forward(y, THROUGH | {"mul", "add", "slice"}, SHORT_WALK))
 
-    def _attends(self, y: Value) -> bool:
-        """y goes into an attention product before it goes through any linear layer."""
+    def _attends(self, y: Value) -> Node | None:
+        """The attention product that y goes into before it goes through any linear layer."""
         through = THROUGH | set("add sub mul div neg slice concat where gather opaque".split())
         for node, _ in _forward(y, through, LONG_WALK):
             if node.kind == "attention":
-                return True
+                return node
             if node.kind == "matmul" and not any(_weight(v) for v in node.inputs):
-                return True
-        return False
+                return node
+        return None
 
     def _gated(self, x: Value, y: Value) -> bool:
         """The norm's input or output is multiplied by an activation."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from normfuse.graph import Graph, Node, Value
-from normfuse.norm import Refusal, Site
+from normfuse.norm import Norm, Refusal, Site
 from normfuse.recognise import Recognition
+
+Reason = tuple[str, str]
+"""Why not, as (code, message)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -22,6 +26,22 @@ class Replace:
     mean: Value | None = None
     rstd: Value | None = None
 
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return (self.site,)
+
+    @property
+    def inputs(self) -> tuple[Value, ...]:
+        return (self.site.norm.x,)
+
+    @property
+    def outputs(self) -> tuple[Value, ...]:
+        return (self.site.value,)
+
+    def parameters(self) -> list[Value]:
+        """The values that weight and bias are made of."""
+        return self.site.norm.parameters()
+
     def computes(self) -> dict[Value, list[Value]]:
         """Each value that the replacement gives, with what it is then computed from."""
         norm = self.site.norm
@@ -29,16 +49,115 @@ class Replace:
         return out | {self.site.value: [norm.x, *norm.parameters()]}
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Fused:
+    """Compute norms and the additions beside them by one operator of the family of `normfuse.ops`.
+
+    | op            | sites        | inputs      | outputs                                   |
+    |---------------|--------------|-------------|-------------------------------------------|
+    | norm          | y            | x           | y                                         |
+    | add_norm      | y            | x, residual | y, s = x + residual                       |
+    | norm_add      | n            | x, residual | s = residual + n; n itself is gone        |
+    | norm_add_norm | n, y         | x, residual | y = norm(s), s = residual + n; n is gone  |
+    | qk_norm       | norms of q, k | q, k       | both                                      |
+    """
+
+    op: str
+    sites: tuple[Site, ...]
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+
+    @property
+    def view(self) -> Value | None:
+        """The view of s that an add_norm's y is the norm of, where it is not of s itself."""
+        x = self.sites[0].norm.x
+        return x if self.op == "add_norm" and x is not self.outputs[1] else None
+
+    @property
+    def name(self) -> str:
+        """The operator's name."""
+        return self.op.replace("norm", self.sites[0].norm.kind) if self.op in ("norm", "add_norm") else self.op
+
+    def parameters(self) -> list[Value]:
+        """The values that weights and biases are made of."""
+        return [v for site in self.sites for v in site.norm.parameters()]
+
+    def computes(self) -> dict[Value, list[Value]]:
+        """Each value that the operator gives, with what it is then computed from."""
+        return {value: [*self.inputs, *self.parameters()] for value in self.outputs}
+
+
+Edit = Replace | Fused
+
+
+@dataclass(frozen=True, slots=True)
+class Abilities:
+    """What a front end can put into its graph.
+
+    `expressible` is its veto on a norm alone; `functions`: it can make a function of nodes; `statistics`: whether its
+    operator for a norm also gives the mean and the reciprocal of the standard deviation; `operator`: its veto on a
+    fused operator, None where it has none; `leave`: why a norm without a neighbour had better be left as it is, or
+    None to replace it.
+    """
+
+    expressible: Callable[[Norm, Value], Reason | None]
+    functions: bool = False
+    statistics: Callable[[Norm], bool] = lambda norm: False
+    operator: Callable[[Fused], Reason | None] | None = None
+    leave: Callable[[Site], str | None] | None = None
+
+
 @dataclass(slots=True, eq=False)
 class Plan:
-    """Edits to one graph and the refusals met on the way, by site where they belong to one."""
+    """Edits to one graph and the refusals met on the way, by site where they belong to one.
+
+    `broken` holds fusions that were tried and failed, by operator and first site: a smaller one may still do.
+    `left` holds sites that are not worth replacing, with the reason.
+    """
 
     graph: Graph
     found: Recognition
     replace: list[Replace] = field(default_factory=list)
+    fused: list[Fused] = field(default_factory=list)
     remove: list[Node] = field(default_factory=list)
     refused: dict[Site, Refusal] = field(default_factory=dict)
+    broken: dict[tuple[str, Site], Refusal] = field(default_factory=dict)
+    left: dict[Site, str] = field(default_factory=dict)
+
+    def edits(self) -> list[Edit]:
+        """All edits, the wider ones first."""
+        return [*self.fused, *self.replace]
+
+    def clear(self) -> None:
+        """Drop the edits, to plan again with what is known to fail."""
+        self.replace.clear()
+        self.fused.clear()
+        self.remove.clear()
+        self.left.clear()
 
     def refuse(self, site: Site, why: Refusal) -> None:
         """Leave a site as it is, and say why."""
         self.refused[site] = why
+
+    def fail(self, edit: Edit, why: Refusal) -> None:
+        """An edit is not to be made again: a fusion may fall apart into smaller ones, a single norm stays."""
+        if isinstance(edit, Fused):
+            self.broken[edit.op, edit.sites[0]] = why
+        else:
+            self.refuse(edit.site, why)
+
+    def free(self) -> list[Site]:
+        """The sites that no edit has taken and nothing has refused."""
+        taken = {site for edit in self.edits() for site in edit.sites}
+        return [site for site in self.found.sites if site not in taken and site not in self.refused]
+
+    def fuse(self, edit: Fused, can: Abilities) -> bool:
+        """Take an edit in, unless it has failed before or the front end cannot make it."""
+        key = (edit.op, edit.sites[0])
+        if can.operator is None or key in self.broken:
+            return False
+        why = can.operator(edit)
+        if why is not None:
+            return False
+        self.fused.append(edit)
+        return True

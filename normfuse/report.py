@@ -13,8 +13,8 @@ class NormRecord:
     """One norm of a model.
 
     `axes` count from the end; `size` is None where the model leaves it open. `cast` tells where the rounding back
-    stands, such as ``"float32, cast to float16 before the weight"``. `action` is one of "fused", "kept", "refused";
-    `verified` is None where nothing was checked; `error_before` and `error_after` are the largest distances to float64
+    stands, such as ``"float32, cast to float16 before the weight"``. `action` is one of "fused", "kept" (it is
+    one operator already), "left" (nothing would be gained, `reason` says why) and "refused"; `verified` is None where nothing was checked; `error_before` and `error_after` are the largest distances to float64
     seen in that check, in units of the type's rounding, of the model's own arithmetic and of what replaced it.
     """
 
@@ -33,6 +33,7 @@ class NormRecord:
     action: str = "found"
     verified: bool | None = None
     emitted: str = ""
+    reason: str = ""
     error_before: float | None = None
     error_after: float | None = None
 
@@ -86,7 +87,7 @@ class Report:
         norms = [asdict(n) for n in self.norms]
         if not self.rewritten:
             for n in norms:
-                for key in ("action", "verified", "emitted", "error_before", "error_after"):
+                for key in ("action", "verified", "emitted", "reason", "error_before", "error_after"):
                     del n[key]
         summary: dict[str, Any] = {
             "recipe": self.recipe,

@@ -2,10 +2,11 @@
 
     x -> square -> mean -> + eps -> rsqrt -> * x -> * w      becomes      x, w -> rms_norm
 
-A norm with an order of roundings that no operator has becomes one function of its own nodes, where the front end has
-functions; `numerics="fast"` gives it the operator, and other roundings, instead.
+This runs after the fusions with neighbours, on the norms that none of them took. A norm with an order of roundings that
+no operator has becomes one function of its own nodes, where the front end has functions; `numerics="fast"` gives it the
+operator, and other roundings, instead. Where the plain operator will not do, an operator of our own may.
 
-A norm is refused, with a code, when
+A norm is left where the front end says that nothing is gained, and refused, with a code, when
 - it has such an order of roundings and there are no functions (NF117);
 - the runtime form cannot express it (the front end says why);
 - a value inside it is read elsewhere, so that its reductions would be computed twice (NF116).
@@ -13,52 +14,54 @@ A norm is refused, with a code, when
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from normfuse.facts import MEAN
 from normfuse.graph import Graph, Node, Value
-from normfuse.norm import Norm, Refusal, Site, region
+from normfuse.norm import Refusal, Site, region
 from normfuse.passes.remove_dead import live
-from normfuse.plan import Plan, Replace
+from normfuse.plan import Abilities, Fused, Plan, Reason, Replace
 from normfuse.transfer import REDUCTIONS
 
 
 @dataclass(frozen=True, slots=True)
 class FuseNorm:
-    """`numerics="fast"` may change roundings; `expressible` is the front end's veto; `functions`: it has functions;
-    `statistics`: whether its operator for a norm can give the mean and the standard deviation too."""
+    """`numerics="fast"` may change roundings; `can`: what the front end is able to make."""
 
+    can: Abilities
     numerics: str = "exact"
-    expressible: Callable[[Norm, Value], tuple[str, str] | None] = lambda norm, value: None
-    functions: bool = False
-    statistics: Callable[[Norm], bool] = lambda norm: False
 
     def __call__(self, plan: Plan) -> None:
-        """Add a `Replace` for each site that can be fused, a refusal for each that cannot."""
+        """Add an edit for each site that can be fused, a refusal for each that cannot."""
         chosen: list[Replace] = []
-        for site in plan.found.sites:
-            if site.is_op or site in plan.refused:
+        for site in plan.free():
+            reason = self.can.leave(site) if self.can.leave is not None else None
+            if reason is not None:
+                plan.left[site] = reason
+            if reason is not None or (site.is_op and self.can.leave is None):
                 continue
-            why = self._veto(site)
-            if why is None:
+            own = Fused("norm", (site,), (site.norm.x,), (site.value,))
+            if self.can.leave is not None and plan.fuse(own, self.can):
+                continue
+            why = None if site.is_op else self._veto(site)
+            if why is None and not site.is_op:
                 chosen.append(Replace(site, as_written=self._mixed(site)))
-            else:
+            elif why is not None and not plan.fuse(own, self.can):
                 plan.refuse(site, Refusal(why[0], site.label, why[1]))
         plan.replace.extend(self._paying(plan, chosen))
 
     def _mixed(self, site: Site) -> bool:
         return site.norm.cast == "mixed" and self.numerics == "exact"
 
-    def _veto(self, site: Site) -> tuple[str, str] | None:
-        if self._mixed(site) and not self.functions:
+    def _veto(self, site: Site) -> Reason | None:
+        if self._mixed(site) and not self.can.functions:
             return "NF117", f"no operator has this order of roundings: {site.mixed}"
-        return self.expressible(site.norm, site.value)
+        return self.can.expressible(site.norm, site.value)
 
     def _paying(self, plan: Plan, chosen: list[Replace]) -> list[Replace]:
         """Drop replacements that leave a reduction of theirs alive, until none does."""
         while True:
-            alive = live(plan.graph, chosen)
+            alive = live(plan.graph, [*plan.fused, *chosen])
             stuck = [edit for edit in chosen if any(node in alive for node in statistics(edit.site))]
             if not stuck:
                 return chosen
@@ -74,7 +77,7 @@ class FuseNorm:
     def _with_statistics(self, plan: Plan, edit: Replace, alive: set[Node]) -> Replace | None:
         """The replacement that also gives the mean and the standard deviation that are read outside the norm."""
         site, norm = edit.site, edit.site.norm
-        if edit.as_written or edit.mean or edit.rstd or norm.kind != "layer_norm" or not self.statistics(norm):
+        if edit.as_written or edit.mean or edit.rstd or norm.kind != "layer_norm" or not self.can.statistics(norm):
             return None
         key, reduced = site.fact.root.key(), tuple(() if i in norm.axes else e for i, e in enumerate(site.fact.layout))
         powers = {factor for monomial in site.fact.alpha for factor in monomial if factor[0][0] == "T"}
@@ -95,8 +98,16 @@ class FuseNorm:
         return Replace(site, False, found.get("mean"), found.get("rstd")) if found else None
 
 
+def stuck(plan: Plan) -> list[Fused]:
+    """The fused operators that leave a reduction of theirs alive, so that it would be computed twice."""
+    alive = live(plan.graph, plan.edits())
+    return [edit for edit in plan.fused if any(n in alive for site in edit.sites for n in statistics(site))]
+
+
 def statistics(site: Site) -> list[Node]:
-    """The reductions of a norm."""
+    """The reductions of a norm that is spelled out."""
+    if site.is_op:
+        return []
     return [node for node in region(site.value, site.norm) if node.kind in REDUCTIONS]
 
 

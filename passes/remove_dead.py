@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from normfuse.graph import Graph, Node
-from normfuse.plan import Plan, Replace
+from normfuse.plan import Edit, Plan
 
 
-def live(graph: Graph, replaced: Sequence[Replace] = ()) -> set[Node]:
+def live(graph: Graph, replaced: Sequence[Edit] = ()) -> set[Node]:
     """The nodes that an output or a kept value depends on, once the replacements are made."""
     instead = {value: inputs for edit in replaced for value, inputs in edit.computes().items()}
     todo = [value for node in graph.nodes for value in node.outputs if value.kept]
@@ -40,6 +40,6 @@ class RemoveDead:
 
     def __call__(self, plan: Plan) -> None:
         """Mark each node that was live before the replacements and is not after them."""
-        if plan.replace:
-            before, after = live(plan.graph), live(plan.graph, plan.replace)
+        if edits := plan.edits():
+            before, after = live(plan.graph), live(plan.graph, edits)
             plan.remove.extend(node for node in plan.graph.nodes if node in before and node not in after)

@@ -146,6 +146,12 @@ class Lowering:
         self.graph.node(kind, inputs, outputs, native=node, op=fx_effects.name_of(node) or str(node.target),
                         name=label(node), **attrs)  # fmt: skip
 
+    def pure(self, node: fx.Node) -> bool:
+        """Whether all is known of a node, so that it may run later than the model has it."""
+        slot = self.values.get(node)
+        values = [v for v in (slot if isinstance(slot, tuple) else (slot,)) if v is not None]
+        return bool(values) and all(v.producer is not None and v.producer.kind != "opaque" for v in values)
+
     def note(self, code: str, node: fx.Node, message: str) -> None:
         """A refusal that the front end itself has to make."""
         self.graph.notes.append((code, label(node), message))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,9 +19,10 @@ from torch._ops import OpOverload
 from normfuse.frontends.fx import Lowering
 from normfuse.frontends.fx_effects import is_assert, name_of
 from normfuse.frontends.fx_emit import Emitter
+from normfuse.frontends.fx_fused import FusedEmitter
 from normfuse.frontends.fx_meta import MISSING, is_tensor, meta_of, size_of
 from normfuse.graph import Value
-from normfuse.norm import Norm, Site
+from normfuse.plan import Edit, Fused
 from normfuse.verify import Array, Check, compare
 
 MAX_REGION = 400
@@ -34,72 +35,99 @@ _TO_FLOAT = frozenset({"half", "bfloat16", "float"})
 
 
 class Checker:
-    """Checks sites of one graph; remembers what it has checked by the text of region and replacement."""
+    """Checks edits of one graph; remembers what it has checked by the text of region and replacement."""
 
-    def __init__(self, emitter: Emitter) -> None:
-        self.emitter = emitter
+    def __init__(self, emitter: Emitter, fused: FusedEmitter, numerics: str = "exact") -> None:
+        self.emitter, self.fused, self.exact = emitter, fused, numerics == "exact"
         self.done: dict[str, Check] = {}
 
-    def check(self, low: Lowering, site: Site) -> Check:
-        """Compare the region of a site with what would take its place."""
-        norm = site.norm
-        boundary = list(dict.fromkeys([norm.x, *norm.parameters()]))
-        nodes = region(low, site, boundary)
+    def check(self, low: Lowering, edit: Edit) -> Check:
+        """Compare the region of an edit with what would take its place, each of its results by itself."""
+        inputs, outputs = edit.inputs, edit.outputs
+        boundary = list(dict.fromkeys([*inputs, *edit.parameters()]))
+        nodes = region(low, [v.native for v in outputs], boundary)
         if nodes is None:
             return Check(False, message="the region depends on values that cannot be reproduced alone")
         symbols: dict[str, int] = {}
-        fixed = any(name_of(n) in _SHAPED for n in nodes)
-        shapes = [_shape(v, norm, fixed, symbols) for v in boundary]
-        old = _Program(low, nodes, boundary, site.value.native, symbols)
-        new = self._replacement(low, site, boundary, symbols)
+        fixed = any(name_of(n) in _SHAPED for n in nodes) or len({v.shape for v in inputs}) > 1
+        axes = edit.sites[0].norm.axes
+        shapes = [_shape(v, axes if i < len(inputs) else None, fixed, symbols) for i, v in enumerate(boundary)]
+        old = _Program(low, nodes, boundary, [v.native for v in outputs], symbols)
+        new = self._replacement(low, edit, boundary, symbols)
         key = "\n".join([old.text(), new.text(), repr([(v.dtype, s) for v, s in zip(boundary, shapes, strict=True)]),
-                         repr(norm.compute)])  # fmt: skip
+                         repr(edit.sites[0].norm.compute)])  # fmt: skip
         if key not in self.done:
-            tensors = [_parameter(i, v, s) for i, (v, s) in enumerate(zip(boundary, shapes, strict=True))]
-            try:
-                with torch.no_grad(), warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    self.done[key] = compare(
-                        lambda x, wide: old.run([x, *tensors[1:]], wide),
-                        lambda x, wide: new.run([x, *tensors[1:]], wide),
-                        shapes[0],
-                        norm.x.dtype or "",
-                        norm.dtype,
-                    )
-            except Exception as why:  # torch raises anything; not checked means not kept
-                text = (str(why) or type(why).__name__).splitlines()[0]
-                self.done[key] = Check(False, message=f"the check could not run: {text[:200]}")
+            self.done[key] = self._compare(old, new, edit, boundary, shapes)
         return self.done[key]
 
-    def _replacement(self, low: Lowering, site: Site, boundary: list[Value], symbols: dict[str, int]) -> _Program:
+    def _compare(self, old: _Program, new: _Program, edit: Edit, boundary: list[Value],
+                 shapes: list[tuple[int, ...]]) -> Check:  # fmt: skip
+        fixed = [_parameter(i, v, s) for i, (v, s) in enumerate(zip(boundary, shapes, strict=True))]
+
+        def runner(program: _Program, k: int) -> Callable[[Array, bool], Array]:
+            def run(x: Array, wide: bool) -> Array:
+                others = [np.resize(np.roll(x.ravel(), 7 * i), shapes[i]) for i in range(1, len(edit.inputs))]
+                return program.run([x, *others, *fixed[len(edit.inputs) :]], wide, k)
+
+            return run
+
+        worst = Check(True, same=True)
+        try:
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                for k, out in enumerate(edit.outputs):
+                    found = compare(runner(old, k), runner(new, k), shapes[0], boundary[0].dtype or "",
+                                    out.dtype or "", self.exact)  # fmt: skip
+                    if not found.ok:
+                        return found
+                    worst = max(worst, found, key=lambda check: check.after)
+        except Exception as why:  # torch raises anything; not checked means not kept
+            text = (str(why) or type(why).__name__).splitlines()[0]
+            return Check(False, message=f"the check could not run: {text[:200]}")
+        return worst
+
+    def _replacement(self, low: Lowering, edit: Edit, boundary: list[Value], symbols: dict[str, int]) -> _Program:
         graph = fx.Graph()
         inputs = {v: graph.placeholder(f"v{i}") for i, v in enumerate(boundary)}
 
         def operand(value: Value) -> fx.Node:
-            if value not in inputs:  # what a parameter was cast from
-                wide = next(v for v in boundary if _source(v, value))
-                inputs[value] = graph.call_method("to", (inputs[wide], getattr(torch, value.dtype or "")))
+            if value not in inputs:  # what a parameter was made from by a cast or an offset
+                inputs[value] = _back(graph, inputs, value)
             return inputs[value]
 
-        nodes = self.emitter.emit(graph, site.norm, inputs[site.norm.x], operand)
+        if isinstance(edit, Fused):
+            results = self.fused.emit(graph, edit, operand, lambda n: size_of(meta_of(n), symbols))[1]
+        else:
+            results = self.emitter.emit(graph, edit.site.norm, inputs[edit.site.norm.x], operand)[-1:]
         everything = [n for n in graph.nodes if n.op != "placeholder"]
-        return _Program(low, everything, boundary, nodes[-1], symbols, inputs)
+        return _Program(low, everything, boundary, results, symbols, inputs)
 
 
-def _source(wide: Value, value: Value) -> bool:
-    """Whether one value is made from another by casts alone."""
-    current: Value | None = wide
-    while current is not None and current is not value:
-        node = current.producer
-        current = node.inputs[0] if node is not None and node.kind == "cast" else None
-    return current is value
+def _back(graph: fx.Graph, inputs: Mapping[Value, fx.Node], value: Value) -> fx.Node:
+    """A parameter that another one of the boundary was made from, by casts and by adding a number."""
+    for wide, node in inputs.items():
+        current: Value | None = wide
+        shift = 0.0
+        while current is not None and current is not value:
+            maker = current.producer
+            current = None
+            if maker is not None and maker.kind == "cast":
+                current = maker.inputs[0]
+            elif maker is not None and maker.kind == "add":
+                a, b = maker.inputs
+                current, number = (b, a.number) if a.number is not None else (a, b.number)
+                shift += number or 0.0
+        if current is value:
+            shifted = graph.call_function(operator.sub, (node, shift)) if shift else node
+            return graph.call_method("to", (shifted, getattr(torch, value.dtype or "")))
+    raise KeyError(value.name)
 
 
-def region(low: Lowering, site: Site, boundary: list[Value]) -> list[fx.Node] | None:
-    """The FX nodes that compute a site from x and its parameters, in order; None where more is needed."""
+def region(low: Lowering, results: list[fx.Node], boundary: list[Value]) -> list[fx.Node] | None:
+    """The FX nodes that compute results from a boundary, in order; None where more is needed."""
     stop = {v.native for v in boundary}
     found: set[fx.Node] = set()
-    todo: list[fx.Node] = [site.value.native]
+    todo = list(results)
     while todo:
         node = todo.pop()
         if node in stop or node in found or is_assert(node):
@@ -119,13 +147,13 @@ def region(low: Lowering, site: Site, boundary: list[Value]) -> list[fx.Node] | 
     return [n for n in low.source.nodes if n in found]
 
 
-def _shape(value: Value, norm: Norm, fixed: bool, symbols: dict[str, int]) -> tuple[int, ...]:
-    """The shape to test with: rows are cut down unless a view in the region fixes them."""
+def _shape(value: Value, axes: tuple[int, ...] | None, fixed: bool, symbols: dict[str, int]) -> tuple[int, ...]:
+    """The shape to test with: rows, off the given axes, are cut down unless a view in the region fixes them."""
     if not isinstance(value.native, fx.Node):
         return tuple(d for d in value.shape or () if isinstance(d, int))
     sizes = [size_of(d, symbols) for d in meta_of(value.native).shape]
-    if value is norm.x and not fixed:
-        sizes = [d if i in norm.axes else min(d, 3) for i, d in enumerate(sizes)]
+    if axes is not None and not fixed:
+        sizes = [d if i in axes else min(d, 3) for i, d in enumerate(sizes)]
     return tuple(sizes)
 
 
@@ -137,9 +165,9 @@ def _parameter(i: int, value: Value, shape: tuple[int, ...]) -> Array:
 class _Program:
     """Some nodes with their boundary, to be run in their own types or in float64."""
 
-    def __init__(self, low: Lowering, nodes: list[fx.Node], boundary: list[Value], result: fx.Node,
+    def __init__(self, low: Lowering, nodes: list[fx.Node], boundary: list[Value], results: list[fx.Node],
                  symbols: dict[str, int], inputs: Mapping[Value, fx.Node] | None = None) -> None:  # fmt: skip
-        self.low, self.nodes, self.boundary, self.result, self.symbols = low, nodes, boundary, result, symbols
+        self.low, self.nodes, self.boundary, self.results, self.symbols = low, nodes, boundary, results, symbols
         self.inputs = [inputs[v] if inputs is not None else v.native for v in boundary]
 
     def text(self) -> str:
@@ -153,7 +181,7 @@ class _Program:
             args = fx.map_arg((node.args, node.kwargs), lambda n: names.get(n) or str(self._size(n)))
             target = "" if node.op in ("placeholder", "get_attr") else node.target
             lines.append(f"{node.op} {target} {args} {number}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *(names[n] for n in self.results)])
 
     def _size(self, node: fx.Node) -> Any:
         meta, slot = meta_of(node), self.low.values.get(node)
@@ -163,8 +191,8 @@ class _Program:
             return type(meta)(size_of(d, self.symbols) for d in meta)
         return size_of(meta, self.symbols) if isinstance(meta, (int, torch.SymInt)) else meta
 
-    def run(self, values: list[Array], wide: bool) -> Array:
-        """The result for x and the parameters."""
+    def run(self, values: list[Array], wide: bool, k: int) -> Array:
+        """The k-th result for the values of the boundary."""
         env: dict[Any, Any] = {}
         for i, (value, node, array) in enumerate(zip(self.boundary, self.inputs, values, strict=True)):
             tensor = torch.from_numpy(np.ascontiguousarray(array)).reshape(array.shape)
@@ -176,7 +204,7 @@ class _Program:
             slot = self.low.values.get(node)
             if wide and isinstance(slot, Value) and slot.number is not None:
                 env[node] = torch.full_like(env[node], slot.number)  # a constant as its own type holds it
-        out: torch.Tensor = env[self.result]
+        out: torch.Tensor = env[self.results[k]]
         return out.detach().to(torch.float64).numpy()
 
     def _step(self, node: fx.Node, env: dict[Any, Any], wide: bool) -> Any:

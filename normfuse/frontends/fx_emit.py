@@ -71,9 +71,9 @@ class Emitter:
         if written is not None:
             return "NF120", f"{written.name} or a view of it is written in place"
         for expr in (norm.weight, norm.bias):
-            if expr is not None and _shape(expr) is None:
+            if expr is not None and shape_of_expr(expr) is None:
                 return "NF202", "the shape of the weight is not known"
-            if expr is not None and norm.size is None and _shape(expr) not in ((), _width(norm)):
+            if expr is not None and norm.size is None and shape_of_expr(expr) not in ((), width(norm)):
                 return "NF202", "a weight that has to be reshaped to a size known only at run time"
         if norm.compute in HALF and self.numerics == "exact":
             return "NF202", f"it is computed in {norm.compute}, and torch's operator computes in float32"
@@ -106,7 +106,7 @@ class Emitter:
 
         `order` permutes x so that it is contiguous, as the model's result is.
         """
-        make = _Maker(self.level, graph, norm)
+        make = Maker(self.level, graph, norm)
         compute = "float32" if norm.compute in HALF else norm.compute
         late = norm.cast == "first"
         factor = _factor(norm.weight) if late else 1.0  # a constant is applied before the cast, in the wider type
@@ -121,9 +121,10 @@ class Emitter:
         if not direct and norm.x.dtype != compute:
             x = make.cast(x, compute)
         if not late:
-            if weight is not None and _shape(weight):
+            if weight is not None and shape_of_expr(weight):
                 fused_weight = make.weight(weight, stored, operand)
-            if norm.kind == "layer_norm" and bias is not None and _shape(bias) and (fused_weight or weight is None):
+            shifts = norm.kind == "layer_norm" and (fused_weight or weight is None)
+            if shifts and bias is not None and shape_of_expr(bias):
                 fused_bias = make.weight(bias, stored, operand)
         x = make.norm(x, fused_weight, fused_bias)
         if factor != 1.0 and weight is not None:
@@ -154,12 +155,12 @@ def _rounds_alike(norm: Norm) -> bool:
     if norm.dtype != norm.x.dtype or (norm.kind == "rms_norm" and norm.bias is not None):
         return False
     return all(
-        expr is None or (_is_one(expr) and _lossless(expr[0][1][0][0], norm.x.dtype) is not None)
+        expr is None or (is_one(expr) and lossless(expr[0][1][0][0], norm.x.dtype) is not None)
         for expr in (norm.weight, norm.bias)
     )
 
 
-class _Maker:
+class Maker:
     """Appends nodes at one level."""
 
     def __init__(self, level: str, graph: fx.Graph, norm: Norm) -> None:
@@ -216,7 +217,7 @@ class _Maker:
         norm = self.spec
         shape: list[Any] = []
         for a in range(-len(norm.axes), 0):
-            d = _width(norm)[a]
+            d = width(norm)[a]
             if isinstance(d, int):
                 shape.append(d)
             else:
@@ -238,7 +239,7 @@ class _Maker:
 
     def plain(self, expr: Expr, dtype: str, operand: Operands) -> Any:
         """A weight or bias as it stands: a number, or a node that broadcasts to x."""
-        if not _shape(expr) and not any(factors for _, factors in expr):
+        if not shape_of_expr(expr) and not any(factors for _, factors in expr):
             return sum(c for c, _ in expr)
         total: Any = None
         for c, factors in expr:
@@ -258,12 +259,12 @@ class _Maker:
         return total
 
     def _typed(self, value: Value, dtype: str, operand: Operands) -> fx.Node:
-        base = _lossless(value, dtype)
+        base = lossless(value, dtype)
         return self.cast(operand(value), dtype) if base is None else operand(base)
 
     def weight(self, expr: Expr, dtype: str, operand: Operands) -> fx.Node:
         """A weight or bias in the shape and type that the operator wants."""
-        node, shape, wide = self.plain(expr, dtype, operand), _shape(expr), _width(self.spec)
+        node, shape, wide = self.plain(expr, dtype, operand), shape_of_expr(expr), width(self.spec)
         assert isinstance(node, fx.Node) and shape is not None
         if shape == wide:
             return node
@@ -274,12 +275,12 @@ class _Maker:
         return node if last == wide else self.expand(node, list(wide))
 
 
-def _width(norm: Norm) -> Shape:
+def width(norm: Norm) -> Shape:
     assert norm.x.shape is not None
     return tuple(norm.x.shape[a] for a in norm.axes)
 
 
-def _shape(expr: Expr) -> Shape | None:
+def shape_of_expr(expr: Expr) -> Shape | None:
     """The shape of a weight or bias, by broadcasting; () for a number."""
     found = Value("", ())
     for _, factors in expr:
@@ -288,12 +289,12 @@ def _shape(expr: Expr) -> Shape | None:
     return found.shape
 
 
-def _is_one(expr: Expr) -> bool:
+def is_one(expr: Expr) -> bool:
     """A single parameter, as it is."""
     return len(expr) == 1 and expr[0][0] == 1.0 and len(expr[0][1]) == 1 and expr[0][1][0][1] == 1
 
 
-def _lossless(value: Value, dtype: str | None) -> Value | None:
+def lossless(value: Value, dtype: str | None) -> Value | None:
     """The value of this type that a parameter is, or is only a wider copy of."""
     current = value
     while current.dtype != dtype:
@@ -310,4 +311,4 @@ def _lossless(value: Value, dtype: str | None) -> Value | None:
 def emitted(nodes: list[fx.Node]) -> str:
     """What was made, for the report."""
     names = [fx_effects.name_of(n) or str(n.target) for n in nodes]
-    return ", ".join(n for n in names if n not in ("getitem", "size", "sym_size"))
+    return ", ".join(n.replace("::", ".") for n in names if n not in ("getitem", "size", "sym_size"))

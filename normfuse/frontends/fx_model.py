@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import heapq
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,35 +19,38 @@ from normfuse.frontends import fx_effects
 from normfuse.frontends.fx import Lowering
 from normfuse.frontends.fx_check import Checker
 from normfuse.frontends.fx_emit import Emitter, emitted, level_of
+from normfuse.frontends.fx_fused import FusedEmitter
 from normfuse.frontends.fx_meta import meta_of, order_of
 from normfuse.graph import Node, Value
 from normfuse.passes.remove_dead import live
-from normfuse.passmanager import Abilities, fuse, plan
-from normfuse.plan import Plan
-from normfuse.norm import Norm, Refusal, Site
+from normfuse.passmanager import fuse, plan
+from normfuse.plan import Abilities, Edit, Fused, Plan
+from normfuse.norm import Refusal, Site
 from normfuse.report import Report
 from normfuse.verify import Check
 
+Leave = Callable[[Site], str | None]
 _OWN_META = ("val", "example_value", "tensor_meta", "original_aten")
 
 
-def run(model: Any, config: Config, rewrite: bool) -> tuple[Any, Report]:
+def run(model: Any, config: Config, rewrite: bool, leave: Leave | None = None) -> tuple[Any, Report]:
     """Find the norms of a GraphModule or ExportedProgram and, for a rewrite, fuse them in a copy.
 
-    Gives (a model of the same type, the report). Raises `UnsupportedError` for verify="model".
+    `leave` says of a norm without a neighbour why it had better stay as it is, or None. Gives (a model of the same
+    type, the report). Raises `UnsupportedError` for verify="model".
     """
     with _disable_current_modes():  # a backend is called under the tracer's fake mode
-        return _run(model, config, rewrite)
+        return _run(model, config, rewrite, leave)
 
 
-def _run(model: Any, config: Config, rewrite: bool) -> tuple[Any, Report]:
+def _run(model: Any, config: Config, rewrite: bool, leave: Leave | None) -> tuple[Any, Report]:
     if config.verify == "model":
         raise UnsupportedError("verify='model' needs files to run; use verify='sites'")
     exported = not isinstance(model, fx.GraphModule)
     source = model.graph_module if exported else model
     state = _state(model) if exported else None
     level = {"ATEN": "core", "TRAINING": "aten"}.get(model.dialect) if exported else None
-    whole = _Module(source, config, rewrite, state, level)
+    whole = _Module(source, config, rewrite, state, level, leave)
     if rewrite:
         if config.verify != "off":
             whole.check()
@@ -83,14 +87,18 @@ class _Module:
     """One graph module and those inside it."""
 
     def __init__(self, source: fx.GraphModule, config: Config, rewrite: bool,
-                 state: Mapping[str, torch.Tensor | None] | None = None, level: str | None = None) -> None:  # fmt: skip
+                 state: Mapping[str, torch.Tensor | None] | None = None, level: str | None = None,
+                 leave: Leave | None = None) -> None:  # fmt: skip
         started = time.perf_counter()
         self.source, self.config, self.rewrite = source, config, rewrite
         self.graph = _copy(source) if rewrite else source.graph
         self.nodes_before = count(source.graph)
         self.low = Lowering(source, self.graph, state)
         self.emitter = Emitter(level or level_of(self.graph), config.numerics)
-        self.plan: Plan = plan(self.low.graph, config, Abilities(self._expressible), rewrite)
+        self.fused = FusedEmitter(self.emitter.level, config.numerics)
+        self.can = Abilities(lambda norm, value: self.emitter.expressible(self.low, norm, value),
+                             operator=lambda edit: self.fused.unfit(self.low, edit), leave=leave)  # fmt: skip
+        self.plan: Plan = plan(self.low.graph, config, self.can, rewrite)
         self.checks: dict[Site, Check] = {}
         self.emitted: dict[Site, str] = {}
         self.moved: dict[fx.Node, fx.Node] = {}
@@ -100,24 +108,24 @@ class _Module:
         for path in self.low.subgraphs:
             part = source.get_submodule(path)
             if path not in self.inner and isinstance(part, fx.GraphModule):
-                self.inner[path] = _Module(part, config, rewrite, None, self.emitter.level)
-
-    def _expressible(self, norm: Norm, value: Value) -> tuple[str, str] | None:
-        return self.emitter.expressible(self.low, norm, value)
+                self.inner[path] = _Module(part, config, rewrite, None, self.emitter.level, leave)
 
     def check(self) -> None:
-        """Compare every replaced region with its replacement; roll back those that differ."""
+        """Compare every replaced region with its replacement; roll back those that differ, and try what is left."""
         started = time.perf_counter()
-        checker = Checker(self.emitter)
-        failed = False
-        for edit in self.plan.replace:
-            result = self.checks[edit.site] = checker.check(self.low, edit.site)
-            if not result.ok:
-                failed = True
-                code = "NF202" if result.same else "NF201"  # less exact, or another function
-                self.plan.refuse(edit.site, Refusal(code, edit.site.label, result.message))
-        if failed:
-            fuse(self.plan, self.config, Abilities(self._expressible))
+        checker = Checker(self.emitter, self.fused, self.config.numerics)
+        while True:
+            failed = False
+            for edit in self.plan.edits():
+                result = checker.check(self.low, edit)
+                self.checks |= dict.fromkeys(edit.sites, result)
+                if not result.ok:
+                    failed = True
+                    code = "NF202" if result.same else "NF201"  # less exact, or another function
+                    self.plan.fail(edit, Refusal(code, edit.sites[0].label, result.message))
+            if not failed:
+                break
+            fuse(self.plan, self.config, self.can)
         for part in self.inner.values():
             part.check()
         self.seconds["verify"] = time.perf_counter() - started
@@ -125,9 +133,11 @@ class _Module:
     def apply(self) -> fx.GraphModule:
         """Make the edits and give the new module."""
         started = time.perf_counter()
-        for edit in self.plan.replace:
-            self._replace(edit.site)
-        if self.plan.replace:
+        edits = self.plan.edits()
+        for edit in edits:
+            self._replace(edit)
+        if edits:
+            _sort(self.graph)
             self._remove()
         self.graph.lint()
         made = fx.GraphModule(self.source, self.graph, type(self.source).__name__)
@@ -138,9 +148,9 @@ class _Module:
         self.seconds["rewrite"] = time.perf_counter() - started
         return made
 
-    def _replace(self, site: Site) -> None:
-        old: fx.Node = site.value.native
-        order = order_of(meta_of(old))
+    def _replace(self, edit: Edit) -> None:
+        olds: list[fx.Node] = [v.native for v in edit.outputs]
+        first = min(olds)
         attributes: dict[str, fx.Node] = {}
 
         def operand(value: Value) -> fx.Node:
@@ -150,18 +160,23 @@ class _Module:
                 return attributes[value.native]
             return self._now(value.native)
 
-        with self.graph.inserting_before(old):
-            nodes = self.emitter.emit(self.graph, site.norm, operand(site.norm.x), operand, order)
-        self.spent |= {v.native for v in site.norm.parameters() if v.producer is not None and v.producer.kind == "cast"}
-        new = nodes[-1]
-        self.emitted[site] = emitted(nodes)
+        with self.graph.inserting_before(first):
+            if isinstance(edit, Fused):
+                nodes, news = self.fused.emit(self.graph, edit, operand)
+            else:
+                order = order_of(meta_of(first))
+                nodes = self.emitter.emit(self.graph, edit.site.norm, operand(edit.site.norm.x), operand, order)
+                news = nodes[-1:]
+        self.spent |= {v.native for v in edit.parameters() if v.producer is not None and v.producer.kind in ("cast", "add")}
+        self.emitted |= dict.fromkeys(edit.sites, emitted(nodes))
         for node in nodes:
-            node.meta = {k: v for k, v in old.meta.items() if k not in _OWN_META}
-            if node is not new:
-                _infer(node, old)
-        new.meta = dict(old.meta)
-        old.replace_all_uses_with(new)
-        self.moved[old] = new
+            node.meta = {k: v for k, v in olds[0].meta.items() if k not in _OWN_META}
+            if node not in news:
+                _infer(node, olds[0])
+        for old, new in zip(olds, news, strict=True):
+            new.meta = dict(old.meta)
+            old.replace_all_uses_with(new)
+            self.moved[old] = new
 
     def _now(self, node: fx.Node) -> fx.Node:
         while node in self.moved:
@@ -170,7 +185,7 @@ class _Module:
 
     def _remove(self) -> None:
         """Erase the nodes that are dead now, then checks, sizes and constants that only they used."""
-        alive = live(self.low.graph, self.plan.replace)
+        alive = live(self.low.graph, self.plan.edits())
         by_native: dict[fx.Node, list[Node]] = {}
         for node in self.low.graph.nodes:
             by_native.setdefault(node.native, []).append(node)
@@ -222,6 +237,24 @@ def _copy(source: fx.GraphModule) -> fx.Graph:
 def count(graph: fx.Graph) -> int:
     """The operations of a graph."""
     return sum(n.op in ("call_function", "call_method", "call_module") for n in graph.nodes)
+
+
+def _sort(graph: fx.Graph) -> None:
+    """Let each node wait for its inputs, otherwise keeping the order."""
+    place = {node: i for i, node in enumerate(graph.nodes)}
+    if all(place[n] < place[node] for node in place for n in node.all_input_nodes):
+        return
+    missing = {node: len(node.all_input_nodes) for node in place}
+    ready = [(i, node) for node, i in place.items() if not missing[node]]
+    last = graph._root
+    while ready:
+        _, node = heapq.heappop(ready)
+        last.append(node)
+        last = node
+        for user in node.users:
+            missing[user] -= 1
+            if not missing[user]:
+                heapq.heappush(ready, (place[user], user))
 
 
 def _infer(node: fx.Node, like: fx.Node) -> None:

@@ -33,8 +33,8 @@ FLOAT_TYPES = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, DOU
 class Checker:
     """Checks sites of one model; remembers what it has checked by the text of region and replacement."""
 
-    def __init__(self, opset: int) -> None:
-        self.opset = opset
+    def __init__(self, opset: int, numerics: str = "exact") -> None:
+        self.opset, self.exact = opset, numerics == "exact"
         self.done: dict[bytes, Check] = {}
 
     def check(self, low: Lowering, edit: Replace) -> Check:
@@ -65,7 +65,7 @@ class Checker:
             params = _parameters(boundary, site.norm.x)
             try:
                 self.done[key] = compare(_runner(old, boundary, params), _runner(new, boundary, params), shape,
-                                         site.norm.x.dtype or "", target_of(site).dtype or "")  # fmt: skip
+                                         site.norm.x.dtype or "", target_of(site).dtype or "", self.exact)  # fmt: skip
             except Exception as why:  # the reference evaluator raises anything; not checked means not kept
                 text = (str(why) or type(why).__name__).splitlines()[0]
                 self.done[key] = Check(False, message=f"the check could not run: {text[:200]}")

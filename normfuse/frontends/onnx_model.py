@@ -64,7 +64,7 @@ class OnnxModel:
 
     def check(self) -> None:
         """Compare every replaced region with its replacement; roll back those that differ."""
-        checker = Checker(self.opset)
+        checker = Checker(self.opset, self.config.numerics)
         for low, one in zip(self.lowerings, self.plans, strict=True):
             failed = False
             for i, edit in enumerate(one.replace):

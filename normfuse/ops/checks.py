@@ -29,7 +29,7 @@ def check_rows(op: str, name: str, x: Tensor, *parameters: tuple[str, Tensor | N
     for label, parameter in parameters:
         if parameter is not None:
             _check_float(op, label, parameter)
-            _check_device(op, label, parameter, name, x)
+            check_device(op, label, parameter, name, x)
             if parameter.dim() != 1 or parameter.shape[0] != x.shape[-1]:
                 raise InputError(f"normfuse::{op}: {label} has shape {_shape(parameter)}, expected ({x.shape[-1]},), "
                                  f"the length of the last axis of {name}")  # fmt: skip
@@ -38,7 +38,7 @@ def check_rows(op: str, name: str, x: Tensor, *parameters: tuple[str, Tensor | N
 def check_beside(op: str, name: str, other: Tensor, x: Tensor) -> None:
     """A residual or gradient has the shape and the device of x: nothing is broadcast. Raises `InputError`."""
     _check_float(op, name, other)
-    _check_device(op, name, other, "x", x)
+    check_device(op, name, other, "x", x)
     if other.shape != x.shape:
         raise InputError(f"normfuse::{op}: {name} has shape {_shape(other)}, expected {_shape(x)}, that of x")
 
@@ -49,7 +49,8 @@ def _check_float(op: str, name: str, x: Tensor) -> None:
                          "bfloat16, float32 or float64")  # fmt: skip
 
 
-def _check_device(op: str, name: str, tensor: Tensor, first: str, x: Tensor) -> None:
+def check_device(op: str, name: str, tensor: Tensor, first: str, x: Tensor) -> None:
+    """All tensors are where the first is. Raises `InputError`."""
     if tensor.device != x.device:
         raise InputError(f"normfuse::{op}: {name} is on {tensor.device} and {first} on {x.device}; expected one device")
 

@@ -11,6 +11,7 @@ another shape than x raise `InputError`.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import cache, partial
 from types import ModuleType
@@ -19,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normfuse.ops import meaning
-from normfuse.ops.checks import check, check_beside, check_rows
+from normfuse.ops import meaning, sharding
+from normfuse.ops.checks import check, check_beside, check_device, check_rows
 from normfuse.ops.meaning import Dtype, compute_type
 
 _HOW = 'float eps, float offset=0., str cast="last", ScalarType? dtype=None'
@@ -84,7 +85,8 @@ def _qk_norm(op: str, where: Where, q: Tensor, k: Tensor, q_weight: Tensor | Non
              k_weight: Tensor | None, k_bias: Tensor | None, eps: float, offset: float = 0.0, cast: str = "last",
              dtype: Dtype = None, kind: str = "rms_norm") -> tuple[Tensor, Tensor]:  # fmt: skip
     check(op, eps, cast, kind)
-    check_rows(op, "q", q, ("q_weight", q_weight), ("q_bias", q_bias), ("k", None))
+    check_rows(op, "q", q, ("q_weight", q_weight), ("q_bias", q_bias))
+    check_device(op, "k", k, "q", q)
     check_rows(op, "k", k, ("k_weight", k_weight), ("k_bias", k_bias))
     out: tuple[Tensor, Tensor] = where.qk_norm(q, k, q_weight, q_bias, k_weight, k_bias, eps, offset, cast, dtype, kind)
     return out
@@ -111,6 +113,11 @@ def _wanted(ctx: Any, *gradients: tuple[int, Tensor | None]) -> Gradients:
     for i, gradient in gradients:
         out[i] = gradient if ctx.needs_input_grad[i] else None
     return tuple(out)
+
+
+def _or_zeros(gradient: Tensor | None, like: Tensor) -> Tensor:
+    """A gradient; zeros for a result that nobody read, sharded as `like` is, which autograd's own zeros are not."""
+    return torch.zeros_like(like) if gradient is None else gradient
 
 
 def _cast(gradient: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -164,25 +171,29 @@ def _norm_add_gradients(ctx: Any, ds: Tensor) -> Gradients:
 
 def _save_norm_add_norm(ctx: Any, inputs: Any, output: Any) -> None:
     x, residual, w1, b1, w2, b2, ctx.eps, ctx.offset, _, _, ctx.kind = inputs
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, output[1], w1, b1, w2, b2)
     ctx.dtype = residual.dtype
 
 
-def _norm_add_norm_gradients(ctx: Any, dy: Tensor, ds: Tensor) -> Gradients:
-    need = list(ctx.needs_input_grad[2:6])
-    dx, dr, *rest = _back("norm_add_norm_backward", dy, ds, *ctx.saved_tensors, ctx.eps, ctx.offset, ctx.kind, need)
+def _norm_add_norm_gradients(ctx: Any, dy: Tensor | None, ds: Tensor | None) -> Gradients:
+    x, s, *parameters = ctx.saved_tensors
+    need, dy, ds = list(ctx.needs_input_grad[2:6]), _or_zeros(dy, s), _or_zeros(ds, s)
+    dx, dr, *rest = _back("norm_add_norm_backward", dy, ds, x, s, *parameters, ctx.eps, ctx.offset, ctx.kind, need)
     return _wanted(ctx, (0, dx), (1, _cast(dr, ctx.dtype)), *enumerate(rest, 2))
 
 
 def _save_qk_norm(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:6])
     ctx.eps, ctx.offset, ctx.kind = inputs[6], inputs[7], inputs[10]
 
 
-def _qk_norm_gradients(ctx: Any, dq: Tensor, dk: Tensor) -> Gradients:
-    need = list(ctx.needs_input_grad[2:6])
-    return _wanted(ctx, *enumerate(_back("qk_norm_backward", dq, dk, *ctx.saved_tensors, ctx.eps, ctx.offset, ctx.kind,
-                                         need)))  # fmt: skip
+def _qk_norm_gradients(ctx: Any, dq: Tensor | None, dk: Tensor | None) -> Gradients:
+    q, k, *parameters = ctx.saved_tensors
+    need, dq, dk = list(ctx.needs_input_grad[2:6]), _or_zeros(dq, q), _or_zeros(dk, k)
+    found = _back("qk_norm_backward", dq, dk, q, k, *parameters, ctx.eps, ctx.offset, ctx.kind, need)
+    return _wanted(ctx, *enumerate(found))
 
 
 # -- registration ------------------------------------------------------------------------------------------------------
@@ -216,6 +227,8 @@ def _register(name: str, schema: str, run: Callable[..., Any], save: Callable[..
         return out if gradients is None else _lay(out, args[:paired])
 
     def fake(*args: Any) -> Any:
+        if "torch.distributed.tensor" in sys.modules:
+            sharding.register()
         out = run(name, meaning, *args)
         return out if gradients is None else _lay(out, args[:paired])
 

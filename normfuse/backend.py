@@ -1,0 +1,157 @@
+"""``torch.compile(model, backend="normfuse")``: fuse the norms of each graph that Dynamo captures, then compile it.
+
+The graph is rewritten before AOTAutograd, so that the fused operators bring their fused backward. Options are those of
+`normfuse.Config`, and `inner`: the backend that compiles the result, "inductor" (default), "aot_eager" or "eager".
+`mode` goes to Inductor. What was done is logged by "normfuse.backend" (``TORCH_LOGS=normfuse.backend``, with a line a
+norm at ``+normfuse.backend``) and kept for `last_report`.
+
+An operator of ours is a barrier to Inductor's fusions. So a norm is replaced where the operator takes in a neighbour or
+where its backward pays: on a GPU, when training. Any other norm is left to Inductor. On the CPU the operators are taken
+apart again in AOTAutograd, and Inductor fuses the pieces.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.backends.registry import lookup_backend
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+import normfuse
+from normfuse.config import Config
+from normfuse.errors import InputError
+from normfuse.frontends import fx_model
+from normfuse.frontends.fx_meta import meta_of
+from normfuse.norm import Site
+from normfuse.ops.register import decompose_on_cpu
+from normfuse.report import Report
+
+log = logging.getLogger("normfuse.backend")
+INNER = ("inductor", "aot_eager", "eager")
+_last: list[Report] = []
+
+
+def last_report() -> Report | None:
+    """What the backend did to the graph that it compiled last; None before the first."""
+    return _last[-1] if _last else None
+
+
+def backend(graph: fx.GraphModule, inputs: Sequence[Any], *, mode: str | None = None,
+            options: dict[str, Any] | None = None) -> Callable[..., Any]:  # fmt: skip
+    """The entry point for Dynamo. Raises `InputError` for an option that is not known."""
+    inner, config = _options(options or {})
+    if mode is not None and inner != "inductor":
+        raise InputError(f"mode={mode!r} is for inner='inductor', not for inner={inner!r}")
+    training = torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in inputs)
+    graph = rewrite(graph, config, inner, training)
+    if inner == "eager":
+        return graph.forward
+    if inner == "aot_eager":
+        compiled: Callable[..., Any] = lookup_backend("aot_eager")(graph, list(inputs))
+        return compiled
+    return _inductor(graph, inputs, mode)
+
+
+def rewrite(graph: fx.GraphModule, config: Config, inner: str = "inductor", training: bool = False) -> fx.GraphModule:
+    """The graph with its norms fused; the same graph where there are none."""
+
+    def leave(site: Site) -> str | None:
+        device = getattr(meta_of(site.value.native), "device", torch.device("cpu"))
+        if device.type == "cuda" and training:
+            return None
+        if site.is_op:
+            return "it is one operator already, and has no neighbour to take in"
+        return "no neighbour to take in: Inductor fuses it as well" if inner == "inductor" else None
+
+    changed, report = fx_model.run(graph, config, rewrite=True, leave=leave)
+    _last[:] = [report]
+    _tell(report)
+    return changed if report.fused else graph
+
+
+def _options(options: dict[str, Any]) -> tuple[str, Config]:
+    given = dict(options)
+    known = ["inner", *(f.name for f in fields(Config))]
+    for name in given:
+        if name not in known:
+            raise InputError(f"the backend 'normfuse' has no option {name!r}; it has {', '.join(known)}")
+    inner = given.pop("inner", "inductor")
+    if inner not in INNER:
+        raise InputError(f"inner={inner!r} is not known; choose one of {', '.join(map(repr, INNER))}")
+    return inner, Config(**given)
+
+
+def _inductor(graph: fx.GraphModule, inputs: Sequence[Any], mode: str | None) -> Callable[..., Any]:
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+    from torch.compiler import config as compiler_config
+
+    decompose_on_cpu()
+    patches = list_mode_options(mode) if mode not in (None, "default") else {}
+    tag = f"{compiler_config.cache_key_tag}|{version()}"
+    with compiler_config.patch(cache_key_tag=tag):  # an entry of another version of the operators is stale
+        compiled: Any = compile_fx(graph, inputs, config_patches=patches)
+    return compiled  # type: ignore[no-any-return]
+
+
+@cache
+def version() -> str:
+    """Names this version of NormFuse, down to its source, for caches of compiled code."""
+    folder = Path(__file__).parent
+    sources = sorted([*folder.rglob("*.py"), *Path(str(folder / "passes")).resolve().glob("*.py")])
+    return f"normfuse-{normfuse.__version__}-{get_hash_for_files(tuple(map(str, sources))).hex()[:16]}"
+
+
+def _tell(report: Report) -> None:
+    if not log.isEnabledFor(logging.INFO):
+        return
+    made = Counter(n.emitted for n in report.norms if n.action == "fused")
+    left = sum(n.action != "fused" for n in report.norms)
+    log.info("%d norms (%s): %s; %d left", len(report.norms), report.recipe,
+             ", ".join(f"{k} for {v}" for k, v in made.items()) or "none fused", left)  # fmt: skip
+    for norm in report.norms:
+        log.debug("%s: %s (%s) -> %s", norm.name, norm.kind, norm.placement, norm.emitted or norm.reason or norm.action)
+    for refusal in report.refusals:
+        log.info("%s at %s: %s", refusal.code, refusal.node, refusal.message)
+
+
+class InductorPass(CustomGraphPass):
+    """The same passes for those who keep ``backend="inductor"``: a value for Inductor's `pre_grad_custom_pass`.
+
+    ``torch.compile(model, options={"pre_grad_custom_pass": normfuse.InductorPass()})``. As `post_grad_custom_pre_pass`
+    it runs after AOTAutograd: then the backward stays the model's own, and graphs on the CPU are left as they are,
+    because nothing takes the operators apart any more.
+    """
+
+    def __init__(self, config: Config | None = None) -> None:
+        self.config = config or Config()
+
+    def uuid(self) -> str:
+        """Changes with the options and with any line of NormFuse, so that no cached code is stale."""
+        return f"{version()}-{self.config}"
+
+    def __call__(self, graph: fx.Graph) -> None:
+        """Fuse the norms of a graph in place."""
+        decompose_on_cpu()
+        module = graph.owning_module
+        placeholders = [meta_of(n) for n in graph.nodes if n.op == "placeholder"]
+        tensors = [t for t in placeholders if isinstance(t, torch.Tensor)]
+        after = any("val" in n.meta and "example_value" not in n.meta for n in graph.nodes)
+        if module is None or (after and not any(t.is_cuda for t in tensors)):
+            return
+        training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        changed = rewrite(module, self.config, "inductor", training and not after)
+        if changed is not module:
+            for name, part in changed.named_children():
+                setattr(module, name, part)
+            for node in reversed(list(graph.nodes)):
+                graph.erase_node(node)
+            graph.output(graph.graph_copy(changed.graph, {}))

@@ -1,0 +1,49 @@
+"""Residual additions, as the fusion passes look for them."""
+
+from __future__ import annotations
+
+from normfuse.graph import FLOATS, Node, Value
+from normfuse.plan import Plan
+
+
+def summed(value: Value) -> Node | None:
+    """The addition of two tensors of one shape that gives a value: no number, nothing broadcast, nothing overwritten."""
+    node = value.producer
+    if node is None or node.kind != "add" or value.shape is None or value.native is None or not value.shape:
+        return None
+    a, b = node.inputs
+    if a is b or any(v.number is not None or v.dtype not in FLOATS for v in (a, b)) or value.tainted:
+        return None
+    return node if a.shape == b.shape == value.shape else None
+
+
+def sum_of(x: Value) -> Value:
+    """What a norm reads, or what that is a view of with the same rows."""
+    node = x.producer
+    if node is None or node.kind != "reshape" or x.tainted:
+        return x
+    source = node.inputs[0]
+    return source if x.shape and source.shape and x.shape[-1] == source.shape[-1] else x
+
+
+def added(value: Value) -> tuple[Value, Value] | None:
+    """(the sum, the other summand), where the only reader of a value, copies aside, is a residual addition."""
+    while len(value.uses) == 1 and not value.kept:
+        node = value.uses[0]
+        if summed(node.outputs[0]) is node:
+            a, b = node.inputs
+            return node.outputs[0], b if a is value else a
+        if not copies(node):
+            break
+        value = node.outputs[0]
+    return None
+
+
+def copies(node: Node) -> bool:
+    """A cast that changes nothing, dropout when not training and the like."""
+    return node.kind == "identity" or (node.kind == "cast" and node.inputs[0].dtype == node.outputs[0].dtype)
+
+
+def taken(plan: Plan) -> set[Value]:
+    """The values that fused operators give already."""
+    return {value for edit in plan.fused for value in edit.outputs}

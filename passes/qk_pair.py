@@ -1,0 +1,32 @@
+"""The norms of query and key as one operator: Qwen3, Gemma 3, OLMo 2.
+
+    a = norm(q); b = norm(k)      becomes      a, b = qk_norm(q, k)
+
+Only for two norms that meet in the same attention, are alike (kind, eps, offset, casts) and do not depend on each
+other; whether the readers of a can wait for k is for the front end to say.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+from normfuse.graph import Node
+from normfuse.norm import Site
+from normfuse.plan import Abilities, Fused, Plan
+
+
+@dataclass(frozen=True, slots=True)
+class QKPair:
+    can: Abilities
+
+    def __call__(self, plan: Plan) -> None:
+        """Add a `Fused` for each pair."""
+        groups: dict[tuple[Node, bool], list[Site]] = defaultdict(list)
+        for site in plan.free():
+            if site.placement == "qk" and site.attends is not None:
+                groups[site.attends, site.norm.weight is None].append(site)
+        for sites in groups.values():
+            if len(sites) >= 2:
+                a, b = sites[:2]
+                plan.fuse(Fused("qk_norm", (a, b), (a.norm.x, b.norm.x), (a.value, b.value)), self.can)
