@@ -1,8 +1,8 @@
 """``torch.compile(model, backend="normfuse")``: fuse the norms of each graph that Dynamo captures, then compile it.
 
 The graph is rewritten before AOTAutograd, so that the fused operators bring their fused backward. Options are those of
-`normfuse.Config`, and `inner`: the backend that compiles the result, "inductor" (default), "aot_eager" or "eager".
-`mode` goes to Inductor. What was done is logged by "normfuse.backend" (``TORCH_LOGS=normfuse.backend``, with a line a
+`normfuse.Config`, `inner`: the backend that compiles the result, "inductor" (default), "aot_eager" or "eager", and
+`mode`, which goes to Inductor (torch.compile takes `mode` or `options`, not both). What was done is logged by "normfuse.backend" (``TORCH_LOGS=normfuse.backend``, with a line a
 norm at ``+normfuse.backend``) and kept for `last_report`.
 
 An operator of ours is a barrier to Inductor's fusions. So a norm is replaced where the operator takes in a neighbour or
@@ -36,6 +36,7 @@ from normfuse.report import Report
 
 log = logging.getLogger("normfuse.backend")
 INNER = ("inductor", "aot_eager", "eager")
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 _last: list[Report] = []
 
 
@@ -47,9 +48,7 @@ def last_report() -> Report | None:
 def backend(graph: fx.GraphModule, inputs: Sequence[Any], *, mode: str | None = None,
             options: dict[str, Any] | None = None) -> Callable[..., Any]:  # fmt: skip
     """The entry point for Dynamo. Raises `InputError` for an option that is not known."""
-    inner, config = _options(options or {})
-    if mode is not None and inner != "inductor":
-        raise InputError(f"mode={mode!r} is for inner='inductor', not for inner={inner!r}")
+    inner, mode, config = _options(options or {}, mode)
     training = torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in inputs)
     graph = rewrite(graph, config, inner, training)
     if inner == "eager":
@@ -77,27 +76,32 @@ def rewrite(graph: fx.GraphModule, config: Config, inner: str = "inductor", trai
     return changed if report.fused else graph
 
 
-def _options(options: dict[str, Any]) -> tuple[str, Config]:
-    given = dict(options)
-    known = ["inner", *(f.name for f in fields(Config))]
+def _options(options: dict[str, Any], mode: str | None) -> tuple[str, str | None, Config]:
+    given = {"mode": mode, **options}
+    known = ["inner", "mode", *(f.name for f in fields(Config))]
     for name in given:
         if name not in known:
             raise InputError(f"the backend 'normfuse' has no option {name!r}; it has {', '.join(known)}")
     inner = given.pop("inner", "inductor")
     if inner not in INNER:
         raise InputError(f"inner={inner!r} is not known; choose one of {', '.join(map(repr, INNER))}")
-    return inner, Config(**given)
+    mode = given.pop("mode")
+    if mode is not None and inner != "inductor":
+        raise InputError(f"mode={mode!r} is for inner='inductor', not for inner={inner!r}")
+    if mode not in (None, *MODES):
+        raise InputError(f"mode={mode!r} is not known; choose one of {', '.join(map(repr, MODES))}")
+    return inner, mode, Config(**given)
 
 
 def _inductor(graph: fx.GraphModule, inputs: Sequence[Any], mode: str | None) -> Callable[..., Any]:
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
-    from torch.compiler import config as compiler_config
+    import torch.compiler.config
 
     decompose_on_cpu()
     patches = list_mode_options(mode) if mode not in (None, "default") else {}
-    tag = f"{compiler_config.cache_key_tag}|{version()}"
-    with compiler_config.patch(cache_key_tag=tag):  # an entry of another version of the operators is stale
+    settings: Any = torch.compiler.config
+    with settings.patch(cache_key_tag=f"{settings.cache_key_tag}|{version()}"):  # an entry of another version of the operators is stale
         compiled: Any = compile_fx(graph, inputs, config_patches=patches)
     return compiled  # type: ignore[no-any-return]
 

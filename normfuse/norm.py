@@ -138,7 +138,8 @@ def _under(under: Poly) -> tuple[str, float]:
 def precision(fact: Fact) -> tuple[str, str]:
     """(compute dtype, where it is cast back) of a norm, or `Refused` when no operator has that order of casts."""
     x = fact.root.value.dtype or "?"
-    compute, back, affine = "", "", set()
+    compute, back, promoted = "", "", ""
+    affine: set[bool] = set()
     current = x
     for event, dtype in fact.trace:
         if event == "mixed":
@@ -147,12 +148,15 @@ def precision(fact: Fact) -> tuple[str, str]:
             if not compute:
                 current = dtype
             elif back:
-                raise Refused("NF117", "the result is cast twice")
+                if affine or promoted or PRECISION.get(dtype, 0) <= PRECISION.get(back, 99):
+                    raise Refused("NF117", "the result is cast twice")
+                promoted = dtype  # for a wider weight after the cast back: Llama's in float32 on bfloat16 x
             else:
                 back = dtype
             continue
-        if dtype != (back or current):
-            raise Refused("NF117", f"a step in {dtype} amid {back or current}")
+        level = promoted or back or current
+        if dtype != level:
+            raise Refused("NF117", f"a step in {dtype} amid {level}")
         if event in ("centre", "norm") and back:
             raise Refused("NF117", "normalised after the cast back")
         if event not in ("centre", "norm"):
@@ -160,6 +164,8 @@ def precision(fact: Fact) -> tuple[str, str]:
         compute = compute or dtype
     if sum(e in ("weight", "scale") and PRECISION.get(d, 0) < 24 for e, d in fact.trace) > 1:
         raise Refused("NF117", "scaled twice in a narrow type, with a rounding each time")
+    if promoted and True not in affine:
+        raise Refused("NF117", "the result is cast twice")
     if len(affine) == 2:
         raise Refused("NF117", "the cast back stands between scale and shift")
     if fact.types != {compute}:

@@ -13,9 +13,10 @@ class NormRecord:
     """One norm of a model.
 
     `axes` count from the end; `size` is None where the model leaves it open. `cast` tells where the rounding back
-    stands, such as ``"float32, cast to float16 before the weight"``. `action` is one of "fused", "kept" (it is
-    one operator already), "left" (nothing would be gained, `reason` says why) and "refused"; `verified` is None where nothing was checked; `error_before` and `error_after` are the largest distances to float64
-    seen in that check, in units of the type's rounding, of the model's own arithmetic and of what replaced it.
+    stands, such as ``"float32, cast to float16 before the weight"``. `action` is one of "fused", "kept" (it is one
+    operator already), "left" (nothing would be gained, `reason` says why) and "refused". `verified` is None where
+    nothing was checked; `error_before` and `error_after` are the largest distances to float64 seen in that check, in
+    units of the type's rounding, of the model's own arithmetic and of what replaced it.
     """
 
     name: str

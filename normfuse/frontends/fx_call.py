@@ -54,6 +54,10 @@ class Call:
         self.low.emit(kind, inputs, self.node, out, **attrs)
         return True
 
+    def emit_to(self, kind: str, inputs: list[Value], out: Value, **attrs: Any) -> Value:
+        """Append a neutral node that gives a value; the value."""
+        return self.low.emit(kind, inputs, self.node, out, **attrs)
+
 
 class Unfit(Exception):
     """The arguments are of a kind that a row does not know."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from normfuse.frontends.fx_fused import FusedEmitter
 from normfuse.frontends.fx_meta import MISSING, is_tensor, meta_of, size_of
 from normfuse.graph import Value
 from normfuse.plan import Edit, Fused
-from normfuse.verify import Array, Check, compare
+from normfuse.verify import Array, Check, compare, representable
 
 MAX_REGION = 400
 _SHAPED = frozenset(
@@ -106,20 +106,12 @@ class Checker:
 def _back(graph: fx.Graph, inputs: Mapping[Value, fx.Node], value: Value) -> fx.Node:
     """A parameter that another one of the boundary was made from, by casts and by adding a number."""
     for wide, node in inputs.items():
-        current: Value | None = wide
         shift = 0.0
-        while current is not None and current is not value:
-            maker = current.producer
-            current = None
-            if maker is not None and maker.kind == "cast":
-                current = maker.inputs[0]
-            elif maker is not None and maker.kind == "add":
-                a, b = maker.inputs
-                current, number = (b, a.number) if a.number is not None else (a, b.number)
-                shift += number or 0.0
-        if current is value:
-            shifted = graph.call_function(operator.sub, (node, shift)) if shift else node
-            return graph.call_method("to", (shifted, getattr(torch, value.dtype or "")))
+        for source, number in _origins(wide):
+            if source is value:
+                shifted = graph.call_function(operator.sub, (node, shift)) if shift else node
+                return graph.call_method("to", (shifted, getattr(torch, value.dtype or "")))
+            shift += number
     raise KeyError(value.name)
 
 
@@ -158,8 +150,29 @@ def _shape(value: Value, axes: tuple[int, ...] | None, fixed: bool, symbols: dic
 
 
 def _parameter(i: int, value: Value, shape: tuple[int, ...]) -> Array:
-    """A random parameter, drawn from its position so that equal regions get equal ones."""
-    return np.random.default_rng(i + 1).standard_normal(shape) * 0.5 + 1.25
+    """A random parameter, drawn from its position so that equal regions get equal ones, as the type can hold it that it
+    was cast from."""
+    drawn = np.random.default_rng(i + 1).standard_normal(shape) * 0.5 + 1.25
+    chain = list(_origins(value))
+    shift = sum(c for _, c in chain)
+    for dtype in {v.dtype for v, _ in chain} & {"float16", "bfloat16"}:
+        drawn = representable(drawn - shift, dtype or "") + shift
+    return drawn
+
+
+def _origins(value: Value) -> Iterator[tuple[Value, float]]:
+    """A parameter and what it was made of by casts and by adding numbers, each with the number added to it."""
+    current: Value | None = value
+    while current is not None:
+        maker, source = current.producer, None
+        shift: float | None = 0.0
+        if maker is not None and maker.kind == "cast":
+            source = maker.inputs[0]
+        elif maker is not None and maker.kind == "add":
+            a, b = maker.inputs
+            source, shift = (b, a.number) if a.number is not None else (a, b.number)
+        yield current, shift or 0.0
+        current = source if shift is not None else None
 
 
 class _Program:

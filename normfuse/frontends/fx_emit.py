@@ -132,6 +132,8 @@ class Emitter:
             weight = tuple((c / factor, factors) for c, factors in weight if factors) or None
         if late and not direct:
             x = make.cast(x, stored)
+        if late:
+            stored = norm.dtype  # as torch promotes, where the weight is wider
         if weight is not None and fused_weight is None:
             x = make.arithmetic("mul", x, make.plain(weight, stored, operand))
         if bias is not None and fused_bias is None:

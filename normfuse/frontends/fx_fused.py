@@ -115,11 +115,14 @@ class FusedEmitter:
                 raise Unfit("one of its tensors is no tensor of the graph, or of unknown shape")
         if edit.view is not None and edit.view.native.args[:1] != (edit.outputs[1].native,):
             raise Unfit("between the sum and the norm stands more than a view")
+        makers = {v.producer.native for v in edit.outputs if v.producer is not None}
+        if len(makers) == 1 and (name_of(next(iter(makers))) or "").startswith("normfuse::"):
+            raise Unfit("it is that operator already")
         natives = {n.native for site in edit.sites for n in region(site.value, site.norm)}
         natives |= {v.native for v in edit.outputs}
         modes = {low.segment.get(n) for n in natives}
-        if len(modes) > 1 or any(m is not None and m[1] for m in modes):
-            raise Unfit("grad mode or autocast is switched inside it or around it")
+        if len(modes) > 1:
+            raise Unfit("grad mode or autocast is switched inside it")
         metas = [meta_of(v.native) for v in values if isinstance(v.native, fx.Node)]
         if len({str(m.device) for m in metas if isinstance(m, torch.Tensor)}) > 1:
             raise Unfit("its operands are on several devices")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import heapq
+import operator
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,7 +21,7 @@ from normfuse.frontends.fx import Lowering
 from normfuse.frontends.fx_check import Checker
 from normfuse.frontends.fx_emit import Emitter, emitted, level_of
 from normfuse.frontends.fx_fused import FusedEmitter
-from normfuse.frontends.fx_meta import meta_of, order_of
+from normfuse.frontends.fx_meta import is_tensor, meta_of, order_of
 from normfuse.graph import Node, Value
 from normfuse.passes.remove_dead import live
 from normfuse.passmanager import fuse, plan
@@ -167,7 +168,8 @@ class _Module:
                 order = order_of(meta_of(first))
                 nodes = self.emitter.emit(self.graph, edit.site.norm, operand(edit.site.norm.x), operand, order)
                 news = nodes[-1:]
-        self.spent |= {v.native for v in edit.parameters() if v.producer is not None and v.producer.kind in ("cast", "add")}
+        made = (v for v in edit.parameters() if v.producer is not None and v.producer.kind in ("cast", "add"))
+        self.spent |= {v.native for v in made}
         self.emitted |= dict.fromkeys(edit.sites, emitted(nodes))
         for node in nodes:
             node.meta = {k: v for k, v in olds[0].meta.items() if k not in _OWN_META}
@@ -235,8 +237,9 @@ def _copy(source: fx.GraphModule) -> fx.Graph:
 
 
 def count(graph: fx.Graph) -> int:
-    """The operations of a graph."""
-    return sum(n.op in ("call_function", "call_method", "call_module") for n in graph.nodes)
+    """The operations of a graph; picking one result of several is none."""
+    calls = (n for n in graph.nodes if n.op in ("call_function", "call_method", "call_module"))
+    return sum(n.target is not operator.getitem or is_tensor(meta_of(n.args[0])) for n in calls)
 
 
 def _sort(graph: fx.Graph) -> None:

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 
 from normfuse.frontends.fx_call import Call, Row, Unfit, guarded
-from normfuse.graph import Value
+from normfuse.graph import PRECISION, Value
 
 HALF = ("float16", "bfloat16")
+FUSED = ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm", "norm_add", "norm_add_norm", "qk_norm")
+"""The operators of `normfuse.ops`."""
 
 
 def norm_stages(call: Call, kind: str, x: Value, weight: Value | None, bias: Value | None, count: int,
@@ -79,3 +81,77 @@ def norm_module(kind: str) -> Row:
 
     return guarded(row)
 
+
+
+def fused(name: str) -> Row:
+    """An operator of `normfuse.ops`, in its stages: a graph that was rewritten reads as it did before."""
+
+    def row(call: Call) -> bool:
+        schema = [a.name for a in call.node.target._schema.arguments]  # type: ignore[union-attr]
+        at: dict[str, Any] = {n: call.get(i, n) for i, n in enumerate(schema)}
+        kind = at.get("kind") or ("rms_norm" if "kind" in schema else name.removeprefix("add_"))
+        values = {n: call.value(i, n) for i, n in enumerate(schema) if n not in ("eps", "offset", "round_sum")}
+        single = name in ("rms_norm", "layer_norm", "norm_add")
+        outs = (call.low.out(call.node),) if single else call.low.outs(call.node)
+        if at.get("round_sum") is False or any(v is None for v in outs):
+            known = [[v for v in vs if v is not None] for vs in (values.values(), outs)]
+            call.low.graph.node("opaque", *known, native=call.node, op=name, name=call.node.name)
+            return True
+
+        def normed(x: Value, weight: str, bias: str, out: Value | None) -> Value:
+            return _fused_stages(call, kind, x, values[weight], values[bias], at, out)
+
+        x, residual = (values[schema[0]], values[schema[1]])
+        assert x is not None
+        if name in ("rms_norm", "layer_norm"):
+            normed(x, "weight", "bias", outs[0])
+        elif name == "qk_norm":
+            assert residual is not None
+            normed(x, "q_weight", "q_bias", outs[0])
+            normed(residual, "k_weight", "k_bias", outs[1])
+        else:
+            assert residual is not None
+            s = outs[-1]
+            if name.startswith("add_"):
+                call.emit("add", [x, residual], s)
+            else:
+                two = "1" if name == "norm_add_norm" else ""
+                call.emit("add", [residual, normed(x, f"weight{two}", f"bias{two}", None)], s)
+            if name != "norm_add":
+                assert s is not None
+                two = "2" if name == "norm_add_norm" else ""
+                normed(s, f"weight{two}", f"bias{two}", outs[0])
+        return True
+
+    return guarded(row)
+
+
+def _fused_stages(call: Call, kind: str, x: Value, weight: Value | None, bias: Value | None, at: dict[str, Any],
+                  out: Value | None) -> Value:  # fmt: skip
+    """One norm of an operator of `normfuse.ops`, with the casts that its attributes ask for."""
+    compute = "float64" if x.dtype == "float64" else "float32"
+    affine, last = compute, at["dtype"] and str(at["dtype"]).removeprefix("torch.")
+    stages: list[tuple[str, list[Value], str, dict[str, Any]]] = []
+    if x.dtype != compute:
+        stages.append(("cast", [], compute, {}))
+    axes = (len(x.shape or ()) - 1,)
+    stages.append((kind, [], compute, {"axes": axes, "eps": float(at["eps"])}))
+    if at["cast"] == "first":
+        affine = x.dtype or compute
+        if affine != compute:
+            stages.append(("cast", [], affine, {}))
+        for v in (weight, bias):
+            affine = max(affine, v.dtype or affine if v is not None else affine, key=lambda t: PRECISION[t])
+    if weight is not None and at["offset"]:
+        wide = weight
+        if weight.dtype != affine:
+            wide = call.emit_to("cast", [weight], call.low.virtual(weight.shape, affine))
+        shift = call.low.number(float(at["offset"]), affine)
+        weight = call.emit_to("add", [wide, shift], call.low.virtual(weight.shape, affine))
+    stages += [(k, [v], affine, {}) for k, v in (("mul", weight), ("add", bias)) if v is not None]
+    if (last or (affine if at["cast"] == "first" else x.dtype)) != stages[-1][2]:
+        stages.append(("cast", [], last or x.dtype or affine, {}))
+    for i, (k, more, dtype, attrs) in enumerate(stages):
+        end = out if i == len(stages) - 1 else None
+        x = call.emit_to(k, [x, *more], end or call.low.virtual(x.shape, dtype), **attrs)
+    return x

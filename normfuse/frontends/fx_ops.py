@@ -292,6 +292,7 @@ OPS: dict[str, Row] = _table(
         "rms_norm": norms.norm("rms_norm"),
         "native_layer_norm": norms.norm("layer_norm", many=True),
         "_fused_rms_norm": norms.norm("rms_norm", many=True),
+        **{f"normfuse::{name}": norms.fused(name) for name in norms.FUSED},
         "full full_like": filled(1),
         "new_full": filled(2),
         "tensor scalar_tensor": filled(0),

@@ -81,11 +81,12 @@ class Emitter:
         native = self.native(norm)
         rms_bias = norm.kind == "rms_norm" and norm.bias is not None
         weight = bias = None
-        if norm.weight is not None:
+        wide = first and norm.dtype != inner  # a wider weight after the cast back is applied by nodes of its own
+        if norm.weight is not None and not wide:
             weight = self._parameter(nodes, norm, norm.weight, params, inner, f"{name}/weight")
         elif native:
             weight = self.constant(np.ones(_width(norm)), inner, "ones")
-        if norm.bias is not None:
+        if norm.bias is not None and not wide:
             bias = self._parameter(nodes, norm, norm.bias, params, inner, f"{name}/bias")
         inputs = [v for v in (x, weight, None if rms_bias else bias) if v is not None]
         attrs: list[ir.Attr] = [ir.AttrFloat32("epsilon", norm.eps)]
@@ -107,8 +108,12 @@ class Emitter:
         if rms_bias and bias is not None:
             nodes.append(ir.Node("", "Add", [y, bias], name=f"{name}/add"))
             y = nodes[-1].outputs[0]
-        if norm.cast in ("last", "mixed") and norm.dtype != inner:
-            self._cast(nodes, y, norm.dtype, f"{name}/downcast")
+        if wide or (norm.cast in ("last", "mixed") and norm.dtype != inner):
+            y = self._cast(nodes, y, norm.dtype, f"{name}/downcast")
+        for op, expr in (("Mul", norm.weight), ("Add", norm.bias)) if wide else ():
+            if expr is not None:
+                operand = self._parameter(nodes, norm, expr, params, norm.dtype, f"{name}/{op.lower()}")
+                y = self._node(nodes, op, [y, operand], name)
         return nodes
 
     def call(self, function: ir.Function, inputs: list[ir.Value], name: str) -> list[ir.Node]:

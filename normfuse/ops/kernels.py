@@ -230,9 +230,9 @@ def long_statistics(x, r, row, sizes, how: tl.constexpr):
     Every column of a block has a mean and a sum of squares about it of its own, by Welford; Chan's formula joins them.
     """
     lane = tl.arange(0, how.block)[None, :]
-    centre = tl.zeros([1, how.block], how.c)
-    squares = tl.zeros([1, how.block], how.c)
-    blocks = tl.zeros([1, 1], how.c)
+    centre = tl.full([1, how.block], 0.0, how.c)
+    squares = tl.full([1, how.block], 0.0, how.c)
+    blocks = tl.full([1, 1], 0.0, how.c)
     for start in range(0, how.n, how.block):
         inside = start + lane < how.n
         h = summand(x, r, row, sizes, start + lane, inside, how)

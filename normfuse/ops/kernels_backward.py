@@ -47,10 +47,10 @@ def store_partial(partial, line, cols, total, how: tl.constexpr):
 def backward_tiles(program, programs, dy, ds, x, dx, w, dw, db, x1, dx1, w1, dw1, db1, sizes, how: tl.constexpr):
     """`norm_backward` and, with x1, `norm_add_norm_backward`: there x is the sum that the second norm reads."""
     cols = tl.arange(0, how.block)[None, :]
-    sum_w = tl.zeros([how.rows, how.block], how.c)
-    sum_b = tl.zeros([how.rows, how.block], how.c)
-    sum_w1 = tl.zeros([how.rows, how.block], how.c)
-    sum_b1 = tl.zeros([how.rows, how.block], how.c)
+    sum_w = tl.full([how.rows, how.block], 0.0, how.c)
+    sum_b = tl.full([how.rows, how.block], 0.0, how.c)
+    sum_w1 = tl.full([how.rows, how.block], 0.0, how.c)
+    sum_b1 = tl.full([how.rows, how.block], 0.0, how.c)
     for tile in range(program, tl.cdiv(count(sizes), how.rows), programs):
         row, inside = rows_of(tile, sizes, cols, how)
         d = read(dy, row, sizes, cols, inside, how.c)
@@ -109,8 +109,8 @@ def backward_long(dy, ds, x, dx, w, statistics, sizes, how: tl.constexpr):
     if statistics is not None:
         tl.store(statistics + 2 * row.to(tl.int64), middle)
         tl.store(statistics + 2 * row.to(tl.int64) + 1, rstd)
-    along = tl.zeros([1, how.block], how.c)
-    total = tl.zeros([1, how.block], how.c)
+    along = tl.full([1, how.block], 0.0, how.c)
+    total = tl.full([1, how.block], 0.0, how.c)
     for start in range(0, how.n, how.block):
         cols = start + lane
         inside = cols < how.n
@@ -138,8 +138,8 @@ def backward_long(dy, ds, x, dx, w, statistics, sizes, how: tl.constexpr):
 def partials_long(dy, x, statistics, dw, db, sizes, how: tl.constexpr):
     """Grid (column blocks, P): a block of columns of the partials of one program, `backward_long` having been there."""
     cols = tl.program_id(0) * how.block + tl.arange(0, how.block)[None, :]
-    sum_w = tl.zeros([how.rows, how.block], how.c)
-    sum_b = tl.zeros([how.rows, how.block], how.c)
+    sum_w = tl.full([how.rows, how.block], 0.0, how.c)
+    sum_b = tl.full([how.rows, how.block], 0.0, how.c)
     for tile in range(tl.program_id(1), tl.cdiv(count(sizes), how.rows), tl.num_programs(1)):
         row, inside = rows_of(tile, sizes, cols, how)
         d = read(dy, row, sizes, cols, inside, how.c)
@@ -159,7 +159,7 @@ def partials_long(dy, x, statistics, dw, db, sizes, how: tl.constexpr):
 def sum_lines(partial, out, lines, n, height: tl.constexpr, width: tl.constexpr):
     """The sum of the lines of one (lines, n) buffer, for a block of columns."""
     cols = tl.program_id(0) * width + tl.arange(0, width)[None, :]
-    total = tl.zeros([height, width], partial.dtype.element_ty)
+    total = tl.full([height, width], 0.0, partial.dtype.element_ty)
     for start in range(0, lines, height):
         line = start + tl.arange(0, height)[:, None]
         total += tl.load(partial + line * n + cols, mask=(line < lines) & (cols < n), other=0.0)

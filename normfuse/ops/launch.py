@@ -52,7 +52,7 @@ def config(n: int, itemsize: int, tensors: int) -> Config:
     if tuned := TUNED.get((block, itemsize, tensors)):
         return tuned
     if block * tensors * wide > ON_CHIP:
-        block = min(block // 2, 8192)
+        block = min(block // 2, 8192 if tensors < 3 else 4096)
     rows = max(1, 2048 // block)
     # 16 elements to a thread, 8 where three tiles or more are held: at least one access of 128 bits, no spilling
     warps = min(max(rows * block * wide // (512 if tensors < 3 else 256), 4), 32)
@@ -271,10 +271,10 @@ class _Gradients:
         """The gradients, an empty tensor for each that is not needed."""
         if self.outs:
             lines, sizes = zip(*(p.shape for p in self.partials), strict=True)
-            width = 32
-            grid = (-(-max(sizes) // width), len(self.outs))
-            _launch(kernels_backward.sum_partials, grid, self.x, 4, tuple(self.partials), tuple(self.outs), lines,
-                    sizes, 64, width)  # fmt: skip
+            height = min(1 << (max(lines) - 1).bit_length(), 64)
+            width = 2048 // height
+            _launch(kernels_backward.sum_partials, (-(-max(sizes) // width), len(lines)), self.x, 4,
+                    tuple(self.partials), tuple(self.outs), lines, sizes, height, width)  # fmt: skip
         outs = iter(self.outs)
         return [next(outs) if need and p is not None else self.x.new_empty(0) for p, need in parameters]
 
@@ -366,7 +366,7 @@ def qk_norm_backward(dq: Tensor, dk: Tensor, q: Tensor, k: Tensor, q_weight: Ten
     """`meaning.qk_norm_backward`; two kernels where a row does not fit on chip."""
     parameters = tuple(zip((q_weight, q_bias, k_weight, k_bias), need, strict=True))
     outs, args, programs, warps, gradients = [], [], [], [], []
-    for dy, x, *own in ((dq, q, *parameters[:2]), (dk, k, *parameters[2:])):
+    for dy, x, own in ((dq, q, parameters[:2]), (dk, k, parameters[2:])):
         needed = sum(flag and p is not None for p, flag in own)
         plan = _backward_plan(x, (dy, own[0][0], own[1][0]), eps, offset, kind, needed)
         if plan is None or plan.config.block < x.shape[-1]:

@@ -1,0 +1,364 @@
+"""`torch.compile(model, backend="normfuse")`: models of transformers, outputs and gradients, options, what it adds."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
+
+import normfuse
+from normfuse import backend
+from tests.families import FAMILIES
+
+LAYERS = 2
+FUSED = {  # operators that take in a neighbour, a layer
+    "gemma2": {"norm_add_norm": 2},
+    "gemma3": {"norm_add_norm": 2, "qk_norm": 1},
+    "glm4": {"norm_add_norm": 2},
+    "olmo2": {"norm_add": 2, "qk_norm": 1},
+    "qwen3": {"add_rms_norm": 2, "qk_norm": 1},
+    "olmoe": {"add_rms_norm": 2, "qk_norm": 1},
+    "t5": {"add_rms_norm": 5},
+    "phi": {"add_layer_norm": 1},
+    "cohere": {"add_layer_norm": 1},
+    "cohere_qk": {"add_layer_norm": 1, "qk_norm": 1},
+    "gpt_neox": {"add_layer_norm": 1},
+    "falcon": {"add_layer_norm": 1},
+}
+OTHERS = {"rms_norm": {"add_rms_norm": 2}, "layer_norm": {"add_layer_norm": 2}}
+MORE = {"opt": Counter(add_layer_norm=1)}  # OPT projects into its stream with an addition
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    torch._dynamo.reset()
+    counters.clear()
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
+    """The graphs that the backend hands on."""
+    seen: list[torch.fx.GraphModule] = []
+    rewrite = backend.rewrite
+
+    def spy(*args: Any, **kwargs: Any) -> torch.fx.GraphModule:
+        seen.append(rewrite(*args, **kwargs))
+        return seen[-1]
+
+    monkeypatch.setattr(backend, "rewrite", spy)
+    return seen
+
+
+def operators(graph: torch.fx.GraphModule) -> Counter[str]:
+    """The operators of NormFuse in a graph, by name."""
+    names = [str(n.target) for n in graph.graph.nodes if n.op == "call_function"]
+    return Counter(n.split(".")[1] for n in names if n.startswith("normfuse."))
+
+
+def run(model: Callable[..., Any], args: tuple[Any, ...], parameters: dict[str, nn.Parameter]) -> list[Tensor]:
+    """The output, and the gradient of every parameter of a loss that tells its elements apart."""
+    for p in parameters.values():
+        p.grad = None
+    out = model(*args)
+    out = out[0] if isinstance(out, tuple) else out
+    slope = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
+    (out * slope).sum().backward()
+    return [out.detach(), *(torch.zeros_like(p) if p.grad is None else p.grad for p in parameters.values())]
+
+
+def check_model(name: str, inner: str) -> None:
+    """Outputs and gradients of the compiled model against eager in float64, no further than eager in float32 is."""
+    family = FAMILIES[name]
+    args, model = family.args(), family.build()
+    parameters = dict(model.named_parameters())
+    eager = run(model, args, parameters)
+    got = run(torch.compile(model, backend="normfuse", options={"inner": inner}), args, parameters)
+    assert not counters["graph_break"]
+    wide = family.build().double()
+    exact = run(wide, tuple(a.double() if a.is_floating_point() else a for a in args), dict(wide.named_parameters()))
+    zero = 1e-6 * max(float(c.abs().max()) for c in exact[1:])  # some gradients are zero: a bias before a softmax
+    for label, a, b, c in zip(["output", *parameters], eager, got, exact, strict=True):
+        allowed = max(1e-5 * float(c.abs().max()), 2 * float((a - c).abs().max()), zero if label != "output" else 0)
+        assert float((b - a).abs().max()) <= allowed, label
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_family(name: str, graphs: list[torch.fx.GraphModule]) -> None:
+    family = FAMILIES[name]
+    check_model(name, "aot_eager")
+    report = normfuse.last_report()
+    assert report is not None and len(graphs) == 1
+    assert len(report.norms) == family.norms
+    assert dict(Counter(n.placement for n in report.norms)) == family.placements
+    assert not report.refusals and all(n.action in ("fused", "left") for n in report.norms)
+    layer = FUSED.get(name) or OTHERS[report.norms[-1].kind]
+    want = Counter({op: n * LAYERS for op, n in layer.items()}) + MORE.get(name, Counter())
+    made = operators(graphs[0])
+    assert {op: n for op, n in made.items() if op not in ("rms_norm", "layer_norm")} == want
+
+
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=() if name in ("llama", "gemma3", "gpt2") else pytest.mark.slow) for name in FAMILIES
+])  # fmt: skip
+def test_family_with_inductor(name: str) -> None:
+    check_model(name, "inductor")
+
+
+# -- how it is reached -------------------------------------------------------------------------------------------------
+
+
+def test_it_needs_no_import() -> None:
+    program = ("import torch; f = torch.compile(lambda x: x + 1, backend='normfuse', options={'inner': 'eager'}); "
+               "print(f(torch.zeros(1)).item())")  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "1.0\n"
+
+
+def small(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """A residual addition and the norm behind it, as Llama spells it."""
+    s = x + torch.tanh(x)
+    h = s.float()
+    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
+    return w * h.to(s.dtype), s
+
+
+@pytest.mark.parametrize(("more", "message"), [
+    ({"options": {"numeric": "exact"}}, "has no option 'numeric'; it has inner, mode, layernorm_to_rmsnorm, numerics"),
+    ({"options": {"inner": "tvm"}}, "inner='tvm' is not known; choose one of 'inductor', 'aot_eager', 'eager'"),
+    ({"options": {"numerics": "loose"}}, "numerics='loose' is not known"),
+    ({"options": {"inner": "eager", "mode": "reduce-overhead"}}, "mode='reduce-overhead' is for inner='inductor'"),
+    ({"options": {"mode": "fastest"}}, "mode='fastest' is not known; choose one of 'default', 'reduce-overhead'"),
+])  # fmt: skip
+def test_bad_options(more: dict[str, Any], message: str) -> None:
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=message.replace("(", r"\(")) as why:
+        torch.compile(small, backend="normfuse", **more)(torch.randn(4, 8), torch.ones(8))
+    assert isinstance(why.value.inner_exception, normfuse.InputError)
+
+
+def test_a_bad_weight_is_an_error_of_the_model_and_not_ours() -> None:
+    with pytest.raises(Exception, match="size of tensor a|broadcast"):
+        torch.compile(small, backend="normfuse", options={"inner": "eager"})(torch.randn(4, 8), torch.ones(3))
+
+
+def test_nothing_to_fuse_reaches_the_inner_backend_untouched(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(backend, "lookup_backend", lambda name: lambda graph, inputs: given.append(graph) or graph)
+    captured: list[Any] = []
+
+    def spy(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        captured.append(graph)
+        return backend.backend(graph, inputs, options={"inner": "aot_eager"})
+
+    torch.compile(lambda x: torch.relu(x) + 1, backend=spy)(torch.randn(3))
+    assert captured[0] is given[0]
+
+
+def test_report_and_log_say_what_was_done_and_why_not(caplog: pytest.LogCaptureFixture) -> None:
+    def two(x: Tensor, w: Tensor) -> Tensor:
+        y, s = small(nn.functional.rms_norm(x, (8,), w, 1e-6), w)
+        return y + s
+
+    with caplog.at_level(logging.DEBUG, "normfuse.backend"):
+        torch.compile(two, backend="normfuse")(torch.randn(4, 8), torch.ones(8))
+    report = normfuse.last_report()
+    assert report is not None
+    assert [(n.action, n.emitted) for n in report.norms] == [("left", ""), ("fused", "normfuse.add_rms_norm")]
+    assert report.norms[0].reason == "it is one operator already, and has no neighbour to take in"
+    assert "2 norms (RMSNorm" in caplog.text and "normfuse.add_rms_norm for 1; 1 left" in caplog.text
+    assert report.norms[0].reason in caplog.text
+
+
+# -- what it must not add ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_no_more_recompiles_than_inductor(dynamic: bool | None) -> None:
+    counts = {}
+    for name in ("inductor", "normfuse"):
+        torch._dynamo.reset()
+        counters.clear()
+        compiled = torch.compile(small, backend=name, dynamic=dynamic)
+        for rows in (3, 5, 9, 17):
+            x, w = torch.randn(rows, 8), torch.rand(8) + 0.5
+            for got, want in zip(compiled(x, w), small(x, w), strict=True):
+                torch.testing.assert_close(got, want)
+        counts[name] = counters["stats"]["unique_graphs"]
+    assert counts["normfuse"] <= counts["inductor"]
+
+
+def test_eps_as_a_dynamic_scalar() -> None:
+    def norm(x: Tensor, r: Tensor, w: Tensor, eps: float) -> Tensor:
+        s = x + r
+        return w * (s * torch.rsqrt(s.pow(2).mean(-1, keepdim=True) + eps)) + s
+
+    compiled = torch.compile(norm, backend="normfuse", dynamic=True, options={"inner": "aot_eager"})
+    x, r, w = torch.randn(4, 8), torch.randn(4, 8), torch.rand(8)
+    for eps in (1e-6, 1e-5, 0.5):
+        torch.testing.assert_close(compiled(x, r, w, eps), norm(x, r, w, eps))
+        report = normfuse.last_report()
+        assert report is not None and [(n.eps, n.action) for n in report.norms] == [(eps, "fused")]
+
+
+class Block(nn.Module):
+    """A pre-norm block with a sandwich, small enough to look through."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        self.pre, self.post = nn.RMSNorm(width, eps=1e-6), nn.RMSNorm(width, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.post(self.down(torch.relu(self.up(self.pre(x)))))
+
+
+class Stack(nn.Module):
+    """Blocks, their activations recomputed in the backward where asked for."""
+
+    def __init__(self, recompute: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks, self.norm, self.recompute = nn.ModuleList(Block() for _ in range(2)), nn.LayerNorm(16), recompute
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.recompute else block(x)
+        return self.norm(x)
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+def test_activation_checkpointing(inner: str, graphs: list[torch.fx.GraphModule]) -> None:
+    model, x = Stack(recompute=True), torch.randn(4, 16)
+    parameters = dict(model.named_parameters())
+    want = run(model, (x,), parameters)
+    got = run(torch.compile(model, backend="normfuse", options={"inner": inner}), (x,), parameters)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    inside = [operators(part) for part in graphs[0].modules() if isinstance(part, torch.fx.GraphModule)]
+    assert sum(inside, Counter())["norm_add"] == 2
+
+
+@pytest.mark.parametrize("more", [{"mode": "reduce-overhead"}, {"options": {"mode": "max-autotune-no-cudagraphs"}}])
+def test_modes_of_inductor(more: dict[str, Any]) -> None:
+    x, w = torch.randn(4, 8), torch.rand(8)
+    for got, want in zip(torch.compile(small, backend="normfuse", **more)(x, w), small(x, w), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # eager, under autocast
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+def test_autocast(inner: str, inside: bool, graphs: list[torch.fx.GraphModule]) -> None:
+    model, x = Stack(), torch.randn(4, 16)
+
+    def forward(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            out: Tensor = model(x)
+        return out
+
+    call: Callable[..., Any] = forward if inside else model
+    compiled = torch.compile(call, backend="normfuse", options={"inner": inner})
+    with torch.autocast("cpu", torch.bfloat16, enabled=not inside):
+        want, got = call(x), compiled(x)
+    assert got.dtype == want.dtype
+    # Inductor drops roundings between the pieces that it fuses, ours and others alike
+    torch.testing.assert_close(got, want, rtol=0, atol=0 if inner == "aot_eager" else 0.05)
+    assert operators(graphs[0])["norm_add"] + operators(graphs[0])["norm_add_norm"] == 2
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+def test_values_used_elsewhere_and_views_stay(inner: str) -> None:
+    def f(x: Tensor, r: Tensor, w: Tensor) -> list[Tensor]:
+        s = x + r
+        n = nn.functional.rms_norm(s, (8,), w, 1e-6)
+        t = r + n  # n is read twice: no norm_add
+        view = s.view(-1)
+        return [n * 2, t, view[:8].clone(), nn.functional.layer_norm(t, (8,), w, w, 1e-5), s.transpose(0, 1)]
+
+    x, r, w = torch.randn(4, 8), torch.randn(4, 8), torch.rand(8)
+    got = torch.compile(f, backend="normfuse", options={"inner": inner})(x, r, w)
+    for a, b in zip(got, f(x, r, w), strict=True):
+        torch.testing.assert_close(a, b)
+        assert a.stride() == b.stride()
+
+
+def test_writes_in_place_are_respected(graphs: list[torch.fx.GraphModule]) -> None:
+    def f(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        s = x + r
+        s.mul_(2)
+        y = nn.functional.rms_norm(s, (8,), w, 1e-6)
+        s.add_(1)
+        return y + s, x
+
+    def g(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.clone()
+        x += 1  # a summand that is written before it is read
+        s = x + r
+        return nn.functional.rms_norm(s, (8,), w, 1e-6), s
+
+    x, r, w = torch.randn(4, 8), torch.randn(4, 8), torch.rand(8)
+    for function, fused in ((f, 0), (g, 1)):
+        got = torch.compile(function, backend="normfuse", options={"inner": "aot_eager"})(x, r, w)
+        for a, b in zip(got, function(x, r, w), strict=True):
+            torch.testing.assert_close(a, b)
+        assert operators(graphs[-1])["add_rms_norm"] == fused
+
+
+def test_promotion_is_respected(graphs: list[torch.fx.GraphModule]) -> None:
+    x, r, w = torch.randn(4, 8).bfloat16(), torch.randn(4, 8), torch.rand(8)
+    got = torch.compile(small, backend="normfuse", options={"inner": "aot_eager"})(x, w)
+    for a, b in zip(got, small(x, w), strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+
+    def residual(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        s = x + r
+        return nn.functional.rms_norm(s, (8,), w, 1e-6), s
+
+    got = torch.compile(residual, backend="normfuse", options={"inner": "aot_eager"})(x, r, w)
+    for a, b in zip(got, residual(x, r, w), strict=True):
+        assert a.dtype == b.dtype == torch.float32
+        torch.testing.assert_close(a, b)
+    assert [operators(g)["add_rms_norm"] for g in graphs] == [1, 1]
+
+
+# -- caches and the plugin ---------------------------------------------------------------------------------------------
+
+
+def test_the_version_names_every_source_file() -> None:
+    assert backend.version().startswith(f"normfuse-{normfuse.__version__}-")
+    assert normfuse.InductorPass().uuid() != normfuse.InductorPass(normfuse.Config(numerics="fast")).uuid()
+
+
+def test_another_version_misses_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    x, w = torch.randn(4, 8), torch.rand(8)
+    hits = []
+    for tag in ("normfuse-a", "normfuse-a", "normfuse-b"):
+        torch._dynamo.reset()
+        counters.clear()
+        monkeypatch.setattr(backend, "version", lambda tag=tag: tag)
+        torch.compile(small, backend="normfuse")(x, w)
+        hits.append(counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"] > 0)
+    assert hits == [False, True, False]
+
+
+@pytest.mark.parametrize("name", ["pre_grad_custom_pass", "post_grad_custom_pre_pass"])
+def test_inductor_plugin(name: str) -> None:
+    model, x = Stack(), torch.randn(4, 16)
+    parameters = dict(model.named_parameters())
+    want = run(model, (x,), parameters)
+    before = normfuse.last_report()
+    got = run(torch.compile(model, options={name: normfuse.InductorPass()}), (x,), parameters)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    report = normfuse.last_report()
+    if name == "pre_grad_custom_pass":
+        assert report is not None and report is not before and report.fused == 3
