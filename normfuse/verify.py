@@ -100,14 +100,32 @@ def compare(region: Callable[[Array, bool], Array], replacement: Callable[[Array
         allowed = 2 * _gap(want, old) + 4 * unit * top
         gap = _gap(want, new)
         if np.isfinite(old).all() and not gap <= allowed:
-            message = f"further from float64 on {name} rows: {gap:.2g}, was {_gap(want, old):.2g}"
-            return Check(False, message=message, same=True)
+            worse, was = _more_rows(region, replacement, shape, dtype, name)  # few rows say little of a largest error
+            if not worse <= 2 * was + 4 * unit * top:
+                message = f"further from float64 on {name} rows: {worse:.2g}, was {was:.2g}"
+                return Check(False, message=message, same=True)
         differ, count = differ + int(np.sum((old != new) & ~(np.isnan(old) & np.isnan(new)))), count + old.size
         if top and np.isfinite(gap):
             before, after = max(before, _gap(want, old) / (unit * top)), max(after, gap / (unit * top))
     if exact and out in ("float16", "bfloat16") and differ > DIFFERENT * count:
         return Check(False, message=f"rounds in other places: {differ / count:.0%} of the result differ", same=True)
     return Check(True, before, after, same=True)
+
+
+DRAWS = 24
+
+
+def _more_rows(region: Callable[[Array, bool], Array], replacement: Callable[[Array, bool], Array],
+               shape: tuple[int, ...], dtype: str, kind: str) -> tuple[float, float]:  # fmt: skip
+    """The largest distances to float64, of replacement and region, over many draws of one kind of rows."""
+    after = before = 0.0
+    for seed in range(DRAWS):
+        x = next(array for name, array in rows(shape, dtype, seed) if name == kind)
+        with np.errstate(all="ignore"):
+            want, old, new = (f(x, wide).astype(np.float64) for f, wide in
+                              ((region, True), (region, False), (replacement, False)))  # fmt: skip
+        after, before = max(after, _gap(want, new)), max(before, _gap(want, old))
+    return after, before
 
 
 def _gap(a: Array, b: Array) -> float:

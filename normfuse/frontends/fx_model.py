@@ -173,7 +173,7 @@ class _Module:
         self.emitted |= dict.fromkeys(edit.sites, emitted(nodes))
         for node in nodes:
             node.meta = {k: v for k, v in olds[0].meta.items() if k not in _OWN_META}
-            if node not in news:
+            if node not in news and not (len(news) == 2 and _tuple(node, news, olds)):
                 _infer(node, olds[0])
         for old, new in zip(olds, news, strict=True):
             new.meta = dict(old.meta)
@@ -258,6 +258,15 @@ def _sort(graph: fx.Graph) -> None:
             missing[user] -= 1
             if not missing[user]:
                 heapq.heappush(ready, (place[user], user))
+
+
+def _tuple(node: fx.Node, parts: list[fx.Node], olds: list[fx.Node]) -> bool:
+    """Give the call of which the parts are the results their meta, which is known."""
+    key = next((k for k in ("val", "example_value") if k in olds[0].meta), None)
+    if key is None or any(part.args[:1] != (node,) for part in parts):
+        return False
+    node.meta[key] = tuple(old.meta.get(key) for old in olds)
+    return True
 
 
 def _infer(node: fx.Node, like: fx.Node) -> None:

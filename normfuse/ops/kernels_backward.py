@@ -145,9 +145,9 @@ def partials_long(dy, x, statistics, dw, db, sizes, how: tl.constexpr):
         d = read(dy, row, sizes, cols, inside, how.c)
         sum_b += d
         if dw is not None:
-            at_row = statistics + 2 * row.to(tl.int64)
-            middle = tl.load(at_row, mask=row < count(sizes), other=0.0)
-            rstd = tl.load(at_row + 1, mask=row < count(sizes), other=0.0)
+            line = tile * how.rows + tl.arange(0, how.rows)  # one-dimensional, so that no lane loads it twice
+            middle = tl.load(statistics + 2 * line.to(tl.int64), mask=line < count(sizes), other=0.0)[:, None]
+            rstd = tl.load(statistics + 2 * line.to(tl.int64) + 1, mask=line < count(sizes), other=0.0)[:, None]
             sum_w += d * ((read(x, row, sizes, cols, inside, how.c) - middle) * rstd)
     if dw is not None:
         store_partial(dw, tl.program_id(1), cols, sum_w, how)

@@ -52,10 +52,10 @@ def config(n: int, itemsize: int, tensors: int) -> Config:
     if tuned := TUNED.get((block, itemsize, tensors)):
         return tuned
     if block * tensors * wide > ON_CHIP:
-        block = min(block // 2, 8192 if tensors < 3 else 4096)
+        block = min(block // 2, 8192 if tensors < 2 else 4096)
     rows = max(1, 2048 // block)
-    # 16 elements to a thread, 8 where three tiles or more are held: at least one access of 128 bits, no spilling
-    warps = min(max(rows * block * wide // (512 if tensors < 3 else 256), 4), 32)
+    # 16 elements to a thread, 8 where several tiles are held: at least one access of 128 bits, and no spilling
+    warps = min(max(rows * block * wide // (512 if tensors < 2 else 256), 4), 32)
     return Config(rows, block, warps, 132 * 32 // warps)
 
 

@@ -1,0 +1,416 @@
+"""The kernels against `normfuse.ops.meaning`, on a GPU or, where there is none, in Triton's interpreter.
+
+TRITON_INTERPRET=1 python -m tests.kernel_cases
+
+prints what each case found, as JSON. The interpreter has to be chosen before Triton is imported, so that the tests run
+this module in a process of its own, and nothing here imports the kernels before a case runs.
+
+Half types: as `meaning` bit for bit, but for what another order of the float32 sums moves over a rounding boundary, at
+most 1 element in 1,000. Wider types and gradients: no further from float64 than `meaning` is, give or take some eps.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normfuse.ops import meaning
+
+EPS = 1e-6
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+SIZES = (1, 2, 3, 7, 64, 100, 128, 896, 4096, 40000)
+KINDS = ("rms_norm", "layer_norm")
+RARE = 1e-3
+CLASSES: dict[str, tuple[str, str, float]] = {
+    "Llama": ("rms_norm", "first", 0.0),
+    "Gemma": ("rms_norm", "last", 1.0),
+    "OLMo 2": ("rms_norm", "last", 0.0),
+    "T5": ("rms_norm", "first", 0.0),
+    "Cohere": ("layer_norm", "last", 0.0),
+}
+
+Found = dict[str, Any]
+CASES: dict[str, Callable[[str], Found]] = {}
+
+
+def case(function: Callable[[str], Found]) -> Callable[[str], Found]:
+    """Register a case: a function of the device that raises or says what it found."""
+    CASES[function.__name__] = function
+    return function
+
+
+# -- tools -------------------------------------------------------------------------------------------------------------
+
+
+def kernels() -> ModuleType:
+    """`normfuse.ops.launch`."""
+    from normfuse.ops import launch
+
+    return launch
+
+
+def draw(*shape: int, dtype: torch.dtype = FP32, seed: int = 0, device: str = "cpu") -> Tensor:
+    """Random normal numbers, the same on every device."""
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(*shape, generator=generator).to(dtype).to(device)
+
+
+def tensors(value: Any) -> tuple[Tensor, ...]:
+    """An operator's results as a tuple."""
+    return value if isinstance(value, tuple) else (value,)
+
+
+def doubled(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Arguments in float64."""
+    return tuple(a.double() if isinstance(a, Tensor) else FP64 if isinstance(a, torch.dtype) else a for a in args)
+
+
+def same_form(got: Tensor, want: Tensor) -> None:
+    """Shape and dtype."""
+    assert (got.shape, got.dtype) == (want.shape, want.dtype), (got.shape, got.dtype, want.shape, want.dtype)
+
+
+def assert_bits(got: Tensor, want: Tensor, *about: object) -> None:
+    """The same bits, or a NaN at the same place."""
+    same_form(got, want)
+    assert torch.equal(got.isnan(), want.isnan()) and torch.equal(got.nan_to_num(), want.nan_to_num()), about
+
+
+def mismatches(got: Tensor, want: Tensor, ulps: float, *about: object) -> int:
+    """Elements of a half type that differ; few, and by no more than some ulp, counted where |want| < 1 as if it were 1.
+
+    Beside a residual or a bias, small results are differences of larger numbers.
+    """
+    same_form(got, want)
+    size = torch.finfo(want.dtype).eps * torch.exp2(want.double().abs().clamp_min(1.0).log2().floor())
+    off = (got.double() - want.double()).abs()
+    different = int((off > 0).sum())
+    assert bool((off <= ulps * size).all()), (*about, "ulp", float((off / size).max()))
+    assert different <= max(2, RARE * want.numel()), (*about, different, want.numel())
+    return different
+
+
+def assert_close(got: Tensor, want: Tensor, exact: Tensor, *about: object, few: float = 4.0) -> None:
+    """No further from the exact result than the definition, give or take a few eps."""
+    same_form(got, want)
+    if got.numel():
+        off, own, scale = ((t.double() - exact).abs().max() for t in (got, want, 2 * exact))
+        allowed = 1.5 * own + few * torch.finfo(got.dtype).eps * scale
+        assert bool(off <= allowed), (*about, float(off), float(own), float(allowed))
+
+
+def compare(name: str, *args: Any) -> int:
+    """One forward against its definition; how many elements differ in a half type."""
+    got, want = tensors(getattr(kernels(), name)(*args)), tensors(getattr(meaning, name)(*args))
+    exact = tensors(getattr(meaning, name)(*doubled(args)))
+    about = (name, [tuple(a.shape) if isinstance(a, Tensor) else a for a in args], want[0].dtype)
+    different = 0
+    for g, w, e in zip(got, want, exact, strict=True):
+        if w.dtype.itemsize == 2:
+            different += mismatches(g, w, 8.0, *about)
+        else:
+            assert_close(g, w, e, *about)
+    return different
+
+
+def grid() -> Iterator[tuple[int, torch.dtype, str, str, float]]:
+    """(N, dtype, kind, cast, offset) for the tests of every operator."""
+    for i, n in enumerate(SIZES):
+        for j, dtype in enumerate((BF16, FP16, FP32, FP64)):
+            if n in (7, 128, 4096) or dtype in ((BF16, FP32) if n > 4096 else (BF16, FP16, FP32)):
+                for k, kind in enumerate(KINDS):
+                    yield n, dtype, kind, ("first", "last")[(i + j + k) % 2], float((i + j // 2) % 2)
+
+
+# -- forward -----------------------------------------------------------------------------------------------------------
+
+
+@case
+def forward(device: str) -> Found:
+    """Every operator, size and type."""
+    different = elements = 0
+    for n, dtype, kind, cast, offset in grid():
+        m = 5 if n < 4096 else 2
+        x, r, k = (draw(*s, n, dtype=dtype, seed=i, device=device) for i, s in enumerate(((m,), (m,), (1, 3))))
+        w, b, w2 = (draw(n, dtype=dtype, seed=i, device=device) for i in range(3, 6))
+        how = (EPS, offset, cast, None)
+        different += compare("norm", x, w, b, *how, kind) + compare("norm", k, None, None, *how, kind)
+        for round_sum in (True, False):
+            different += compare("add_norm", x, r, w, None, *how, round_sum, kind)
+        different += compare("norm_add", x, r, w, b, *how, kind)
+        different += compare("norm_add_norm", x, r, w, b, w2, None, *how, kind)
+        different += compare("qk_norm", x, k, w, b, w2, None, *how, kind)
+        elements += 8 * x.numel() + 2 * k.numel()
+    return {"different": different, "elements": elements}
+
+
+@case
+def spelling_classes(device: str) -> Found:
+    """A million elements of each order of roundings in both half types."""
+    found: Found = {}
+    for name, (kind, cast, offset) in CLASSES.items():
+        for dtype in (BF16, FP16):
+            x, w = draw(128, 8192, dtype=dtype, device=device), draw(8192, dtype=dtype, device=device)
+            got, want = (m.norm(x, w, None, EPS, offset, cast, None, kind) for m in (kernels(), meaning))
+            same_form(got, want)
+            apart = (got.view(torch.int16).int() - want.view(torch.int16).int()).abs()
+            # where n is rounded first, an ulp of n is up to two of n * weight
+            assert int(apart.max()) <= (2 if cast == "first" else 1), (name, dtype, int(apart.max()))
+            different = int((apart > 0).sum())
+            assert different <= RARE * x.numel(), (name, dtype, different)
+            found[f"{name} {str(dtype)[6:]}"] = f"{different} of {x.numel()}"
+    return found
+
+
+@case
+def mixed_types(device: str) -> Found:
+    """Parameters and residuals of other types than x, and a type that is asked for."""
+    n, different = 200, 0
+    half, single = ({d: draw(6, n, dtype=d, seed=s, device=device) for d in (BF16, FP16, FP32)} for s in (0, 1))
+    for x in half.values():
+        for w in (single[BF16][0], single[FP16][0], single[FP32][0]):
+            for cast in ("first", "last"):
+                for dtype in (None, FP32, BF16):
+                    for offset, b in ((1.0, None), (0.0, single[FP32][1])):
+                        different += compare("norm", x, w, b, EPS, offset, cast, dtype)
+                for r in single.values():
+                    for round_sum in (True, False):
+                        different += compare("add_norm", x, r, w, None, EPS, 0.0, cast, None, round_sum)
+                    different += compare("norm_add", x, r, w, None, EPS, 0.0, cast)
+                    different += compare("norm_add_norm", x, r, w, None, w, w, EPS, 0.0, cast)
+    y = kernels().norm(half[BF16], single[FP32][0], None, EPS, 0.0, "first")
+    assert y.dtype == FP32
+    return {"different": different}
+
+
+@case
+def left_to_the_definition(device: str) -> Found:
+    """float64 beside a narrower x, and nothing at all."""
+    x, w = draw(4, 6, device=device), draw(6, dtype=FP64, device=device)
+    assert_bits(kernels().norm(x, w, None, EPS, 0.0, "first"), meaning.norm(x, w, None, EPS, 0.0, "first"))
+    for shape in ((0, 8), (2, 0, 3, 8)):
+        x = draw(*shape, device=device)
+        w = draw(8, device=device)
+        for name, args in (("norm", (x, w, None, EPS)), ("add_norm", (x, x, w, None, EPS)),
+                           ("norm_add", (x, x, w, None, EPS)), ("norm_add_norm", (x, x, w, None, w, None, EPS)),
+                           ("qk_norm", (x, draw(3, 8, device=device), w, None, w, None, EPS)),
+                           ("norm_backward", (x, x, w, w, None, EPS, 0.0, "rms_norm", True, True))):  # fmt: skip
+            for g, e in zip(tensors(getattr(kernels(), name)(*args)), tensors(getattr(meaning, name)(*args)),
+                            strict=True):  # fmt: skip
+                assert_close(g, e, e.double(), name)
+    return {}
+
+
+@case
+def hostile_values(device: str) -> Found:
+    """Large means, tiny variances, the end of float16's range, zeros, infinities and NaN in a row beside others."""
+    for n in (96, 1024, 40000):
+        base = draw(4, n, device=device)
+        for mean, spread in ((100.0, 1.0), (1000.0, 1.0), (-1000.0, 1e-2), (1.0, 1e-3), (0.0, 1e-9)):
+            compare("norm", base * spread + mean, None, None, EPS, 0.0, "last", None, "layer_norm")
+        big = (draw(4, n, seed=1, device=device) * 2e4).clamp(-6e4, 6e4).half()
+        for kind in KINDS:
+            compare("norm", big, None, None, EPS, 0.0, "first", None, kind)
+            bad = base.clone()
+            bad[0, 1], bad[1, 0], bad[2] = float("inf"), float("nan"), 0.0
+            got, want = (m.norm(bad, None, None, EPS, 0.0, "last", None, kind) for m in (kernels(), meaning))
+            assert_close(got[2:], want[2:], want[2:].double())
+            assert bool((got[0] == 0).sum() + got[0].isnan().sum() == n) and bool(got[1].isnan().all())
+    return {}
+
+
+@case
+def many_rows_and_half_numbers(device: str) -> Found:
+    """Every bfloat16 number, subnormal, NaN and infinite ones too, is read, added to and rounded as torch does it."""
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int16, device=device).view(BF16)[:, None]
+    for r in (torch.zeros_like(x), x.flip(0)):
+        _, s = kernels().add_norm(x, r, None, None, EPS)
+        assert_bits(s, x + r)
+    return {"rows": x.shape[0]}
+
+
+# -- rows that lie elsewhere -------------------------------------------------------------------------------------------
+
+
+def views(n: int, dtype: torch.dtype, device: str) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of rows of N as models hold them."""
+    yield "slice", draw(3, 5, n + 16, dtype=dtype, device=device)[..., :n]
+    yield "unaligned", draw(7, n + 1, dtype=dtype, device=device)[:, 1:]
+    yield "heads", draw(2, 3, 4 * n, dtype=dtype, device=device).view(2, 3, 4, n).transpose(1, 2)
+    yield "heads of qkv", draw(2, 3, 12 * n, dtype=dtype, device=device)[..., : 4 * n].view(2, 3, 4, n).transpose(1, 2)
+    yield "one row, many times", draw(1, n, dtype=dtype, device=device).expand(6, n)
+    yield "inner axis expanded", draw(4, 1, n, dtype=dtype, device=device).expand(4, 3, n)
+    yield "every second", draw(4, 6, n, dtype=dtype, device=device)[::2, ::3]
+    yield "one dimension", draw(n, dtype=dtype, device=device)
+    yield "last axis not dense", draw(n, 6, dtype=dtype, device=device).t()
+    yield "four axes", draw(3, 4, 3, 4, n, dtype=dtype, device=device)[::2, 1:3, :2, ::2]
+
+
+@case
+def strided(device: str) -> Found:
+    """Views give the bits of their contiguous copies, and results that lie as `torch.empty_like` lies."""
+    launch, where = kernels(), (EPS, 0.0, "rms_norm")
+    for n, dtype in ((64, BF16), (100, FP32), (3, FP16)):
+        w = draw(n, dtype=dtype, device=device)
+        for name, x in views(n, dtype, device):
+            r, flat = draw(*x.shape, dtype=dtype, seed=9, device=device), x.contiguous()
+            pairs = [(launch.norm(x, w, None, EPS), launch.norm(flat, w, None, EPS)),
+                     *zip(launch.add_norm(x, r, w, None, EPS), launch.add_norm(flat, r, w, None, EPS), strict=True),
+                     (launch.norm_add(r, x, w, None, EPS), launch.norm_add(r, flat, w, None, EPS)),
+                     *zip(launch.qk_norm(r, x, w, None, w, None, EPS),
+                          launch.qk_norm(r, flat, w, None, w, None, EPS), strict=True),
+                     *zip(launch.norm_add_norm(x, r, w, None, w, None, EPS),
+                          launch.norm_add_norm(flat, r, w, None, w, None, EPS), strict=True),
+                     *((launch.norm_backward(a, b, w, None, c, *where, True, False)[0],
+                        launch.norm_backward(*(t.contiguous() for t in (a, b)), w, None, c.contiguous(), *where, True,
+                                             False)[0]) for a, b, c in ((x, r, r), (r, x, r), (r, r, x)))]  # fmt: skip
+            for i, (got, want) in enumerate(pairs):
+                assert_bits(got, want, name, n, i)
+            y = pairs[0][0]
+            if name not in ("last axis not dense", "four axes"):
+                assert y.stride() == torch.empty_like(x).stride(), (name, y.stride())
+            for got, want in zip(launch.norm_backward(r, x, w, w, r, *where, True, True),
+                                 meaning.norm_backward(r, flat, w, w, r, *where, True, True), strict=True):  # fmt: skip
+                assert_close(got, want, want.double(), name, n)
+    return {}
+
+
+# -- gradients ---------------------------------------------------------------------------------------------------------
+
+
+def autograd(name: str, inputs: list[Tensor | None], outs: list[Tensor], *how: Any) -> list[Tensor | None]:
+    """The gradients of an operator's definition in float64, given those of its results."""
+    leaves = [None if t is None else t.detach().double().requires_grad_() for t in inputs]
+    results = tensors(getattr(meaning, name)(*leaves, *how))
+    wanted = [t for t in leaves if t is not None]
+    with torch.enable_grad():
+        found = iter(torch.autograd.grad(results, wanted, [o.double() for o in outs]))
+    return [None if t is None else next(found) for t in leaves]
+
+
+def noise(x: Tensor, dy: Tensor, w: Tensor, offset: float, kind: str) -> Tensor:
+    """The size of what cancels in each row of dx: rstd * |dy * (offset + weight)|."""
+    h = x.double()
+    h = h - h.mean(-1, keepdim=True) if kind == "layer_norm" else h
+    g = dy.double() * (w.double() + offset)
+    return (h.pow(2).mean(-1, keepdim=True) + EPS).rsqrt() * g.abs().amax(-1, keepdim=True)
+
+
+def assert_gradients(got: tuple[Tensor, ...], exact: list[Tensor | None], noises: list[Tensor], *about: object) -> float:
+    """Each within its rounding and some eps of C; the worst error in units of what is allowed."""
+    worst = 0.0
+    for i, (g, e) in enumerate(zip(got, exact, strict=True)):
+        if e is not None and g.numel():
+            size = e.abs().max() + (noises[i] if i < len(noises) else 0.0)
+            c = torch.finfo(meaning.compute_type(g.dtype)).eps
+            allowed = 0.51 * torch.finfo(g.dtype).eps * e.abs() + 16 * c * size
+            share = float(((g.double() - e).abs() / allowed.clamp_min(1e-300)).max())
+            worst = max(worst, share)
+            assert share <= 1, (*about, i, share)
+    return worst
+
+
+@case
+def backward(device: str) -> Found:
+    """Every operator, size and type, against float64 autograd of the definition."""
+    launch, worst = kernels(), 0.0
+    for n, dtype, kind, _, offset in grid():
+        x, s, dy, ds = (draw(5 if n < 4096 else 2, n, dtype=dtype, seed=i, device=device) for i in range(4))
+        k, dk = (draw(1, 3, n, dtype=dtype, seed=i, device=device) for i in (4, 5))
+        w, b, w2, b2 = (draw(n, dtype=dtype, seed=i, device=device) for i in (6, 7, 8, 9))
+        how, at, about = (EPS, offset, "last", None), (EPS, offset, kind), (n, dtype, kind, offset)
+        exact = autograd("norm", [x, w, b], [dy], *how, kind)
+        exact_ds = None if exact[0] is None else exact[0] + ds.double()
+        loud = [noise(x, dy, w, offset, kind)]
+        got = launch.norm_backward(dy, x, w, b, None, *at, True, True)
+        worst = max(worst, assert_gradients(got, exact, loud, *about))
+        got = launch.norm_backward(dy, x, w, b, ds, *at, True, False)
+        worst = max(worst, assert_gradients(got, [exact_ds, exact[1], None], loud, *about))
+        assert got[2].numel() == 0
+        two = autograd("qk_norm", [x, k, w, b, w2, None], [dy, dk], *how, kind)
+        got = launch.qk_norm_backward(dy, dk, x, k, w, b, w2, None, *at, [True] * 4)
+        worst = max(worst, assert_gradients(got, two, [*loud, noise(k, dk, w2, offset, kind)], *about))
+        assert_sandwich(about, (dy, ds, x, s, w, b, w2, b2), *at)
+    return {"worst share of what is allowed": round(worst, 3)}
+
+
+def assert_sandwich(about: object, args: tuple[Any, ...], *at: Any) -> None:
+    """The fused backward of a sandwich has the bits of dx and dr that two backwards have."""
+    dy, ds, x, s, w, b, w2, b2 = args
+    launch = kernels()
+    got = launch.norm_add_norm_backward(*args, *at, [True] * 4)
+    dr, dw2, db2 = launch.norm_backward(dy, s, w2, b2, ds, *at, True, True)
+    dx, dw, db = launch.norm_backward(dr, x, w, b, None, *at, True, True)
+    for i, (g, e) in enumerate(zip(got, (dx, dr, dw, db, dw2, db2), strict=True)):
+        assert_close(g, e, e.double(), about, i)
+
+
+@case
+def many_rows_backward(device: str) -> Found:
+    """More rows than programs: weights' gradients over several tiles, the same bits on every run."""
+    launch = kernels()
+    launch.TUNED[(64, 2, 4)] = launch.Config(8, 64, 4, 5)
+    x, dy = (draw(300, 64, dtype=BF16, seed=i, device=device) for i in (0, 1))
+    w = draw(64, dtype=BF16, device=device)
+    try:
+        launch._plan_backward.cache_clear()
+        first, again = (launch.norm_backward(dy, x, w, w, None, EPS, 0.0, "layer_norm", True, True) for _ in range(2))
+    finally:
+        launch.TUNED.clear()
+        launch._plan_backward.cache_clear()
+    for a, b in zip(first, again, strict=True):
+        assert_bits(a, b)
+    exact = autograd("norm", [x, w, w], [dy], EPS, 0.0, "last", None, "layer_norm")
+    return {"worst share of what is allowed": round(assert_gradients(first, exact, [noise(x, dy, w, 0.0, "layer_norm")]), 3)}
+
+
+@case
+def rows_do_not_know_their_batch(device: str) -> Found:
+    """A row alone and among 37 has the same bits, forward and backward; and so has a second run."""
+    launch = kernels()
+    for n, kind in zip((7, 64, 128, 1024, 2048), (*KINDS, *KINDS, KINDS[0]), strict=True):
+        x, r, dy = (draw(37, n, dtype=BF16, seed=i, device=device) for i in range(3))
+        w = draw(n, dtype=BF16, device=device)
+
+        def run(rows: slice, x: Tensor = x, r: Tensor = r, dy: Tensor = dy, w: Tensor = w,
+                kind: str = kind) -> list[Tensor]:  # fmt: skip
+            x, r, dy = x[rows], r[rows], dy[rows]
+            how = (EPS, 0.0, "first", None)
+            return [launch.norm(x, w, None, *how, kind), *launch.add_norm(x, r, w, None, *how, True, kind),
+                    *launch.norm_add_norm(x, r, w, None, w, None, *how, kind),
+                    launch.norm_backward(dy, x, w, w, r, EPS, 0.0, kind, True, True)[0],
+                    *launch.norm_add_norm_backward(dy, dy, x, r, w, None, w, None, EPS, 0.0, kind,
+                                                   [True] * 4)[:2]]  # fmt: skip
+
+        batch, again = run(slice(None)), run(slice(None))
+        for a, b in zip(batch, again, strict=True):
+            assert_bits(a, b)
+        for i in (0, 17, 36):
+            for a, b in zip(run(slice(i, i + 1)), batch, strict=True):
+                assert_bits(a, b[i : i + 1], n, kind, i)
+    return {}
+
+
+def run_all(device: str, names: list[str]) -> dict[str, Found]:
+    """What each case found, or how it failed."""
+    out = {}
+    for name in names or CASES:
+        started = time.perf_counter()
+        try:
+            found = CASES[name](device)
+        except Exception:
+            found = {"failed": traceback.format_exc()}
+        out[name] = found | {"seconds": round(time.perf_counter() - started, 1)}
+    return out
+
+
+if __name__ == "__main__":
+    print(json.dumps(run_all("cpu", sys.argv[1:])))

@@ -1,0 +1,139 @@
+"""Compiles the kernels for GPUs that need not be there, through `launch` itself, and says what came out, as JSON.
+
+python -m tests.ptx CAPABILITY [CASE...]
+
+The driver is a stand-in that only names its target, and `launch` compiles instead of launching: the signatures, the
+specialisations of strides and pointers and the configuration are those of a real call on tensors of these shapes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from normfuse.ops import launch
+
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+EPS = 1e-6
+
+
+class Target(NamedTuple):
+    """As much of a driver as a compilation asks for."""
+
+    capability: int
+
+    def get_current_target(self) -> GPUTarget:
+        """A CUDA GPU."""
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        """Its number."""
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        """Its stream."""
+        return 0
+
+
+class Compiled(NamedTuple):
+    """What can be read from a kernel without running it."""
+
+    kernel: str
+    loads: dict[str, int]
+    stores: dict[str, int]
+    double: bool
+    local: bool
+    registers: int
+    stack: int
+
+
+def accesses(ptx: str, what: str) -> dict[str, int]:
+    """How many global loads or stores there are of each number of bits."""
+    found: dict[str, int] = {}
+    for vector, bits in re.findall(rf"\b{what}\.global(?:\.\w+)*?(\.v\d)?\.[bfsu](\d+)\b", ptx):
+        width = str(int(bits) * int(vector[2:] or 1))
+        found[width] = found.get(width, 0) + 1
+    return found
+
+
+def compiled(kernel: Any) -> Compiled:
+    """The facts of one kernel, registers and stack by cuobjdump."""
+    ptx = kernel.asm["ptx"]
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True,
+                               check=True).stdout  # fmt: skip
+    registers, stack = (int(re.findall(rf"{name}:(\d+)", usage)[0]) for name in ("REG", "STACK"))
+    local = bool(re.search(r"\.local\b", ptx))
+    double = ".f64" in ptx
+    return Compiled(kernel.metadata.name, accesses(ptx, "ld"), accesses(ptx, "st"), double, local, registers, stack)
+
+
+def calls() -> Iterator[tuple[str, Callable[[], object]]]:
+    """(operator type N, call) for what models have: packed heads, usual and large rows, rows in blocks."""
+    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
+        for n in (64, 128, 1024, 4096, 8192, 16384, 32768, 65536):
+
+            def new(m: int = 64, dtype: torch.dtype = dtype, n: int = n) -> Tensor:
+                return torch.zeros(m, n, dtype=dtype)
+
+            x, w = new(), new(1)[0]
+            norm, layer = (EPS, 0.0, "first", None), (EPS, 0.0, "last", None, "layer_norm")
+            heads = new(2 * 4 * 16).view(2, 4, 16, n)
+            last, rms = (EPS, 0.0, "rms_norm"), (EPS, 0.0, "layer_norm")
+            label = f"{name} {n}"
+            yield f"norm {label}", lambda x=x, w=w, norm=norm: launch.norm(x, w, None, *norm)
+            yield f"layer {label}", lambda x=x, w=w, layer=layer: launch.norm(x, w, w, *layer)
+            yield f"add_norm {label}", lambda x=x, w=w, norm=norm: launch.add_norm(x, x, w, None, *norm)
+            yield f"norm_add {label}", lambda x=x, w=w, norm=norm: launch.norm_add(x, x, w, None, *norm)
+            yield (f"norm_add_norm {label}",
+                   lambda x=x, w=w, norm=norm: launch.norm_add_norm(x, x, w, None, w, None, *norm))  # fmt: skip
+            yield (f"qk_norm {label}",
+                   lambda x=heads, w=w, norm=norm: launch.qk_norm(x, x[:, :2], w, None, w, None, *norm))  # fmt: skip
+            yield (f"norm_backward {label}",
+                   lambda x=x, w=w, at=last: launch.norm_backward(x, x, w, None, x, *at, True, False))  # fmt: skip
+            yield (f"dx_backward {label}",
+                   lambda x=x, w=w, at=last: launch.norm_backward(x, x, w, None, None, *at, False, False))  # fmt: skip
+            yield (f"layer_backward {label}",
+                   lambda x=x, w=w, at=rms: launch.norm_backward(x, x, w, w, None, *at, True, True))  # fmt: skip
+            yield (f"norm_add_norm_backward {label}",
+                   lambda x=x, w=w, at=last: launch.norm_add_norm_backward(
+                       x, x, x, x, w, None, w, None, *at, [True, False, True, False]))  # fmt: skip
+            yield (f"qk_norm_backward {label}",
+                   lambda x=heads, w=w, at=last: launch.qk_norm_backward(
+                       x, x[:, :2], x, x[:, :2], w, None, w, None, *at, [True, False, True, False]))  # fmt: skip
+
+
+def compile_all(capability: int, wanted: list[str]) -> dict[str, list[dict[str, Any]]]:
+    """Every call that is wanted, all of them if none is named, and its kernels."""
+    found: list[Compiled] = []
+    driver.set_active(Target(capability))
+
+    def compile_only(kernel: Any, grid: Any, x: Tensor, warps: int, *args: Any) -> None:
+        found.append(compiled(kernel.warmup(*args, grid=grid, num_warps=warps, enable_fp_fusion=False)))
+
+    launch._launch = compile_only
+    out = {}
+    for name, call in calls():
+        if not wanted or name in wanted:
+            found.clear()
+            call()
+            out[name] = [kernel._asdict() for kernel in found]
+    return out
+
+
+if __name__ == "__main__":
+    print(json.dumps(compile_all(int(sys.argv[1]), sys.argv[2:])))

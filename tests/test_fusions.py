@@ -1,0 +1,253 @@
+"""The fusions by placement: each happens where it may, and not where one condition is broken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+import normfuse
+from tests.test_backend import operators
+
+N = 16
+Arguments = tuple[Tensor, ...]
+
+
+def rms(x: Tensor, w: Tensor | None, eps: float = 1e-6) -> Tensor:
+    """Spelled out, in float32, the weight before the cast back."""
+    h = x.float()
+    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
+    return (h if w is None else w.float() * h).to(x.dtype)
+
+
+def tensors(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Arguments:
+    """Random tensors of these shapes."""
+    generator = torch.Generator().manual_seed(0)
+    return tuple((torch.randn(s, generator=generator) + 0.5).to(dtype) for s in shapes)
+
+
+def fused(function: Callable[..., Any], args: Arguments, exact: bool = False, **config: Any) -> dict[str, int]:
+    """The operators that a Dynamo graph of a function gets; its results stay the same."""
+    captured: list[Any] = []
+
+    def capture(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        captured.append((graph, [t.clone() for t in inputs]))  # in the order of their first use
+        return graph.forward
+
+    torch._dynamo.reset()
+    torch.compile(function, backend=capture, fullgraph=True)(*[a.clone() for a in args])
+    ((graph, inputs),) = captured
+    changed, _report = normfuse.optimize(graph, normfuse.Config(**config))
+    want, got = (module(*[t.clone() for t in inputs]) for module in (graph, changed))
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride()
+        if exact:
+            assert torch.equal(a, b)
+        else:
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    return dict(operators(changed))
+
+
+ROWS = ((3, 4, N), (3, 4, N), (N,), (N,))
+
+
+# -- residual addition, then norm --------------------------------------------------------------------------------------
+
+
+def test_add_norm_gives_both_results() -> None:
+    def f(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        s = x + r
+        return rms(s, w), s * 2
+
+    assert fused(f, tensors(*ROWS[:3])) == {"add_rms_norm": 1}
+
+
+def test_add_norm_through_a_view_of_the_rows() -> None:
+    def f(x: Tensor, r: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return F.layer_norm((x + r).view(3, 4, N), (N,), w, b)
+
+    assert fused(f, tensors((12, N), (12, N), (N,), (N,))) == {"add_layer_norm": 1}
+
+
+def test_one_of_two_norms_of_a_sum_takes_it_in() -> None:
+    def f(x: Tensor, r: Tensor, w: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        s = x + r
+        return F.layer_norm(s, (N,), w), F.layer_norm(s, (N,), v)
+
+    assert fused(f, tensors(*ROWS)) == {"add_layer_norm": 1}
+
+
+@pytest.mark.parametrize(("function", "shapes"), [
+    pytest.param(lambda x, r, w: F.layer_norm(x + r, (N,), w), ((3, 4, N), (1, 1, N), (N,)), id="broadcast"),
+    pytest.param(lambda x, r, w: F.layer_norm(x + r, (N,), w), ((3, 4, N), (4, N), (N,)), id="other rank"),
+    pytest.param(lambda x, r, w: F.layer_norm(torch.add(x, r, alpha=2), (N,), w), ROWS[:3], id="alpha"),
+    pytest.param(lambda x, r, w: F.layer_norm(x - r, (N,), w), ROWS[:3], id="difference"),
+    pytest.param(lambda x, r, w: F.layer_norm((x + r).add_(1), (N,), w), ROWS[:3], id="written in place"),
+    pytest.param(lambda x, r, w: F.layer_norm((x + r).view(3, 2, 2 * N), (2 * N,), w), ((3, 4, N), (3, 4, N), (2 * N,)),
+                 id="view across rows"),
+    pytest.param(lambda x, r, w: F.layer_norm((x + r).transpose(0, 1), (N,), w), ROWS[:3], id="transposed"),
+    pytest.param(lambda x, r, w: rms((x + r).transpose(1, 2), w).transpose(1, 2), ((3, N, 4), (3, N, 4), (N,)),
+                 id="inner axis"),
+    pytest.param(lambda x, r, w: F.layer_norm(x + r, (4, N), w), ((3, 4, N), (3, 4, N), (4, N)), id="two axes"),
+])  # fmt: skip
+def test_add_norm_is_refused(function: Callable[..., Any], shapes: tuple[tuple[int, ...], ...]) -> None:
+    assert not fused(function, tensors(*shapes)).keys() & {"add_rms_norm", "add_layer_norm"}
+
+
+@pytest.mark.parametrize("weight", [(4, 1), (4, N), (1,)])
+def test_a_weight_that_is_no_row_stays_outside(weight: tuple[int, ...]) -> None:
+    assert fused(lambda x, r, w: rms(x + r, w), tensors((3, 4, N), (3, 4, N), weight)) == {"add_rms_norm": 1}
+
+
+# -- norm, then residual addition, and the sandwich --------------------------------------------------------------------
+
+
+def post(f: Tensor, r: Tensor, w: Tensor, up: Tensor) -> Tensor:
+    """OLMo 2's place: the norm of a branch, inside the residual."""
+    return r + rms(F.linear(f, up), w)
+
+
+def test_norm_add() -> None:
+    assert fused(post, tensors((3, 4, N), (3, 4, N), (N,), (N, N))) == {"norm_add": 1}
+
+
+@pytest.mark.parametrize(("function", "shapes"), [
+    pytest.param(lambda f, r, w: (n := rms(f, w)) * n + (r + n), ROWS[:3], id="norm read twice"),
+    pytest.param(lambda f, r, w: r - rms(f, w), ROWS[:3], id="difference"),
+    pytest.param(lambda f, r, w: r + rms(f, w), ((3, 4, N), (N,), (N,)), id="broadcast"),
+    pytest.param(lambda f, r, w: (r + rms(f, w)).mul_(2), ROWS[:3], id="sum written in place"),
+])  # fmt: skip
+def test_norm_add_is_refused(function: Callable[..., Any], shapes: tuple[tuple[int, ...], ...]) -> None:
+    assert "norm_add" not in fused(function, tensors(*shapes))
+
+
+def sandwich(f: Tensor, r: Tensor, w: Tensor, v: Tensor, up: Tensor, *, eps: float = 1e-6, twice: bool = False,
+             ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gemma's place: a branch is normed before it is added and again before the next branch."""
+    n = rms(F.linear(rms(r, v) * f, up), w)
+    s = r + n
+    y = rms(s, v, eps)
+    s = s + rms(F.linear(torch.relu(F.linear(y, up)), up), w)
+    return F.linear(y, up), rms(s, v) * n if twice else s
+
+
+SANDWICH = ((3, 4, N), (3, 4, N), (N,), (N,), (N, N))
+
+
+def test_sandwich() -> None:
+    made = fused(sandwich, tensors(*SANDWICH))
+    assert made == {"norm_add_norm": 1, "norm_add": 1}
+
+
+def test_sandwich_is_refused() -> None:
+    made = fused(lambda *a: sandwich(*a, eps=1e-5), tensors(*SANDWICH))
+    assert made == {"norm_add": 2}
+    made = fused(lambda *a: sandwich(*a, twice=True), tensors(*SANDWICH))
+    assert made["add_rms_norm"] == 1
+
+
+# -- query and key -----------------------------------------------------------------------------------------------------
+
+
+def attention(x: Tensor, a: Tensor, b: Tensor, wq: Tensor, wk: Tensor, *, eps: float = 1e-6, late: bool = False,
+              chained: bool = False) -> Tensor:  # fmt: skip
+    """Attention with norms of query and key per head."""
+    q = rms(F.linear(x, a).view(3, 4, 2, N).transpose(1, 2), wq)
+    k = F.linear(q.transpose(1, 2).reshape(3, 4, 2 * N)[..., :N] if chained else x, b).view(3, 4, 2, N)
+    k = rms(k.transpose(1, 2), wk, eps)
+    if late:
+        x.add_(1)
+    return F.scaled_dot_product_attention(q, k, x.view(3, 4, 2, N // 2).transpose(1, 2))
+
+
+QK = ((3, 4, N), (2 * N, N), (2 * N, N), (N,), (N,))
+
+
+def test_qk_pair_waits_for_the_key() -> None:
+    assert fused(attention, tensors(*QK)) == {"qk_norm": 1}
+
+
+@pytest.mark.parametrize("how", [{"eps": 1e-5}, {"chained": True}])
+def test_qk_pair_is_refused(how: dict[str, Any]) -> None:
+    assert "qk_norm" not in fused(lambda *a: attention(*a, **how), tensors(*QK))
+
+
+def test_a_write_between_query_and_key_keeps_them_apart() -> None:
+    def f(x: Tensor, a: Tensor, b: Tensor, wq: Tensor, wk: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        q = rms(F.linear(x, a).view(3, 4, 2, N).transpose(1, 2), wq)
+        state.add_(1)
+        k = rms(F.linear(x, b).view(3, 4, 2, N).transpose(1, 2), wk)
+        return F.scaled_dot_product_attention(q, k, k), state + 0
+
+    assert "qk_norm" not in fused(f, tensors(*QK, (3,)))
+
+
+# -- a slice -----------------------------------------------------------------------------------------------------------
+
+
+def test_latent_is_read_where_it_lies() -> None:
+    def f(x: Tensor, down: Tensor, w: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        c, k = F.linear(x, down).split([N, 8], dim=-1)
+        return F.linear(rms(c, w), up), k
+
+    assert fused(f, tensors((3, 4, N), (N + 8, N), (N,), (N, N))) == {"rms_norm": 1}
+
+
+# -- the order of roundings --------------------------------------------------------------------------------------------
+
+
+def llama(x: Tensor, w: Tensor) -> Tensor:
+    h = x.float()
+    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
+    return w * h.to(x.dtype)
+
+
+def gemma(x: Tensor, w: Tensor) -> Tensor:
+    h = x.float()
+    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
+    return (h * (1.0 + w.float())).type_as(x)
+
+
+def t5(x: Tensor, w: Tensor) -> Tensor:
+    h = x * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)
+    return w * h.to(w.dtype)
+
+
+def cohere(x: Tensor, w: Tensor) -> Tensor:
+    h = x.float()
+    h = h - h.mean(-1, keepdim=True)
+    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-5)
+    return (w.float() * h).to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("norm", [llama, gemma, rms, t5, cohere])
+def test_roundings_are_kept_bit_for_bit(norm: Callable[..., Tensor], dtype: torch.dtype) -> None:
+    def f(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        s = x + r
+        return norm(s, w), s
+
+    made = fused(f, tensors((32, 64), (32, 64), (64,), dtype=dtype), exact=True)
+    assert sum(made.values()) == 1 and next(iter(made)).startswith("add_")
+
+
+def test_a_float32_weight_on_half_rows_gives_float32() -> None:
+    def f(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        s = x + r
+        return llama(s, w), s
+
+    args = (*tensors((32, 64), (32, 64), dtype=torch.bfloat16), *tensors((64,)))
+    assert fused(f, args, exact=True) == {"add_rms_norm": 1}
+
+
+def test_a_norm_in_half_precision_throughout_is_left_unless_fast() -> None:
+    def f(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        s = x + r
+        return w * (s * torch.rsqrt(s.pow(2).mean(-1, keepdim=True) + 1e-6)), s
+
+    args = tensors((32, 64), (32, 64), (64,), dtype=torch.bfloat16)
+    assert not fused(f, args, exact=True)

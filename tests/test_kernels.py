@@ -1,0 +1,40 @@
+"""The Triton kernels compute what `normfuse.ops.meaning` says: see `tests.kernel_cases`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.bench.common import ROOT
+from tests.kernel_cases import CASES, Found
+
+pytest.importorskip("triton")
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, Found]:
+    """What the cases found in Triton's interpreter."""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-m", "tests.kernel_cases"], cwd=ROOT, capture_output=True,
+                          text=True, env=os.environ | {"TRITON_INTERPRET": "1"}, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Found] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_interpreted(name: str, interpreted: dict[str, Found]) -> None:
+    print(name, interpreted[name])
+    assert "failed" not in interpreted[name], interpreted[name]["failed"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+def test_on_a_gpu(name: str) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU")
+    print(name, CASES[name]("cuda"))
