@@ -29,13 +29,14 @@ BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.flo
 SIZES = (1, 2, 3, 7, 64, 100, 128, 896, 4096, 40000)
 KINDS = ("rms_norm", "layer_norm")
 RARE = 1e-3
-CLASSES: dict[str, tuple[str, str, float]] = {
-    "Llama": ("rms_norm", "first", 0.0),
-    "Gemma": ("rms_norm", "last", 1.0),
-    "OLMo 2": ("rms_norm", "last", 0.0),
-    "T5": ("rms_norm", "first", 0.0),
-    "Cohere": ("layer_norm", "last", 0.0),
+CLASSES: dict[str, tuple[int, str, str, float]] = {
+    "Llama": (8192, "rms_norm", "first", 0.0),
+    "Gemma": (8192, "rms_norm", "last", 1.0),
+    "OLMo 2": (8192, "rms_norm", "last", 0.0),
+    "T5": (16384, "rms_norm", "first", 0.0),
+    "Cohere": (8192, "layer_norm", "last", 0.0),
 }
+"""N, and the order of roundings."""
 
 Found = dict[str, Any]
 CASES: dict[str, Callable[[str], Found]] = {}
@@ -146,9 +147,10 @@ def forward(device: str) -> Found:
         for round_sum in (True, False):
             different += compare("add_norm", x, r, w, None, *how, round_sum, kind)
         different += compare("norm_add", x, r, w, b, *how, kind)
-        different += compare("norm_add_norm", x, r, w, b, w2, None, *how, kind)
-        different += compare("qk_norm", x, k, w, b, w2, None, *how, kind)
-        elements += 8 * x.numel() + 2 * k.numel()
+        if n <= 4096:  # longer ones are made of the above
+            different += compare("norm_add_norm", x, r, w, b, w2, None, *how, kind)
+            different += compare("qk_norm", x, k, w, b, w2, None, *how, kind)
+        elements += 6 * x.numel() + k.numel()
     return {"different": different, "elements": elements}
 
 
@@ -156,9 +158,9 @@ def forward(device: str) -> Found:
 def spelling_classes(device: str) -> Found:
     """A million elements of each order of roundings in both half types."""
     found: Found = {}
-    for name, (kind, cast, offset) in CLASSES.items():
+    for name, (n, kind, cast, offset) in CLASSES.items():
         for dtype in (BF16, FP16):
-            x, w = draw(128, 8192, dtype=dtype, device=device), draw(8192, dtype=dtype, device=device)
+            x, w = draw(2**20 // n, n, dtype=dtype, device=device), draw(n, dtype=dtype, device=device)
             got, want = (m.norm(x, w, None, EPS, offset, cast, None, kind) for m in (kernels(), meaning))
             same_form(got, want)
             apart = (got.view(torch.int16).int() - want.view(torch.int16).int()).abs()
@@ -304,7 +306,8 @@ def noise(x: Tensor, dy: Tensor, w: Tensor, offset: float, kind: str) -> Tensor:
     return (h.pow(2).mean(-1, keepdim=True) + EPS).rsqrt() * g.abs().amax(-1, keepdim=True)
 
 
-def assert_gradients(got: tuple[Tensor, ...], exact: list[Tensor | None], noises: list[Tensor], *about: object) -> float:
+def assert_gradients(got: tuple[Tensor, ...], exact: list[Tensor | None], noises: list[Tensor],
+                     *about: object) -> float:  # fmt: skip
     """Each within its rounding and some eps of C; the worst error in units of what is allowed."""
     worst = 0.0
     for i, (g, e) in enumerate(zip(got, exact, strict=True)):
@@ -335,6 +338,8 @@ def backward(device: str) -> Found:
         got = launch.norm_backward(dy, x, w, b, ds, *at, True, False)
         worst = max(worst, assert_gradients(got, [exact_ds, exact[1], None], loud, *about))
         assert got[2].numel() == 0
+        if n > 4096:
+            continue  # what follows is made of the above
         two = autograd("qk_norm", [x, k, w, b, w2, None], [dy, dk], *how, kind)
         got = launch.qk_norm_backward(dy, dk, x, k, w, b, w2, None, *at, [True] * 4)
         worst = max(worst, assert_gradients(got, two, [*loud, noise(k, dk, w2, offset, kind)], *about))
@@ -369,14 +374,15 @@ def many_rows_backward(device: str) -> Found:
     for a, b in zip(first, again, strict=True):
         assert_bits(a, b)
     exact = autograd("norm", [x, w, w], [dy], EPS, 0.0, "last", None, "layer_norm")
-    return {"worst share of what is allowed": round(assert_gradients(first, exact, [noise(x, dy, w, 0.0, "layer_norm")]), 3)}
+    share = assert_gradients(first, exact, [noise(x, dy, w, 0.0, "layer_norm")])
+    return {"worst share of what is allowed": round(share, 3)}
 
 
 @case
 def rows_do_not_know_their_batch(device: str) -> Found:
     """A row alone and among 37 has the same bits, forward and backward; and so has a second run."""
     launch = kernels()
-    for n, kind in zip((7, 64, 128, 1024, 2048), (*KINDS, *KINDS, KINDS[0]), strict=True):
+    for n, kind in ((7, KINDS[1]), (128, KINDS[0]), (2048, KINDS[1])):
         x, r, dy = (draw(37, n, dtype=BF16, seed=i, device=device) for i in range(3))
         w = draw(n, dtype=BF16, device=device)
 

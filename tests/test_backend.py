@@ -75,13 +75,14 @@ def run(model: Callable[..., Any], args: tuple[Any, ...], parameters: dict[str, 
     return [out.detach(), *(torch.zeros_like(p) if p.grad is None else p.grad for p in parameters.values())]
 
 
-def check_model(name: str, inner: str) -> None:
+def check_model(name: str, inner: str, dynamic: bool | None = None) -> None:
     """Outputs and gradients of the compiled model against eager in float64, no further than eager in float32 is."""
     family = FAMILIES[name]
     args, model = family.args(), family.build()
     parameters = dict(model.named_parameters())
     eager = run(model, args, parameters)
-    got = run(torch.compile(model, backend="normfuse", options={"inner": inner}), args, parameters)
+    compiled = torch.compile(model, backend="normfuse", dynamic=dynamic, options={"inner": inner})
+    got = run(compiled, args, parameters)
     assert not counters["graph_break"]
     wide = family.build().double()
     exact = run(wide, tuple(a.double() if a.is_floating_point() else a for a in args), dict(wide.named_parameters()))
@@ -91,18 +92,21 @@ def check_model(name: str, inner: str) -> None:
         assert float((b - a).abs().max()) <= allowed, label
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_family(name: str, graphs: list[torch.fx.GraphModule]) -> None:
+DYNAMIC = ("gemma3", "qwen3", "deepseek_v3", "opt")
+
+
+@pytest.mark.parametrize(("name", "dynamic"), [*((n, None) for n in FAMILIES), *((n, True) for n in DYNAMIC)])
+def test_family(name: str, dynamic: bool | None, graphs: list[torch.fx.GraphModule]) -> None:
     family = FAMILIES[name]
-    check_model(name, "aot_eager")
+    check_model(name, "aot_eager", dynamic)
     report = normfuse.last_report()
-    assert report is not None and len(graphs) == 1
+    assert report is not None and len(graphs) == (2 if dynamic else 1)  # Dynamo starts again where floats are inputs
     assert len(report.norms) == family.norms
     assert dict(Counter(n.placement for n in report.norms)) == family.placements
     assert not report.refusals and all(n.action in ("fused", "left") for n in report.norms)
     layer = FUSED.get(name) or OTHERS[report.norms[-1].kind]
     want = Counter({op: n * LAYERS for op, n in layer.items()}) + MORE.get(name, Counter())
-    made = operators(graphs[0])
+    made = operators(graphs[-1])
     assert {op: n for op, n in made.items() if op not in ("rms_norm", "layer_norm")} == want
 
 

@@ -96,7 +96,7 @@ class Checker:
             return inputs[value]
 
         if isinstance(edit, Fused):
-            results = self.fused.emit(graph, edit, operand, lambda n: size_of(meta_of(n), symbols))[1]
+            results = self.fused.emit(graph, edit, operand, lambda n: _sizes(meta_of(n), symbols))[1]
         else:
             results = self.emitter.emit(graph, edit.site.norm, inputs[edit.site.norm.x], operand)[-1:]
         everything = [n for n in graph.nodes if n.op != "placeholder"]
@@ -175,6 +175,13 @@ def _origins(value: Value) -> Iterator[tuple[Value, float]]:
         current = source if shift is not None else None
 
 
+def _sizes(meta: Any, symbols: dict[str, int]) -> Any:
+    """A size, or several, with numbers for symbols."""
+    if isinstance(meta, (tuple, list)):
+        return tuple(size_of(d, symbols) for d in meta)
+    return size_of(meta, symbols) if isinstance(meta, (int, torch.SymInt)) else meta
+
+
 class _Program:
     """Some nodes with their boundary, to be run in their own types or in float64."""
 
@@ -200,9 +207,7 @@ class _Program:
         meta, slot = meta_of(node), self.low.values.get(node)
         if isinstance(meta, torch.SymFloat):
             return slot.number if isinstance(slot, Value) and slot.number is not None else meta.node.hint
-        if isinstance(meta, (tuple, list)):
-            return type(meta)(size_of(d, self.symbols) for d in meta)
-        return size_of(meta, self.symbols) if isinstance(meta, (int, torch.SymInt)) else meta
+        return _sizes(meta, self.symbols)
 
     def run(self, values: list[Array], wide: bool, k: int) -> Array:
         """The k-th result for the values of the boundary."""

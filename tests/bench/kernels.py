@@ -1,0 +1,268 @@
+"""Milliseconds and GB/s of the kernels, forward and backward, beside what else computes the same norm on a CUDA GPU.
+
+python -m tests.bench.kernels [--quick] [--tune] [--types bf16 ...] [--out FILE.json]
+
+GB/s counts each tensor that has to be read or written once. `share` is in parts of what a copy of as many bytes reaches
+in the same run. Inputs rotate through more memory than the L2 cache holds; times are of CUDA graphs, so that they are
+the GPU's and not Python's. --tune times other tiles than `launch.config` gives and prints the best as `launch.TUNED`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import statistics
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from tests.bench.common import ROOT, save, table
+
+RESULT = ROOT / "tests/bench/results/kernels.json"
+TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+ROWS, QUICK_ROWS = (1, 16, 256, 4096, 65536), (16, 4096)
+WIDTHS, QUICK_WIDTHS = (64, 128, 1024, 4096, 8192, 16384, 65536), (128, 4096)
+MOST = 2**31  # elements
+EPS = 1e-6
+FLUSH = 256 * 2**20
+"""Bytes that a timed round touches at least: more than any L2 cache."""
+
+Run = Callable[..., Any]
+
+
+# -- contenders --------------------------------------------------------------------------------------------------------
+
+
+def llama(x: Tensor, w: Tensor) -> Tensor:
+    """The model code of Llama's RMSNorm."""
+    h = x.float()
+    return w * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype)
+
+
+def layer(x: Tensor, w: Tensor) -> Tensor:
+    """A LayerNorm without bias, as Cohere writes it."""
+    h = x.float()
+    h = h - h.mean(-1, keepdim=True)
+    return (w.float() * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + EPS))).to(x.dtype)
+
+
+def contenders(kind: str) -> dict[str, Run]:
+    """What is measured by name, each (x, w) -> y."""
+    from normfuse import ops  # registers the operators
+
+    assert ops
+    spelled = llama if kind == "rms_norm" else layer
+    cast = "first" if kind == "rms_norm" else "last"
+    found: dict[str, Run] = {
+        "eager": spelled,
+        "torch": (lambda x, w: F.rms_norm(x, w.shape, w, EPS)) if kind == "rms_norm" else
+                 (lambda x, w: F.layer_norm(x, w.shape, w, None, EPS)),
+        "inductor": torch.compile(spelled, dynamic=False),
+        "normfuse": lambda x, w: getattr(torch.ops.normfuse, kind)(x, w, None, EPS, 0.0, cast),
+    }  # fmt: skip
+    return found | dict(peers(kind))
+
+
+def peers(kind: str) -> Iterator[tuple[str, Run]]:
+    """Liger and QuACK, where they can be imported."""
+    try:
+        from liger_kernel.ops.rms_norm import LigerRMSNormFunction  # type: ignore[import-not-found, unused-ignore]
+
+        if kind == "rms_norm":
+            yield "liger", lambda x, w: LigerRMSNormFunction.apply(x, w, EPS, 0.0, "llama", False)
+    except ImportError:
+        pass
+    try:
+        from quack import rmsnorm  # type: ignore[import-not-found, unused-ignore]
+
+        if kind == "rms_norm":
+            yield "quack", lambda x, w: rmsnorm(x, w, eps=EPS)
+    except ImportError:
+        pass
+
+
+# -- time --------------------------------------------------------------------------------------------------------------
+
+
+def graph(calls: list[Callable[[], object]]) -> Callable[[], object]:
+    """The calls as one CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls[:2]:
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        for call in calls:
+            call()
+    return captured.replay
+
+
+def milliseconds(calls: list[Callable[[], object]], repeats: int = 20) -> dict[str, float]:
+    """Median and quartiles of one call, in a graph of all where that can be captured."""
+    for call in calls:
+        call()  # compile
+    torch.cuda.synchronize()
+    try:
+        run, graphed = graph(calls), True
+    except Exception:  # a contender that synchronises, or allocates in its own way
+        torch.cuda.synchronize()
+        run, graphed = (lambda: [call() for call in calls]), False
+    run()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / len(calls))
+    low, middle, high = statistics.quantiles(times, n=4)
+    return {"ms": middle, "q1": low, "q3": high, "graph": float(graphed)}
+
+
+def rounds(m: int, n: int, dtype: torch.dtype) -> int:
+    """How many sets of inputs it takes to leave the cache."""
+    return max(1, min(64, -(-FLUSH // (2 * m * n * dtype.itemsize))))
+
+
+def backward_of(run: Run, x: Tensor, w: Tensor, dy: Tensor) -> Callable[[], object]:
+    """The backward alone, its forward having been run."""
+    x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
+    y = run(x, w)
+    return lambda: torch.autograd.grad(y, (x, w), dy, retain_graph=True)
+
+
+def measure(kind: str, m: int, n: int, name: str) -> Iterator[dict[str, Any]]:
+    """All contenders on one shape, forward and backward; a copy first."""
+    dtype, device = TYPES[name], "cuda"
+    torch._dynamo.reset()
+    sets = rounds(m, n, dtype)
+    xs = [torch.randn(m, n, device=device, dtype=dtype) for _ in range(sets)]
+    dys, w = [torch.randn_like(x) for x in xs], torch.randn(n, device=device, dtype=dtype)
+    moved = m * n * dtype.itemsize
+    copy = milliseconds([lambda x=x: x.clone() for x in xs])  # type: ignore[misc]
+    about = {"kind": kind, "type": name, "rows": m, "n": n}
+    yield about | {"what": "copy", "who": "copy", "GB/s": 2 * moved / copy["ms"] / 1e6, "share": 1.0} | copy
+    for who, run in contenders(kind).items():
+        for what, factor in (("forward", 2), ("backward", 3)):
+            try:
+                if what == "forward":
+                    calls: list[Callable[[], object]] = [lambda x=x, run=run: run(x, w) for x in xs]  # type: ignore[misc]
+                    with torch.no_grad():
+                        took = milliseconds(calls)
+                else:
+                    took = milliseconds([backward_of(run, x, w, dy) for x, dy in zip(xs, dys, strict=True)])
+            except Exception as error:  # a contender that does not take this shape is no reason to stop
+                yield about | {"what": what, "who": who, "error": f"{type(error).__name__}: {str(error)[:200]}"}
+                continue
+            speed = factor * moved / took["ms"] / 1e6
+            yield about | {"what": what, "who": who, "GB/s": speed, "share": speed / (2 * moved / copy["ms"] / 1e6)} | took
+
+
+def show(rows: list[dict[str, Any]]) -> str:
+    """The results of one shape."""
+    lines = [[r["who"], r["what"], f"{r['ms']:.4f}", f"{r['GB/s']:.0f}", f"{r['share']:.2f}"] if "ms" in r else
+             [r["who"], r["what"], r["error"][:40], "", ""] for r in rows]  # fmt: skip
+    title = "{kind} {type} {rows} x {n}".format(**rows[0])
+    return f"{title}\n" + table(["who", "what", "ms", "GB/s", "share"], lines, 2)
+
+
+# -- tuning ------------------------------------------------------------------------------------------------------------
+
+
+def candidates(n: int, itemsize: int, tensors: int) -> Iterator[Any]:
+    """Tiles around the one that `launch.config` gives."""
+    from normfuse.ops.launch import Config, config
+
+    base = config(n, itemsize, tensors)
+    for block in {base.block, min(base.block, 4096), min(base.block, 8192)}:
+        for rows in {1, base.rows, max(1, base.rows // 2), max(1, base.rows // 4), base.rows * 2}:
+            for warps in (1, 2, 4, 8, 16, 32):
+                per_thread = rows * block / (32 * warps)
+                if (rows == 1 or block >= n) and 4 <= per_thread <= 64:
+                    for programs in (132, 264, 528, 1056, 2112) if tensors > 2 else (base.programs,):
+                        yield Config(rows, block, warps, programs)
+
+
+def tune(names: list[str], widths: tuple[int, ...], m: int = 8192) -> dict[str, Any]:
+    """The best tile of each (block, bytes, tensors); only what beats `launch.config` by 2 % is printed."""
+    from normfuse.ops import launch
+
+    better: dict[str, Any] = {}
+    for name in names:
+        for n in widths:
+            dtype, rows = TYPES[name], min(m, MOST // 8 // n)
+            xs = [torch.randn(rows, n, device="cuda", dtype=dtype) for _ in range(rounds(rows, n, dtype))]
+            w = torch.randn(n, device="cuda", dtype=dtype)
+            jobs: dict[int, Run] = {
+                1: lambda x, w=w: launch.norm(x, w, None, EPS, 0.0, "first"),
+                2: lambda x, w=w: launch.norm_backward(x, x, w, None, None, EPS, 0.0, "rms_norm", False, False),
+                3: lambda x, w=w: launch.norm_backward(x, x, w, None, None, EPS, 0.0, "rms_norm", True, False),
+                4: lambda x, w=w: launch.norm_add_norm_backward(x, x, x, x, w, None, w, None, EPS, 0.0, "rms_norm",
+                                                                [True, False, True, False]),
+            }  # fmt: skip
+            for tensors, job in jobs.items():
+                key = (1 << (n - 1).bit_length(), dtype.itemsize, tensors)
+                launch.TUNED.pop(key, None)
+                before, best = launch.config(n, dtype.itemsize, tensors), {}
+                for tile in (before, *candidates(n, dtype.itemsize, tensors)):
+                    launch.TUNED[key] = tile
+                    launch._plan.cache_clear()
+                    launch._plan_backward.cache_clear()
+                    try:
+                        best[tile] = milliseconds([lambda x=x, job=job: job(x) for x in xs], 10)["ms"]  # type: ignore[misc]
+                    except Exception as error:  # out of registers or shared memory: not a candidate
+                        print(f"{key} {tuple(tile)}: {type(error).__name__}")
+                del launch.TUNED[key]
+                winner = min(best, key=best.__getitem__)
+                print(f"{key}: {tuple(before)} {best[before]:.4f} ms, best {tuple(winner)} {best[winner]:.4f} ms",
+                      flush=True)  # fmt: skip
+                if best[winner] < 0.98 * best[before]:
+                    better[str(key)] = tuple(winner)
+    print("TUNED = {" + ", ".join(f"{key}: Config{tile}" for key, tile in better.items()) + "}")
+    return better
+
+
+def main() -> None:
+    """Measure, print, and write the result."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="few shapes, one type")
+    parser.add_argument("--tune", action="store_true", help="look for better tiles instead")
+    parser.add_argument("--types", nargs="+", choices=TYPES, default=None)
+    parser.add_argument("--out", type=Path, default=RESULT)
+    given = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("tests.bench.kernels needs a CUDA GPU, and there is none")
+        return
+    names = given.types or (["bf16"] if given.quick else list(TYPES))
+    widths = QUICK_WIDTHS if given.quick else WIDTHS
+    if given.tune:
+        tune(names, widths)
+        return
+    results: list[dict[str, Any]] = []
+    for kind in ("rms_norm", "layer_norm"):
+        for name in names:
+            for n in widths:
+                for m in QUICK_ROWS if given.quick else ROWS:
+                    if m * n <= MOST:
+                        found = list(measure(kind, m, n, name))
+                        results += found
+                        print(show(found), end="\n\n", flush=True)
+    versions = {}
+    for package in ("triton", "liger-kernel", "quack-kernels"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    device = {"name": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    save(given.out, {"device": device, "versions": versions, "results": results})
+
+
+if __name__ == "__main__":
+    main()
