@@ -8,12 +8,14 @@ specialisations of strides and pointers and the configuration are those of a rea
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,37 +86,25 @@ def compiled(kernel: Any) -> Compiled:
 
 def calls() -> Iterator[tuple[str, Callable[[], object]]]:
     """(operator type N, call) for what models have: packed heads, usual and large rows, rows in blocks."""
-    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
-        for n in (64, 128, 1024, 4096, 8192, 16384, 32768, 65536):
-
-            def new(m: int = 64, dtype: torch.dtype = dtype, n: int = n) -> Tensor:
-                return torch.zeros(m, n, dtype=dtype)
-
-            x, w = new(), new(1)[0]
-            norm, layer = (EPS, 0.0, "first", None), (EPS, 0.0, "last", None, "layer_norm")
-            heads = new(2 * 4 * 16).view(2, 4, 16, n)
-            last, rms = (EPS, 0.0, "rms_norm"), (EPS, 0.0, "layer_norm")
-            label = f"{name} {n}"
-            yield f"norm {label}", lambda x=x, w=w, norm=norm: launch.norm(x, w, None, *norm)
-            yield f"layer {label}", lambda x=x, w=w, layer=layer: launch.norm(x, w, w, *layer)
-            yield f"add_norm {label}", lambda x=x, w=w, norm=norm: launch.add_norm(x, x, w, None, *norm)
-            yield f"norm_add {label}", lambda x=x, w=w, norm=norm: launch.norm_add(x, x, w, None, *norm)
-            yield (f"norm_add_norm {label}",
-                   lambda x=x, w=w, norm=norm: launch.norm_add_norm(x, x, w, None, w, None, *norm))  # fmt: skip
-            yield (f"qk_norm {label}",
-                   lambda x=heads, w=w, norm=norm: launch.qk_norm(x, x[:, :2], w, None, w, None, *norm))  # fmt: skip
-            yield (f"norm_backward {label}",
-                   lambda x=x, w=w, at=last: launch.norm_backward(x, x, w, None, x, *at, True, False))  # fmt: skip
-            yield (f"dx_backward {label}",
-                   lambda x=x, w=w, at=last: launch.norm_backward(x, x, w, None, None, *at, False, False))  # fmt: skip
-            yield (f"layer_backward {label}",
-                   lambda x=x, w=w, at=rms: launch.norm_backward(x, x, w, w, None, *at, True, True))  # fmt: skip
-            yield (f"norm_add_norm_backward {label}",
-                   lambda x=x, w=w, at=last: launch.norm_add_norm_backward(
-                       x, x, x, x, w, None, w, None, *at, [True, False, True, False]))  # fmt: skip
-            yield (f"qk_norm_backward {label}",
-                   lambda x=heads, w=w, at=last: launch.qk_norm_backward(
-                       x, x[:, :2], x, x[:, :2], w, None, w, None, *at, [True, False, True, False]))  # fmt: skip
+    types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    for (name, dtype), n in itertools.product(types.items(), (64, 128, 1024, 4096, 8192, 16384, 32768, 65536)):
+        x, w, q = (torch.zeros(*s, n, dtype=dtype) for s in ((64,), (), (2, 4, 16)))
+        k, rms, layer, pair = q[:, :2], (EPS, 0.0, "rms_norm"), (EPS, 0.0, "layer_norm"), (w, None, w, None)
+        norm, need = (EPS, 0.0, "first", None), [True, False, True, False]
+        for op, call in (
+            ("norm", partial(launch.norm, x, w, None, *norm)),
+            ("layer", partial(launch.norm, x, w, w, EPS, 0.0, "last", None, "layer_norm")),
+            ("add_norm", partial(launch.add_norm, x, x, w, None, *norm)),
+            ("norm_add", partial(launch.norm_add, x, x, w, None, *norm)),
+            ("norm_add_norm", partial(launch.norm_add_norm, x, x, *pair, *norm)),
+            ("qk_norm", partial(launch.qk_norm, q, k, *pair, *norm)),
+            ("norm_backward", partial(launch.norm_backward, x, x, w, None, x, *rms, True, False)),
+            ("dx_backward", partial(launch.norm_backward, x, x, w, None, None, *rms, False, False)),
+            ("layer_backward", partial(launch.norm_backward, x, x, w, w, None, *layer, True, True)),
+            ("norm_add_norm_backward", partial(launch.norm_add_norm_backward, x, x, x, x, *pair, *rms, need)),
+            ("qk_norm_backward", partial(launch.qk_norm_backward, q, k, q, k, *pair, *rms, need)),
+        ):
+            yield f"{op} {name} {n}", call
 
 
 def compile_all(capability: int, wanted: list[str]) -> dict[str, list[dict[str, Any]]]:

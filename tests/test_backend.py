@@ -364,5 +364,7 @@ def test_inductor_plugin(name: str) -> None:
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     report = normfuse.last_report()
-    if name == "pre_grad_custom_pass":
+    if name == "post_grad_custom_pre_pass":
+        assert report is before  # nothing would take the operators apart again on a CPU
+    else:
         assert report is not None and report is not before and report.fused == 3

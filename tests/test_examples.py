@@ -13,6 +13,19 @@ import pytest
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
+@pytest.mark.parametrize("more", [[], pytest.param(["--plugin"], marks=pytest.mark.slow)])
+def test_compile(more: list[str]) -> None:
+    pytest.importorskip("transformers")
+    argv = [sys.executable, str(EXAMPLES / "compile.py"), *more]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    losses = [(float(loss), float(gradient)) for loss, gradient in
+              re.findall(r"loss (\S+), largest gradient (\S+)", done.stdout)]  # fmt: skip
+    assert len(losses) == 2 and losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert "13 norms: RMSNorm, sandwich, QK-norm per head" in done.stdout
+    assert "4 x qk: normfuse.qk_norm" in done.stdout and "4 x sandwich_post: normfuse.norm_add_norm" in done.stdout
+
+
 def test_demo(tmp_path: Path) -> None:
     if importlib.util.find_spec("rapidocr_onnxruntime") is None:
         pytest.skip("the demo's model is in the package rapidocr-onnxruntime")

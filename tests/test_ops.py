@@ -350,7 +350,8 @@ WRONG: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
         for shape in ((), (2, 0), (0,))
     ),
     *((op_, "eps", f"eps is {eps}; it has to be greater than 0", {"eps": eps})
-      for op_ in FORWARD for eps in (0.0, -1e-6, float("nan"))),
+      for op_ in FORWARD for eps in (0.0, -1e-6, float("nan"), float("inf"))),
+    *((op_, "dtype", "dtype is int32, expected float16, bfloat16", {"dtype": torch.int32}) for op_ in FORWARD),
     *((op_, "cast", "cast is 'never'; choose one of 'first', 'last'", {"cast": "never"}) for op_ in FORWARD),
     *((op_, "kind", "kind is 'batch_norm'; choose one of 'rms_norm', 'layer_norm'", {"kind": "batch_norm"})
       for op_ in FORWARD[4:]),

@@ -22,8 +22,8 @@ SOME = [f"{op} {dtype} {n}" for op, dtype, n in (
     ("norm", "fp16", 8192), ("norm", "fp32", 4096), ("layer", "fp32", 8192), ("norm_backward", "fp16", 8192),
     ("norm_backward", "fp32", 4096), ("dx_backward", "fp32", 8192), ("norm", "bf16", 32768),
     ("add_norm", "bf16", 65536), ("layer_backward", "bf16", 65536))]  # fmt: skip
-SPILLED = 8
-"""Bytes that ptxas may put by outside of loops, to run more warps at once."""
+SPILLED = {80: 8, 90: 8, 100: 80}
+"""Bytes that ptxas may put by to run more warps at once; for Blackwell it keeps backwards at 64 registers a thread."""
 
 Kernels = dict[str, list[dict[str, Any]]]
 
@@ -39,12 +39,12 @@ def compiled(capability: int, *names: str) -> Kernels:
     return found
 
 
-def assert_good(kernels: Kernels) -> None:
+def assert_good(capability: int, kernels: Kernels) -> None:
     """No arithmetic in float64, nothing in local memory, and rows read and written 128 bits at a time."""
     for name, parts in kernels.items():
         for part in parts:
             about = (name, part)
-            assert not part["double"] and not part["local"] and part["stack"] <= SPILLED, about
+            assert not part["double"] and not part["local"] and part["stack"] <= SPILLED[capability], about
             if part["kernel"] not in ("sum_partials", "partials_long"):  # one writes columns, the other few lines
                 assert part["stores"].get("128"), about
                 assert set(part["stores"]) <= ({"128", "32"} if "backward" in part["kernel"] else {"128"}), about
@@ -54,7 +54,7 @@ def assert_good(kernels: Kernels) -> None:
 def test_code_for_hopper() -> None:
     kernels = compiled(90, *SOME)
     assert sorted(kernels) == sorted(SOME)
-    assert_good(kernels)
+    assert_good(90, kernels)
 
 
 @pytest.mark.parametrize("name", ["norm", "add_norm", "norm_add_norm"])
@@ -78,10 +78,10 @@ def test_one_launch_where_a_row_fits() -> None:
 
 @pytest.mark.parametrize("capability", [80, 100])
 def test_code_for_other_gpus(capability: int) -> None:
-    assert_good(compiled(capability, "norm bf16 4096", "add_norm bf16 4096", "norm_backward bf16 4096"))
+    assert_good(capability, compiled(capability, "norm bf16 4096", "add_norm bf16 4096", "norm_backward bf16 4096"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_code_of_everything(capability: int) -> None:
-    assert_good(compiled(capability))
+    assert_good(capability, compiled(capability))

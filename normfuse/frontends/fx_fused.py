@@ -16,7 +16,7 @@ from torch import fx
 
 import normfuse.ops  # noqa: F401 - registers the operators
 from normfuse.frontends.fx import Lowering
-from normfuse.frontends.fx_effects import MODES, name_of, written
+from normfuse.frontends.fx_effects import MODES, is_assert, name_of, written
 from normfuse.frontends.fx_emit import Maker, Operands, is_one, lossless, shape_of_expr, width
 from normfuse.frontends.fx_meta import is_tensor, meta_of, size_of
 from normfuse.graph import PRECISION, Value
@@ -164,7 +164,7 @@ class FusedEmitter:
                     raise Unfit("an input of it depends on a result")
             if node is not start and node not in outputs and (written(node) or name_of(node) in MODES):
                 raise Unfit("something is written or a mode is switched between its inputs")
-            if node in waiting and node not in outputs and not low.pure(node):
+            if node in waiting and node not in outputs and not low.pure(node) and not is_assert(node):
                 raise Unfit(f"{node.name} would have to wait for it")
             node = node.next
 

@@ -8,13 +8,16 @@ from torch import Tensor
 from normfuse.errors import InputError
 
 CASTS, KINDS = ("first", "last"), ("rms_norm", "layer_norm")
+_EXPECTED = "float16, bfloat16, float32 or float64"
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
-def check(op: str, eps: float, cast: str, kind: str) -> None:
+def check(op: str, eps: float, cast: str, kind: str, dtype: torch.dtype | None) -> None:
     """The attributes of an operator. Raises `InputError`."""
-    if not eps > 0:
-        raise InputError(f"normfuse::{op}: eps is {eps}; it has to be greater than 0")
+    if not 0 < eps < float("inf"):
+        raise InputError(f"normfuse::{op}: eps is {eps}; it has to be greater than 0, and finite")
+    if dtype is not None and dtype not in FLOATS:
+        raise InputError(f"normfuse::{op}: dtype is {_name(dtype)}, expected {_EXPECTED}")
     for name, value, known in (("cast", cast, CASTS), ("kind", kind, KINDS)):
         if value not in known:
             raise InputError(f"normfuse::{op}: {name} is {value!r}; choose one of {', '.join(map(repr, known))}")
@@ -45,14 +48,17 @@ def check_beside(op: str, name: str, other: Tensor, x: Tensor) -> None:
 
 def _check_float(op: str, name: str, x: Tensor) -> None:
     if x.dtype not in FLOATS:
-        raise InputError(f"normfuse::{op}: {name} is {str(x.dtype).removeprefix('torch.')}, expected float16, "
-                         "bfloat16, float32 or float64")  # fmt: skip
+        raise InputError(f"normfuse::{op}: {name} is {_name(x.dtype)}, expected {_EXPECTED}")
 
 
 def check_device(op: str, name: str, tensor: Tensor, first: str, x: Tensor) -> None:
     """All tensors are where the first is. Raises `InputError`."""
     if tensor.device != x.device:
         raise InputError(f"normfuse::{op}: {name} is on {tensor.device} and {first} on {x.device}; expected one device")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _shape(x: Tensor) -> str:

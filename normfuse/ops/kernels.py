@@ -3,7 +3,8 @@
 
 A program takes a tile of ROWS rows by BLOCK columns, reads it once and keeps it on chip; only rows that do not fit
 (`forward_long`) are read twice. A tensor comes as its *view*: ``(pointer, stride, ...)``, the strides of one to three
-leading axes whose `sizes` are shared by all tensors of a launch; the last axis has stride 1. C is the type of the
+leading axes, of `sizes` that all tensors of a launch share (the first is not needed, and 1); the last axis has stride 1.
+There are m rows, which no kernel is specialised on. C is the type of the
 arithmetic, float32 or float64; every rounding to another type is written out with `rounded` or `round_to`, because the
 order of roundings is the meaning of an operator.
 """
@@ -92,15 +93,6 @@ def inverse_root(v):
 
 
 @triton.jit
-def count(sizes):
-    """The number of rows."""
-    m = sizes[0]
-    for axis in tl.static_range(1, len(sizes)):
-        m *= sizes[axis]
-    return m
-
-
-@triton.jit
 def at(view, row, sizes):
     """Pointers to the rows of a view; int64, because a tensor may have more than 2^31 elements."""
     pointer = view[0]
@@ -129,12 +121,12 @@ def parameter(p, cols, how: tl.constexpr):
 
 
 @triton.jit
-def rows_of(tile, sizes, cols, how: tl.constexpr):
+def rows_of(tile, m, cols, how: tl.constexpr):
     """The rows of a tile, (ROWS, 1), and which of its elements there are."""
     row = tile * how.rows + tl.arange(0, how.rows)[:, None]
     inside = cols < how.n
     if how.rows > 1:
-        inside = inside & (row < count(sizes))
+        inside = inside & (row < m)
     return row, inside
 
 
@@ -184,10 +176,10 @@ def affine(n, w, b, cols, narrow: tl.constexpr, applied: tl.constexpr, how: tl.c
 
 
 @triton.jit
-def forward_tile(tile, x, r, y, s, w, b, w2, b2, sizes, how: tl.constexpr):
+def forward_tile(tile, x, r, y, s, w, b, w2, b2, m, sizes, how: tl.constexpr):
     """One tile of `norm`, `add_norm`, `norm_add` or `norm_add_norm`, by `how.what`."""
     cols = tl.arange(0, how.block)[None, :]
-    row, inside = rows_of(tile, sizes, cols, how)
+    row, inside = rows_of(tile, m, cols, how)
     if how.what == "add_norm":
         h = summand(x, r, row, sizes, cols, inside, how)
         write(s, row, sizes, cols, inside, h)
@@ -204,20 +196,20 @@ def forward_tile(tile, x, r, y, s, w, b, w2, b2, sizes, how: tl.constexpr):
     write(y, row, sizes, cols, inside, h)
 
 
-@triton.jit(do_not_specialize=["sizes"])
-def forward(x, r, y, s, w, b, w2, b2, sizes, how: tl.constexpr):
+@triton.jit(do_not_specialize=["m"])
+def forward(x, r, y, s, w, b, w2, b2, m, sizes, how: tl.constexpr):
     """Grid (tiles,): every program one tile."""
-    forward_tile(tl.program_id(0), x, r, y, s, w, b, w2, b2, sizes, how)
+    forward_tile(tl.program_id(0), x, r, y, s, w, b, w2, b2, m, sizes, how)
 
 
-@triton.jit(do_not_specialize=["tiles", "sizes", "sizes2"])
-def forward_pair(tiles, x, y, w, b, sizes, how: tl.constexpr, x2, y2, w2, b2, sizes2, how2: tl.constexpr):
+@triton.jit(do_not_specialize=["tiles", "m", "m2"])
+def forward_pair(tiles, x, y, w, b, m, sizes, how: tl.constexpr, x2, y2, w2, b2, m2, sizes2, how2: tl.constexpr):
     """`qk_norm`: the first `tiles` programs are q's, the others k's."""
     tile = tl.program_id(0)
     if tile < tiles:
-        forward_tile(tile, x, None, y, None, w, b, None, None, sizes, how)
+        forward_tile(tile, x, None, y, None, w, b, None, None, m, sizes, how)
     else:
-        forward_tile(tile - tiles, x2, None, y2, None, w2, b2, None, None, sizes2, how2)
+        forward_tile(tile - tiles, x2, None, y2, None, w2, b2, None, None, m2, sizes2, how2)
 
 
 # -- rows too long for a program's registers ---------------------------------------------------------------------------
@@ -253,7 +245,7 @@ def long_statistics(x, r, row, sizes, how: tl.constexpr):
     return middle, inverse_root(mean(squares, how.n) + how.eps)
 
 
-@triton.jit(do_not_specialize=["sizes"])
+@triton.jit
 def forward_long(x, r, y, s, w, b, sizes, how: tl.constexpr):
     """Grid (M,): `norm`, `add_norm` or `norm_add` of one row, in blocks."""
     row = tl.program_id(0) + tl.zeros([1, 1], tl.int32)

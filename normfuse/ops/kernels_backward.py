@@ -11,15 +11,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from normfuse.ops.kernels import (count, long_statistics, mean, normalised, parameter, read, round_to,
-                                  rounded, rows_of, write)  # fmt: skip
+from normfuse.ops.kernels import (long_statistics, mean, normalised, read, round_to,
+                                  rounded, rows_of, widen, write)  # fmt: skip
 
 
 @triton.jit
-def scaled(d, w, cols, how: tl.constexpr):
-    """g = dy * (offset + weight)."""
+def scaled(d, w, how: tl.constexpr):
+    """g = dy * (offset + weight), of a weight that has been loaded."""
     if w is not None:
-        scale = parameter(w, cols, how)
+        scale = widen(w, how.c)
         if how.offset != 0.0:
             scale += how.offset
         d = d * scale
@@ -30,7 +30,7 @@ def scaled(d, w, cols, how: tl.constexpr):
 def gradient(h, d, w, cols, how: tl.constexpr):
     """(dx, n) of a tile of rows h, where d is the gradient of their norm."""
     n, rstd = normalised(h, cols, how)
-    g = scaled(d, w, cols, how)
+    g = scaled(d, w, how)
     dx = g - n * mean(g * n, how.n)
     if how.layer:
         dx = tl.where(cols < how.n, dx - mean(g, how.n), 0.0)
@@ -44,15 +44,19 @@ def store_partial(partial, line, cols, total, how: tl.constexpr):
 
 
 @triton.jit
-def backward_tiles(program, programs, dy, ds, x, dx, w, dw, db, x1, dx1, w1, dw1, db1, sizes, how: tl.constexpr):
+def backward_tiles(program, programs, dy, ds, x, dx, w, dw, db, x1, dx1, w1, dw1, db1, m, sizes, how: tl.constexpr):
     """`norm_backward` and, with x1, `norm_add_norm_backward`: there x is the sum that the second norm reads."""
     cols = tl.arange(0, how.block)[None, :]
+    if w is not None:
+        w = tl.load(w + cols, mask=cols < how.n, other=0.0)
+    if w1 is not None:
+        w1 = tl.load(w1 + cols, mask=cols < how.n, other=0.0)
     sum_w = tl.full([how.rows, how.block], 0.0, how.c)
     sum_b = tl.full([how.rows, how.block], 0.0, how.c)
     sum_w1 = tl.full([how.rows, how.block], 0.0, how.c)
     sum_b1 = tl.full([how.rows, how.block], 0.0, how.c)
-    for tile in range(program, tl.cdiv(count(sizes), how.rows), programs):
-        row, inside = rows_of(tile, sizes, cols, how)
+    for tile in range(program, tl.cdiv(m, how.rows), programs):
+        row, inside = rows_of(tile, m, cols, how)
         d = read(dy, row, sizes, cols, inside, how.c)
         h = read(x, row, sizes, cols, inside, how.c)
         out, n = gradient(h, d, w, cols, how)
@@ -82,25 +86,25 @@ def backward_tiles(program, programs, dy, ds, x, dx, w, dw, db, x1, dx1, w1, dw1
         store_partial(db1, program, cols, sum_b1, how)
 
 
-@triton.jit(do_not_specialize=["sizes"])
-def backward(dy, ds, x, dx, w, dw, db, x1, dx1, w1, dw1, db1, sizes, how: tl.constexpr):
+@triton.jit(do_not_specialize=["m"])
+def backward(dy, ds, x, dx, w, dw, db, x1, dx1, w1, dw1, db1, m, sizes, how: tl.constexpr):
     """Grid (P,)."""
-    backward_tiles(tl.program_id(0), tl.num_programs(0), dy, ds, x, dx, w, dw, db, x1, dx1, w1, dw1, db1, sizes, how)
+    backward_tiles(tl.program_id(0), tl.num_programs(0), dy, ds, x, dx, w, dw, db, x1, dx1, w1, dw1, db1, m, sizes, how)
 
 
-@triton.jit(do_not_specialize=["programs", "sizes", "sizes2"])
-def backward_pair(programs, dy, x, dx, w, dw, db, sizes, how: tl.constexpr,
-                  dy2, x2, dx2, w2, dw2, db2, sizes2, how2: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["programs", "m", "m2"])
+def backward_pair(programs, dy, x, dx, w, dw, db, m, sizes, how: tl.constexpr,
+                  dy2, x2, dx2, w2, dw2, db2, m2, sizes2, how2: tl.constexpr):  # fmt: skip
     """`qk_norm_backward`: the first `programs` programs are q's, the others k's."""
     program = tl.program_id(0)
     if program < programs:
-        backward_tiles(program, programs, dy, None, x, dx, w, dw, db, None, None, None, None, None, sizes, how)
+        backward_tiles(program, programs, dy, None, x, dx, w, dw, db, None, None, None, None, None, m, sizes, how)
     else:
         backward_tiles(program - programs, tl.num_programs(0) - programs, dy2, None, x2, dx2, w2, dw2, db2,
-                       None, None, None, None, None, sizes2, how2)  # fmt: skip
+                       None, None, None, None, None, m2, sizes2, how2)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["sizes"])
+@triton.jit
 def backward_long(dy, ds, x, dx, w, statistics, sizes, how: tl.constexpr):
     """Grid (M,): dx of one row in blocks; `statistics` (M, 2), or None, gets its mean and inverse root."""
     row = tl.program_id(0) + tl.zeros([1, 1], tl.int32)
@@ -114,7 +118,8 @@ def backward_long(dy, ds, x, dx, w, statistics, sizes, how: tl.constexpr):
     for start in range(0, how.n, how.block):
         cols = start + lane
         inside = cols < how.n
-        g = scaled(read(dy, row, sizes, cols, inside, how.c), w, cols, how)
+        scale = None if w is None else tl.load(w + cols, mask=inside, other=0.0)
+        g = scaled(read(dy, row, sizes, cols, inside, how.c), scale, how)
         n = (read(x, row, sizes, cols, inside, how.c) - middle) * rstd
         along += g * n
         total += g
@@ -123,7 +128,8 @@ def backward_long(dy, ds, x, dx, w, statistics, sizes, how: tl.constexpr):
     for start in range(0, how.n, how.block):
         cols = start + lane
         inside = cols < how.n
-        g = scaled(read(dy, row, sizes, cols, inside, how.c), w, cols, how)
+        scale = None if w is None else tl.load(w + cols, mask=inside, other=0.0)
+        g = scaled(read(dy, row, sizes, cols, inside, how.c), scale, how)
         n = (read(x, row, sizes, cols, inside, how.c) - middle) * rstd
         out = g - n * along
         if how.layer:
@@ -134,20 +140,20 @@ def backward_long(dy, ds, x, dx, w, statistics, sizes, how: tl.constexpr):
         write(dx, row, sizes, cols, inside, out)
 
 
-@triton.jit(do_not_specialize=["sizes"])
-def partials_long(dy, x, statistics, dw, db, sizes, how: tl.constexpr):
+@triton.jit(do_not_specialize=["m"])
+def partials_long(dy, x, statistics, dw, db, m, sizes, how: tl.constexpr):
     """Grid (column blocks, P): a block of columns of the partials of one program, `backward_long` having been there."""
     cols = tl.program_id(0) * how.block + tl.arange(0, how.block)[None, :]
     sum_w = tl.full([how.rows, how.block], 0.0, how.c)
     sum_b = tl.full([how.rows, how.block], 0.0, how.c)
-    for tile in range(tl.program_id(1), tl.cdiv(count(sizes), how.rows), tl.num_programs(1)):
-        row, inside = rows_of(tile, sizes, cols, how)
+    for tile in range(tl.program_id(1), tl.cdiv(m, how.rows), tl.num_programs(1)):
+        row, inside = rows_of(tile, m, cols, how)
         d = read(dy, row, sizes, cols, inside, how.c)
         sum_b += d
         if dw is not None:
             line = tile * how.rows + tl.arange(0, how.rows)  # one-dimensional, so that no lane loads it twice
-            middle = tl.load(statistics + 2 * line.to(tl.int64), mask=line < count(sizes), other=0.0)[:, None]
-            rstd = tl.load(statistics + 2 * line.to(tl.int64) + 1, mask=line < count(sizes), other=0.0)[:, None]
+            middle = tl.load(statistics + 2 * line.to(tl.int64), mask=line < m, other=0.0)[:, None]
+            rstd = tl.load(statistics + 2 * line.to(tl.int64) + 1, mask=line < m, other=0.0)[:, None]
             sum_w += d * ((read(x, row, sizes, cols, inside, how.c) - middle) * rstd)
     if dw is not None:
         store_partial(dw, tl.program_id(1), cols, sum_w, how)

@@ -135,14 +135,14 @@ def _axes(shape: tuple[int, ...], *strides: tuple[int, ...]) -> tuple[tuple[int,
 
 
 def _views(*tensors: Tensor | None) -> tuple[tuple[int, ...], list[Any]] | None:
-    """The sizes of the leading axes, and each tensor as a view; None if there are more than three axes."""
+    """The sizes of the leading axes but the first, and each tensor as a view; None if there are more than three axes."""
     there = [t for t in tensors if t is not None]
     shape = there[0].shape
     if all(t.is_contiguous() for t in there):
-        return (there[0].numel() // shape[-1],), [t if t is None else (t, shape[-1]) for t in tensors]
+        return (1,), [t if t is None else (t, shape[-1]) for t in tensors]
     sizes, *strides = _axes(shape, *(t.stride() for t in there))
     rest = iter(strides)
-    return None if len(sizes) > 3 else (sizes, [t if t is None else (t, *next(rest)) for t in tensors])
+    return None if len(sizes) > 3 else ((1, *sizes[1:]), [t if t is None else (t, *next(rest)) for t in tensors])
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], x: Tensor, warps: int, *args: Any) -> None:
@@ -178,7 +178,7 @@ def _forward(what: str, x: Tensor, residual: Tensor | None, parameters: Sequence
         _launch(kernels.forward_long, (number // n,), x, tile.warps, *views, *given[:2], sizes, plan.how)
     else:
         grid = (-(-(number // n) // tile.rows),)
-        _launch(kernels.forward, grid, x, tile.warps, *views, *given, sizes, plan.how)
+        _launch(kernels.forward, grid, x, tile.warps, *views, *given, number // n, sizes, plan.how)
     return y, s
 
 
@@ -234,7 +234,7 @@ def qk_norm(q: Tensor, k: Tensor, q_weight: Tensor | None, q_bias: Tensor | None
         if found is None:
             break
         outs.append(y)
-        args += [*found[1], *map(_flat, p), found[0], plan.how]
+        args += [*found[1], *map(_flat, p), number // n, found[0], plan.how]
         tiles.append(-(-(number // n) // plan.config.rows))
         warps.append(plan.config.warps)
     if len(outs) < 2:
@@ -315,7 +315,7 @@ def norm_backward(dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | N
         programs = _programs(x, tile, needed)
         lines = gradients.lines(programs, plan.s, *parameters)
         _launch(kernels_backward.backward, (programs,), x, tile.warps, *views, flat, *lines, None, None, None, None,
-                None, sizes, plan.how)  # fmt: skip
+                None, x.numel() // x.shape[-1], sizes, plan.how)  # fmt: skip
     dw, db = gradients.sums(*parameters)
     return dx, dw, db
 
@@ -332,8 +332,8 @@ def _backward_long(gradients: _Gradients, plan: Plan, sizes: tuple[int, ...], vi
         blocks = -(-x.shape[-1] // how.block)
         programs = min(-(-rows // how.rows), max(1056 // blocks, 1))
         lines = gradients.lines(programs, plan.s, *parameters)
-        _launch(kernels_backward.partials_long, (blocks, programs), x, 4, views[0], views[2], statistics, *lines, sizes,
-                how)  # fmt: skip
+        _launch(kernels_backward.partials_long, (blocks, programs), x, 4, views[0], views[2], statistics, *lines, rows,
+                sizes, how)  # fmt: skip
 
 
 def norm_add_norm_backward(dy: Tensor, ds: Tensor, x: Tensor, s: Tensor, weight1: Tensor | None, bias1: Tensor | None,
@@ -356,7 +356,7 @@ def norm_add_norm_backward(dy: Tensor, ds: Tensor, x: Tensor, s: Tensor, weight1
     programs, gradients = _programs(x, plan.config, needed), _Gradients(x)
     lines = gradients.lines(programs, plan.s, *parameters)
     _launch(kernels_backward.backward, (programs,), x, plan.config.warps, *views[:4], _flat(weight2), *lines[2:],
-            *views[4:], _flat(weight1), *lines[:2], sizes, plan.how)  # fmt: skip
+            *views[4:], _flat(weight1), *lines[:2], x.numel() // x.shape[-1], sizes, plan.how)  # fmt: skip
     return dx, dr, *gradients.sums(*parameters)
 
 
@@ -380,7 +380,7 @@ def qk_norm_backward(dq: Tensor, dk: Tensor, q: Tensor, k: Tensor, q_weight: Ten
         programs.append(_programs(x, plan.config, needed))
         outs.append(dx)
         lines = gradients[-1].lines(programs[-1], plan.s, *own)
-        args += [*found[1], _flat(own[0][0]), *lines, found[0], plan.how]
+        args += [*found[1], _flat(own[0][0]), *lines, x.numel() // x.shape[-1], found[0], plan.how]
         warps.append(plan.config.warps)
     if len(outs) < 2:
         a, dwq, dbq = norm_backward(dq, q, q_weight, q_bias, None, eps, offset, kind, need[0], need[1])

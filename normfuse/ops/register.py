@@ -43,7 +43,7 @@ Where = ModuleType | Any
 
 def _norm(op: str, where: Where, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
           offset: float = 0.0, cast: str = "last", dtype: Dtype = None) -> Tensor:  # fmt: skip
-    check(op, eps, cast, op)
+    check(op, eps, cast, op, dtype)
     check_rows(op, "x", x, ("weight", weight), ("bias", bias))
     out: Tensor = where.norm(x, weight, bias, eps, offset, cast, dtype, op)
     return out
@@ -53,7 +53,7 @@ def _add_norm(op: str, where: Where, x: Tensor, residual: Tensor, weight: Tensor
               eps: float, offset: float = 0.0, cast: str = "last", dtype: Dtype = None, round_sum: bool = True,
               ) -> tuple[Tensor, Tensor]:  # fmt: skip
     kind = op.removeprefix("add_")
-    check(op, eps, cast, kind)
+    check(op, eps, cast, kind, dtype)
     check_rows(op, "x", x, ("weight", weight), ("bias", bias))
     check_beside(op, "residual", residual, x)
     out: tuple[Tensor, Tensor] = where.add_norm(x, residual, weight, bias, eps, offset, cast, dtype, round_sum, kind)
@@ -63,7 +63,7 @@ def _add_norm(op: str, where: Where, x: Tensor, residual: Tensor, weight: Tensor
 def _norm_add(op: str, where: Where, x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None,
               eps: float, offset: float = 0.0, cast: str = "last", dtype: Dtype = None, kind: str = "rms_norm",
               ) -> Tensor:  # fmt: skip
-    check(op, eps, cast, kind)
+    check(op, eps, cast, kind, dtype)
     check_rows(op, "x", x, ("weight", weight), ("bias", bias))
     check_beside(op, "residual", residual, x)
     out: Tensor = where.norm_add(x, residual, weight, bias, eps, offset, cast, dtype, kind)
@@ -73,7 +73,7 @@ def _norm_add(op: str, where: Where, x: Tensor, residual: Tensor, weight: Tensor
 def _norm_add_norm(op: str, where: Where, x: Tensor, residual: Tensor, weight1: Tensor | None, bias1: Tensor | None,
                    weight2: Tensor | None, bias2: Tensor | None, eps: float, offset: float = 0.0, cast: str = "last",
                    dtype: Dtype = None, kind: str = "rms_norm") -> tuple[Tensor, Tensor]:  # fmt: skip
-    check(op, eps, cast, kind)
+    check(op, eps, cast, kind, dtype)
     check_rows(op, "x", x, ("weight1", weight1), ("bias1", bias1), ("weight2", weight2), ("bias2", bias2))
     check_beside(op, "residual", residual, x)
     out: tuple[Tensor, Tensor] = where.norm_add_norm(x, residual, weight1, bias1, weight2, bias2, eps, offset, cast,
@@ -84,7 +84,7 @@ def _norm_add_norm(op: str, where: Where, x: Tensor, residual: Tensor, weight1: 
 def _qk_norm(op: str, where: Where, q: Tensor, k: Tensor, q_weight: Tensor | None, q_bias: Tensor | None,
              k_weight: Tensor | None, k_bias: Tensor | None, eps: float, offset: float = 0.0, cast: str = "last",
              dtype: Dtype = None, kind: str = "rms_norm") -> tuple[Tensor, Tensor]:  # fmt: skip
-    check(op, eps, cast, kind)
+    check(op, eps, cast, kind, dtype)
     check_rows(op, "q", q, ("q_weight", q_weight), ("q_bias", q_bias))
     check_device(op, "k", k, "q", q)
     check_rows(op, "k", k, ("k_weight", k_weight), ("k_bias", k_bias))

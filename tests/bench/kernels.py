@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import itertools
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -52,9 +53,8 @@ def layer(x: Tensor, w: Tensor) -> Tensor:
 
 def contenders(kind: str) -> dict[str, Run]:
     """What is measured by name, each (x, w) -> y."""
-    from normfuse import ops  # registers the operators
+    import normfuse.ops  # noqa: F401  registers the operators
 
-    assert ops
     spelled = llama if kind == "rms_norm" else layer
     cast = "first" if kind == "rms_norm" else "last"
     found: dict[str, Run] = {
@@ -89,15 +89,9 @@ def peers(kind: str) -> Iterator[tuple[str, Run]]:
 
 
 def graph(calls: list[Callable[[], object]]) -> Callable[[], object]:
-    """The calls as one CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for call in calls[:2]:
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
+    """The calls as one CUDA graph, captured on the current stream: a backward runs on the stream of its forward."""
     captured = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(captured):
+    with torch.cuda.graph(captured, stream=torch.cuda.current_stream()):
         for call in calls:
             call()
     return captured.replay
@@ -116,7 +110,7 @@ def milliseconds(calls: list[Callable[[], object]], repeats: int = 20) -> dict[s
     run()
     times = []
     for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
         run()
         end.record()
@@ -161,8 +155,8 @@ def measure(kind: str, m: int, n: int, name: str) -> Iterator[dict[str, Any]]:
             except Exception as error:  # a contender that does not take this shape is no reason to stop
                 yield about | {"what": what, "who": who, "error": f"{type(error).__name__}: {str(error)[:200]}"}
                 continue
-            speed = factor * moved / took["ms"] / 1e6
-            yield about | {"what": what, "who": who, "GB/s": speed, "share": speed / (2 * moved / copy["ms"] / 1e6)} | took
+            share = factor / 2 * copy["ms"] / took["ms"]
+            yield about | {"what": what, "who": who, "GB/s": factor * moved / took["ms"] / 1e6, "share": share} | took
 
 
 def show(rows: list[dict[str, Any]]) -> str:
@@ -240,28 +234,35 @@ def main() -> None:
     if not torch.cuda.is_available():
         print("tests.bench.kernels needs a CUDA GPU, and there is none")
         return
+    with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
+        run(given)
+
+
+def run(given: argparse.Namespace) -> None:
+    """What was asked for, on a stream that can be captured."""
     names = given.types or (["bf16"] if given.quick else list(TYPES))
     widths = QUICK_WIDTHS if given.quick else WIDTHS
     if given.tune:
         tune(names, widths)
         return
     results: list[dict[str, Any]] = []
-    for kind in ("rms_norm", "layer_norm"):
-        for name in names:
-            for n in widths:
-                for m in QUICK_ROWS if given.quick else ROWS:
-                    if m * n <= MOST:
-                        found = list(measure(kind, m, n, name))
-                        results += found
-                        print(show(found), end="\n\n", flush=True)
-    versions = {}
-    for package in ("triton", "liger-kernel", "quack-kernels"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
+    for kind, name, n in itertools.product(("rms_norm", "layer_norm"), names, widths):
+        for m in QUICK_ROWS if given.quick else ROWS:
+            if m * n <= MOST:
+                found = list(measure(kind, m, n, name))
+                results += found
+                print(show(found), end="\n\n", flush=True)
     device = {"name": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    versions = {name: version(name) for name in ("triton", "liger-kernel", "quack-kernels")}
     save(given.out, {"device": device, "versions": versions, "results": results})
+
+
+def version(package: str) -> str | None:
+    """The version of a package, None where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 if __name__ == "__main__":
