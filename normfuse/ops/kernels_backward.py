@@ -16,9 +16,11 @@ from normfuse.ops.kernels import (long_statistics, mean, normalised, read, round
 
 
 @triton.jit
-def scaled(d, w, how: tl.constexpr):
-    """g = dy * (offset + weight), of a weight that has been loaded."""
+def scaled(d, w, cols, how: tl.constexpr):
+    """g = dy * (offset + weight)."""
     if w is not None:
+        if how.rows == 1:  # the pointer: L1 has the weight, while registers are short
+            w = tl.load(w + cols, mask=cols < how.n, other=0.0)
         scale = widen(w, how.c)
         if how.offset != 0.0:
             scale += how.offset
@@ -30,7 +32,7 @@ def scaled(d, w, how: tl.constexpr):
 def gradient(h, d, w, cols, how: tl.constexpr):
     """(dx, n) of a tile of rows h, where d is the gradient of their norm."""
     n, rstd = normalised(h, cols, how)
-    g = scaled(d, w, how)
+    g = scaled(d, w, cols, how)
     dx = g - n * mean(g * n, how.n)
     if how.layer:
         dx = tl.where(cols < how.n, dx - mean(g, how.n), 0.0)
@@ -47,9 +49,9 @@ def store_partial(partial, line, cols, total, how: tl.constexpr):
 def backward_tiles(program, programs, dy, ds, x, dx, w, dw, db, x1, dx1, w1, dw1, db1, m, sizes, how: tl.constexpr):
     """`norm_backward` and, with x1, `norm_add_norm_backward`: there x is the sum that the second norm reads."""
     cols = tl.arange(0, how.block)[None, :]
-    if w is not None:
+    if w is not None and how.rows > 1:  # a row's weight is brought to the layout of many rows once
         w = tl.load(w + cols, mask=cols < how.n, other=0.0)
-    if w1 is not None:
+    if w1 is not None and how.rows > 1:
         w1 = tl.load(w1 + cols, mask=cols < how.n, other=0.0)
     sum_w = tl.full([how.rows, how.block], 0.0, how.c)
     sum_b = tl.full([how.rows, how.block], 0.0, how.c)
@@ -118,8 +120,7 @@ def backward_long(dy, ds, x, dx, w, statistics, sizes, how: tl.constexpr):
     for start in range(0, how.n, how.block):
         cols = start + lane
         inside = cols < how.n
-        scale = None if w is None else tl.load(w + cols, mask=inside, other=0.0)
-        g = scaled(read(dy, row, sizes, cols, inside, how.c), scale, how)
+        g = scaled(read(dy, row, sizes, cols, inside, how.c), w, cols, how)
         n = (read(x, row, sizes, cols, inside, how.c) - middle) * rstd
         along += g * n
         total += g
@@ -128,8 +129,7 @@ def backward_long(dy, ds, x, dx, w, statistics, sizes, how: tl.constexpr):
     for start in range(0, how.n, how.block):
         cols = start + lane
         inside = cols < how.n
-        scale = None if w is None else tl.load(w + cols, mask=inside, other=0.0)
-        g = scaled(read(dy, row, sizes, cols, inside, how.c), scale, how)
+        g = scaled(read(dy, row, sizes, cols, inside, how.c), w, cols, how)
         n = (read(x, row, sizes, cols, inside, how.c) - middle) * rstd
         out = g - n * along
         if how.layer:

@@ -135,7 +135,7 @@ def _axes(shape: tuple[int, ...], *strides: tuple[int, ...]) -> tuple[tuple[int,
 
 
 def _views(*tensors: Tensor | None) -> tuple[tuple[int, ...], list[Any]] | None:
-    """The sizes of the leading axes but the first, and each tensor as a view; None if there are more than three axes."""
+    """The sizes of the leading axes, the first as 1, and each tensor as a view; None for more than three axes."""
     there = [t for t in tensors if t is not None]
     shape = there[0].shape
     if all(t.is_contiguous() for t in there):

@@ -28,6 +28,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -168,9 +169,18 @@ def compiled(job: Job, backend: str, mode: str | None) -> tuple[Callable[[Tensor
     gc.collect()
     with fresh_cache():
         started = clock(job.tokens.device.type)
-        call: Callable[[Tensor], Tensor] = torch.compile(job.module, backend=backend, dynamic=False, mode=mode)
+        call: Callable[[Tensor], Tensor] = torch.compile(
+            _own(job.module, backend), backend=backend, dynamic=False, mode=mode
+        )
         job.step(call)
         return call, clock(job.tokens.device.type) - started
+
+
+def _own(module: _Model, name: str) -> _Model:
+    """The same model with code of its own: with one for all, Dynamo finds the contender compiled last the quickest."""
+    forward = FunctionType(_Model.forward.__code__.replace(co_name=f"forward_{name}"), globals())
+    made: _Model = type(name, (_Model,), {"forward": forward})(module.model, module.loss)
+    return made.train(module.training)
 
 
 def measure(job: Job, contenders: tuple[str, ...], mode: str | None, rounds: int, compiles: int) -> dict[str, Any]:
