@@ -2,8 +2,8 @@
 
 The graph is rewritten before AOTAutograd, so that the fused operators bring their fused backward. Options are those of
 `normfuse.Config`, `inner`: the backend that compiles the result, "inductor" (default), "aot_eager" or "eager", and
-`mode`, which goes to Inductor (torch.compile takes `mode` or `options`, not both). What was done is logged by "normfuse.backend" (``TORCH_LOGS=normfuse.backend``, with a line a
-norm at ``+normfuse.backend``) and kept for `last_report`.
+`mode`, which goes to Inductor (torch.compile takes `mode` or `options`, not both). What was done is logged by
+"normfuse.backend" (``TORCH_LOGS=normfuse.backend``, a line a norm at ``+normfuse.backend``) and kept for `last_report`.
 
 An operator of ours is a barrier to Inductor's fusions. So a norm is replaced where the operator takes in a neighbour or
 where its backward pays: on a GPU, when training. Any other norm is left to Inductor. On the CPU the operators are taken
@@ -101,7 +101,8 @@ def _inductor(graph: fx.GraphModule, inputs: Sequence[Any], mode: str | None) ->
     decompose_on_cpu()
     patches = list_mode_options(mode) if mode not in (None, "default") else {}
     settings: Any = torch.compiler.config
-    with settings.patch(cache_key_tag=f"{settings.cache_key_tag}|{version()}"):  # an entry of another version of the operators is stale
+    # an entry that another version of the operators made is stale
+    with settings.patch(cache_key_tag=f"{settings.cache_key_tag}|{version()}"):
         compiled: Any = compile_fx(graph, inputs, config_patches=patches)
     return compiled  # type: ignore[no-any-return]
 

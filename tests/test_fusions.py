@@ -191,7 +191,7 @@ def test_a_write_between_query_and_key_keeps_them_apart() -> None:
 
 def test_latent_is_read_where_it_lies() -> None:
     def f(x: Tensor, down: Tensor, w: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-        c, k = F.linear(x, down).split([N, 8], dim=-1)
+        c, k = torch.split(F.linear(x, down), [N, 8], dim=-1)
         return F.linear(rms(c, w), up), k
 
     assert fused(f, tensors((3, 4, N), (N + 8, N), (N,), (N, N))) == {"rms_norm": 1}

@@ -94,8 +94,8 @@ def fused(name: str) -> Row:
         single = name in ("rms_norm", "layer_norm", "norm_add")
         outs = (call.low.out(call.node),) if single else call.low.outs(call.node)
         if at.get("round_sum") is False or any(v is None for v in outs):
-            known = [[v for v in vs if v is not None] for vs in (values.values(), outs)]
-            call.low.graph.node("opaque", *known, native=call.node, op=name, name=call.node.name)
+            read, given = ([v for v in vs if v is not None] for vs in (values.values(), outs))
+            call.low.graph.node("opaque", read, given, native=call.node, op=name, name=call.node.name)
             return True
 
         def normed(x: Value, weight: str, bias: str, out: Value | None) -> Value:
