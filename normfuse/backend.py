@@ -60,7 +60,7 @@ def backend(graph: fx.GraphModule, inputs: Sequence[Any], *, mode: str | None = 
 
 
 def rewrite(graph: fx.GraphModule, config: Config, inner: str = "inductor", training: bool = False) -> fx.GraphModule:
-    """The graph with its norms fused; the same graph where there are none."""
+    """The module with the norms of its graph fused, in place: what Dynamo has noted on it stays."""
 
     def leave(site: Site) -> str | None:
         device = getattr(meta_of(site.value.native), "device", torch.device("cpu"))
@@ -73,7 +73,11 @@ def rewrite(graph: fx.GraphModule, config: Config, inner: str = "inductor", trai
     changed, report = fx_model.run(graph, config, rewrite=True, leave=leave)
     _last[:] = [report]
     _tell(report)
-    return changed if report.fused else graph
+    if report.fused:
+        for name, part in changed.named_children():
+            setattr(graph, name, part)
+        graph.graph = changed.graph
+    return graph
 
 
 def _options(options: dict[str, Any], mode: str | None) -> tuple[str, str | None, Config]:
@@ -153,10 +157,10 @@ class InductorPass(CustomGraphPass):
         if module is None or (after and not any(t.is_cuda for t in tensors)):
             return
         training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-        changed = rewrite(module, self.config, "inductor", training and not after)
-        if changed is not module:
-            for name, part in changed.named_children():
-                setattr(module, name, part)
-            for node in reversed(list(graph.nodes)):
+        rewrite(module, self.config, "inductor", training and not after)
+        if module.graph is not graph:  # whoever called goes on with the graph that he gave
+            inputs = [[n for n in g.nodes if n.op == "placeholder"] for g in (module.graph, graph)]
+            for node in reversed([n for n in graph.nodes if n.op != "placeholder"]):
                 graph.erase_node(node)
-            graph.output(graph.graph_copy(changed.graph, {}))
+            graph.output(graph.graph_copy(module.graph, dict(zip(*inputs, strict=True))))
+            module.graph = graph

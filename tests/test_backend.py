@@ -341,6 +341,23 @@ def test_promotion_is_respected(graphs: list[torch.fx.GraphModule]) -> None:
     assert [operators(g)["add_rms_norm"] for g in graphs] == [1, 1]
 
 
+def test_what_dynamo_noted_stays() -> None:
+    """Without it Inductor takes parameters for inputs, and copies them into each CUDA graph."""
+    seen: list[torch.fx.GraphModule] = []
+
+    def spy(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        noted = {k for k in vars(graph) if k.startswith(("_param", "_source"))}
+        sources = [n._dynamo_source for n in graph.graph.nodes if n.op == "placeholder"]
+        compiled = backend.backend(graph, inputs, options={"inner": "aot_eager"})
+        assert noted <= vars(graph).keys() and "dynamo_compile_id" in graph.meta
+        assert sources == [n._dynamo_source for n in graph.graph.nodes if n.op == "placeholder"]
+        seen.append(graph)
+        return compiled
+
+    torch.compile(Stack(), backend=spy)(torch.randn(4, 16))
+    assert operators(seen[0])["norm_add"] + operators(seen[0])["norm_add_norm"] == 2
+
+
 # -- caches and the plugin ---------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._ops import HigherOrderOperator, OpOverload
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
 Function = Callable[..., Any]
 
@@ -185,9 +185,9 @@ def _is_tensor(node: fx.Node) -> bool:
 @cache
 def _fresh_packet(name: str) -> bool:
     packet = getattr(torch.ops.aten, name, None)
-    if packet is None:
+    if not isinstance(packet, OpOverloadPacket):
         return False
-    overloads = [getattr(packet, o) for o in packet.overloads() if "out" not in o]
+    overloads = [getattr(packet, o) for o in packet.overloads() if "out" not in o]  # type: ignore[no-untyped-call]
     return all(r.alias_info is None for o in overloads for r in o._schema.returns)
 
 

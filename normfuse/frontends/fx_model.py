@@ -233,6 +233,8 @@ def _copy(source: fx.GraphModule) -> fx.Graph:
     out.owning_module = source
     for before, after in zip(source.graph.nodes, out.nodes, strict=True):
         after.name = before.name
+        if hasattr(before, "_dynamo_source"):  # by which AOTAutograd knows parameters from inputs
+            after._dynamo_source = before._dynamo_source
     return out
 
 
