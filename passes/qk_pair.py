@@ -3,7 +3,8 @@
     a = norm(q); b = norm(k)      becomes      a, b = qk_norm(q, k)
 
 Only for two norms that meet in the same attention, are alike (kind, eps, offset, casts) and do not depend on each
-other; whether the readers of a can wait for k is for the front end to say.
+other; of more than two, as in joint attention, each two in a row are a pair. Whether the readers of a can wait for k is
+for the front end to say.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ class QKPair:
         for site in plan.free():
             if site.placement == "qk" and site.attends is not None:
                 groups[site.attends, site.norm.weight is None].append(site)
-        for sites in groups.values():
-            if len(sites) >= 2:
-                a, b = sites[:2]
-                plan.fuse(Fused("qk_norm", (a, b), (a.norm.x, b.norm.x), (a.value, b.value)), self.can)
+        pairs = [pair for sites in groups.values() for pair in zip(sites[::2], sites[1::2], strict=False)]
+        end = -1
+        for a, b in sorted(pairs, key=lambda pair: pair[0].value.index):
+            if a.value.index > end:  # pairs that interlace could each wait for the other
+                if plan.fuse(Fused("qk_norm", (a, b), (a.norm.x, b.norm.x), (a.value, b.value)), self.can):
+                    end = b.value.index

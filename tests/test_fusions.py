@@ -171,6 +171,19 @@ def test_qk_pair_waits_for_the_key() -> None:
     assert fused(attention, tensors(*QK)) == {"qk_norm": 1}
 
 
+def test_joint_attention_has_two_pairs() -> None:
+    def f(x: Tensor, a: Tensor, b: Tensor, w: Tensor, v: Tensor) -> Tensor:
+        def heads(y: Tensor, weight: Tensor) -> Tensor:
+            return rms(y.view(3, 4, 2, N).transpose(1, 2), weight)
+
+        image = heads(F.linear(x, a), w), heads(F.linear(x, b), v)
+        text = heads(F.linear(x * 2, a), w), heads(F.linear(x * 2, b), v)
+        q, k = (torch.cat(pair, 2) for pair in zip(image, text, strict=True))
+        return F.scaled_dot_product_attention(q, k, k)
+
+    assert fused(f, tensors(*QK)) == {"qk_norm": 2}
+
+
 @pytest.mark.parametrize("how", [{"eps": 1e-5}, {"chained": True}])
 def test_qk_pair_is_refused(how: dict[str, Any]) -> None:
     assert "qk_norm" not in fused(lambda *a: attention(*a, **how), tensors(*QK))
