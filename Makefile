@@ -23,6 +23,8 @@ bench: $(STAMP)
 	$(BIN)/python -m tests.bench.peers
 	$(BIN)/python -m tests.bench.speed --peers
 	$(BIN)/python -m tests.bench.latency
+	$(BIN)/python -m tests.bench.models
+	$(BIN)/python -m tests.bench.kernels
 
 clean:
 	rm -rf $(VENV) build dist normfuse.egg-info .pytest_cache .ruff_cache .mypy_cache
