@@ -7,12 +7,14 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_cache, run_and_get_code
 from torch.utils.checkpoint import checkpoint
 
 import normfuse
@@ -356,6 +358,42 @@ def test_what_dynamo_noted_stays() -> None:
 
     torch.compile(Stack(), backend=spy)(torch.randn(4, 16))
     assert operators(seen[0])["norm_add"] + operators(seen[0])["norm_add_norm"] == 2
+
+
+@pytest.mark.parametrize("how", [{"backend": "normfuse"}, {"options": {"pre_grad_custom_pass": True}}])
+def test_inductor_takes_the_operators_apart_on_a_cpu(how: dict[str, Any]) -> None:
+    """Also where it has compiled something before, and keeps a table of decompositions from then."""
+    torch.compile(lambda x: x + 1)(torch.ones(3))
+    if "options" in how:
+        how = {"options": {"pre_grad_custom_pass": normfuse.InductorPass()}}
+    with fresh_cache():
+        _, code = run_and_get_code(torch.compile(Stack().requires_grad_(False), **how), torch.randn(4, 16))
+    report = normfuse.last_report()
+    assert report is not None and report.fused == 3
+    assert "cpp_fused" in code[0] and "torch.ops.normfuse" not in code[0]
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_the_operators_stay_where_they_do_not_come_apart(before: bool) -> None:
+    """What happens on a GPU, played on the CPU by decompositions that decline."""
+    program = f"""
+import torch
+from torch._inductor.utils import fresh_cache, run_and_get_code
+from normfuse.ops import register
+from tests.test_backend import Stack
+if {before}:
+    torch.compile(lambda x: x + 1)(torch.ones(3))
+for op in register.DECOMPOSITIONS:
+    register.DECOMPOSITIONS[op] = lambda *args: NotImplemented
+model, x = Stack(), torch.randn(4, 16)
+with fresh_cache():
+    _, code = run_and_get_code(lambda: torch.compile(model, backend="normfuse")(x).sum().backward())
+torch.testing.assert_close(torch.compile(model, backend="normfuse")(x), model(x))
+print([[f"= torch.ops.normfuse.{{name}}.default(" in c for name in ("norm_add", "norm_backward")] for c in code])
+"""
+    folder = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=folder, check=False)
+    assert done.stdout.strip() == "[[True, False], [False, True]]", done.stderr
 
 
 # -- caches and the plugin ---------------------------------------------------------------------------------------------

@@ -266,7 +266,18 @@ _register("qk_norm_backward", f"(Tensor dq, Tensor dk, Tensor q, Tensor k, {_PAI
 
 @cache
 def decompose_on_cpu() -> None:
-    """Let Inductor see what the operators are made of, so that it fuses them itself where there is no GPU."""
-    from torch._inductor.decomposition import decompositions
+    """Let Inductor see what the operators are made of, so that it fuses them itself where there is no GPU.
 
-    decompositions.update(DECOMPOSITIONS)
+    On a GPU they stay. By itself Inductor refuses a fallback for an operator that has a decomposition.
+    """
+    from torch._inductor import decomposition, lowering
+    from torch._library.utils import get_layout_constraint_tag
+
+    # the second table is a copy of the first that Inductor makes once and keeps
+    for table in (decomposition.decompositions, decomposition.fast_random_decomps()):
+        table.update(DECOMPOSITIONS)
+    for op in DECOMPOSITIONS:
+        if op not in lowering.lowerings:
+            layout = lowering.tag_to_layout_constraint(get_layout_constraint_tag(op))
+            fallback: Any = lowering.make_fallback
+            fallback(op, layout, warn=False, override_decomp=True)
