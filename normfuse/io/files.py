@@ -72,7 +72,11 @@ def _spliced(model: ir.Model, source: Source) -> onnx.ModelProto:
         if source.nodes[i].graph is None:
             gone.update(v.name for v in source.nodes[i].outputs)
             del graph.node[i]
-    old = set(source.nodes)
+    old = {node: kept for node, kept in zip((n for n in source.nodes if n.graph is not None), graph.node, strict=True)}
+    order = [node for node in model.graph if node in old]
+    if order != list(old):
+        del graph.node[:]
+        graph.node.extend(old[node] for node in order)
     for i, node in enumerate(model.graph):
         if node not in old:
             gone.difference_update(v.name for v in node.outputs)
