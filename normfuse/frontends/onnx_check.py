@@ -123,7 +123,7 @@ def _test_shapes(edit: Edit, nodes: list[ir.Node]) -> Shapes:
     fixed = isinstance(edit, Replace) and bool(rest_of(edit.site.value))
     fixed = fixed or any(node.op_type in {*VIEWS, "Shape", "Size"} for node in nodes)
     shapes = []
-    for k, value in enumerate(edit.inputs):
+    for k, value in enumerate(dict.fromkeys(edit.inputs)):
         axes, shape = edit.sites[min(k, len(edit.sites) - 1)].norm.axes, []
         for i, d in enumerate(value.shape or ()):
             if isinstance(d, int):
@@ -136,7 +136,7 @@ def _test_shapes(edit: Edit, nodes: list[ir.Node]) -> Shapes:
 
 def _sizes(edit: Edit, shapes: Shapes) -> dict[Dim, int]:
     """What each symbol stands for in a test."""
-    pairs = zip(edit.inputs, shapes, strict=True)
+    pairs = zip(dict.fromkeys(edit.inputs), shapes, strict=True)
     return {d: n for v, shape in pairs for d, n in zip(v.shape or (), shape, strict=True)}
 
 

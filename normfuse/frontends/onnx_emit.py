@@ -68,6 +68,13 @@ class Emitter:
         fits = self._trailing(norm) and norm.size is not None
         return fits and not self.spelled and self.opset >= NATIVE[norm.kind][1]
 
+    @staticmethod
+    def single(norm: Norm) -> bool:
+        """Whether one node is enough, but for the making of its weight."""
+        rounds = norm.cast in ("last", "mixed") or (norm.cast == "none" and norm.compute != norm.x.dtype)
+        wide = norm.cast == "first" and norm.dtype != norm.x.dtype
+        return not (rounds or wide or (norm.kind == "rms_norm" and norm.bias is not None))
+
     def emit(self, norm: Norm, x: ir.Value, params: Mapping[Value, ir.Value], name: str,
              statistics: bool = False, rows: Rows | None = None, eps: str = "") -> list[ir.Node]:  # fmt: skip
         """Nodes that compute the norm of x; the last one's first output is the result.

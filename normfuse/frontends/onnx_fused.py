@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.traversal import RecursiveGraphIterator
 
@@ -18,10 +19,11 @@ from normfuse.frontends.onnx import Lowering
 from normfuse.frontends.onnx_emit import DOMAIN, Emitter
 from normfuse.frontends.onnx_functions import SHORT, function_body
 from normfuse.graph import Value
-from normfuse.norm import Expr, Norm
+from normfuse.norm import Expr, Norm, Site
 from normfuse.plan import Fused, Reason
 
 ROLES = {(True, True): "both", (True, False): "scale", (False, True): "bias", (False, False): "plain"}
+INPUTS = {"norm": ("x",), "qk_norm": ("q", "k")}
 FIRST_WITH_EPS = 12
 """The opset from which a Constant takes an attribute of the call."""
 
@@ -44,8 +46,8 @@ class FusedEmitter:
 
     def _unfit(self, low: Lowering, edit: Fused) -> str | None:
         norms = [site.norm for site in edit.sites]
-        if edit.op == "norm":
-            return "a norm alone needs no operator of ours"
+        if edit.op == "norm" and (edit.sites[0].is_op or self.emitter.single(norms[0])):
+            return "another operator is all that it needs"
         if any(norm.cast == "mixed" for norm in norms) and self.exact:
             return "no operator has this order of roundings"
         if len({_attributes(norm) for norm in norms}) > 1:
@@ -107,14 +109,16 @@ class FusedEmitter:
             return body.take(alone.emit(spec, x, operands, name, rows=rows, eps=eps), alone)
 
         given += [operands[v] for v in edit.inputs]
-        a, b = (body.input(label) for label in (("q", "k") if edit.op == "qk_norm" else ("x", "residual")))
-        if edit.op == "qk_norm":
-            results = [norm(0, a), norm(1, b)]
+        x, *other = [body.input(label) for label in INPUTS.get(edit.op, ("x", "residual"))]
+        if edit.op == "norm":
+            results = [norm(0, x)]
+        elif edit.op == "qk_norm":
+            results = [norm(0, x), norm(1, *other)]
         elif edit.op == "add_norm":
-            s = body.op("Add", a, b)
+            s = body.op("Add", x, *other)
             results = [norm(0, s), s]
         else:
-            s = body.op("Add", b, norm(0, a))
+            s = body.op("Add", *other, norm(0, x))
             results = [s] if edit.op == "norm_add" else [norm(1, s), s]
         function = body.function(function_name(edit, self.emitter.opset), results, self.emitter.opset)
         self.emitter.functions[function.identifier()] = function
@@ -169,7 +173,7 @@ class _Body:
 def function_name(edit: Fused, opset: int) -> str:
     """The name of a function: the operator's, then what departs from float32 norms with all their parameters."""
     norm = edit.sites[0].norm
-    parts = [edit.name, *(["layer_norm"] if norm.kind == "layer_norm" and edit.op != "add_norm" else [])]
+    parts = [edit.name, *(["layer_norm"] if norm.kind == "layer_norm" and edit.name == edit.op else [])]
     roles = [(site.norm.weight is not None, site.norm.bias is not None) for site in edit.sites]
     if any(role != (True, norm.kind == "layer_norm") for role in roles):
         parts += [ROLES[role] for role in roles]
@@ -184,7 +188,12 @@ def function_name(edit: Fused, opset: int) -> str:
 
 def _attributes(norm: Norm) -> tuple[object, ...]:
     """What the norms of one operator have in common."""
-    return norm.kind, norm.eps, norm.x.dtype, norm.compute, norm.cast, norm.dtype
+    return norm.kind, np.float32(norm.eps), norm.x.dtype, norm.compute, norm.cast, norm.dtype
+
+
+def fused_already(site: Site) -> str | None:
+    """Why a norm inside one of these functions is left alone."""
+    return "an operator of NormFuse gives it" if site.value.producer and _is_fused(site.value.producer.native) else None
 
 
 def _is_fused(node: ir.Node | None) -> bool:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import onnx_ir as ir
-from onnx_ir.passes.common import InlinePass
+from onnx_ir.passes.common import InlinePass, RemoveUnusedFunctionsPass
 
 from normfuse.config import Config
 from normfuse.errors import InputError, UnsupportedError
 from normfuse.frontends.onnx import Lowering, lower
 from normfuse.frontends.onnx_check import Checker
 from normfuse.frontends.onnx_emit import DOMAIN, Emitter, register_functions
-from normfuse.frontends.onnx_fused import FusedEmitter
+from normfuse.frontends.onnx_fused import FusedEmitter, fused_already
 from normfuse.frontends.onnx_region import as_function, rest_of, results_of
 from normfuse.graph import Node, Value
 from normfuse.passmanager import Abilities, fuse, plan
@@ -51,9 +52,9 @@ class OnnxModel:
         self.moved: dict[ir.Value, ir.Value] = {}
 
     def _abilities(self, low: Lowering) -> Abilities:
-        fused = self.config.target == "normfuse"
-        return Abilities(self.emitter.expressible, functions=True, statistics=self.emitter.native,
-                         operator=(lambda edit: self.fused.unfit(low, edit)) if fused else None)  # fmt: skip
+        can = Abilities(self.emitter.expressible, functions=True, statistics=self.emitter.native, leave=fused_already)
+        wide = self.config.target == "normfuse"
+        return replace(can, operator=lambda edit: self.fused.unfit(low, edit)) if wide else can
 
     def count(self) -> int:
         """Nodes of the model, those of sub-graphs included."""
@@ -116,6 +117,8 @@ class OnnxModel:
             value.name = _unique(value.name or "", used)
             self.model.graph.register_initializer(value)
         register_functions(self.model, list(self.emitter.functions.values()))
+        if any(one.fused for one in self.plans):
+            RemoveUnusedFunctionsPass()(self.model)  # type: ignore[no-untyped-call]  # those of norms that were alone
         return True
 
     def _now(self, value: Value) -> ir.Value:
