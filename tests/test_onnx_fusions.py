@@ -182,6 +182,19 @@ def test_after_a_rewrite_without_fusions(tmp_path: Path) -> None:
     assert (tmp_path / "default.onnx").read_bytes() == out.read_bytes()
 
 
+def test_a_computed_weight_that_lies_beside_the_file(tmp_path: Path) -> None:
+    """It is not folded, so that the norm is one operator and a weight; that is not taken apart again."""
+    made = model("o = Add(w, v) s = Add(x, r) " + rms("s", "y", 17, weight="o"), "y s", 17)
+    source, out = tmp_path / "in.onnx", tmp_path / "out.onnx"
+    onnx.save_model(made, source, save_as_external_data=True, location="in.data", size_threshold=64)
+    report = normfuse.rewrite(source, out, normfuse.Config(target="normfuse", verify="model"))
+    assert report.model_check is not None and report.model_check["equal"]
+    for i, config in enumerate((TARGET, normfuse.Config())):
+        again = normfuse.rewrite(out, tmp_path / f"{i}.onnx", config)
+        assert [n.action for n in again.norms] == ["left"]
+        assert operators(tmp_path / f"{i}.onnx") == operators(out) == {"add_rms_norm": 1}
+
+
 # -- not where a condition is broken -----------------------------------------------------------------------------------
 
 
