@@ -190,7 +190,7 @@ def _rewrite_ir(model: ir.Model, config: Config, progress: Progress | None) -> t
     report.nodes_after = one.count()
     report.seconds |= {"recognise": planned - started, "verify": checked - planned,
                        "rewrite": time.perf_counter() - checked}  # fmt: skip
-    plain = not one.inlined and not any(p.replace for p in one.plans[1:])
+    plain = not one.inlined and not any(p.edits() for p in one.plans[1:])
     return report, changed, plain
 
 
@@ -244,7 +244,7 @@ def build_report(plans: Iterable[Plan], checks: dict[Site, Check], rewritten: bo
                     record.error_before, record.error_after = round(check.before, 2), round(check.after, 2)
                 edit = edits.get(site)
                 if isinstance(edit, Fused):
-                    record.emitted = f"normfuse.{edit.name}"
+                    record.emitted = f"function normfuse.{edit.name}"
                 elif edit is not None:
                     record.emitted = _emitted(site.norm, native(site.norm), edit.as_written)
             report.norms.append(record)

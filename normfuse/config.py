@@ -20,7 +20,9 @@ class Config:
     - `layernorm_to_rmsnorm`: turn LayerNorm into RMSNorm; only "off" is available yet.
     - `numerics`: "exact" keeps every rounding of the model; "fast" may compute a norm in float32 where the model
       computes it in a narrower or mixed type.
-    - `target`: where the result will run; "onnx" is standard operators and model-local functions, for any runtime.
+    - `target`: where the result will run; "onnx" is standard operators and model-local functions, for any runtime;
+      "normfuse" also takes the additions beside a norm and pairs of norms into one operator of the family of
+      `normfuse.ops`: in an ONNX model a model-local function, which any runtime still runs.
     - `verify`: "sites" checks each replaced region against its replacement, "model" also runs the whole model
       before and after, "off" trusts the algebra.
 
@@ -41,5 +43,5 @@ class Config:
         if self.layernorm_to_rmsnorm != "off":
             mode = self.layernorm_to_rmsnorm
             raise UnsupportedError(f"layernorm_to_rmsnorm={mode!r} is not available yet; use 'off'")
-        if self.target != "onnx":
+        if self.target not in ("onnx", "normfuse"):
             raise UnsupportedError(f"target={self.target!r} is not available yet; use 'onnx', which runs anywhere")

@@ -1,4 +1,5 @@
-"""Checking one replaced region of an ONNX graph against its replacement, with ONNX's reference evaluator.
+"""Checking one replaced region of an ONNX graph against its replacement, with ONNX's reference evaluator, each of its
+results by itself.
 
 The region's own nodes are run, not the neutral ones, so that a mistake of the front end shows too. In float64 every
 float constant and cast is retyped. Equal regions (the layers of a model) are checked once.
@@ -20,69 +21,93 @@ from onnx.reference.op_run import OpRun
 
 from normfuse.frontends.onnx import Lowering
 from normfuse.frontends.onnx_emit import DOMAIN, Emitter
-from normfuse.frontends.onnx_region import VIEWS, Region, as_function, region, rest_of, target_of
-from normfuse.graph import Value
-from normfuse.plan import Replace
-from normfuse.norm import Norm, Site
+from normfuse.frontends.onnx_fused import FusedEmitter
+from normfuse.frontends.onnx_region import VIEWS, Region, as_function, region, rest_of, results_of
+from normfuse.graph import Dim, Value
+from normfuse.norm import Norm
+from normfuse.plan import Edit, Fused, Replace
 from normfuse.verify import Array, Check, compare, numpy_dtype
 
+Model = tuple[onnx.ModelProto, onnx.ModelProto]
+Shapes = list[tuple[int, ...]]
+Runner = Callable[[Array, bool], list[Array]]
 DOUBLE = ir.DataType.DOUBLE
 FLOAT_TYPES = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, DOUBLE}
 
 
 class Checker:
-    """Checks sites of one model; remembers what it has checked by the text of region and replacement."""
+    """Checks edits of one model; remembers what it has checked by the text of region and replacement."""
 
     def __init__(self, opset: int, numerics: str = "exact") -> None:
         self.opset, self.exact = opset, numerics == "exact"
         self.done: dict[bytes, Check] = {}
 
-    def check(self, low: Lowering, edit: Replace) -> Check:
-        """Compare the region of a site with what would take its place."""
-        site = edit.site
-        loose = region(low, site)
-        shape = _test_shape(site, [] if loose is None else loose.nodes)
-        found = region(low, site, shape)
+    def check(self, low: Lowering, edit: Edit) -> Check:
+        """Compare the region of an edit with what would take its place."""
+        loose = region(low, edit)
+        shapes = _test_shapes(edit, [] if loose is None else loose.nodes)
+        found = region(low, edit, _sizes(edit, shapes))
         if found is None:
             return Check(False, message="the region depends on values that cannot be reproduced alone")
         boundary = found.boundary
-        old = _proto(low, site, found, self.opset)
+        old = _proto(low, edit, found, self.opset)
         emitter = Emitter(self.opset, spelled=True)
         copies = {v: ir.Value(name=v.native.name) for v in boundary if v.native is not None}
-        if edit.as_written:
-            own = as_function(low, site, self.opset)
-            if own is None:
-                return Check(False, message="the region reads what only a whole run knows")
-            made = emitter.call(own[0], [copies[v] for v in own[1]], "replacement")
-        else:
-            made = emitter.emit(site.norm, copies[site.norm.x], copies, "replacement")
-            emitter.tail(made, rest_of(site.value), copies, "replacement")
-        made[-1].outputs[0].name = target_of(site).native.name
-        new = _made_proto(made, boundary, emitter, site, self.opset)
+        made = self._made(low, edit, emitter, copies)
+        if made is None:
+            return Check(False, message="the region reads what only a whole run knows")
+        for value, new_value in zip(results_of(edit), made[-1].outputs, strict=True):
+            new_value.name = value.native.name
+        new = _made_proto(made, boundary, emitter, edit, self.opset)
         key = old[0].SerializeToString(deterministic=True) + new[0].SerializeToString(deterministic=True)
         key += repr([(v.dtype, v.shape) for v in boundary]).encode()
         if key not in self.done:
-            params = _parameters(boundary, site.norm.x)
-            try:
-                self.done[key] = compare(_runner(old, boundary, params), _runner(new, boundary, params), shape,
-                                         site.norm.x.dtype or "", target_of(site).dtype or "", self.exact)  # fmt: skip
-            except Exception as why:  # the reference evaluator raises anything; not checked means not kept
-                text = (str(why) or type(why).__name__).splitlines()[0]
-                self.done[key] = Check(False, message=f"the check could not run: {text[:200]}")
+            self.done[key] = self._compare(old, new, edit, boundary, shapes)
         result = self.done[key]
-        for value, formula in ((edit.mean, _mean), (edit.rstd, _rstd)):
-            if value is not None and result.ok:
-                result = self._statistic(low, replace(site, value=value), formula, shape)
+        if isinstance(edit, Replace):
+            for statistic, formula in ((edit.mean, _mean), (edit.rstd, _rstd)):
+                if statistic is not None and result.ok:
+                    result = self._statistic(low, Replace(replace(edit.site, value=statistic)), formula, shapes)
         return result
 
-    def _statistic(self, low: Lowering, site: Site, formula: Callable[[Array, Norm], Array],
-                   shape: tuple[int, ...]) -> Check:  # fmt: skip
+    def _made(self, low: Lowering, edit: Edit, emitter: Emitter, copies: dict[Value, ir.Value]) -> list[ir.Node] | None:
+        if isinstance(edit, Fused):
+            return FusedEmitter(emitter).emit(edit, copies, "replacement")
+        if edit.as_written:
+            own = as_function(low, edit.site, self.opset)
+            return None if own is None else emitter.call(own[0], [copies[v] for v in own[1]], "replacement")
+        made = emitter.emit(edit.site.norm, copies[edit.site.norm.x], copies, "replacement")
+        emitter.tail(made, rest_of(edit.site.value), copies, "replacement")
+        return made
+
+    def _compare(self, old: Model, new: Model, edit: Edit, boundary: list[Value], shapes: Shapes) -> Check:
+        run_old, run_new = _runner(old, boundary, shapes), _runner(new, boundary, shapes)
+        worst = Check(True, same=True)
+
+        def result(run: Runner, k: int) -> Callable[[Array, bool], Array]:
+            return lambda x, wide: run(x, wide)[k]
+
+        try:
+            for k, out in enumerate(results_of(edit)):
+                found = compare(result(run_old, k), result(run_new, k), shapes[0], boundary[0].dtype or "",
+                                out.dtype or "", self.exact)  # fmt: skip
+                if not found.ok:
+                    return found
+                worst = max(worst, found, key=lambda check: check.after)
+        except Exception as why:  # the reference evaluator raises anything; not checked means not kept
+            text = (str(why) or type(why).__name__).splitlines()[0]
+            return Check(False, message=f"the check could not run: {text[:200]}")
+        return worst
+
+    def _statistic(self, low: Lowering, edit: Replace, formula: Callable[[Array, Norm], Array],
+                   shapes: Shapes) -> Check:  # fmt: skip
         """Compare a statistic that the operator is to give with its formula."""
-        found = region(low, site, shape)
+        found, norm = region(low, edit, _sizes(edit, shapes)), edit.site.norm
         if found is None:
             return Check(False, message="a statistic depends on values that cannot be reproduced alone")
-        old = _runner(_proto(low, site, found, self.opset), found.boundary, _parameters(found.boundary, site.norm.x))
-        return compare(old, lambda x, wide: formula(x, site.norm), shape, site.norm.x.dtype or "", site.norm.compute)
+        old = _runner(_proto(low, edit, found, self.opset), found.boundary, shapes)
+        return compare(lambda x, wide: old(x, wide)[0], lambda x, wide: formula(x, norm), shapes[0],
+                       norm.x.dtype or "", norm.compute)  # fmt: skip
 
 
 def _mean(x: Array, norm: Norm) -> Array:
@@ -93,34 +118,39 @@ def _rstd(x: Array, norm: Norm) -> Array:
     return np.asarray(1 / np.sqrt(x.var(axis=norm.axes, keepdims=True) + norm.eps))
 
 
-def _test_shape(site: Site, nodes: list[ir.Node]) -> tuple[int, ...]:
-    """The shape to test with: rows are cut down unless a view in the region fixes them."""
-    fixed = bool(rest_of(site.value)) or any(node.op_type in {*VIEWS, "Shape", "Size"} for node in nodes)
-    assert site.norm.x.shape is not None
-    shape = []
-    for i, d in enumerate(site.norm.x.shape):
-        if isinstance(d, int):
-            shape.append(d if fixed or i in site.norm.axes else min(d, 3))
-        else:
-            shape.append(8 if i in site.norm.axes else 2)
-    return tuple(shape)
+def _test_shapes(edit: Edit, nodes: list[ir.Node]) -> Shapes:
+    """The shapes of the inputs to test with: rows are cut down unless a view in the region fixes them."""
+    fixed = isinstance(edit, Replace) and bool(rest_of(edit.site.value))
+    fixed = fixed or any(node.op_type in {*VIEWS, "Shape", "Size"} for node in nodes)
+    shapes = []
+    for k, value in enumerate(dict.fromkeys(edit.inputs)):
+        axes, shape = edit.sites[min(k, len(edit.sites) - 1)].norm.axes, []
+        for i, d in enumerate(value.shape or ()):
+            if isinstance(d, int):
+                shape.append(d if fixed or i in axes else min(d, 3))
+            else:
+                shape.append(8 if i in axes else 2)
+        shapes.append(tuple(shape))
+    return shapes
 
 
-def _parameters(boundary: list[Value], x: Value) -> dict[str, Array]:
+def _sizes(edit: Edit, shapes: Shapes) -> dict[Dim, int]:
+    """What each symbol stands for in a test."""
+    pairs = zip(dict.fromkeys(edit.inputs), shapes, strict=True)
+    return {d: n for v, shape in pairs for d, n in zip(v.shape or (), shape, strict=True)}
+
+
+def _parameters(boundary: list[Value], inputs: int) -> dict[str, Array]:
     """Random parameters by name, drawn from the position so that equal regions get equal ones."""
     out = {}
-    for i, v in enumerate(boundary):
-        if v is not x:
-            rng = np.random.default_rng(i + 1)
-            size = tuple(d if isinstance(d, int) else 1 for d in v.shape or ())
-            out[f"v{i}"] = rng.standard_normal(size) * 0.5 + 1.25
+    for i, v in enumerate(boundary[inputs:], inputs):
+        rng = np.random.default_rng(i + 1)
+        size = tuple(d if isinstance(d, int) else 1 for d in v.shape or ())
+        out[f"v{i}"] = rng.standard_normal(size) * 0.5 + 1.25
     return out
 
 
-Model = tuple[onnx.ModelProto, onnx.ModelProto]
-
-
-def _proto(low: Lowering, site: Site, found: Region, opset: int) -> Model:
+def _proto(low: Lowering, edit: Edit, found: Region, opset: int) -> Model:
     names: dict[ir.Value, str] = {v.native: f"v{i}" for i, v in enumerate(found.boundary)}
     protos: list[onnx.NodeProto] = []
     for value, array in found.constants.items():
@@ -140,10 +170,10 @@ def _proto(low: Lowering, site: Site, found: Region, opset: int) -> Model:
     used = {n for p in protos for n in p.input}
     functions = [ir.to_proto(f) for f in low.source.meta.get("normfuse.functions", {}).values() if f.domain == DOMAIN]
     return _finish(protos, [n for v, n in names.items() if n in used and n[0] == "v"],
-                   names[target_of(site).native], opset, functions)  # fmt: skip
+                   [names[v.native] for v in results_of(edit)], opset, functions)  # fmt: skip
 
 
-def _made_proto(made: list[ir.Node], boundary: list[Value], emitter: Emitter, site: Site, opset: int) -> Model:
+def _made_proto(made: list[ir.Node], boundary: list[Value], emitter: Emitter, edit: Edit, opset: int) -> Model:
     renamed = {v.native.name: f"v{i}" for i, v in enumerate(boundary)}
     protos = []
     for value in emitter.fresh:
@@ -163,19 +193,19 @@ def _made_proto(made: list[ir.Node], boundary: list[Value], emitter: Emitter, si
             field.extend(names)
         protos.append(proto)
     used = {n for p in protos for n in p.input}
-    output = renamed[target_of(site).native.name]
+    outputs = [renamed[v.native.name] for v in results_of(edit)]
     functions = [ir.to_proto(f) for f in emitter.functions.values()]
-    return _finish(protos, [n for n in renamed.values() if n in used and n[0] == "v"], output, opset, functions)
+    return _finish(protos, [n for n in renamed.values() if n in used and n[0] == "v"], outputs, opset, functions)
 
 
-def _finish(nodes: list[onnx.NodeProto], inputs: list[str], output: str, opset: int,
+def _finish(nodes: list[onnx.NodeProto], inputs: list[str], outputs: list[str], opset: int,
             functions: list[onnx.FunctionProto]) -> Model:  # fmt: skip
     """The model in its own types and the same in float64."""
     imports = [onnx.helper.make_opsetid("", opset), onnx.helper.make_opsetid(DOMAIN, 1),
                onnx.helper.make_opsetid("com.microsoft", 1)]  # fmt: skip
     graph = onnx.helper.make_graph(
         nodes, "g", [onnx.helper.make_tensor_value_info(n, 1, None) for n in sorted(set(inputs))],
-        [onnx.helper.make_tensor_value_info(output, 1, None)],
+        [onnx.helper.make_tensor_value_info(n, 1, None) for n in outputs],
     )  # fmt: skip
     own = onnx.helper.make_model(graph, opset_imports=imports, functions=functions)
     if functions:  # the evaluator would run a function's body without the operators given to it
@@ -223,23 +253,26 @@ class ReduceMean(OpRun):
         return (wide.astype(data.dtype),)
 
 
-def _runner(model: Model, boundary: list[Value], params: dict[str, Array]) -> Callable[[Array, bool], Array]:
+def _runner(model: Model, boundary: list[Value], shapes: Shapes) -> Runner:
+    """Runs a model on x, and on rows of x in other places for the other inputs."""
+    params = _parameters(boundary, len(shapes))
     types = {f"v{i}": v.dtype or "float32" for i, v in enumerate(boundary)}
     evaluators: dict[bool, ReferenceEvaluator] = {}
     wanted = {i.name for i in model[0].graph.input}
 
-    def run(x: Array, wide: bool) -> Array:
+    def run(x: Array, wide: bool) -> list[Array]:
+        others = {f"v{i}": np.resize(np.roll(x, 7 * i), shape) for i, shape in enumerate(shapes) if i}
         if wide not in evaluators:
             evaluators[wide] = ReferenceEvaluator(model[1] if wide else model[0], new_ops=[ReduceMean])
         feeds = {}
-        for name, array in {"v0": x, **params}.items():
+        for name, array in {"v0": x, **others, **params}.items():
             if name in wanted:
                 array = array.astype(numpy_dtype(types[name]))
                 feeds[name] = array.astype(np.float64) if wide else array
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             outputs: Any = evaluators[wide].run(None, feeds)
-        return np.asarray(outputs[0])
+        return [np.asarray(out) for out in outputs]
 
     return run
 

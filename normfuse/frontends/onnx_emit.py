@@ -11,7 +11,7 @@ Names, types and shapes of the values that stay are kept; a new node takes over 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,8 @@ from normfuse.norm import Expr, Norm
 
 NATIVE = {"layer_norm": ("LayerNormalization", 17), "rms_norm": ("RMSNormalization", 23)}
 DOMAIN = "normfuse"
+Rows = Callable[[Expr, str, str], ir.Value]
+"""Gives the value of a weight or bias in a type; the last argument says which it is."""
 
 
 class Emitter:
@@ -66,13 +68,22 @@ class Emitter:
         fits = self._trailing(norm) and norm.size is not None
         return fits and not self.spelled and self.opset >= NATIVE[norm.kind][1]
 
-    def emit(self, norm: Norm, x: ir.Value, params: dict[Value, ir.Value], name: str,
-             statistics: bool = False) -> list[ir.Node]:  # fmt: skip
+    @staticmethod
+    def single(norm: Norm) -> bool:
+        """Whether one node is enough, but for the making of its weight."""
+        rounds = norm.cast in ("last", "mixed") or (norm.cast == "none" and norm.compute != norm.x.dtype)
+        wide = norm.cast == "first" and norm.dtype != norm.x.dtype
+        return not (rounds or wide or (norm.kind == "rms_norm" and norm.bias is not None))
+
+    def emit(self, norm: Norm, x: ir.Value, params: Mapping[Value, ir.Value], name: str,
+             statistics: bool = False, rows: Rows | None = None, eps: str = "") -> list[ir.Node]:  # fmt: skip
         """Nodes that compute the norm of x; the last one's first output is the result.
 
-        With `statistics` the operator also gives the mean and the reciprocal of the standard deviation.
+        With `statistics` the operator also gives the mean and the reciprocal of the standard deviation. In the body of
+        a function `rows` gives its inputs, instead of values made from `params`, and `eps` is an attribute of its call.
         """
         nodes: list[ir.Node] = []
+        rows = rows or (lambda expr, dtype, which: self.row(nodes, norm, expr, params, dtype, f"{name}/{which}"))
         first = norm.cast == "first" or (norm.cast == "none" and norm.compute == norm.x.dtype)
         inner = norm.x.dtype if first else norm.compute
         assert inner is not None
@@ -83,13 +94,13 @@ class Emitter:
         weight = bias = None
         wide = first and norm.dtype != inner  # a wider weight after the cast back is applied by nodes of its own
         if norm.weight is not None and not wide:
-            weight = self._parameter(nodes, norm, norm.weight, params, inner, f"{name}/weight")
+            weight = rows(norm.weight, inner, "weight")
         elif native:
             weight = self.constant(np.ones(_width(norm)), inner, "ones")
         if norm.bias is not None and not wide:
-            bias = self._parameter(nodes, norm, norm.bias, params, inner, f"{name}/bias")
+            bias = rows(norm.bias, inner, "bias")
         inputs = [v for v in (x, weight, None if rms_bias else bias) if v is not None]
-        attrs: list[ir.Attr] = [ir.AttrFloat32("epsilon", norm.eps)]
+        attrs = [ir.RefAttr("epsilon", eps, ir.AttributeType.FLOAT) if eps else ir.AttrFloat32("epsilon", norm.eps)]
         stash = norm.compute
         if native:
             attrs = [ir.AttrInt64("axis", -len(norm.axes)), *attrs]
@@ -112,7 +123,7 @@ class Emitter:
             y = self._cast(nodes, y, norm.dtype, f"{name}/downcast")
         for op, expr in (("Mul", norm.weight), ("Add", norm.bias)) if wide else ():
             if expr is not None:
-                operand = self._parameter(nodes, norm, expr, params, norm.dtype, f"{name}/{op.lower()}")
+                operand = rows(expr, norm.dtype, op.lower())
                 y = self._node(nodes, op, [y, operand], name)
         return nodes
 
@@ -121,7 +132,7 @@ class Emitter:
         self.functions[function.identifier()] = function
         return [ir.Node(DOMAIN, function.name, inputs, name=name)]
 
-    def tail(self, nodes: list[ir.Node], rest: Sequence[Node], params: dict[Value, ir.Value], name: str) -> None:
+    def tail(self, nodes: list[ir.Node], rest: Sequence[Node], params: Mapping[Value, ir.Value], name: str) -> None:
         """The stages of a norm operator behind the value that was replaced: its cast, scale and shift."""
         for step in rest:
             y = nodes[-1].outputs[0]
@@ -151,8 +162,8 @@ class Emitter:
         nodes.append(ir.Node("", op, list(inputs), name=f"{name}/{op.lower()}"))
         return nodes[-1].outputs[0]
 
-    def _parameter(self, nodes: list[ir.Node], norm: Norm, expr: Expr, params: dict[Value, ir.Value], dtype: str,
-                   name: str) -> ir.Value:  # fmt: skip
+    def row(self, nodes: list[ir.Node], norm: Norm, expr: Expr, params: Mapping[Value, ir.Value], dtype: str,
+            name: str) -> ir.Value:  # fmt: skip
         """The value of a weight or bias in the shape and type that the operator wants."""
         if _plain(expr):
             base = expr[0][1][0][0] if self.spelled else _unviewed(expr[0][1][0][0], norm)

@@ -108,9 +108,9 @@ def function_body(function: ir.Function, call: ir.Node) -> Body | None:
             if attr.is_ref():
                 name = attr.ref_attr_name or ""
                 given = call.attributes.get(name) or function.attributes.get(name)
-                if given is None or given.value is None:
+                if given is None or (given.value is None and not given.is_ref()):
                     continue
-                attr = ir.Attr(attr.name, given.type, given.value)
+                attr = ir.Attr(attr.name, given.type, given.value, given.ref_attr_name)
             attributes.append(attr)
         inputs = [None if v is None else values[v] for v in node.inputs]
         copy = ir.Node(node.domain, node.op_type, inputs, attributes, num_outputs=len(node.outputs), name=node.name)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import onnx_ir as ir
-from onnx_ir.passes.common import InlinePass
+from onnx_ir.passes.common import InlinePass, RemoveUnusedFunctionsPass
 
 from normfuse.config import Config
 from normfuse.errors import InputError, UnsupportedError
 from normfuse.frontends.onnx import Lowering, lower
 from normfuse.frontends.onnx_check import Checker
 from normfuse.frontends.onnx_emit import DOMAIN, Emitter, register_functions
-from normfuse.frontends.onnx_region import as_function, rest_of
+from normfuse.frontends.onnx_fused import FusedEmitter, fused_already
+from normfuse.frontends.onnx_region import as_function, rest_of, results_of
 from normfuse.graph import Node, Value
 from normfuse.passmanager import Abilities, fuse, plan
-from normfuse.plan import Plan, Replace
+from normfuse.plan import Edit, Fused, Plan, Replace
 from normfuse.norm import Refusal, Site
 from normfuse.verify import Check
 
@@ -44,10 +46,15 @@ class OnnxModel:
         self.lowerings = lower(model)
         self.nodes_before = self.count()
         self.progress("recognising", 0.2)
-        self.abilities = Abilities(self.emitter.expressible, functions=True, statistics=self.emitter.native)
-        self.plans = [plan(low.graph, config, self.abilities, rewrite) for low in self.lowerings]
+        self.fused = FusedEmitter(self.emitter, config.numerics == "exact")
+        self.plans = [plan(low.graph, config, self._abilities(low), rewrite) for low in self.lowerings]
         self.checks: dict[Site, Check] = {}
         self.moved: dict[ir.Value, ir.Value] = {}
+
+    def _abilities(self, low: Lowering) -> Abilities:
+        can = Abilities(self.emitter.expressible, functions=True, statistics=self.emitter.native, leave=fused_already)
+        wide = self.config.target == "normfuse"
+        return replace(can, operator=lambda edit: self.fused.unfit(low, edit)) if wide else can
 
     def count(self) -> int:
         """Nodes of the model, those of sub-graphs included."""
@@ -63,29 +70,36 @@ class OnnxModel:
         return True
 
     def check(self) -> None:
-        """Compare every replaced region with its replacement; roll back those that differ."""
+        """Compare every replaced region with its replacement; roll back those that differ, and try what is left."""
         checker = Checker(self.opset, self.config.numerics)
         for low, one in zip(self.lowerings, self.plans, strict=True):
-            failed = False
-            for i, edit in enumerate(one.replace):
-                self.progress("verifying", 0.3 + 0.5 * i / len(one.replace))
-                result = checker.check(low, edit)
-                if not result.ok and result.same:  # the same function, less exact: keep the model's own arithmetic
-                    edit = one.replace[i] = Replace(edit.site, as_written=True)
-                    result = checker.check(low, edit)
-                self.checks[edit.site] = result
-                if not result.ok:
-                    failed = True
-                    one.refuse(edit.site, Refusal("NF201", edit.site.label, result.message))
-            if failed:
+            while not self._check(checker, low, one):
                 written = {edit.site for edit in one.replace if edit.as_written}
-                fuse(one, self.config, self.abilities)
+                fuse(one, self.config, self._abilities(low))
                 one.replace = [Replace(e.site, as_written=True) if e.site in written else e for e in one.replace]
+
+    def _check(self, checker: Checker, low: Lowering, one: Plan) -> bool:
+        """Check the edits of a graph; True if none of them failed."""
+        edits, failed = one.edits(), False
+        for i, edit in enumerate(edits):
+            self.progress("verifying", 0.3 + 0.5 * i / len(edits))
+            result = checker.check(low, edit)
+            if not result.ok and result.same and isinstance(edit, Replace):
+                # the same function, less exact: keep the model's own arithmetic
+                written = Replace(edit.site, as_written=True)
+                one.replace[one.replace.index(edit)] = edit = written
+                result = checker.check(low, edit)
+            if result.ok or isinstance(edit, Replace):
+                self.checks |= dict.fromkeys(edit.sites, result)
+            if not result.ok:
+                failed = True
+                one.fail(edit, Refusal("NF201", edit.sites[0].label, result.message))
+        return not failed
 
     def apply(self) -> bool:
         """Make the edits; True if there were any."""
         self.progress("rewriting", 0.85)
-        if not any(one.replace for one in self.plans):
+        if not any(one.edits() for one in self.plans):
             return False
         used: set[str | None] = set(self.model.graph.initializers)
         for graph in (low.source for low in self.lowerings):
@@ -94,13 +108,17 @@ class OnnxModel:
                 used.add(node.name)
                 used.update(v.name for v in node.outputs)
         for low, one in zip(self.lowerings, self.plans, strict=True):
-            for edit in one.replace:
+            for edit in one.edits():
                 self._replace(low, edit, used)
+            if one.fused:
+                low.source.sort()  # an operator with several inputs may have to wait for one of them
             self._remove(low, one)
         for value in self.emitter.fresh:
             value.name = _unique(value.name or "", used)
             self.model.graph.register_initializer(value)
         register_functions(self.model, list(self.emitter.functions.values()))
+        if any(one.fused for one in self.plans):
+            RemoveUnusedFunctionsPass()(self.model)  # type: ignore[no-untyped-call]  # those of norms that were alone
         return True
 
     def _now(self, value: Value) -> ir.Value:
@@ -109,29 +127,13 @@ class OnnxModel:
             native = self.moved[native]
         return native
 
-    def _replace(self, low: Lowering, edit: Replace, used: set[str | None]) -> None:
-        site = edit.site
-        rest = rest_of(site.value)
-        old: ir.Value = rest[-1].outputs[0].native if rest else site.value.native
-        producer = old.producer()
+    def _replace(self, low: Lowering, edit: Edit, used: set[str | None]) -> None:
+        olds: list[ir.Value] = [v.native for v in results_of(edit)]
+        old, producer = olds[0], olds[0].producer()
         assert producer is not None and producer.graph is not None
-        params = {v: self._now(v) for v in site.norm.parameters()}
-        params |= {v: self._now(v) for step in rest for v in step.inputs[1:]}
-        for v in list(params):
-            base = v.producer
-            while base is not None and base.inputs and base.inputs[0].native is not None:
-                params.setdefault(base.inputs[0], self._now(base.inputs[0]))
-                base = base.inputs[0].producer
-        name = _unique(f"{producer.name or old.name}_{site.norm.kind}", used)
-        if edit.as_written:
-            own = as_function(low, site, self.opset)
-            assert own is not None  # the check and `expressible` have seen to it
-            nodes = self.emitter.call(own[0], [self._now(v) for v in own[1]], name)
-        else:
-            both = edit.mean is not None or edit.rstd is not None
-            nodes = self.emitter.emit(site.norm, self._now(site.norm.x), params, name, statistics=both)
-            self.emitter.tail(nodes, rest, params, name)
-        new = nodes[-1].outputs[0]
+        kind = edit.name if isinstance(edit, Fused) else edit.site.norm.kind
+        name = _unique(f"{producer.name or old.name}_{kind}", used)
+        nodes = self._made(low, edit, name)
         for i, node in enumerate(nodes):
             node.metadata_props.update(producer.metadata_props)
             node.name = name if i == 0 else _unique(node.name or name, used)
@@ -139,7 +141,10 @@ class OnnxModel:
                 node.outputs[0].name = _unique(f"{old.name}_{i}", used)
         nodes[-1].doc_string = producer.doc_string
         producer.graph.insert_before(producer, nodes)
-        self._rename(old, new)
+        for one, new in zip(olds, nodes[-1].outputs, strict=isinstance(edit, Fused)):
+            self._rename(one, new)
+        if isinstance(edit, Fused):
+            return
         core = next((node for node in nodes if node.op_type == "LayerNormalization"), None)
         for slot, value in ((1, edit.mean), (2, edit.rstd)):
             if value is not None:
@@ -148,6 +153,27 @@ class OnnxModel:
         if core is not None and len(core.outputs) > 1:
             for value_ in core.outputs:
                 value_.name = value_.name or _unique(f"{old.name}_statistic", used)
+
+    def _made(self, low: Lowering, edit: Edit, name: str) -> list[ir.Node]:
+        """The nodes of an edit, the last of which gives its results."""
+        rest = rest_of(edit.site.value) if isinstance(edit, Replace) else []
+        params = {v: self._now(v) for v in edit.parameters()}
+        params |= {v: self._now(v) for step in rest for v in step.inputs[1:]}
+        for v in list(params):
+            base = v.producer
+            while base is not None and base.inputs and base.inputs[0].native is not None:
+                params.setdefault(base.inputs[0], self._now(base.inputs[0]))
+                base = base.inputs[0].producer
+        if isinstance(edit, Fused):
+            return self.fused.emit(edit, params | {v: self._now(v) for v in edit.inputs}, name)
+        if edit.as_written:
+            own = as_function(low, edit.site, self.opset)
+            assert own is not None  # the check and `expressible` have seen to it
+            return self.emitter.call(own[0], [self._now(v) for v in own[1]], name)
+        norm, both = edit.site.norm, edit.mean is not None or edit.rstd is not None
+        nodes = self.emitter.emit(norm, self._now(norm.x), params, name, statistics=both)
+        self.emitter.tail(nodes, rest, params, name)
+        return nodes
 
     def _rename(self, old: ir.Value, new: ir.Value) -> None:
         """Put a value in the place of another, under its name."""
@@ -165,7 +191,7 @@ class OnnxModel:
         gone = [rest_of(edit.site.value)[-1].native for edit in one.replace if edit.site.value.native is None]
         gone += [native for native, nodes in by_native.items() if all(node in dead for node in nodes)]
         lowered = set(by_native) - set(gone)
-        params = [v.native.producer() for edit in one.replace for v in edit.site.norm.parameters()]
+        params = [v.native.producer() for edit in one.edits() for v in edit.parameters()]
         todo = list(reversed(gone)) + [node for node in params if node is not None]  # a view may have been seen through
         while todo:
             node = todo.pop(0)

@@ -10,8 +10,9 @@ import onnx_ir as ir
 
 from normfuse.frontends.onnx import Lowering
 from normfuse.frontends.onnx_fold import Array
-from normfuse.graph import Node, Value
+from normfuse.graph import Dim, Node, Value
 from normfuse.norm import Site
+from normfuse.plan import Edit, Replace
 
 VIEWS = frozenset({"Reshape", "Expand", "Flatten"})
 MAX_REGION = 400
@@ -19,7 +20,7 @@ MAX_REGION = 400
 
 @dataclass(slots=True)
 class Region:
-    """Nodes in topological order, the values they read from outside (x first), and the constants among these."""
+    """Nodes in topological order, the values they read from outside (inputs first), and the constants among these."""
 
     nodes: list[ir.Node] = field(default_factory=list)
     boundary: list[Value] = field(default_factory=list)
@@ -41,16 +42,22 @@ def target_of(site: Site) -> Value:
     return rest[-1].outputs[0] if rest else site.value
 
 
-def region(low: Lowering, site: Site, shape: tuple[int, ...] | None = None) -> Region | None:
-    """The region of a site, or None where it is too large or reads what only a whole run knows.
+def results_of(edit: Edit) -> list[Value]:
+    """The values of the graph that an edit computes."""
+    return [target_of(edit.site)] if isinstance(edit, Replace) else list(edit.outputs)
 
-    With a `shape` for x, the targets of views that depend on sizes become constants for that shape.
+
+def region(low: Lowering, edit: Edit, sizes: dict[Dim, int] | None = None) -> Region | None:
+    """The region of an edit, or None where it is too large or reads what only a whole run knows.
+
+    With `sizes` for symbols, the targets of views that depend on sizes become constants for these.
     """
-    reads = [site.norm.x, *site.norm.parameters(), *(v for step in rest_of(site.value) for v in step.inputs[1:])]
+    rest = rest_of(edit.site.value) if isinstance(edit, Replace) else []
+    reads = [*edit.inputs, *edit.parameters(), *(v for step in rest for v in step.inputs[1:])]
     out = Region()
     boundary = {v.native: v for v in reads}
     found: dict[ir.Node, None] = {}
-    todo: list[ir.Value] = [target_of(site).native]
+    todo: list[ir.Value] = [v.native for v in results_of(edit)]
     seen: set[ir.Value] = set(boundary)
     while todo:
         value = todo.pop()
@@ -61,8 +68,8 @@ def region(low: Lowering, site: Site, shape: tuple[int, ...] | None = None) -> R
         if value in low.arrays:
             out.constants[value] = low.arrays[value]
         elif known is not None and known.number is not None and known.leaf:
-            sizes = [d for d in known.shape or () if isinstance(d, int)]
-            out.constants[value] = np.full(sizes, known.number, known.dtype)
+            dims = [d for d in known.shape or () if isinstance(d, int)]
+            out.constants[value] = np.full(dims, known.number, known.dtype)
         elif node is None:
             if known is None:
                 return None
@@ -72,8 +79,8 @@ def region(low: Lowering, site: Site, shape: tuple[int, ...] | None = None) -> R
             for slot, v in enumerate(node.inputs):
                 if v is None:
                     continue
-                if shape is not None and slot == 1 and node.op_type in VIEWS and v not in low.arrays:
-                    target = _sizes(low.values[node.outputs[0]], site.norm.x, shape)
+                if sizes is not None and slot == 1 and node.op_type in VIEWS and v not in low.arrays:
+                    target = _sizes(low.values[node.outputs[0]], sizes)
                     if target is None:
                         return None
                     out.constants[v] = target
@@ -86,9 +93,8 @@ def region(low: Lowering, site: Site, shape: tuple[int, ...] | None = None) -> R
     return out
 
 
-def _sizes(view: Value, x: Value, shape: tuple[int, ...]) -> Array | None:
-    """The shape of a view when x has the given one; one size may be left to the runtime."""
-    sizes = dict(zip(x.shape or (), shape, strict=True))
+def _sizes(view: Value, sizes: dict[Dim, int]) -> Array | None:
+    """The shape of a view where symbols have the given sizes; one size may be left to the runtime."""
     dims = [d if isinstance(d, int) else sizes.get(d, -1) if d is not None else -1 for d in view.shape or ()]
     return None if view.shape is None or dims.count(-1) > 1 else np.array(dims, np.int64)
 
@@ -114,7 +120,7 @@ def _ordered(nodes: dict[ir.Node, None], stop: set[ir.Value]) -> list[ir.Node]:
 
 def as_function(low: Lowering, site: Site, opset: int) -> tuple[ir.Function, list[Value]] | None:
     """A function of the region's own nodes, so that every rounding stays, and the values to call it with."""
-    found = region(low, site)
+    found = region(low, Replace(site))
     if found is None or any(v.native is None or v.dtype is None for v in found.boundary):
         return None
     values: dict[ir.Value, ir.Value] = {v.native: ir.Value(name=f"v{i}") for i, v in enumerate(found.boundary)}

@@ -72,7 +72,11 @@ def _spliced(model: ir.Model, source: Source) -> onnx.ModelProto:
         if source.nodes[i].graph is None:
             gone.update(v.name for v in source.nodes[i].outputs)
             del graph.node[i]
-    old = set(source.nodes)
+    old = dict(zip((n for n in source.nodes if n.graph is not None), graph.node, strict=True))
+    order = [node for node in model.graph if node in old]
+    if order != list(old):
+        del graph.node[:]
+        graph.node.extend(old[node] for node in order)
     for i, node in enumerate(model.graph):
         if node not in old:
             gone.difference_update(v.name for v in node.outputs)
@@ -92,8 +96,11 @@ def _spliced(model: ir.Model, source: Source) -> onnx.ModelProto:
     for domain, version in model.opset_imports.items():
         if (domain or "ai.onnx") not in stated:
             proto.opset_import.append(onnx.helper.make_opsetid(domain, version))
-    have = {(f.domain, f.name) for f in proto.functions}
-    proto.functions.extend(ir.to_proto(f) for f in model.functions.values() if (f.domain, f.name) not in have)
+    have = [(f.domain, f.name, f.overload) for f in proto.functions]
+    for i in reversed(range(len(have))):
+        if have[i] not in model.functions:
+            del proto.functions[i]
+    proto.functions.extend(ir.to_proto(f) for identifier, f in model.functions.items() if identifier not in have)
     source.spliced = True
     return proto
 

@@ -1,0 +1,271 @@
+"""The fusions by placement on ONNX graphs: each happens where it may, and not where one condition is broken."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx.reference import ReferenceEvaluator
+
+import normfuse
+from normfuse.frontends.onnx_check import Checker
+from normfuse.plan import Edit, Fused
+from normfuse.verify import Check, compare_models, session
+from tests.families import FAMILIES, cached, cached_export, digest, export_onnx
+from tests.test_backend import FUSED, LAYERS, OTHERS
+
+N = 16
+AXES = {"last": [-1], "lead": [0, 1]}
+TARGET = normfuse.Config(target="normfuse")
+
+
+def rms(x: str, y: str, opset: int = 18, weight: str = "w", eps: str = "eps") -> str:
+    """Lines that spell out an RMSNorm."""
+    mean = f"ReduceMean({y}_q, last)" if opset >= 18 else f"ReduceMean<axes=[-1]>({y}_q)"
+    return (f"{y}_q = Mul({x}, {x}) {y}_m = {mean} {y}_e = Add({y}_m, {eps}) {y}_r = Sqrt({y}_e) "
+            f"{y}_n = Div({x}, {y}_r) {y} = Mul({y}_n, {weight}) ")  # fmt: skip
+
+
+def layer(x: str, y: str, opset: int = 18) -> str:
+    """Lines that spell out a LayerNorm."""
+    means = [f"ReduceMean({v}, last)" if opset >= 18 else f"ReduceMean<axes=[-1]>({v})" for v in (x, f"{y}_q")]
+    return (f"{y}_c = {means[0]} {y}_d = Sub({x}, {y}_c) {y}_q = Mul({y}_d, {y}_d) {y}_m = {means[1]} "
+            f"{y}_e = Add({y}_m, eps) {y}_r = Sqrt({y}_e) {y}_n = Div({y}_d, {y}_r) {y}_s = Mul({y}_n, w) "
+            f"{y} = Add({y}_s, v) ")  # fmt: skip
+
+
+def words(lines: str) -> set[str]:
+    """The names in lines, among others."""
+    return set(re.findall(r"\w+", lines))
+
+
+def model(lines: str, outputs: str, opset: int = 18, inputs: str = "x r", shape: str = "2,3,16",
+          types: dict[str, str] | None = None) -> onnx.ModelProto:  # fmt: skip
+    """A model of lines in ONNX's own language; `types` those of values of another shape."""
+    row = np.linspace(0.5, 1.5, N)
+    matrix = np.random.default_rng(0).standard_normal((N, N)) / 4
+    constants = {"w": row, "v": row[::-1] - 1, "W": matrix, "U": matrix.T, "eps": np.array(1e-6),
+                 "small": np.array(1e-5)}  # fmt: skip
+
+    def typed(names: str) -> str:
+        return ", ".join(f"{(types or {}).get(n, f'float[{shape}]')} {n}" for n in names.split())
+
+    made = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["": {opset}]> g ({typed(inputs)}) => '
+                                   f"({typed(outputs)}) {{ {lines} }}")  # fmt: skip
+    arrays = {k: a.astype("f4") for k, a in constants.items()} | {k: np.array(axes) for k, axes in AXES.items()}
+    read = words(lines)
+    made.graph.initializer.extend(onnx.numpy_helper.from_array(a, k) for k, a in arrays.items() if k in read)
+    onnx.checker.check_model(made, full_check=True)
+    return made
+
+
+def operators(path: Path) -> dict[str, int]:
+    """The calls of NormFuse's functions in a model, by name, those in sub-graphs included."""
+    graphs, found = [onnx.load(path).graph], Counter[str]()
+    while graphs:
+        for node in graphs.pop().node:
+            found[node.op_type] += node.domain == "normfuse"
+            graphs += [a.g for a in node.attribute if a.type == onnx.AttributeProto.GRAPH]
+    return dict(+found)
+
+
+def rewritten(source: Path, folder: Path, config: normfuse.Config = TARGET) -> tuple[Path, normfuse.Report]:
+    """The rewrite of a file: valid, with the same norms in the same places, and not rewritten again."""
+    out = folder / "out.onnx"
+    before, report = normfuse.inspect(source), normfuse.rewrite(source, out, config, overwrite=True)
+    assert not [n for n in report.norms if n.action == "fused" and not n.verified]
+    onnx.checker.check_model(out, full_check=True)
+    assert normfuse.rewrite(out, folder / "again.onnx", config, overwrite=True).fused == 0
+    assert (folder / "again.onnx").read_bytes() == out.read_bytes()
+    after = normfuse.inspect(out)
+    assert Counter((n.kind, np.float32(n.eps), n.placement) for n in after.norms) == Counter(
+        (n.kind, np.float32(n.eps), n.placement) for n in before.norms)  # fmt: skip
+    assert {n.form for n in after.norms} == {"op"} or report.refusals
+    return out, report
+
+
+def fused(made: onnx.ModelProto, folder: Path, **config: Any) -> dict[str, int]:
+    """The operators that a model gets; its results stay the same, in ONNX Runtime and the reference evaluator."""
+    source = folder / "in.onnx"
+    onnx.save(made, source)
+    out, _ = rewritten(source, folder, normfuse.Config(target="normfuse", **config))
+    loaded = onnx.load(out)
+    assert [o.name for o in loaded.graph.output] == [o.name for o in made.graph.output]
+    assert [n.version for n in loaded.opset_import if not n.domain] == [made.opset_import[0].version]
+    assert not {n.op_type for f in loaded.functions for n in f.node if n.domain}
+    rng = np.random.default_rng(1)
+    feeds = {i.name: (rng.standard_normal([d.dim_value or 2 for d in i.type.tensor_type.shape.dim]) + 0.5).astype("f4")
+             for i in made.graph.input}  # fmt: skip
+    want = session(source).run(None, feeds)
+    for found in (session(out).run(None, feeds), ReferenceEvaluator(loaded).run(None, feeds)):
+        for a, b in zip(found, want, strict=True):
+            assert a.dtype == b.dtype
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    return operators(out)
+
+
+SANDWICH = (rms("x", "a") + "f = MatMul(a, W) " + rms("f", "n") + "s = Add(x, n) " + rms("s", "b", eps="EPS")
+            + "g = MatMul(b, U) " + rms("g", "m") + "t = Add(s, m) " + rms("t", "y"))  # fmt: skip
+QK = "q = MatMul(x, W) k = MatMul(x, U) " + rms("q", "a") + rms("k", "b", eps="EPS", weight="v")
+MEET = "T = Transpose<perm=[0, 2, 1]>(b) y = MatMul(a, T)"
+SCORES = {"y": "float[2,3,3]"}
+
+
+# -- each fusion -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("opset", [11, 12, 13, 17, 18, 21, 23])
+def test_each_opset(opset: int, tmp_path: Path) -> None:
+    # opset 11 has no Constant that takes an attribute: eps is in the body
+    eps = "_eps1em06" if opset < 12 else ""
+    add = model("s = Add(x, r) " + rms("s", "y", opset), "y s", opset)
+    assert fused(add, tmp_path) == {f"add_rms_norm{eps}": 1}
+    add = model("s = Add(x, r) " + layer("s", "y", opset), "s y", opset)
+    assert fused(add, tmp_path) == {f"add_layer_norm{eps}": 1}
+    after = model(layer("x", "n", opset) + "y = Add(n, r) ", "y", opset)
+    assert fused(after, tmp_path) == {f"norm_add_layer_norm{eps}": 1}
+    pair = rms("q", "a", opset) + rms("k", "b", opset)
+    pair = model(f"q = MatMul(x, W) k = MatMul(x, U) {pair} {MEET}", "y", opset, "x", types=SCORES)
+    assert fused(pair, tmp_path) == {f"qk_norm{eps}": 1}
+
+
+@pytest.mark.parametrize(("lines", "outputs", "want"), [
+    ("s = Add(x, r) " + rms("s", "a") + "f = MatMul(a, W) y = Add(s, f)", "y", {"add_rms_norm": 1}),
+    ("s = Add(x, r) " + rms("s", "n") + "y = Add(s, n)", "y", {"norm_add": 1}),
+    ("s = Add(x, r) y = LayerNormalization(s, w)", "y", {"add_layer_norm_scale": 1}),
+    ("s = Sum(x, r) y = LayerNormalization(s, w, v)", "y", {"add_layer_norm": 1}),
+    ("o = Add(w, v) s = Add(x, r) y = LayerNormalization(s, o)", "y", {"add_layer_norm_scale": 1}),
+    ("o = ReduceMax(r, lead) s = Add(x, r) " + rms("s", "y", weight="o"), "y", {"add_rms_norm_plain": 1}),
+    ("c = Identity(r) s = Add(x, c) " + rms("s", "y"), "y s", {"add_rms_norm": 1}),
+    (rms("x", "n") + "d = Identity(n) y = Add(r, d)", "y", {"norm_add": 1}),
+    (SANDWICH.replace("EPS", "eps"), "y", {"rms_norm": 1, "norm_add_norm": 2}),
+])  # fmt: skip
+def test_fused(lines: str, outputs: str, want: dict[str, int], tmp_path: Path) -> None:
+    inputs = "x r" if "r" in words(lines) else "x"
+    assert fused(model(lines, outputs, inputs=inputs), tmp_path) == want
+
+
+def test_symbolic_rows(tmp_path: Path) -> None:
+    lines = "s = Add(x, r) " + rms("s", "y")
+    assert fused(model(lines, "y s", shape="batch,seq,16"), tmp_path) == {"add_rms_norm": 1}
+
+
+def test_a_pair_waits_for_the_later_input(tmp_path: Path) -> None:
+    lines = ("q = MatMul(x, W) " + rms("q", "a") + "p = Transpose<perm=[0, 2, 1]>(a) k = MatMul(x, U) "
+             + rms("k", "b") + "T = Transpose<perm=[0, 2, 1]>(p) U2 = Transpose<perm=[0, 2, 1]>(b) y = MatMul(T, U2)")
+    assert fused(model(lines, "y", inputs="x", types=SCORES), tmp_path) == {"qk_norm": 1}
+
+
+def test_in_a_branch(tmp_path: Path) -> None:
+    norm = rms("s", "n") + "o = MatMul(n, W)"
+    lines = f"c = Cast<to=9>(z) y = If(c) <then_branch = g1 () => (float[2,3,16] o) {{ s = Add(x, r) {norm} }}, " \
+            f"else_branch = g2 () => (float[2,3,16] o2) {{ o2 = Identity(x) }}>"  # fmt: skip
+    made = model(lines, "y", inputs="x r z", types={"z": "float[1]"})
+    assert fused(made, tmp_path) == {"add_rms_norm": 1}
+
+
+def test_after_a_rewrite_without_fusions(tmp_path: Path) -> None:
+    onnx.save(model("s = Add(x, r) " + rms("s", "y"), "y s"), tmp_path / "in.onnx")
+    normfuse.rewrite(tmp_path / "in.onnx", tmp_path / "plain.onnx")
+    assert operators(tmp_path / "plain.onnx") == {"rms_norm": 1}
+    out, _ = rewritten(tmp_path / "plain.onnx", tmp_path)
+    assert operators(out) == {"add_rms_norm": 1}
+    assert [f.name for f in onnx.load(out).functions] == ["add_rms_norm"]
+    normfuse.rewrite(out, tmp_path / "default.onnx")  # the default target leaves them
+    assert (tmp_path / "default.onnx").read_bytes() == out.read_bytes()
+
+
+def test_a_computed_weight_that_lies_beside_the_file(tmp_path: Path) -> None:
+    """It is not folded, so that the norm is one operator and a weight; that is not taken apart again."""
+    made = model("o = Add(w, v) s = Add(x, r) " + rms("s", "y", 17, weight="o"), "y s", 17)
+    source, out = tmp_path / "in.onnx", tmp_path / "out.onnx"
+    onnx.save_model(made, source, save_as_external_data=True, location="in.data", size_threshold=64)
+    report = normfuse.rewrite(source, out, normfuse.Config(target="normfuse", verify="model"))
+    assert report.model_check is not None and report.model_check["equal"]
+    for i, config in enumerate((TARGET, normfuse.Config())):
+        again = normfuse.rewrite(out, tmp_path / f"{i}.onnx", config)
+        assert [n.action for n in again.norms] == ["left"]
+        assert operators(tmp_path / f"{i}.onnx") == operators(out) == {"add_rms_norm": 1}
+
+
+# -- not where a condition is broken -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("lines", "outputs", "want", "types"), [
+    ("s = Sub(x, r) " + rms("s", "y"), "y s", {"rms_norm": 1}, {}),
+    ("s = Add(x, w) " + rms("s", "y"), "y s", {"rms_norm": 1}, {}),
+    ("s = Add(x, r) " + rms("s", "y"), "y s", {"rms_norm": 1}, {"r": "float[1,3,16]"}),
+    ("s = Add(x, r) " + rms("s", "y"), "y s", {"rms_norm": 1}, {"x": "float[?,3,16]", "r": "float[?,3,16]"}),
+    ("s = Add(x, x) " + rms("s", "y"), "y s", {"rms_norm": 1}, {}),
+    (rms("x", "n") + "y = Add(n, r)", "y n", {"rms_norm": 1}, {}),
+    (rms("x", "n") + "s = Add(n, r) y = Mul(s, n)", "y", {"rms_norm": 1}, {}),
+    (rms("x", "n") + "y = Add(n, r)", "y", {"rms_norm": 1}, {"r": "float[1,16]"}),
+    ("s = Add(x, r) " + rms("s", "y"), "y y_m", {}, {"y_m": "float[2,3,1]"}),
+    ("s = Add(x, r) y = LayerNormalization<axis=1>(s, V)", "y", {}, {"V": "float[3,16]"}),
+    (SANDWICH.replace("EPS", "small"), "y", {"rms_norm": 2, "norm_add": 1, "norm_add_norm": 1}, {}),
+    (QK.replace("EPS", "small") + MEET, "y", {"rms_norm": 2}, SCORES),
+    (QK.replace("k = MatMul(x, U)", "").replace("EPS", "eps").replace("b_q", "k = MatMul(a, U) b_q", 1) + MEET, "y",
+     {"rms_norm": 2}, SCORES),
+])  # fmt: skip
+def test_not_fused(lines: str, outputs: str, want: dict[str, int], types: dict[str, str], tmp_path: Path) -> None:
+    inputs = " ".join(n for n in "xrzV" if n in words(lines))
+    assert fused(model(lines, outputs, inputs=inputs, types=types), tmp_path) == want
+
+
+def test_a_fusion_that_fails_falls_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check = Checker.check
+
+    def fails(self: Checker, low: Any, edit: Edit) -> Check:
+        found = check(self, low, edit)
+        return Check(False, message="on purpose") if isinstance(edit, Fused) and edit.op == "norm_add_norm" else found
+
+    monkeypatch.setattr(Checker, "check", fails)
+    made = model(SANDWICH.replace("EPS", "eps"), "y", inputs="x")
+    assert fused(made, tmp_path) == {"rms_norm": 3, "norm_add": 2}
+
+
+def test_torch_is_not_imported(tmp_path: Path) -> None:
+    onnx.save(model("s = Add(x, r) " + rms("s", "y"), "y s"), tmp_path / "in.onnx")
+    code = ("import sys; from normfuse.cli import main; "
+            "code = main(['rewrite', 'in.onnx', 'out.onnx', '--target', 'normfuse']); "
+            "assert 'torch' not in sys.modules; sys.exit(code)")  # fmt: skip
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
+    assert operators(tmp_path / "out.onnx") == {"add_rms_norm": 1}
+
+
+# -- whole models ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "olmo2", "deepseek_v3", "gpt2", "bert"])
+def test_family(name: str, tmp_path: Path) -> None:
+    family, source = FAMILIES[name], cached_export(name, 18)
+    out, report = rewritten(source, tmp_path, normfuse.Config(target="normfuse", verify="model"))
+    assert report.model_check is not None and report.model_check["equal"]
+    assert len(report.norms) == family.norms and not report.refusals
+    assert dict(Counter(n.placement for n in normfuse.inspect(out).norms)) == family.placements
+    want = {op: n * LAYERS for op, n in (FUSED.get(name) or OTHERS[report.norms[-1].kind]).items()}
+    made = operators(out)
+    assert {op: n for op, n in made.items() if op != "rms_norm"} == want
+    assert {n.emitted for n in report.norms} - {"", "function normfuse.rms_norm"} == {
+        f"function normfuse.{op}" for op in want}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "want"), [
+    ("llama", {"rms_norm_f16_in_f32": 1, "add_rms_norm_f16_in_f32_first": 4}),
+    ("gemma3", {"rms_norm_f16_in_f32_last": 1, "qk_norm_f16_in_f32_last": 2, "norm_add_norm_f16_in_f32_last": 4}),
+])  # fmt: skip
+def test_half_precision_keeps_the_order_of_roundings(name: str, want: dict[str, int], tmp_path: Path) -> None:
+    family = FAMILIES[name]
+    source = cached(f"{name}-half-18-{digest(family)}.onnx",
+                    lambda path: export_onnx(family.build().half(), family.args(), path, 18))  # fmt: skip
+    out, report = rewritten(source, tmp_path)
+    assert operators(out) == want and not report.refusals
+    (output,) = compare_models(source, out)["outputs"]
+    assert output["max_rel"] <= 2.0**-10
