@@ -199,6 +199,16 @@ def test_a_write_between_query_and_key_keeps_them_apart() -> None:
     assert "qk_norm" not in fused(f, tensors(*QK, (3,)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_under_autocast_an_operator_of_ours_takes_the_place(dtype: torch.dtype) -> None:
+    def f(x: Tensor, w: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = F.linear(x, up)
+            return rms(x, w), rms(y, w)
+
+    assert fused(f, tensors((4, N), (N,), (N, N), dtype=dtype), exact=True) == {"rms_norm": 2}
+
+
 # -- a slice -----------------------------------------------------------------------------------------------------------
 
 

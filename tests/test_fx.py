@@ -458,12 +458,6 @@ def no_grad_half(x: Tensor, w: Tensor) -> Tensor:
     return x * rstd * w
 
 
-def autocast(x: Tensor, w: Tensor) -> Tensor:
-    """A norm under autocast."""
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        return rms(x) * w
-
-
 def inner_output(x: Tensor, w: Tensor) -> Tensor:
     """The root mean square is used again."""
     rstd = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
@@ -480,7 +474,6 @@ def weight_written_later(x: Tensor, w: Tensor) -> Tensor:
 
 REFUSED = {
     "no_grad inside": (no_grad_half, True, "NF202"),
-    "autocast": (autocast, False, "NF202"),
     "an inner value is used": (inner_output, False, "NF116"),
     "the weight is written": (weight_written_later, False, "NF120"),
     "detached statistics": (lambda x, w: x * torch.rsqrt(x.detach().pow(2).mean(-1, keepdim=True) + 1e-6) * w,

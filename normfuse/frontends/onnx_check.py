@@ -155,7 +155,7 @@ def _proto(low: Lowering, edit: Edit, found: Region, opset: int) -> Model:
     protos: list[onnx.NodeProto] = []
     for value, array in found.constants.items():
         names[value] = f"c{len(names)}"
-        tensor = ir.to_proto(ir.tensor(np.ascontiguousarray(array)))
+        tensor = ir.to_proto(ir.tensor(np.array(array, order="C")))
         protos.append(onnx.helper.make_node("Constant", [], [names[value]], value=tensor))
     for node in found.nodes:
         for v in node.outputs:

@@ -126,7 +126,7 @@ def as_function(low: Lowering, site: Site, opset: int) -> tuple[ir.Function, lis
     values: dict[ir.Value, ir.Value] = {v.native: ir.Value(name=f"v{i}") for i, v in enumerate(found.boundary)}
     nodes: list[ir.Node] = []
     for value, array in found.constants.items():
-        tensor = ir.tensor(np.ascontiguousarray(array), name=f"c{len(values)}")
+        tensor = ir.tensor(np.array(array, order="C"), name=f"c{len(values)}")
         node = ir.Node("", "Constant", [], [ir.AttrTensor("value", tensor)], name=f"n{len(nodes)}")
         node.outputs[0].name = f"c{len(values)}"
         values[value] = node.outputs[0]
