@@ -37,13 +37,6 @@ def affine_type(dtype: torch.dtype, weight: Tensor | None, bias: Tensor | None, 
     return found
 
 
-def result_type(x: Tensor, weight: Tensor | None, bias: Tensor | None, cast: str, dtype: Dtype) -> torch.dtype:
-    """The type of a norm's result."""
-    if dtype is not None:
-        return dtype
-    return affine_type(x.dtype, weight, bias, cast) if cast == "first" else x.dtype
-
-
 def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, offset: float = 0.0, cast: str = "last",
          dtype: Dtype = None, kind: str = "rms_norm", narrow: Dtype = None) -> Tensor:  # fmt: skip
     """``rms_norm`` and ``layer_norm``: x (..., N) -> (..., N). `narrow` is the type to round to where x is wider."""
