@@ -13,7 +13,7 @@ from normfuse.config import Config
 from normfuse.errors import InputError, UnsupportedError, VerificationError
 from normfuse.facts import Atom, formula
 from normfuse.placement import recipe
-from normfuse.plan import Fused, Plan
+from normfuse.plan import Edit, Plan
 from normfuse.norm import Expr, Norm, Site
 from normfuse.report import NormRecord, RefusalRecord, Report
 from normfuse.verify import Check
@@ -217,15 +217,17 @@ def _check_model(source: Path, model: ir.Model, keep: Source | None) -> dict[str
 
 
 def _onnx_report(one: OnnxModel, rewritten: bool) -> Report:
-    report = build_report(one.plans, one.checks, rewritten, one.emitter.native)
+    report = build_report(one.plans, one.checks, rewritten, one.label)
     report.format, report.opset, report.nodes_before = "onnx", one.opset or None, one.nodes_before
     if one.inlined:
         report.notes.append("model-local functions were inlined")
+    if rewritten:
+        report.notes += one.notes()
     return report
 
 
 def build_report(plans: Iterable[Plan], checks: dict[Site, Check], rewritten: bool,
-                 native: Callable[[Norm], bool]) -> Report:  # fmt: skip
+                 label: Callable[[Edit], str]) -> Report:  # fmt: skip
     """The records of all sites and refusals of a model."""
     report = Report(rewritten=rewritten)
     sites: list[Site] = []
@@ -236,32 +238,20 @@ def build_report(plans: Iterable[Plan], checks: dict[Site, Check], rewritten: bo
             record = record_of(site)
             if rewritten:
                 record.action = ("fused" if site in edits else "left" if site in plan.left else
-                                 "kept" if site.is_op else "refused")  # fmt: skip
+                                 "refused" if site in plan.refused else "kept")  # fmt: skip
                 record.reason = plan.left.get(site, "")
                 check = checks.get(site)
                 record.verified = check.ok if check is not None else None
                 if check is not None and check.ok:
                     record.error_before, record.error_after = round(check.before, 2), round(check.after, 2)
                 edit = edits.get(site)
-                if isinstance(edit, Fused):
-                    record.emitted = f"function normfuse.{edit.name}"
-                elif edit is not None:
-                    record.emitted = _emitted(site.norm, native(site.norm), edit.as_written)
+                if edit is not None:
+                    record.emitted = label(edit)
             report.norms.append(record)
         refusals = [*plan.found.refusals, *plan.refused.values()]
         report.refusals.extend(RefusalRecord(r.code, r.node, r.message) for r in refusals)
     report.recipe = recipe(sites)
     return report
-
-
-def _emitted(norm: Norm, native: bool, as_written: bool) -> str:
-    if as_written:
-        return f"function normfuse.{norm.kind}_as_written"
-    names = {"layer_norm": "LayerNormalization", "rms_norm": "RMSNormalization"}
-    core = names[norm.kind] if native else f"function normfuse.{norm.kind}"
-    if norm.cast in ("last", "mixed"):
-        return f"Cast, {core}, Cast"
-    return f"Cast, {core}" if norm.cast == "none" and norm.compute != norm.x.dtype else core
 
 
 def record_of(site: Site) -> NormRecord:

@@ -90,7 +90,7 @@ def _rewrite(args: argparse.Namespace) -> Outcome:
     if args.output is None and not (args.in_place or args.dry_run):
         raise InputError("no output is given; name a file to write, or use --in-place or --dry-run")
     output, in_place = args.output or args.model, args.in_place or args.output is None
-    config = Config(args.layernorm_to_rmsnorm, args.numerics, args.target, args.verify)
+    config = Config(args.layernorm_to_rmsnorm, args.numerics, args.target, args.verify, args.ort_version)
     started = time.perf_counter()
     with progress(not args.quiet) as advance:
         report: Report = normfuse.rewrite(
@@ -228,6 +228,8 @@ def _rewrite_arguments(rewrite: argparse.ArgumentParser) -> None:
     add("--layernorm-to-rmsnorm", choices=get_args(LayerNormToRMSNorm), default=default.layernorm_to_rmsnorm,
         help="turn LayerNorm into RMSNorm (off)")  # fmt: skip
     add("--target", choices=get_args(Target), default=default.target, help="where the result will run (onnx: anywhere)")
+    add("--ort-version", default=default.ort_version, metavar="X.Y",
+        help="the ONNX Runtime of targets ort-cpu and ort-cuda (the one installed)")  # fmt: skip
     add("--numerics", choices=get_args(Numerics), default=default.numerics,
         help="exact keeps every rounding of the model; fast may compute in float32 instead (exact)")  # fmt: skip
     add("--verify", choices=get_args(Verify), default=default.verify,

@@ -175,4 +175,11 @@ CODES: dict[str, Code] = {
         "weight on bfloat16 data, where the target's operator takes one type for both.",
         "Choose another --target, or let small changes happen with --numerics fast.",
     ),
+    "NF203": Code(
+        "the target's runtime has no kernel for its type",
+        "It is a norm, and the target's operator for it does not run in this type: the runtime would refuse the model, "
+        "or take the operator apart again. Example: RMSNormalization in bfloat16 in ONNX Runtime on the CPU.",
+        "Use --target normfuse and load its library (docs/onnxruntime.md), which has the type, or convert the model "
+        "to float32 or float16.",
+    ),
 }

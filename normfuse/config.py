@@ -21,8 +21,10 @@ class Config:
     - `numerics`: "exact" keeps every rounding of the model; "fast" may compute a norm in float32 where the model
       computes it in a narrower or mixed type.
     - `target`: where the result will run; "onnx" is standard operators and model-local functions, for any runtime;
-      "normfuse" also takes the additions beside a norm and pairs of norms into one operator of the family of
-      `normfuse.ops`: in an ONNX model a model-local function, which any runtime still runs.
+      "ort-cpu" and "ort-cuda" are ONNX Runtime with that provider, whose forms come from a measured table
+      (`normfuse.targets`); "normfuse" also takes the additions beside a norm and pairs of norms into one operator of
+      the family of `normfuse.ops`: in an ONNX model a model-local function, which any runtime still runs.
+    - `ort_version`: the ONNX Runtime of targets "ort-cpu" and "ort-cuda", such as "1.31"; "" for the one installed.
     - `verify`: "sites" checks each replaced region against its replacement, "model" also runs the whole model
       before and after, "off" trusts the algebra.
 
@@ -33,15 +35,16 @@ class Config:
     numerics: Numerics = "exact"
     target: Target = "onnx"
     verify: Verify = "sites"
+    ort_version: str = ""
 
     def __post_init__(self) -> None:
         hints = get_type_hints(Config)
         for f in fields(self):
             value, known = getattr(self, f.name), get_args(hints[f.name])
-            if value not in known:
+            if known and value not in known:
                 raise InputError(f"{f.name}={value!r} is not known; choose one of {', '.join(map(repr, known))}")
         if self.layernorm_to_rmsnorm != "off":
             mode = self.layernorm_to_rmsnorm
             raise UnsupportedError(f"layernorm_to_rmsnorm={mode!r} is not available yet; use 'off'")
-        if self.target not in ("onnx", "normfuse"):
-            raise UnsupportedError(f"target={self.target!r} is not available yet; use 'onnx', which runs anywhere")
+        if not isinstance(self.ort_version, str):
+            raise InputError(f"ort_version={self.ort_version!r} is not a version; give one such as '1.31'")

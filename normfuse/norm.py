@@ -135,6 +135,11 @@ def _under(under: Poly) -> tuple[str, float]:
     return ("layer_norm" if centre else "rms_norm"), eps
 
 
+def reads_x(norm: Norm) -> bool:
+    """Whether an operator for a norm reads x as it is, and not a cast of it."""
+    return norm.cast == "first" or (norm.cast == "none" and norm.compute == norm.x.dtype)
+
+
 def precision(fact: Fact) -> tuple[str, str]:
     """(compute dtype, where it is cast back) of a norm, or `Refused` when no operator has that order of casts."""
     x = fact.root.value.dtype or "?"

@@ -35,6 +35,8 @@ class FuseNorm:
         """Add an edit for each site that can be fused, a refusal for each that cannot."""
         chosen: list[Replace] = []
         for site in plan.free():
+            if self.can.done(site):
+                continue
             reason = self.can.leave(site) if self.can.leave is not None else None
             if reason is not None:
                 plan.left[site] = reason

@@ -217,7 +217,7 @@ class _Module:
 
         parts = [self, *self.inner.values()]
         checks = {site: check for part in parts for site, check in part.checks.items()}
-        out = build_report([part.plan for part in parts], checks, self.rewrite, lambda norm: True)
+        out = build_report([part.plan for part in parts], checks, self.rewrite, lambda edit: "")
         sites = [(part, site) for part in parts for site in part.plan.found.sites]
         for (part, site), record in zip(sites, out.norms, strict=True):
             record.emitted = part.emitted.get(site, "")

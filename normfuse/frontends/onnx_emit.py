@@ -21,7 +21,7 @@ from normfuse.frontends.onnx_infer import DTYPES
 from normfuse.frontends.onnx_functions import function_for, function_name
 from normfuse.frontends.onnx_region import rest_of
 from normfuse.graph import Node, Shape, Value
-from normfuse.norm import Expr, Norm
+from normfuse.norm import Expr, Norm, reads_x
 
 NATIVE = {"layer_norm": ("LayerNormalization", 17), "rms_norm": ("RMSNormalization", 23)}
 DOMAIN = "normfuse"
@@ -52,7 +52,7 @@ class Emitter:
             return "NF113", f"the type {norm.dtype} is not a float type"
         if not self._trailing(norm) or norm.size is None:
             for expr in (norm.weight, norm.bias):
-                if expr is not None and not _plain(expr):
+                if expr is not None and not plain(expr):
                     return "NF202", "a computed weight along inner axes or of unknown size has no operator form"
                 if expr is not None and not _reaches(expr[0][1][0][0], norm):
                     return "NF202", "the weight does not line up with the normalised axes of the operator"
@@ -68,12 +68,24 @@ class Emitter:
         fits = self._trailing(norm) and norm.size is not None
         return fits and not self.spelled and self.opset >= NATIVE[norm.kind][1]
 
+    def form(self, norm: Norm) -> list[str]:
+        """The operators that a norm becomes, but for the making of its weight."""
+        first, native = reads_x(norm), self.native(norm)
+        inner = norm.x.dtype if first else norm.compute
+        wide = first and norm.dtype != inner
+        names = ["Cast"] if not first and norm.x.dtype != norm.compute else []
+        names.append(NATIVE[norm.kind][0] if native else f"function {DOMAIN}.{norm.kind}")
+        if norm.kind == "rms_norm" and norm.bias is not None and not wide:
+            names.append("Add")
+        if wide or (norm.cast in ("last", "mixed") and norm.dtype != inner):
+            names.append("Cast")
+        return names + [op for op, expr in (("Mul", norm.weight), ("Add", norm.bias)) if wide and expr is not None]
+
     @staticmethod
-    def single(norm: Norm) -> bool:
-        """Whether one node is enough, but for the making of its weight."""
-        rounds = norm.cast in ("last", "mixed") or (norm.cast == "none" and norm.compute != norm.x.dtype)
-        wide = norm.cast == "first" and norm.dtype != norm.x.dtype
-        return not (rounds or wide or (norm.kind == "rms_norm" and norm.bias is not None))
+    def name_of(node: ir.Node) -> str:
+        """The name in `form` of a node of a model."""
+        kind = next((kind for kind in NATIVE if node.op_type.startswith(kind)), node.op_type)
+        return f"function {DOMAIN}.{kind}" if node.domain == DOMAIN else node.op_type
 
     def emit(self, norm: Norm, x: ir.Value, params: Mapping[Value, ir.Value], name: str,
              statistics: bool = False, rows: Rows | None = None, eps: str = "") -> list[ir.Node]:  # fmt: skip
@@ -84,7 +96,7 @@ class Emitter:
         """
         nodes: list[ir.Node] = []
         rows = rows or (lambda expr, dtype, which: self.row(nodes, norm, expr, params, dtype, f"{name}/{which}"))
-        first = norm.cast == "first" or (norm.cast == "none" and norm.compute == norm.x.dtype)
+        first = reads_x(norm)
         inner = norm.x.dtype if first else norm.compute
         assert inner is not None
         if not first and norm.x.dtype != norm.compute:
@@ -165,7 +177,7 @@ class Emitter:
     def row(self, nodes: list[ir.Node], norm: Norm, expr: Expr, params: Mapping[Value, ir.Value], dtype: str,
             name: str) -> ir.Value:  # fmt: skip
         """The value of a weight or bias in the shape and type that the operator wants."""
-        if _plain(expr):
+        if plain(expr):
             base = expr[0][1][0][0] if self.spelled else _unviewed(expr[0][1][0][0], norm)
             given: ir.Value = params.get(base, base.native)
             as_it_is = not self._trailing(norm) or norm.size is None  # it lines up with x already
@@ -200,7 +212,7 @@ class Emitter:
         return self._node(nodes, "Mul", [total, one], name)
 
 
-def _plain(expr: Expr) -> bool:
+def plain(expr: Expr) -> bool:
     """A single parameter, as it is."""
     return len(expr) == 1 and expr[0][0] == 1.0 and len(expr[0][1]) == 1 and expr[0][1][0][1] == 1
 

@@ -46,7 +46,7 @@ class FusedEmitter:
 
     def _unfit(self, low: Lowering, edit: Fused) -> str | None:
         norms = [site.norm for site in edit.sites]
-        if edit.op == "norm" and (edit.sites[0].is_op or self.emitter.single(norms[0])):
+        if edit.op == "norm" and (edit.sites[0].is_op or len(self.emitter.form(norms[0])) == 1):
             return "another operator is all that it needs"
         if any(norm.cast == "mixed" for norm in norms) and self.exact:
             return "no operator has this order of roundings"
@@ -125,6 +125,15 @@ class FusedEmitter:
         attributes = [ir.AttrFloat32("eps", edit.sites[0].norm.eps)] if function.attributes else []
         nodes.append(ir.Node(DOMAIN, function.name, given, attributes, num_outputs=len(results), name=name))
         return nodes
+
+
+    def results(self, node: ir.Node) -> Sequence[ir.Value]:
+        """The outputs of a call that are results of its edit, in their order."""
+        return node.outputs
+
+    def label(self, edit: Fused) -> str:
+        """What stands there now, for the report."""
+        return f"function {DOMAIN}.{edit.name}"
 
 
 class _Body:

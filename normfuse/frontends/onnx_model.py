@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -14,11 +15,13 @@ from normfuse.frontends.onnx import Lowering, lower
 from normfuse.frontends.onnx_check import Checker
 from normfuse.frontends.onnx_emit import DOMAIN, Emitter, register_functions
 from normfuse.frontends.onnx_fused import FusedEmitter, fused_already
+from normfuse.frontends.onnx_skip import SkipEmitter
 from normfuse.frontends.onnx_region import as_function, rest_of, results_of
 from normfuse.graph import Node, Value
 from normfuse.passmanager import Abilities, fuse, plan
-from normfuse.plan import Edit, Fused, Plan, Replace
-from normfuse.norm import Refusal, Site
+from normfuse.plan import Edit, Fused, Plan, Reason, Replace
+from normfuse.norm import Norm, Refusal, Site, region
+from normfuse.targets import PROVIDERS, Row, Table
 from normfuse.verify import Check
 
 OLDEST_OPSET = 11
@@ -46,15 +49,62 @@ class OnnxModel:
         self.lowerings = lower(model)
         self.nodes_before = self.count()
         self.progress("recognising", 0.2)
-        self.fused = FusedEmitter(self.emitter, config.numerics == "exact")
+        self.table = Table(config)
+        self.fused = (SkipEmitter(self.emitter, self.table) if config.target in PROVIDERS else
+                      FusedEmitter(self.emitter, config.numerics == "exact"))  # fmt: skip
         self.plans = [plan(low.graph, config, self._abilities(low), rewrite) for low in self.lowerings]
         self.checks: dict[Site, Check] = {}
         self.moved: dict[ir.Value, ir.Value] = {}
 
     def _abilities(self, low: Lowering) -> Abilities:
-        can = Abilities(self.emitter.expressible, functions=True, statistics=self.emitter.native, leave=fused_already)
-        wide = self.config.target == "normfuse"
+        can = Abilities(self._expressible, functions=True, statistics=self.emitter.native, leave=self._leave,
+                        done=self._done)  # fmt: skip
+        wide = self.config.target != "onnx"
         return replace(can, operator=lambda edit: self.fused.unfit(low, edit)) if wide else can
+
+    def _expressible(self, norm: Norm, value: Value) -> Reason | None:
+        row = self.table.row(norm)
+        if row is not None and row.form == "refuse":
+            return "NF203", (f"{self.table.name} has no {norm.kind} of its type ({row.evidence}); use target "
+                             "'normfuse', whose library has one, or convert to float32 or float16")
+        return self.emitter.expressible(norm, value)
+
+    def _done(self, site: Site) -> bool:
+        """Whether a norm stands there already in the several nodes that it would get."""
+        if site.is_op or site.value.native is None:
+            return False
+        seen, natives = {site.norm.x}, dict[ir.Node | None, None]()
+        for node in reversed(region(site.value, site.norm)):
+            if not seen.isdisjoint(node.inputs):
+                seen.update(node.outputs)
+                natives[node.native] = None
+        found = [None if node is None else self.emitter.name_of(node) for node in natives]
+        return found == self.emitter.form(site.norm)
+
+    def _leave(self, site: Site) -> str | None:
+        row = self.table.row(site.norm)
+        if row is not None and row.form == "leave" and not site.is_op:
+            return f"{self.table.name}: {row.evidence}"
+        return fused_already(site)
+
+    def label(self, edit: Edit) -> str:
+        """What an edit puts into the graph, for the report."""
+        if isinstance(edit, Fused):
+            return self.fused.label(edit)
+        norm = edit.site.norm
+        return f"function {DOMAIN}.{norm.kind}_as_written" if edit.as_written else ", ".join(self.emitter.form(norm))
+
+    def notes(self) -> list[str]:
+        """Which rows of the target's table were used, and how often."""
+        used: Counter[Row] = Counter()
+        for one in self.plans:
+            sites = {site: edit for edit in one.edits() for site in edit.sites}
+            for site in one.found.sites:
+                edit = sites.get(site)
+                row = self.table.row(site.norm, edit.op if isinstance(edit, Fused) else "norm")
+                if row is not None and (edit is not None or not (site.is_op or row.form == "operator")):
+                    used[row] += 1
+        return self.table.lines(used)
 
     def count(self) -> int:
         """Nodes of the model, those of sub-graphs included."""
@@ -141,10 +191,12 @@ class OnnxModel:
                 node.outputs[0].name = _unique(f"{old.name}_{i}", used)
         nodes[-1].doc_string = producer.doc_string
         producer.graph.insert_before(producer, nodes)
-        for one, new in zip(olds, nodes[-1].outputs, strict=isinstance(edit, Fused)):
-            self._rename(one, new)
         if isinstance(edit, Fused):
+            for one, new in zip(olds, self.fused.results(nodes[-1]), strict=True):
+                self._rename(one, new)
+            self.model.graph.opset_imports.setdefault(nodes[-1].domain, 1)
             return
+        self._rename(old, nodes[-1].outputs[0])
         core = next((node for node in nodes if node.op_type == "LayerNormalization"), None)
         for slot, value in ((1, edit.mean), (2, edit.rstd)):
             if value is not None:

@@ -1,0 +1,162 @@
+"""Which form a norm gets in which runtime: a table, each row measured or cited.
+
+`onnx` and `normfuse` have one form for all runtimes. `ort-cpu` and `ort-cuda` are ONNX Runtime with one provider, whose
+kernels differ from version to version: in 1.29 the contrib operator that takes in the addition is faster than addition
+and norm, from 1.30 on it is two to seven times slower; before 1.30 LayerNormalization subtracts the square of the mean
+from the mean square and loses what a large mean hides.
+
+The first row that fits says what to do. The forms:
+
+- "operator": LayerNormalization, RMSNormalization, or a function, as for target "onnx"
+- "skip": the contrib operators SkipLayerNormalization and SkipSimplifiedLayerNormalization, in domain com.microsoft
+- "leave": what the model has
+- "refuse": as "leave", and it is a refusal, since the runtime has no kernel
+
+Measured rows: `tests/bench/results/forms.json`, by `python -m tests.bench.forms`; a test compares the two.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from normfuse.config import Config
+from normfuse.errors import InputError, UnsupportedError
+from normfuse.norm import Norm, reads_x
+
+Version = tuple[int, int]
+HALF = frozenset({"float16", "bfloat16"})
+FLOAT = frozenset({"float32"})
+ANY = HALF | FLOAT | {"float64"}
+OLDEST: Version = (1, 20)
+NEWEST: Version = (1, 32)
+"""The newest version that was measured; newer ones get its rows."""
+PROVIDERS = {"ort-cpu": "CPU", "ort-cuda": "CUDA"}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A line of the table: where it holds, the form there, and how that is known.
+
+    `what` is "add_norm" for a residual addition and its norm, "norm" for a norm alone or inside one. `since` and
+    `before` are versions of the runtime, `types` those of the tensor that the operator would read, `ranks` its ranks;
+    `cast` is where the operator rounds half types, "" for any; `numerics` "" for either.
+    """
+
+    target: str
+    kind: str
+    what: str
+    types: frozenset[str]
+    form: str
+    evidence: str
+    since: Version = OLDEST
+    before: Version = (99, 0)
+    ranks: tuple[int, ...] = ()
+    cast: str = ""
+    numerics: str = ""
+
+    @property
+    def range(self) -> str:
+        """Types and versions, in words."""
+        until = "and newer" if self.before == (99, 0) else f"to before {_dotted(self.before)}"
+        return f"{'/'.join(sorted(self.types))} in {_dotted(self.since)} {until}"
+
+
+_SKIP = "measured: 0.68 to 0.95 of the time of addition and RMSNormalization"
+_SKIP_LAYER = "measured: 0.21 to 0.94 of the time of addition and LayerNormalization, as inexact as that"
+_ONE_PASS = "measured: LayerNormalization errs by up to 1e-2 where the mean is 100, the model's own arithmetic by 5e-6"
+_SLOW = "measured: LayerNormalization takes up to 4 times as long as the model's own arithmetic"
+_RMS = "measured: 0.41 to 1.4 of the time of the model's own arithmetic"
+_LAYER = "measured: 0.44 to 1.02 of the time of the model's own arithmetic"
+_TWO = "measured: 0.37 to 0.6 of the time of the model's own arithmetic, Skip operators 1.1 to 7 times as long"
+_NO_KERNEL = "tried in 1.23, 1.27, 1.31 and 1.32: no kernel for bfloat16"
+_FUSED = "cited, not measured: one kernel instead of two (onnxruntime, skip_layer_norm_impl.cu)"
+_HALF = "cited, not measured: sums in float32 since 1.27, rounds once, after the weight (onnxruntime#28682)"
+_OVERFLOW = "cited: Skip operators sum half types in half before 1.27 (onnxruntime#29034), or round elsewhere"
+_CUDA_LAYER = "cited: SkipLayerNormalization takes the variance as mean(x^2) - mean(x)^2 (onnxruntime, layer_norm.cuh)"
+FLAT = (2, 3)
+
+ROWS = (
+    Row("ort-cpu", "rms_norm", "norm", frozenset({"bfloat16"}), "refuse", _NO_KERNEL),
+    Row("ort-cpu", "layer_norm", "norm", frozenset({"bfloat16"}), "refuse", _NO_KERNEL, before=(1, 31)),
+    Row("ort-cpu", "rms_norm", "add_norm", FLOAT, "skip", _SKIP, before=(1, 30), ranks=FLAT),
+    Row("ort-cpu", "layer_norm", "add_norm", FLOAT, "skip", _SKIP_LAYER, before=(1, 30), ranks=FLAT,
+        numerics="fast"),
+    Row("ort-cpu", "layer_norm", "norm", FLOAT, "leave", _ONE_PASS, before=(1, 30), numerics="exact"),
+    Row("ort-cpu", "layer_norm", "norm", HALF, "leave", _SLOW, since=(1, 27), before=(1, 30)),
+    Row("ort-cpu", "rms_norm", "norm", ANY, "operator", _RMS, before=(1, 30)),
+    Row("ort-cpu", "layer_norm", "norm", ANY, "operator", _LAYER, before=(1, 30)),
+    Row("ort-cpu", "rms_norm", "norm", ANY, "operator", _TWO, since=(1, 30)),
+    Row("ort-cpu", "layer_norm", "norm", ANY, "operator", _TWO, since=(1, 30)),
+    Row("ort-cuda", "rms_norm", "add_norm", FLOAT, "skip", _FUSED, ranks=FLAT),
+    Row("ort-cuda", "rms_norm", "add_norm", HALF, "skip", _HALF, since=(1, 27), ranks=FLAT, cast="last"),
+    Row("ort-cuda", "rms_norm", "add_norm", HALF, "skip", _HALF, since=(1, 27), ranks=FLAT, numerics="fast"),
+    Row("ort-cuda", "layer_norm", "add_norm", FLOAT, "skip", _FUSED, ranks=FLAT, numerics="fast"),
+    Row("ort-cuda", "rms_norm", "norm", ANY, "operator", _OVERFLOW),
+    Row("ort-cuda", "layer_norm", "norm", ANY, "operator", _CUDA_LAYER),
+)  # fmt: skip
+
+
+class Table:
+    """The rows for one configuration.
+
+    Raises `InputError` for a version that is none, `UnsupportedError` for one that is too old.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.target, self.numerics = config.target, config.numerics
+        self.version = runtime_version(config.ort_version)
+        if self.target in PROVIDERS and self.version < OLDEST:
+            raise UnsupportedError(
+                f"ONNX Runtime {_dotted(self.version)} is older than the oldest that target {self.target!r} knows, "
+                f"{_dotted(OLDEST)}; use target 'onnx', which runs wherever the model runs")  # fmt: skip
+
+    @property
+    def name(self) -> str:
+        """The runtime, in words."""
+        return f"ONNX Runtime {_dotted(self.version)} on {PROVIDERS.get(self.target, 'any provider')}"
+
+    def row(self, norm: Norm, what: str = "norm") -> Row | None:
+        """The row for a norm; None where the target has none, so that "operator" is meant."""
+        read = norm.x.dtype if what == "add_norm" or reads_x(norm) else norm.compute
+        for row in ROWS:
+            if (row.target == self.target and row.kind == norm.kind and row.what == what and read in row.types
+                    and row.since <= self.version < row.before and row.numerics in ("", self.numerics)
+                    and (not row.ranks or len(norm.x.shape or ()) in row.ranks)
+                    and row.cast in ("", norm.cast)):  # fmt: skip
+                return row
+        return None
+
+    def lines(self, used: Mapping[Row, int]) -> list[str]:
+        """What to tell of the rows that were used, each so often."""
+        if self.target not in PROVIDERS:
+            return []
+        new = f", newer than {_dotted(NEWEST)}, the newest measured" if self.version > NEWEST else ""
+        head = f"target {self.target}: {self.name}{new}"
+        return [head, *(f"{n} x {row.kind}{' with its addition' if row.what == 'add_norm' else ''}: {row.form} "
+                        f"({row.range}; {row.evidence})" for row, n in used.items())]  # fmt: skip
+
+
+def runtime_version(asked: str) -> Version:
+    """The version asked for, else the one installed, else the newest that was measured."""
+    if asked:
+        return _parsed(asked)
+    for package in ("onnxruntime-gpu", "onnxruntime"):
+        try:
+            return _parsed(importlib.metadata.version(package))
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return NEWEST
+
+
+def _parsed(text: str) -> Version:
+    found = re.match(r"(\d{1,3})\.(\d{1,3})(\.|$)", text)
+    if found is None:
+        raise InputError(f"ort_version={text!r} is not a version; give one such as '1.31'")
+    return int(found[1]), int(found[2])
+
+
+def _dotted(version: Version) -> str:
+    return ".".join(map(str, version))

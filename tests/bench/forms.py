@@ -1,0 +1,178 @@
+"""What a residual addition and a norm cost in ONNX Runtime on the CPU, in each form there is, by version of it.
+
+python -m tests.bench.forms [--out FILE.json]
+
+Chains of 12, one thread. The forms: the exporter's own spelling of the norm, which ONNX Runtime may fuse; an Add and
+the norm as one operator (where the version has no RMSNormalization its own name for it, SimplifiedLayerNormalization);
+and the contrib operators that take in the addition. `error` is the largest distance to float64 on rows with a mean of
+100, in parts of the largest element. Each run adds the installed version to the file, from which `normfuse.targets` is
+made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime as ort
+from onnx import TensorProto, helper, numpy_helper
+
+from tests.bench.common import ROOT, environment, table
+
+RESULT = ROOT / "tests/bench/results/forms.json"
+CHAIN, EPS = 12, 1e-5
+SHAPES = ((1, 1024), (16, 1024), (128, 1024), (512, 2048))
+TYPES: dict[str, tuple[Any, int]] = {
+    "float32": (np.float32, TensorProto.FLOAT), "float16": (np.float16, TensorProto.FLOAT16),
+}  # fmt: skip
+FORMS = ("spelled out", "add, norm", "skip")
+Array = npt.NDArray[Any]
+
+
+class Chain:
+    """A chain of residual norms as a model in the making."""
+
+    def __init__(self, kind: str, n: int, dtype: str, length: int) -> None:
+        self.kind, self.n, self.layer = kind, n, kind == "layer_norm"
+        self.type, self.proto = TYPES[dtype]
+        self.length = length
+        rng = np.random.default_rng(0)
+        self.weights = [(1 + rng.standard_normal(n) / 10).astype(self.type) for _ in range(length)]
+        self.biases = [(rng.standard_normal(n) / 10).astype(self.type) for _ in range(length)]
+        self.nodes: list[onnx.NodeProto] = []
+
+    def op(self, name: str, inputs: str, outputs: str, domain: str = "", **attributes: Any) -> None:
+        """A node; a dash stands for an output that is not wanted."""
+        names = ["" if o == "-" else o for o in outputs.split()]
+        self.nodes.append(helper.make_node(name, inputs.split(), names, domain=domain, **attributes))
+
+    def model(self, form: str, opset: int) -> onnx.ModelProto:
+        """The chain in one form: y is normalised, then added to the stream as the next summand."""
+        self.nodes = []
+        s, f = "x", "r"
+        for i in range(self.length):
+            parameters = f"w{i} b{i}" if self.layer else f"w{i}"
+            if form == "skip":
+                name = "SkipLayerNormalization" if self.layer else "SkipSimplifiedLayerNormalization"
+                self.op(name, f"{s} {f} {parameters}", f"y{i} - - s{i}", "com.microsoft", epsilon=EPS)
+            else:
+                self.op("Add", f"{s} {f}", f"s{i}")
+                if form == "spelled out":
+                    self.spell(i)
+                elif self.layer:
+                    self.op("LayerNormalization", f"s{i} {parameters}", f"y{i}", axis=-1, epsilon=EPS)
+                else:
+                    name = "RMSNormalization" if opset >= 23 else "SimplifiedLayerNormalization"
+                    self.op(name, f"s{i} {parameters}", f"y{i}", axis=-1, epsilon=EPS, stash_type=1)
+            s, f = f"s{i}", f"y{i}"
+        if self.length > 1:
+            self.op("Add", f"{s} {f}", "y")
+        else:
+            self.op("Identity", f, "y")
+        arrays = {"last": np.array([-1]), "two": np.array(2.0, "f4"), "eps": np.array(EPS, "f4")}
+        arrays |= {f"w{i}": w for i, w in enumerate(self.weights)} | {f"b{i}": b for i, b in enumerate(self.biases)}
+        read = {name for node in self.nodes for name in node.input}
+        tensors = [numpy_helper.from_array(a, k) for k, a in arrays.items() if k in read]
+        values = [helper.make_tensor_value_info(v, self.proto, ["batch", "rows", self.n]) for v in "xry"]
+        graph = helper.make_graph(self.nodes, "chain", values[:2], values[2:], tensors)
+        opsets = [helper.make_opsetid("", opset), helper.make_opsetid("com.microsoft", 1)]
+        return helper.make_model(graph, opset_imports=opsets, ir_version=10)
+
+    def spell(self, i: int) -> None:
+        """The norm of s as torch's exporter writes it for a model that computes in float32."""
+        half, h = self.proto != TensorProto.FLOAT, f"s{i}"
+        if half:
+            self.op("Cast", h, f"c{i}", to=TensorProto.FLOAT)
+            h = f"c{i}"
+        if self.layer:
+            self.op("ReduceMean", f"{h} last", f"m{i}")
+            self.op("Sub", f"{h} m{i}", f"d{i}")
+            h = f"d{i}"
+        self.op("Pow", f"{h} two", f"q{i}")
+        self.op("ReduceMean", f"q{i} last", f"v{i}")
+        self.op("Add", f"v{i} eps", f"e{i}")
+        self.op("Sqrt", f"e{i}", f"t{i}")
+        self.op("Reciprocal", f"t{i}", f"u{i}")
+        self.op("Mul", f"{h} u{i}", f"n{i}")
+        n = f"n{i}"
+        if half:
+            self.op("Cast", n, f"h{i}", to=self.proto)
+            n = f"h{i}"
+        self.op("Mul", f"w{i} {n}", f"z{i}" if self.layer else f"y{i}")
+        if self.layer:
+            self.op("Add", f"z{i} b{i}", f"y{i}")
+
+    def true(self, x: Array, r: Array) -> Array:
+        """The first norm in float64."""
+        s = (x + r).astype(np.float64)  # the sum is rounded in the model as well
+        s = s - s.mean(-1, keepdims=True) if self.layer else s
+        y: Array = s / np.sqrt((s * s).mean(-1, keepdims=True) + EPS) * self.weights[0].astype(np.float64)
+        return y + self.biases[0].astype(np.float64) if self.layer else y
+
+
+def session(model: onnx.ModelProto) -> ort.InferenceSession:
+    """A session as users make it, on one thread."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 4
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def measure(kind: str, dtype: str, m: int, n: int, opset: int, repeats: int) -> dict[str, dict[str, float]]:
+    """Microseconds a norm, with its addition, and the error of each form."""
+    chain, one = Chain(kind, n, dtype, CHAIN), Chain(kind, n, dtype, 1)
+    rng = np.random.default_rng(1)
+    x, r = (rng.standard_normal((1, m, n)).astype(chain.type) for _ in range(2))
+    sessions = {form: session(chain.model(form, opset)) for form in FORMS}
+    times: dict[str, list[float]] = {form: [] for form in FORMS}
+    for i in range(repeats + 3):
+        for form in FORMS if i % 2 else FORMS[::-1]:
+            started = time.perf_counter()
+            sessions[form].run(None, {"x": x, "r": r})
+            times[form].append((time.perf_counter() - started) / CHAIN * 1e6)
+    out = {}
+    far = x + np.array(100, chain.type)
+    for form in FORMS:
+        found = session(one.model(form, opset)).run(None, {"x": far, "r": r})[0].astype(np.float64)
+        true = one.true(far, r)
+        low, middle, high = statistics.quantiles(times[form][3:], n=4)
+        out[form] = {"us": round(middle, 2), "q1": round(low, 2), "q3": round(high, 2),
+                     "error": float(f"{np.abs(found - true).max() / np.abs(true).max():.2g}")}  # fmt: skip
+    return out
+
+
+def main() -> None:
+    """Measure the installed version, print, and add it to the file."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=40)
+    parser.add_argument("--out", type=Path, default=RESULT)
+    given = parser.parse_args()
+    version = ort.__version__
+    opset = 23 if tuple(map(int, version.split(".")[:2])) >= (1, 23) else 18
+    rows, cells = [], []
+    for kind in ("rms_norm", "layer_norm"):
+        for dtype in TYPES:
+            for m, n in SHAPES:
+                found = measure(kind, dtype, m, n, opset, given.repeats if m < 512 else given.repeats // 2)
+                rows.append({"kind": kind, "type": dtype, "rows": m, "n": n, "forms": found})
+                base = found["add, norm"]["us"]
+                times = [f"{f['us']:.1f} ({f['us'] / base:.2f})" for f in found.values()]
+                cells.append([kind, dtype, f"{m}x{n}", *times, *(f"{f['error']:.0e}" for f in found.values())])
+    print(f"ONNX Runtime {version}, us\n" + table(["kind", "type", "shape", *FORMS, *FORMS], cells, 3), flush=True)
+    known = json.loads(given.out.read_text())["versions"] if given.out.exists() else {}
+    known[version] = rows
+    order = sorted(known, key=lambda v: tuple(map(int, v.split("."))))
+    about = {"environment": environment() | {"onnxruntime": "see versions"},
+             "shapes": {"chain": CHAIN, "threads": 1, "eps": EPS}}  # fmt: skip
+    result = about | {"versions": {v: known[v] for v in order}}
+    given.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

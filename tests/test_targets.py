@@ -1,0 +1,289 @@
+"""The forms for each runtime: what the table says, where it holds, and that what comes out runs and is equal."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+import normfuse
+from normfuse import targets
+from normfuse.errors import InputError, UnsupportedError
+from normfuse.targets import ROWS, Row
+from normfuse.verify import session
+from tests.bench.forms import RESULT, SHAPES
+from tests.families import FAMILIES, cached, cached_export, digest, export_onnx
+from tests.test_backend import FUSED, LAYERS, MORE, OTHERS
+from tests.test_onnx_fusions import N, layer, model, rms
+
+SKIP = "SkipSimplifiedLayerNormalization"
+SKIP_LAYER = "SkipLayerNormalization"
+ADD = "s = Add(x, r) " + rms("s", "y")
+ADD_LAYER = "s = Add(x, r) " + layer("s", "y")
+PLACED = ("norm_add_norm", "norm_add", "qk_norm", "add_rms_norm", "add_layer_norm")
+CHOICES = [("ort-cpu", "1.29"), ("ort-cpu", "1.31"), ("ort-cuda", "1.31")]
+
+
+def rewritten(made: onnx.ModelProto, folder: Path, target: str, version: str = "1.31", **config: Any,
+              ) -> tuple[onnx.ModelProto, normfuse.Report]:  # fmt: skip
+    """The rewrite of a model: valid, the same when made again, and not rewritten twice."""
+    source, out, again = folder / "in.onnx", folder / "out.onnx", folder / "again.onnx"
+    onnx.save(made, source)
+    settings = normfuse.Config(target=target, ort_version=version, **config)  # type: ignore[arg-type]
+    report = normfuse.rewrite(source, out, settings, overwrite=True)
+    onnx.checker.check_model(out, full_check=True)
+    normfuse.rewrite(source, again, settings, overwrite=True)
+    assert again.read_bytes() == out.read_bytes()
+    assert normfuse.rewrite(out, again, settings, overwrite=True).fused == 0
+    assert again.read_bytes() == out.read_bytes()
+    return onnx.load(out), report
+
+
+def operators(made: onnx.ModelProto) -> Counter[str]:
+    """The operators of a model that are norms, and functions of NormFuse."""
+    return Counter(n.op_type for n in made.graph.node if "Normalization" in n.op_type or n.domain == "normfuse")
+
+
+# -- the table ---------------------------------------------------------------------------------------------------------
+
+
+def measured(row: Row) -> list[dict[str, Any]]:
+    """The measurements that a row of the CPU speaks of."""
+    versions = json.loads(RESULT.read_text())["versions"]
+    return [found for version, rows in versions.items() for found in rows
+            if row.since <= tuple(map(int, version.split(".")[:2])) < row.before
+            and found["kind"] == row.kind and found["type"] in row.types]  # fmt: skip
+
+
+def ratio(found: dict[str, Any], a: str, b: str) -> float:
+    """The time of a form in parts of another's."""
+    return float(found["forms"][a]["us"] / found["forms"][b]["us"])
+
+
+CPU = [row for row in ROWS if row.target == "ort-cpu" and row.form != "refuse"]
+
+
+@pytest.mark.parametrize("row", CPU, ids=lambda row: f"{row.kind} {row.what} {row.form} {row.range}")
+def test_the_rows_are_what_was_measured(row: Row) -> None:
+    """The form that a row gives is the fastest over the shapes among those that are as exact as the model."""
+    found = measured(row)
+    assert len(found) >= len(SHAPES)
+
+    def middle(a: str, b: str) -> float:
+        return statistics.median(ratio(f, a, b) for f in found)
+
+    error = max(f["forms"]["add, norm"]["error"] / f["forms"]["spelled out"]["error"] for f in found)
+    if row.form == "skip":
+        assert middle("skip", "add, norm") < 0.95
+    elif row.form == "leave":
+        assert error > 100 or middle("spelled out", "add, norm") < 0.95
+    elif row.since == (1, 30):
+        assert middle("spelled out", "add, norm") > 1.5 and middle("skip", "add, norm") > 1.1 and error < 20
+    else:
+        assert middle("spelled out", "add, norm") > 0.9
+
+
+def test_every_row_says_how_it_is_known() -> None:
+    assert all(row.evidence.startswith(("measured", "tried", "cited")) for row in ROWS)
+    assert {row.form for row in ROWS} <= {"operator", "skip", "leave", "refuse"}
+
+
+@pytest.mark.parametrize("text", ["new", "1", "1.x", "31"])
+def test_a_version_that_is_none(text: str, tmp_path: Path) -> None:
+    onnx.save(model(ADD, "y s"), tmp_path / "in.onnx")
+    with pytest.raises(InputError, match="is not a version"):
+        config = normfuse.Config(target="ort-cpu", ort_version=text)
+        normfuse.rewrite(tmp_path / "in.onnx", tmp_path / "out.onnx", config)
+    assert not (tmp_path / "out.onnx").exists()
+
+
+def test_a_version_that_is_too_old(tmp_path: Path) -> None:
+    onnx.save(model(ADD, "y s"), tmp_path / "in.onnx")
+    old = normfuse.Config(target="ort-cpu", ort_version="1.19.2")
+    with pytest.raises(UnsupportedError, match=r"1.19 is older .* 1.20; use target 'onnx'"):
+        normfuse.rewrite(tmp_path / "in.onnx", tmp_path / "out.onnx", old)
+    assert not (tmp_path / "out.onnx").exists()
+    normfuse.rewrite(tmp_path / "in.onnx", tmp_path / "out.onnx", normfuse.Config(ort_version="1.19.2"))
+
+
+def test_a_version_newer_than_measured(tmp_path: Path) -> None:
+    _, report = rewritten(model(ADD, "y s"), tmp_path, "ort-cpu", "1.99")
+    assert "1.99 on CPU, newer than 1.32, the newest measured" in report.notes[0]
+
+
+def test_the_installed_version(tmp_path: Path) -> None:
+    import onnxruntime
+
+    found = targets.runtime_version("")
+    assert ".".join(map(str, found)) == ".".join(onnxruntime.__version__.split(".")[:2])
+
+
+# -- each form ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("target", "version", "numerics", "lines", "want"), [
+    ("ort-cpu", "1.29", "exact", ADD, {SKIP: 1}),
+    ("ort-cpu", "1.30", "exact", ADD, {"rms_norm": 1}),
+    ("ort-cuda", "1.30", "exact", ADD, {SKIP: 1}),
+    ("onnx", "1.29", "exact", ADD, {"rms_norm": 1}),
+    ("ort-cpu", "1.29", "exact", ADD_LAYER, {}),  # no operator there is as exact as the model
+    ("ort-cpu", "1.29", "fast", ADD_LAYER, {SKIP_LAYER: 1}),
+    ("ort-cpu", "1.30", "exact", ADD_LAYER, {"LayerNormalization": 1}),
+    ("ort-cuda", "1.31", "exact", ADD_LAYER, {"LayerNormalization": 1}),
+    ("ort-cuda", "1.31", "fast", ADD_LAYER, {SKIP_LAYER: 1}),
+])  # fmt: skip
+@pytest.mark.parametrize("shape", ["2,3,16", "6,16", "batch,rows,16"])
+def test_form(target: str, version: str, numerics: str, lines: str, want: dict[str, int], shape: str,
+              tmp_path: Path) -> None:  # fmt: skip
+    made = model(lines, "y s", shape=shape)
+    found, report = rewritten(made, tmp_path, target, version, numerics=numerics)
+    assert operators(found) == want
+    assert [o.name for o in found.graph.output] == ["y", "s"]
+    assert bool(report.notes) == (target != "onnx")
+    if target != "onnx" and want:
+        form = "skip" if {SKIP, SKIP_LAYER} & set(want) else "operator"
+        assert f": {form} (" in report.notes[1] and report.notes[1].startswith("1 x ")
+    if not want:
+        assert "leave" in report.notes[1] and report.norms[0].action == "left" and "errs" in report.norms[0].reason
+    rng = np.random.default_rng(1)
+    dims = [2, 3, N] if shape == "batch,rows,16" else [int(d) for d in shape.split(",")]
+    feeds = {v: (rng.standard_normal(dims) + far).astype("f4") for v, far in (("x", 0), ("r", 0.5))}
+    before, after = (session(tmp_path / f"{p}.onnx").run(None, feeds) for p in ("in", "out"))
+    for a, b in zip(before, after, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("lines", "outputs", "shape", "types"), [
+    (ADD, "y s", "1,2,3,16", {}),  # rank 4
+    (ADD, "y s", "2,3,16", {"r": "float[1,3,16]"}),  # a broadcast
+    (ADD, "y s", "?,3,16", {}),  # shapes that are not proved equal
+    (ADD + " z = Add(y, v)", "z s", "2,3,16", {}),  # the operator has no bias
+    ("s = Add(x, r) y = RMSNormalization<axis=1>(s, V)", "y", "2,3,16", {"V": "float[3,16]"}),  # two axes
+])  # fmt: skip
+def test_no_skip_where_a_condition_is_broken(lines: str, outputs: str, shape: str, types: dict[str, str],
+                                             tmp_path: Path) -> None:  # fmt: skip
+    inputs = " ".join(n for n in "xrV" if n in lines)
+    made = model(lines, outputs, 23 if "RMSN" in lines else 18, inputs, shape, types)
+    found, _ = rewritten(made, tmp_path, "ort-cpu", "1.29")
+    assert SKIP not in operators(found)
+
+
+def half(lines: str, dtype: str) -> onnx.ModelProto:
+    """A model of half types: x and r, and a weight of that type."""
+    made = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["": 18]> g ({dtype}[2,3,16] x, {dtype}[2,3,16] r) '
+                                   f"=> ({dtype}[2,3,16] y, {dtype}[2,3,16] s) {{ {lines} }}")  # fmt: skip
+    code = {"float16": onnx.TensorProto.FLOAT16, "bfloat16": onnx.TensorProto.BFLOAT16}[dtype]
+    weight = np.linspace(0.5, 1.5, N)
+    made.graph.initializer.extend([
+        onnx.helper.make_tensor("w", code, [N], weight), onnx.numpy_helper.from_array(np.array(2.0, "f4"), "two"),
+        onnx.numpy_helper.from_array(np.array(1e-6, "f4"), "eps"), onnx.numpy_helper.from_array(np.array([-1]), "last"),
+    ])  # fmt: skip
+    return made
+
+
+def spelled(last: bool, code: int) -> str:
+    """An RMSNorm of s in float32, cast back before or after the weight."""
+    start = ("s = Add(x, r) c = Cast<to=1>(s) q = Pow(c, two) m = ReduceMean(q, last) e = Add(m, eps) t = Sqrt(e) "
+             "n = Div(c, t) ")  # fmt: skip
+    back = f"Cast<to={code}>"
+    return start + (f"wf = Cast<to=1>(w) z = Mul(n, wf) y = {back}(z)" if last else f"h = {back}(n) y = Mul(h, w)")
+
+
+@pytest.mark.parametrize(("target", "version", "numerics", "last", "skip"), [
+    ("ort-cuda", "1.27", "exact", True, True),
+    ("ort-cuda", "1.26", "exact", True, False),  # sums in half
+    ("ort-cuda", "1.27", "exact", False, False),  # rounds elsewhere
+    ("ort-cuda", "1.27", "fast", False, True),
+    ("ort-cpu", "1.29", "exact", True, False),  # slower there
+])  # fmt: skip
+@pytest.mark.parametrize(("dtype", "code"), [("float16", 10), ("bfloat16", 16)])
+def test_half_types(target: str, version: str, numerics: str, last: bool, skip: bool, dtype: str, code: int,
+                    tmp_path: Path) -> None:  # fmt: skip
+    found, _ = rewritten(half(spelled(last, code), dtype), tmp_path, target, version, numerics=numerics)
+    assert (SKIP in operators(found)) == skip
+
+
+def test_a_type_that_the_runtime_lacks(tmp_path: Path) -> None:
+    made = half(spelled(False, 16), "bfloat16")
+    found, report = rewritten(made, tmp_path, "ort-cpu")
+    assert [r.code for r in report.refusals] == ["NF203"] and report.norms[0].action == "refused"
+    assert "no kernel for bfloat16" in report.refusals[0].message and "'normfuse'" in report.refusals[0].message
+    assert [n.op_type for n in found.graph.node] == [n.op_type for n in made.graph.node]
+    wide, _ = rewritten(half(spelled(True, 16), "bfloat16"), tmp_path, "ort-cpu")  # there it is a norm of float32
+    assert operators(wide) == {"rms_norm": 1}
+
+
+@pytest.mark.parametrize("far", [0.0, 100.0, 1e4])
+@pytest.mark.parametrize("small", [1.0, 1e-4])
+def test_the_operators_of_the_runtime_are_exact(far: float, small: float, tmp_path: Path) -> None:
+    """On hostile rows, in the runtime that is installed, they are no further from float64 than the model is."""
+    made = model(ADD, "y s")
+    rewritten(made, tmp_path, "ort-cpu", "1.29")
+    rng = np.random.default_rng(2)
+    feeds = {v: (small * rng.standard_normal((2, 3, N)) + far).astype("f4") for v in "xr"}
+    s = (feeds["x"] + feeds["r"]).astype("f8")
+    true = s / np.sqrt((s * s).mean(-1, keepdims=True) + float(np.float32(1e-6)))
+    true *= np.linspace(0.5, 1.5, N).astype("f4")
+    before, after = (session(tmp_path / f"{p}.onnx").run(["y"], feeds)[0] for p in ("in", "out"))
+    unit = 2.0**-23 * np.abs(true).max()
+    assert np.abs(after - true).max() <= 2 * np.abs(before - true).max() + 4 * unit
+
+
+# -- whole models ------------------------------------------------------------------------------------------------------
+
+
+def placed(name: str, kind: str) -> Counter[str]:
+    """The operators with a neighbour that a family gets."""
+    layers = FUSED.get(name) or OTHERS[kind]
+    return Counter({op: n * LAYERS for op, n in layers.items()}) + MORE.get(name, Counter())
+
+
+@pytest.mark.parametrize(("target", "version"), [*CHOICES, ("normfuse", "")])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_family(name: str, target: str, version: str, tmp_path: Path) -> None:
+    family, source, out = FAMILIES[name], cached_export(name, 18), tmp_path / "out.onnx"
+    config = normfuse.Config(target=target, ort_version=version, verify="model")  # type: ignore[arg-type]
+    report = normfuse.rewrite(source, out, config)
+    assert report.model_check is None or report.model_check["equal"]
+    assert len(report.norms) == family.norms and not report.refusals
+    onnx.checker.check_model(out, full_check=True)
+    assert normfuse.rewrite(out, tmp_path / "again.onnx", config).fused == 0
+    assert (tmp_path / "again.onnx").read_bytes() == out.read_bytes()
+    assert Counter(n.placement for n in normfuse.inspect(out).norms) == family.placements
+    made = operators(onnx.load(out))
+    if target == "normfuse":
+        single = Counter({op: n for op, n in made.items() if op.startswith(("rms_norm", "layer_norm", "LayerN"))})
+        found: Counter[str] = Counter()
+        for op, n in (made - single).items():
+            found[next(known for known in PLACED if op.startswith(known))] += n
+        assert found == placed(name, report.norms[-1].kind)
+    elif version == "1.29":
+        assert all(n.action in ("fused", "kept") or n.kind == "layer_norm" for n in report.norms)
+    else:
+        assert all(n.action in ("fused", "kept") for n in report.norms)
+    want = placed(name, report.norms[-1].kind)
+    beside = want["add_rms_norm"] + want["norm_add_norm"]
+    if target == "ort-cuda" or version == "1.29":
+        assert made[SKIP] == beside + (name == "olmo2")  # its last sum goes to the final norm, and not to norm_add
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "olmo2", "gpt2"])
+@pytest.mark.parametrize(("target", "version"), [*CHOICES, ("onnx", ""), ("normfuse", "")])
+def test_half_precision_is_no_further_from_float64(name: str, target: str, version: str, tmp_path: Path) -> None:
+    family, out = FAMILIES[name], tmp_path / "out.onnx"
+    module = family.build().half()
+    source = cached(f"{name}-half-18-{digest(family)}.onnx",
+                    lambda path: export_onnx(module, family.args(), path, 18))  # fmt: skip
+    config = normfuse.Config(target=target, ort_version=version)  # type: ignore[arg-type]
+    normfuse.rewrite(source, out, config)
+    onnx.checker.check_model(out, full_check=True)
+    true = module.double()(*family.args()).detach().numpy()
+    feeds = dict(zip([i.name for i in session(source).get_inputs()], (a.numpy() for a in family.args()), strict=True))
+    before, after = (np.abs(session(p).run(None, feeds)[0].astype("f8") - true).max() for p in (source, out))
+    assert after <= 2 * before
