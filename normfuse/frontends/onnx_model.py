@@ -15,6 +15,7 @@ from normfuse.frontends.onnx import Lowering, lower
 from normfuse.frontends.onnx_check import Checker
 from normfuse.frontends.onnx_emit import DOMAIN, Emitter, register_functions
 from normfuse.frontends.onnx_fused import FusedEmitter, fused_already
+from normfuse.frontends.onnx_repair import repair
 from normfuse.frontends.onnx_skip import SkipEmitter
 from normfuse.frontends.onnx_region import as_function, rest_of, results_of
 from normfuse.graph import Node, Value
@@ -44,6 +45,7 @@ class OnnxModel:
             raise UnsupportedError(f"opset {self.opset} is older than {OLDEST_OPSET}; convert it with "
                                    "onnx.version_converter first")  # fmt: skip
         self.inlined = self._inline()
+        self.repaired = repair(model.graph) if rewrite else 0
         self.emitter = Emitter(self.opset)
         self.progress("reading", 0.0)
         self.lowerings = lower(model)
@@ -95,7 +97,10 @@ class OnnxModel:
         return f"function {DOMAIN}.{norm.kind}_as_written" if edit.as_written else ", ".join(self.emitter.form(norm))
 
     def notes(self) -> list[str]:
-        """Which rows of the target's table were used, and how often."""
+        """What else was done, and which rows of the target's table were used, and how often."""
+        found = []
+        if self.repaired:
+            found.append(f"{self.repaired} norm operators of mixed types, which no runtime takes, were given a Cast")
         used: Counter[Row] = Counter()
         for one in self.plans:
             sites = {site: edit for edit in one.edits() for site in edit.sites}
@@ -104,7 +109,7 @@ class OnnxModel:
                 row = self.table.row(site.norm, edit.op if isinstance(edit, Fused) else "norm")
                 if row is not None and (edit is not None or not (site.is_op or row.form == "operator")):
                     used[row] += 1
-        return self.table.lines(used)
+        return found + self.table.lines(used)
 
     def count(self) -> int:
         """Nodes of the model, those of sub-graphs included."""
@@ -150,7 +155,7 @@ class OnnxModel:
         """Make the edits; True if there were any."""
         self.progress("rewriting", 0.85)
         if not any(one.edits() for one in self.plans):
-            return False
+            return self.repaired > 0
         used: set[str | None] = set(self.model.graph.initializers)
         for graph in (low.source for low in self.lowerings):
             used.update(v.name for v in graph.inputs)
