@@ -297,10 +297,11 @@ def test_the_reference_evaluator_runs_it(name: str, target: str, tmp_path: Path)
     source, out = cached_export(name, 18), tmp_path / "out.onnx"
     normfuse.rewrite(source, out, normfuse.Config(target=target))  # type: ignore[arg-type]
     before, after = session(source), session(out)
-    feeds = dict(zip([i.name for i in before.get_inputs()], (a.numpy() for a in FAMILIES[name].args()), strict=True))
+    names = [str(i.name) for i in before.get_inputs()]
+    feeds = dict(zip(names, (a.numpy() for a in FAMILIES[name].args()), strict=True))
     want = before.run(None, feeds)[0]
     results = [after.run(None, feeds)[0]]
     if name != "bert":  # the evaluator of onnx 1.23 does not run the GatherElements of the input
-        results += [np.asarray(ReferenceEvaluator(onnx.load(out)).run(None, feeds)[0])]
+        results += [np.asarray(list(ReferenceEvaluator(onnx.load(out)).run(None, feeds))[0])]
     for found in results:
         assert np.abs(found - want).max() <= 1e-5 * np.abs(want).max()
