@@ -13,7 +13,7 @@ from normfuse.errors import InputError, UnsupportedError
 from normfuse.frontends.onnx import Lowering, lower
 from normfuse.frontends.onnx_check import Checker
 from normfuse.frontends.onnx_emit import DOMAIN, Emitter, register_functions
-from normfuse.frontends.onnx_fused import FusedEmitter, fused_already
+from normfuse.frontends.onnx_fused import FusedEmitter, fused_already, results
 from normfuse.frontends.onnx_region import as_function, rest_of, results_of
 from normfuse.graph import Node, Value
 from normfuse.passmanager import Abilities, fuse, plan
@@ -141,7 +141,7 @@ class OnnxModel:
                 node.outputs[0].name = _unique(f"{old.name}_{i}", used)
         nodes[-1].doc_string = producer.doc_string
         producer.graph.insert_before(producer, nodes)
-        for one, new in zip(olds, nodes[-1].outputs, strict=isinstance(edit, Fused)):
+        for one, new in zip(olds, results(edit, nodes), strict=isinstance(edit, Fused)):
             self._rename(one, new)
         if isinstance(edit, Fused):
             return
