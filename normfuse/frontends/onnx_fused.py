@@ -52,6 +52,8 @@ class FusedEmitter:
             return "no operator has this order of roundings"
         if len({_attributes(norm) for norm in norms}) > 1:
             return "the norms are not alike"
+        if not edit.round_sum:
+            return "the functions normalise the sum as it is rounded"
         if edit.view is not None and not _reshaped(edit.view, edit.outputs[1]):
             return "between the sum and the norm stands more than a Reshape"
         for norm, site in zip(norms, edit.sites, strict=True):
