@@ -66,12 +66,14 @@ class Fused:
     sites: tuple[Site, ...]
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
+    round_sum: bool = True
+    """Of an add_norm: whether its norm reads s; where not, the sum in float32 that s is rounded from."""
 
     @property
     def view(self) -> Value | None:
         """The view of s that an add_norm's y is the norm of, where it is not of s itself."""
         x = self.sites[0].norm.x
-        return x if self.op == "add_norm" and x is not self.outputs[1] else None
+        return x if self.op == "add_norm" and self.round_sum and x is not self.outputs[1] else None
 
     @property
     def name(self) -> str:

@@ -2,6 +2,11 @@
 
     s = r + f; y = norm(s)      becomes      y, s = add_norm(r, f)
 
+    s32 = x.float() + r.float(); y = norm(s32); s = s32.to(x's type)
+
+is one operator too: its norm reads the sum before it is rounded. Only where x and r are of one narrow type, and nothing
+but the norm and the one cast to that type reads s32.
+
 s stays available to its other readers; a view that only regroups the rows may stand between the two (OPT). Only where
 the addition broadcasts nothing; of several norms of the same sum the first is taken.
 """
@@ -10,6 +15,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from normfuse.graph import PRECISION, Value
+from normfuse.norm import Site, region
 from normfuse.plan import Abilities, Fused, Plan
 from normfuse.residual import sum_of, summed, taken
 
@@ -26,8 +33,29 @@ class AddNorm:
             node = summed(s)
             if node is None or s in done:
                 continue
+            wide = unrounded(site, s)
+            if wide is not None and plan.fuse(wide, self.can):
+                done.update((s, wide.outputs[1]))
+                continue
             a, b = node.inputs
             outputs = (site.value, s)
             # results lie in memory as the first input does, which is not the same for either
             if any(plan.fuse(Fused("add_norm", (site,), inputs, outputs), self.can) for inputs in ((a, b), (b, a))):
                 done.add(s)
+
+
+def unrounded(site: Site, s: Value) -> Fused | None:
+    """The operator that normalises a sum in float32 of narrow tensors and rounds it for its other readers."""
+    node = s.producer
+    if node is None or s is not site.norm.x or s.kept or s.dtype != "float32":
+        return None
+    makers = [v.producer for v in node.inputs]
+    inside = set(region(site.value, site.norm))
+    casts = [use for use in s.uses if use not in inside]
+    if len(casts) != 1 or any(n is None or n.kind != "cast" or n.inputs[0].tainted for n in (*makers, *casts)):
+        return None
+    x, r = (n.inputs[0] for n in makers if n is not None)
+    narrow = casts[0].outputs[0]
+    if x is r or not x.dtype == r.dtype == narrow.dtype or PRECISION.get(x.dtype or "", 99) >= PRECISION["float32"]:
+        return None
+    return Fused("add_norm", (site,), (x, r), (site.value, narrow), round_sum=False)

@@ -73,6 +73,23 @@ def assert_bits(got: Tensor, want: Tensor, *about: object) -> None:
     assert torch.equal(got.isnan(), want.isnan()) and torch.equal(got.nan_to_num(), want.nan_to_num()), about
 
 
+def _place(t: Tensor) -> Tensor:
+    """The place of each number of a half type in the order of all; both zeros have place 0."""
+    bits = t.view(torch.int16).int()
+    return torch.where(bits < 0, -(bits & 0x7FFF), bits)
+
+
+def apart(a: Tensor, b: Tensor) -> Tensor:
+    """How many ulp lie between numbers of a half type."""
+    return (_place(a) - _place(b)).abs()
+
+
+def neighbour(t: Tensor, steps: int) -> Tensor:
+    """The numbers of a half type that are some ulp above."""
+    place = _place(t) + steps
+    return torch.where(place < 0, -place - 2**15, place).to(torch.int16).view(t.dtype)
+
+
 def mismatches(got: Tensor, want: Tensor, ulps: float, *about: object) -> int:
     """Elements of a half type that differ; few, and by no more than some ulp, counted where |want| < 1 as if it were 1.
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import normfuse
 from tests.test_backend import operators
@@ -71,6 +72,62 @@ def test_add_norm_through_a_view_of_the_rows() -> None:
         return F.layer_norm((x + r).view(3, 4, N), (N,), w, b)
 
     assert fused(f, tensors((12, N), (12, N), (N,), (N,))) == {"add_layer_norm": 1}
+
+
+def wide_norm(s: Tensor, w: Tensor) -> Tensor:
+    """The norm of a sum in float32, in the type of the weight."""
+    return (s * torch.rsqrt(s.pow(2).mean(-1, keepdim=True) + 1e-6) * w.float()).to(w.dtype)
+
+
+def round_sums(function: Callable[..., Any], args: Arguments) -> list[bool]:
+    """`round_sum` of each add_norm that a function gets."""
+    made = normfuse.optimize(make_fx(function)(*args))[0]
+    calls = [n for n in made.graph.nodes if "add_rms_norm" in str(n.target)]
+    want, got = function(*args), made(*args)
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b) and a.dtype == b.dtype
+    return [len(n.args) < 9 or n.args[8] for n in calls]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_norm_of_the_sum_before_it_is_rounded(dtype: torch.dtype) -> None:
+    def f(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        s = x.float() + r.float()
+        return wide_norm(s, w), s.to(x.dtype)
+
+    args = tensors((64, N), (64, N), (N,), dtype=dtype)
+    assert round_sums(f, args) == [False]
+    x, r, w = args
+    hostile = (torch.zeros_like(x), x * 2000, x * 1e-4, torch.full_like(x, 3e4), -r + 2**-7 * x)
+    for a in hostile:  # sums that cancel, that overflow float16 when they are rounded, subnormal ones
+        assert round_sums(f, (a, r, w)) == [False]
+    assert round_sums(f, (hostile[3], hostile[3].clone(), w)) == [False]
+
+
+@pytest.mark.parametrize("others", [
+    lambda s, x, r: (s,),  # it stays in float32
+    lambda s, x, r: (s.to(x.dtype), s * 2),  # it is read by somebody else
+    lambda s, x, r: (s.to(x.dtype), s.half()),  # rounded twice
+    lambda s, x, r: (s.half(),),  # rounded to another type
+    lambda s, x, r: ((x.float() + 2 * r.float()).to(x.dtype),),  # what is rounded is another sum
+    lambda s, x, r: (s.mul_(1).to(x.dtype),),  # written in place
+])  # fmt: skip
+def test_a_sum_in_float32_that_is_kept(others: Callable[..., tuple[Tensor, ...]]) -> None:
+    def f(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        s = x.float() + r.float()
+        return wide_norm(s, w), *others(s, x, r)
+
+    assert False not in round_sums(f, tensors((64, N), (64, N), (N,), dtype=torch.bfloat16))
+
+
+def test_a_sum_with_a_summand_of_another_type() -> None:
+    def f(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        s = x.float() + r.float()
+        return wide_norm(s, w), s.to(x.dtype)
+
+    x, r, w = tensors((64, N), (64, N), (N,), dtype=torch.bfloat16)
+    assert False not in round_sums(f, (x, r.half(), w))
+    assert False not in round_sums(f, (x, r.float(), w))
 
 
 def test_one_of_two_norms_of_a_sum_takes_it_in() -> None:

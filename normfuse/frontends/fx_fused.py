@@ -107,6 +107,7 @@ class FusedEmitter:
         values = [*edit.inputs, *edit.outputs, *edit.parameters()]
         # a summand is read where the model reads it, so that writes to it before do no harm
         late = edit.inputs if edit.op == "add_norm" else edit.inputs[1:] if "add" in edit.op else ()
+        late = late if edit.round_sum else ()  # but not a cast of it
         if any(v.tainted for v in values if v not in late):
             raise Unfit("one of its tensors is written in place")
         for v in (*edit.inputs, *edit.outputs):
@@ -185,6 +186,8 @@ class FusedEmitter:
         arguments += [how.eps, how.offset, how.cast, None if how.dtype is None else getattr(torch, how.dtype)]
         if edit.op in ("norm_add", "norm_add_norm", "qk_norm"):
             arguments.append(how.kind)
+        elif not edit.round_sum:
+            arguments.append(False)
         call = graph.call_function(getattr(torch.ops.normfuse, edit.name).default, tuple(arguments))
         made.append(call)
         if edit.op in ("norm", "norm_add"):

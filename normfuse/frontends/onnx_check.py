@@ -53,10 +53,17 @@ class Checker:
         old = _proto(low, edit, found, self.opset)
         emitter = Emitter(self.opset, spelled=True)
         copies = {v: ir.Value(name=v.native.name) for v in boundary if v.native is not None}
+        if isinstance(edit, Fused) and edit.view is not None:
+            target = edit.view.native.producer().inputs[1]
+            if target in found.constants:
+                constant = ir.tensor(np.array(found.constants[target], np.int64))
+                emitter.fresh.append(ir.Value(name="target", const_value=constant))
+                copies[edit.view] = emitter.fresh[-1]
         made = self._made(low, edit, emitter, copies)
         if made is None:
             return Check(False, message="the region reads what only a whole run knows")
-        for value, new_value in zip(results_of(edit), made[-1].outputs, strict=True):
+        given = FusedEmitter(emitter).results(edit, made) if isinstance(edit, Fused) else made[-1].outputs
+        for value, new_value in zip(results_of(edit), given, strict=True):
             new_value.name = value.native.name
         new = _made_proto(made, boundary, emitter, edit, self.opset)
         key = old[0].SerializeToString(deterministic=True) + new[0].SerializeToString(deterministic=True)

@@ -18,7 +18,7 @@ from normfuse.facts import number
 from normfuse.frontends.onnx import Lowering
 from normfuse.frontends.onnx_emit import DOMAIN, Emitter
 from normfuse.frontends.onnx_functions import SHORT, function_body
-from normfuse.graph import Value
+from normfuse.graph import Shape, Value
 from normfuse.norm import Expr, Norm, Site
 from normfuse.plan import Fused, Reason
 
@@ -52,15 +52,18 @@ class FusedEmitter:
             return "no operator has this order of roundings"
         if len({_attributes(norm) for norm in norms}) > 1:
             return "the norms are not alike"
-        if edit.view is not None:
-            return "a view stands between the sum and the norm"
+        if not edit.round_sum:
+            return "the functions normalise the sum as it is rounded"
+        if edit.view is not None and not _reshaped(edit.view, edit.outputs[1]):
+            return "between the sum and the norm stands more than a Reshape"
         for norm, site in zip(norms, edit.sites, strict=True):
             if norm.size is None or norm.axes != (len(norm.x.shape or ()) - 1,):
                 return "the operators normalise the last axis, of a known size"
-            if site.value.native is None or site.value.shape != norm.x.shape:
+            if site.value.native is None or not _alike(site.value.shape, norm.x.shape):
                 return "a norm ends inside another operator or in another shape"
         for v in (*edit.inputs, *edit.outputs):
-            if v.native is None or v.shape is None or None in v.shape:
+            free = edit.view is not None and v is edit.outputs[0]  # the model's own Reshape gives its shape
+            if v.native is None or v.shape is None or (None in v.shape and not free):
                 return "one of its tensors is inside another operator or of unknown shape"
         if not all(v.fixed or v.leaf for v in edit.parameters()):
             return "a weight is computed from the data"
@@ -89,7 +92,11 @@ class FusedEmitter:
         return False
 
     def emit(self, edit: Fused, operands: Mapping[Value, ir.Value], name: str) -> list[ir.Node]:
-        """Nodes that make the weights as the function wants them, and last its call, which gives the results."""
+        """Nodes that make the weights as the function wants them, and last its call, which gives the results.
+
+        Behind the call of an `add_norm` may stand the model's own Reshape, of y instead of s: see `results`. Its target
+        is `operands[edit.view]` where that is given.
+        """
         nodes: list[ir.Node] = []
         given: list[ir.Value] = []
         body = _Body()
@@ -124,12 +131,17 @@ class FusedEmitter:
         self.emitter.functions[function.identifier()] = function
         attributes = [ir.AttrFloat32("eps", edit.sites[0].norm.eps)] if function.attributes else []
         nodes.append(ir.Node(DOMAIN, function.name, given, attributes, num_outputs=len(results), name=name))
+        if edit.view is not None:
+            model: ir.Node = edit.view.native.producer()
+            target = operands.get(edit.view, model.inputs[1])
+            nodes.append(ir.Node("", model.op_type, [nodes[-1].outputs[0], target], list(model.attributes.values()),
+                                 name=f"{name}/view"))  # fmt: skip
         return nodes
 
-
-    def results(self, node: ir.Node) -> Sequence[ir.Value]:
-        """The outputs of a call that are results of its edit, in their order."""
-        return node.outputs
+    def results(self, edit: Fused, nodes: Sequence[ir.Node]) -> Sequence[ir.Value]:
+        """What the nodes of an edit give in the place of its results."""
+        last = list(nodes[-1].outputs)
+        return last if edit.view is None else [*last, nodes[-2].outputs[1]]
 
     def label(self, edit: Fused) -> str:
         """What stands there now, for the report."""
@@ -193,6 +205,19 @@ def function_name(edit: Fused, opset: int) -> str:
     if opset < FIRST_WITH_EPS:
         parts.append("eps" + number(norm.eps).replace("-", "m").replace(".", "p"))
     return "_".join(parts)
+
+
+def _alike(a: Shape | None, b: Shape | None) -> bool:
+    """Whether two shapes are the same as far as they are known."""
+    if a is None or b is None or len(a) != len(b):
+        return False
+    return all(d == e or d is None or e is None for d, e in zip(a, b, strict=True))
+
+
+def _reshaped(view: Value, source: Value) -> bool:
+    """Whether a value of the graph is a Reshape of another."""
+    node = None if view.native is None else view.native.producer()
+    return node is not None and (node.domain, node.op_type) == ("", "Reshape") and node.inputs[0] is source.native
 
 
 def _attributes(norm: Norm) -> tuple[object, ...]:

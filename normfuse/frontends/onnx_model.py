@@ -197,9 +197,11 @@ class OnnxModel:
         nodes[-1].doc_string = producer.doc_string
         producer.graph.insert_before(producer, nodes)
         if isinstance(edit, Fused):
-            for one, new in zip(olds, self.fused.results(nodes[-1]), strict=True):
+            for one, new in zip(olds, self.fused.results(edit, nodes), strict=True):
                 self._rename(one, new)
-            self.model.graph.opset_imports.setdefault(nodes[-1].domain, 1)
+            for node in nodes:
+                if node.domain:
+                    self.model.graph.opset_imports.setdefault(node.domain, 1)
             return
         self._rename(old, nodes[-1].outputs[0])
         core = next((node for node in nodes if node.op_type == "LayerNormalization"), None)

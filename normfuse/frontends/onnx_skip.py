@@ -37,6 +37,8 @@ class SkipEmitter(FusedEmitter):
         if row is None or row.form != "skip":
             return "NF202", "the target has no operator for it, or a slower one"
         norm = edit.sites[0].norm
+        if edit.view is not None:
+            return "NF202", "a view stands between the sum and the norm"
         if norm.kind == "rms_norm" and norm.bias is not None:
             return "NF202", "the operator has no bias"
         dtype, rows = norm.x.dtype or "", [expr for expr in (norm.weight, norm.bias) if expr]
@@ -63,9 +65,9 @@ class SkipEmitter(FusedEmitter):
         nodes.append(node)
         return nodes
 
-    def results(self, node: ir.Node) -> Sequence[ir.Value]:
+    def results(self, edit: Fused, nodes: Sequence[ir.Node]) -> Sequence[ir.Value]:
         """y and s among the outputs of the operator."""
-        return node.outputs[0], node.outputs[3]
+        return nodes[-1].outputs[0], nodes[-1].outputs[3]
 
     def label(self, edit: Fused) -> str:
         """What stands there now, for the report."""

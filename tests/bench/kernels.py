@@ -1,10 +1,12 @@
-"""Milliseconds and GB/s of the kernels, forward and backward, beside what else computes the same norm on a CUDA GPU.
+"""Milliseconds and GB/s of the operators, forward and backward, beside what else computes the same on a CUDA GPU.
 
-python -m tests.bench.kernels [--quick] [--tune] [--types bf16 ...] [--out FILE.json]
+python -m tests.bench.kernels [--quick] [--tune] [--kinds rms_norm ...] [--types bf16 ...] [--out FILE.json]
 
 GB/s counts each tensor that has to be read or written once. `share` is in parts of what a copy of as many bytes reaches
 in the same run. Inputs rotate through more memory than the L2 cache holds; times are of CUDA graphs, so that they are
-the GPU's and not Python's. --tune times other tiles than `launch.config` gives and prints the best as `launch.TUNED`.
+the GPU's and not Python's. A backward gives every gradient, that of the residual and of the weights too. Query and key
+are heads of one projection: rows with strides. --tune times other tiles than `launch.config` gives and prints the best
+as `launch.TUNED`.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import importlib.metadata
 import itertools
 import statistics
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,10 @@ MOST = 2**31  # elements
 EPS = 1e-6
 FLUSH = 256 * 2**20
 """Bytes that a timed round touches at least: more than any L2 cache."""
+KINDS = {"rms_norm": (2, 3), "layer_norm": (2, 3), "add_rms_norm": (4, 4), "add_layer_norm": (4, 4),
+         "norm_add": (3, 3), "norm_add_norm": (4, 6), "qk_norm": (2, 3)}  # fmt: skip
+"""The tensors of x's size that forward and backward move at the least; the residual's gradient is one with another."""
+HEADS, KV_HEADS, WIDEST_HEAD = 8, 2, 256
 
 Run = Callable[..., Any]
 
@@ -51,38 +58,86 @@ def layer(x: Tensor, w: Tensor) -> Tensor:
     return (w.float() * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + EPS))).to(x.dtype)
 
 
-def contenders(kind: str) -> dict[str, Run]:
-    """What is measured by name, each (x, w) -> y."""
+def composed(kind: str, norm: Run) -> Run:
+    """An operator of the family as model code around a norm (x, w) -> y."""
+    if kind == "norm_add":
+        return lambda x, r, w: r + norm(x, w)
+    if kind == "qk_norm":
+        return lambda q, k, w, v: (norm(q, w), norm(k, v))
+
+    def add(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        s = x + r
+        return norm(s, w), s
+
+    def sandwich(x: Tensor, r: Tensor, w: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        s = r + norm(x, w)
+        return norm(s, v), s
+
+    return sandwich if kind == "norm_add_norm" else add if kind.startswith("add_") else norm
+
+
+def ours(kind: str, cast: str) -> Run:
+    """The operator of that name."""
     import normfuse.ops  # noqa: F401  registers the operators
 
-    spelled = llama if kind == "rms_norm" else layer
-    cast = "first" if kind == "rms_norm" else "last"
+    op, how = getattr(torch.ops.normfuse, kind).default, (EPS, 0.0, cast)
+    if kind in ("norm_add_norm", "qk_norm"):
+        return lambda x, r, w, v: op(x, r, w, None, v, None, *how)
+    return lambda *tensors: op(*tensors, None, *how)
+
+
+def contenders(kind: str) -> dict[str, Run]:
+    """What is measured by name, each of the tensors that `drawn` gives."""
+    rms = "layer" not in kind
+    spelled = composed(kind, llama if rms else layer)
     found: dict[str, Run] = {
         "eager": spelled,
-        "torch": (lambda x, w: F.rms_norm(x, w.shape, w, EPS)) if kind == "rms_norm" else
-                 (lambda x, w: F.layer_norm(x, w.shape, w, None, EPS)),
+        "torch": composed(kind, (lambda x, w: F.rms_norm(x, w.shape, w, EPS)) if rms else
+                          (lambda x, w: F.layer_norm(x, w.shape, w, None, EPS))),
         "inductor": torch.compile(spelled, dynamic=False),
-        "normfuse": lambda x, w: getattr(torch.ops.normfuse, kind)(x, w, None, EPS, 0.0, cast),
+        "normfuse": ours(kind, "first" if rms else "last"),
     }  # fmt: skip
-    return found | dict(peers(kind))
+    return found | (dict(peers(kind)) if rms else {})
 
 
 def peers(kind: str) -> Iterator[tuple[str, Run]]:
-    """Liger and QuACK, where they can be imported."""
+    """Liger and QuACK, where they can be imported: their fused addition, else model code around their norm.
+
+    QuACK rounds otherwise than Llama: it normalises the sum before it is rounded, and multiplies before it rounds.
+    """
+    add = kind == "add_rms_norm"
     try:
         from liger_kernel.ops.rms_norm import LigerRMSNormFunction  # type: ignore[import-not-found, unused-ignore]
 
-        if kind == "rms_norm":
-            yield "liger", lambda x, w: LigerRMSNormFunction.apply(x, w, EPS, 0.0, "llama", False)
+        yield "liger", composed(kind, lambda x, w: LigerRMSNormFunction.apply(x, w, EPS, 0.0, "llama", False))
+        if add:
+            from liger_kernel.ops.fused_add_rms_norm import (  # type: ignore[import-not-found, unused-ignore]
+                LigerFusedAddRMSNormFunction,
+            )
+
+            fused = LigerFusedAddRMSNormFunction.apply
+            yield "liger fused", lambda x, r, w: fused(x, r, w, EPS, 0.0, "llama", False)
     except ImportError:
         pass
     try:
         from quack import rmsnorm  # type: ignore[import-not-found, unused-ignore]
 
-        if kind == "rms_norm":
-            yield "quack", lambda x, w: rmsnorm(x, w, eps=EPS)
+        yield "quack", composed(kind, lambda x, w: rmsnorm(x, w, eps=EPS))
+        if add:
+            yield "quack fused", lambda x, r, w: rmsnorm(x, w, residual=r, eps=EPS, prenorm=True)
     except ImportError:
         pass
+
+
+def drawn(kind: str, m: int, n: int, dtype: torch.dtype, device: str) -> tuple[list[Tensor], list[Tensor]]:
+    """The tensors of data and the weights of an operator: m rows each, of query and key together."""
+    made = partial(torch.randn, device=device, dtype=dtype)
+    if kind == "qk_norm":
+        tokens = max(1, m // (HEADS + KV_HEADS))
+        heads = made(1, tokens, HEADS + 2 * KV_HEADS, n).transpose(1, 2)
+        return [heads[:, :HEADS], heads[:, HEADS : HEADS + KV_HEADS]], [made(n), made(n)]
+    data = [made(m, n) for _ in range(2 if "add" in kind else 1)]
+    return data, [made(n) for _ in range(2 if kind == "norm_add_norm" else 1)]
 
 
 # -- time --------------------------------------------------------------------------------------------------------------
@@ -120,43 +175,56 @@ def milliseconds(calls: list[Callable[[], object]], repeats: int = 20) -> dict[s
     return {"ms": middle, "q1": low, "q3": high, "graph": float(graphed)}
 
 
-def rounds(m: int, n: int, dtype: torch.dtype) -> int:
-    """How many sets of inputs it takes to leave the cache."""
-    return max(1, min(64, -(-FLUSH // (2 * m * n * dtype.itemsize))))
+def rounds(moved: int) -> int:
+    """How many sets of inputs it takes to leave the cache, where each moves so many bytes."""
+    return max(1, min(64, -(-FLUSH // moved)))
 
 
-def backward_of(run: Run, x: Tensor, w: Tensor, dy: Tensor) -> Callable[[], object]:
-    """The backward alone, its forward having been run."""
-    x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
-    y = run(x, w)
-    return lambda: torch.autograd.grad(y, (x, w), dy, retain_graph=True)
+def tuples(value: Any) -> tuple[Tensor, ...]:
+    """An operator's results."""
+    return value if isinstance(value, tuple) else (value,)
 
 
-def measure(kind: str, m: int, n: int, name: str) -> Iterator[dict[str, Any]]:
-    """All contenders on one shape, forward and backward; a copy first."""
-    dtype, device = TYPES[name], "cuda"
+def backward_of(run: Run, data: list[Tensor], weights: list[Tensor]) -> Callable[[], object]:
+    """The backward alone, its forward having been run: every gradient, given one for each result."""
+    leaves = [t.detach().requires_grad_() for t in (*data, *weights)]
+    results = tuples(run(*leaves))
+    gradients = [torch.randn_like(y) for y in results]
+    return lambda: torch.autograd.grad(results, leaves, gradients, retain_graph=True)
+
+
+def measure(kind: str, m: int, n: int, name: str, device: str = "cuda") -> Iterator[dict[str, Any]]:
+    """All contenders on one shape, forward and backward; before each a copy of as many bytes."""
     torch._dynamo.reset()
-    sets = rounds(m, n, dtype)
-    xs = [torch.randn(m, n, device=device, dtype=dtype) for _ in range(sets)]
-    dys, w = [torch.randn_like(x) for x in xs], torch.randn(n, device=device, dtype=dtype)
-    moved = m * n * dtype.itemsize
-    copy = milliseconds([lambda x=x: x.clone() for x in xs])  # type: ignore[misc]
+    first, weights = drawn(kind, m, n, TYPES[name], device)
+    size = sum(t.nbytes for t in first[: 2 if kind == "qk_norm" else 1])
+    sets = [first, *(drawn(kind, m, n, TYPES[name], device)[0] for _ in range(rounds(2 * size) - 1))]
     about = {"kind": kind, "type": name, "rows": m, "n": n}
-    yield about | {"what": "copy", "who": "copy", "GB/s": 2 * moved / copy["ms"] / 1e6, "share": 1.0} | copy
-    for who, run in contenders(kind).items():
-        for what, factor in (("forward", 2), ("backward", 3)):
+    for what, factor in zip(("forward", "backward"), KINDS[kind], strict=True):
+        moved = factor * size
+        copied = [torch.empty(moved // 2, device=device, dtype=torch.uint8) for _ in range(rounds(moved))]
+        copy = milliseconds([c.clone for c in copied])
+        del copied
+        yield about | {"what": what, "who": "copy", "GB/s": moved / copy["ms"] / 1e6, "share": 1.0} | copy
+        for who, run in contenders(kind).items():
             try:
                 if what == "forward":
-                    calls: list[Callable[[], object]] = [lambda x=x, run=run: run(x, w) for x in xs]  # type: ignore[misc]
                     with torch.no_grad():
-                        took = milliseconds(calls)
+                        took = milliseconds([partial(run, *data, *weights) for data in sets])
                 else:
-                    took = milliseconds([backward_of(run, x, w, dy) for x, dy in zip(xs, dys, strict=True)])
+                    took = milliseconds([backward_of(run, data, weights) for data in sets])
             except Exception as error:  # a contender that does not take this shape is no reason to stop
                 yield about | {"what": what, "who": who, "error": f"{type(error).__name__}: {str(error)[:200]}"}
                 continue
-            share = factor / 2 * copy["ms"] / took["ms"]
-            yield about | {"what": what, "who": who, "GB/s": factor * moved / took["ms"] / 1e6, "share": share} | took
+            rates = {"GB/s": moved / took["ms"] / 1e6, "share": copy["ms"] / took["ms"]}
+            yield about | {"what": what, "who": who} | rates | took
+
+
+def shapes(kind: str, quick: bool) -> Iterator[tuple[int, int]]:
+    """(rows, N) to measure an operator on; heads are narrow, and a token has some."""
+    for n, m in itertools.product(QUICK_WIDTHS if quick else WIDTHS, QUICK_ROWS if quick else ROWS):
+        if m * n <= MOST and (kind != "qk_norm" or (n <= WIDEST_HEAD and m >= HEADS + KV_HEADS)):
+            yield m, n
 
 
 def show(rows: list[dict[str, Any]]) -> str:
@@ -192,7 +260,8 @@ def tune(names: list[str], widths: tuple[int, ...], m: int = 8192) -> dict[str, 
     for name in names:
         for n in widths:
             dtype, rows = TYPES[name], min(m, MOST // 8 // n)
-            xs = [torch.randn(rows, n, device="cuda", dtype=dtype) for _ in range(rounds(rows, n, dtype))]
+            xs = [torch.randn(rows, n, device="cuda", dtype=dtype)
+                  for _ in range(rounds(2 * rows * n * dtype.itemsize))]  # fmt: skip
             w = torch.randn(n, device="cuda", dtype=dtype)
             jobs: dict[int, Run] = {
                 1: lambda x, w=w: launch.norm(x, w, None, EPS, 0.0, "first"),
@@ -228,6 +297,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few shapes, one type")
     parser.add_argument("--tune", action="store_true", help="look for better tiles instead")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=None)
     parser.add_argument("--types", nargs="+", choices=TYPES, default=None)
     parser.add_argument("--out", type=Path, default=RESULT)
     given = parser.parse_args()
@@ -241,17 +311,15 @@ def main() -> None:
 def run(given: argparse.Namespace) -> None:
     """What was asked for, on a stream that can be captured."""
     names = given.types or (["bf16"] if given.quick else list(TYPES))
-    widths = QUICK_WIDTHS if given.quick else WIDTHS
     if given.tune:
-        tune(names, widths)
+        tune(names, QUICK_WIDTHS if given.quick else WIDTHS)
         return
     results: list[dict[str, Any]] = []
-    for kind, name, n in itertools.product(("rms_norm", "layer_norm"), names, widths):
-        for m in QUICK_ROWS if given.quick else ROWS:
-            if m * n <= MOST:
-                found = list(measure(kind, m, n, name))
-                results += found
-                print(show(found), end="\n\n", flush=True)
+    for kind, name in itertools.product(given.kinds or KINDS, names):
+        for m, n in shapes(kind, given.quick):
+            found = list(measure(kind, m, n, name))
+            results += found
+            print(show(found), end="\n\n", flush=True)
     device = {"name": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
     versions = {name: version(name) for name in ("triton", "liger-kernel", "quack-kernels")}
     save(given.out, {"device": device, "versions": versions, "results": results})

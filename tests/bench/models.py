@@ -4,8 +4,10 @@ python -m tests.bench.models [--device cuda|cpu] [--models NAME ...] [--quick] [
 
 Random weights, static shapes, the classes and default attention of transformers. `prefill` is a forward pass over a
 prompt, `decode` one over a single token of eight sequences without a cache (what is left is the model but for its
-attention), `train` forward, cross entropy and backward. Every contender runs the same parameters in the same process;
-they take turns, the first one last in the next round, so that drift hits all alike.
+attention), `train` forward, cross entropy, backward and a step of AdamW (foreach, not compiled, the same code for all).
+Its learning rate is 0: the step does all its work, and every contender sees the same weights. Every contender runs the
+same parameters in the same process; they take turns, the first one last in the next round, so that drift hits all
+alike.
 
 Compile time is that of the first call after `torch._dynamo.reset()` with empty caches, again in alternating order,
 after both backends have compiled something else. NormFuse's own Triton kernels stay compiled from one mode to the next.
@@ -113,13 +115,16 @@ class Job:
     mode: str
     module: _Model
     tokens: Tensor
+    optimizer: torch.optim.Optimizer | None = None
 
     def step(self, call: Callable[[Tensor], Tensor]) -> Tensor:
-        """One forward pass, or one forward and backward pass, to its end."""
+        """One forward pass, or one of forward, backward and optimizer, to its end."""
         if self.module.loss:
             self.module.zero_grad(set_to_none=True)
             found = call(self.tokens)
             found.backward()  # type: ignore[no-untyped-call]
+            if self.optimizer is not None:
+                self.optimizer.step()
         else:
             with torch.no_grad():
                 found = call(self.tokens)
@@ -151,7 +156,8 @@ def jobs(names: list[str], setting: Setting, device: str) -> Iterator[Job]:
         for mode, shape in setting.shapes.items():
             loss = mode.startswith("train")
             tokens = torch.randint(3, setting.vocabulary, shape, generator=torch.Generator().manual_seed(1))
-            yield Job(name, mode, _Model(model, loss).train(loss), tokens.to(device))
+            adam = torch.optim.AdamW(model.parameters(), lr=0.0, foreach=True) if loss else None
+            yield Job(name, mode, _Model(model, loss).train(loss), tokens.to(device), adam)
 
 
 def clock(device: str) -> float:
