@@ -81,11 +81,14 @@ def wide_norm(s: Tensor, w: Tensor) -> Tensor:
 
 def round_sums(function: Callable[..., Any], args: Arguments) -> list[bool]:
     """`round_sum` of each add_norm that a function gets."""
-    made = normfuse.optimize(make_fx(function)(*args))[0]
+    made, first = normfuse.optimize(make_fx(function)(*args))
     calls = [n for n in made.graph.nodes if "add_rms_norm" in str(n.target)]
     want, got = function(*args), made(*args)
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a, b) and a.dtype == b.dtype
+    again, report = normfuse.optimize(made)
+    assert [str(n.target) for n in again.graph.nodes] == [str(n.target) for n in made.graph.nodes]
+    assert len(report.norms) == len(first.norms) and not report.fused
     return [len(n.args) < 9 or n.args[8] for n in calls]
 
 

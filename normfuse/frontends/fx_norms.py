@@ -93,7 +93,8 @@ def fused(name: str) -> Row:
         values = {n: call.value(i, n) for i, n in enumerate(schema) if n not in ("eps", "offset", "round_sum")}
         single = name in ("rms_norm", "layer_norm", "norm_add")
         outs = (call.low.out(call.node),) if single else call.low.outs(call.node)
-        if at.get("round_sum") is False or any(v is None for v in outs):
+        unrounded = at.get("round_sum") is False
+        if any(v is None for v in outs) or (unrounded and at["cast"] == "first"):
             read, given = ([v for v in vs if v is not None] for vs in (values.values(), outs))
             call.low.graph.node("opaque", read, given, native=call.node, op=name, name=call.node.name)
             return True
@@ -112,6 +113,14 @@ def fused(name: str) -> Row:
         else:
             assert residual is not None
             s = outs[-1]
+            if unrounded:  # the norm reads the sum in float32, s is rounded from it
+                assert s is not None
+                wide = [call.emit_to("cast", [v], call.low.virtual(v.shape, "float32")) for v in (x, residual)]
+                total = call.emit_to("add", wide, call.low.virtual(s.shape, "float32"))
+                call.emit("cast", [total], s)
+                at["dtype"] = at["dtype"] or s.dtype
+                normed(total, "weight", "bias", outs[0])
+                return True
             if name.startswith("add_"):
                 call.emit("add", [x, residual], s)
             else:
