@@ -92,6 +92,16 @@ def mixed_types(device: str) -> Found:
 
 
 @case
+def shortest_and_longest_rows(device: str) -> Found:
+    """N = 1 and N = 262,144, forward and backward."""
+    for n in (1, 262_144):
+        x, r, w = (draw(*shape, seed=s, device=device) for s, shape in enumerate(((1, n), (1, n), (n,))))
+        compare("add_norm", x, r, w, w, EPS, 0.0, "last", None, True, "layer_norm")
+        compare("norm_backward", r, x, w, w, None, EPS, 0.0, "layer_norm", True, True)
+    return {}
+
+
+@case
 def left_to_the_definition(device: str) -> Found:
     """float64 beside a narrower x, rows that are too long, and nothing at all."""
     long = draw(1, 262_145, device=device)
