@@ -21,7 +21,7 @@ enum { ORT_OLDEST = 17, ORT_INPLACE = 18 };
 enum { ORT_FAIL = 1, ORT_INVALID_ARGUMENT = 2, ORT_NOT_IMPLEMENTED = 9 };
 enum { ORT_FLOAT = 1, ORT_FLOAT16 = 10, ORT_BFLOAT16 = 16 };
 
-typedef void *(ORT_CALL *OrtFunction)(void); /* cast to its own type before a call */
+typedef void(ORT_CALL *OrtFunction)(void); /* cast to its own type before a call */
 typedef const OrtFunction OrtApi;
 typedef struct OrtStatus OrtStatus;
 typedef struct OrtValue OrtValue;
@@ -47,6 +47,7 @@ typedef struct {
   F(SetTensorElementType, 58, OrtStatus *, (OrtShape * info, int type))                                     \
   F(GetDimensionsCount, 61, OrtStatus *, (const OrtShape *info, size_t *out))                               \
   F(GetDimensions, 62, OrtStatus *, (const OrtShape *info, int64_t *out, size_t count))                     \
+  F(GetSymbolicDimensions, 63, OrtStatus *, (const OrtShape *info, const char **out, size_t count))         \
   F(GetTensorTypeAndShape, 65, OrtStatus *, (const OrtValue *value, OrtShape **out))                        \
   F(KernelInfoGetAttribute_float, 85, OrtStatus *, (const OrtKernelInfo *info, const char *name, float *out)) \
   F(KernelContext_GetInput, 90, OrtStatus *, (const OrtKernelContext *context, size_t i, const OrtValue **out)) \
@@ -57,6 +58,10 @@ typedef struct {
   F(KernelInfoGetAttributeArray_int64, 163, OrtStatus *,                                                    \
     (const OrtKernelInfo *info, const char *name, int64_t *out, size_t *count))                             \
   F(KernelContext_GetGPUComputeStream, 193, OrtStatus *, (const OrtKernelContext *context, void **out))     \
+  F(ShapeInferContext_GetInputTypeShape, 268, OrtStatus *,                                                  \
+    (const OrtInferContext *context, size_t i, OrtShape **out))                                             \
+  F(ShapeInferContext_SetOutputTypeShape, 270, OrtStatus *,                                                 \
+    (const OrtInferContext *context, size_t i, const OrtShape *info))                                       \
   F(KernelContext_ParallelFor, 274, OrtStatus *,                                                            \
     (const OrtKernelContext *context, void (*fn)(void *, size_t), size_t total, size_t batches, void *data))
 
