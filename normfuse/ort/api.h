@@ -58,6 +58,9 @@ typedef struct {
   F(KernelInfoGetAttributeArray_int64, 163, OrtStatus *,                                                    \
     (const OrtKernelInfo *info, const char *name, int64_t *out, size_t *count))                             \
   F(KernelContext_GetGPUComputeStream, 193, OrtStatus *, (const OrtKernelContext *context, void **out))     \
+  F(HasSessionConfigEntry, 237, OrtStatus *, (const OrtSessionOptions *options, const char *key, int *out)) \
+  F(GetSessionConfigEntry, 238, OrtStatus *,                                                                \
+    (const OrtSessionOptions *options, const char *key, char *out, size_t *size))                           \
   F(ShapeInferContext_GetInputTypeShape, 268, OrtStatus *,                                                  \
     (const OrtInferContext *context, size_t i, OrtShape **out))                                             \
   F(ShapeInferContext_SetOutputTypeShape, 270, OrtStatus *,                                                 \

@@ -23,10 +23,13 @@ typedef struct {
 
 static struct {
   OrtApi *api;
-  OrtDomain *domain;
+  OrtDomain *all;
   Operator *operators;
   size_t count;
 } library;
+
+/* A session option: the names of the operators to register, with spaces between them; all of them without it. */
+#define OPERATORS "normfuse.operators"
 
 static const int ELEMENT[] = {ORT_FLOAT, ORT_FLOAT16, ORT_BFLOAT16};
 static const int BYTES[] = {4, 2, 2};
@@ -498,19 +501,46 @@ NF_EXPORT const char *nf_name(size_t i) {
 
 NF_EXPORT const char *nf_isa(void) { return nf_cpu_isa(); }
 
-static OrtStatus *make_domain(OrtApi *api, uint32_t version) {
-  if (!library.operators && !build()) return fail(api, ORT_FAIL, "NormFuse: no memory for the table of its operators");
-  OrtDomain *domain;
-  TRY(ORT(api, CreateCustomOpDomain)("normfuse", &domain));
-  for (size_t i = 0; i < library.count; i++) {
-    library.operators[i].op.version = version;
-    TRY(ORT(api, CustomOpDomain_Add)(domain, &library.operators[i].op));
-  }
-  library.api = api, library.domain = domain;
+/* Whether a name is one of the words of a text. */
+static int listed(const char *text, const char *name) {
+  size_t length = strlen(name);
+  for (const char *at = text; (at = strstr(at, name)); at += length)
+    if ((at == text || at[-1] == ' ') && (at[length] == ' ' || !at[length])) return 1;
+  return 0;
+}
+
+/* A domain of the operators named in `words`, of all where it is NULL. It has to outlive every session, and stays. */
+static OrtStatus *make_domain(OrtApi *api, const char *words, OrtDomain **out) {
+  TRY(ORT(api, CreateCustomOpDomain)("normfuse", out));
+  for (size_t i = 0; i < library.count; i++)
+    if (!words || listed(words, library.operators[i].name)) TRY(ORT(api, CustomOpDomain_Add)(*out, &library.operators[i].op));
   return NULL;
 }
 
-/* Called by ONNX Runtime when session options load the library. The operators are the same for every session. */
+static OrtStatus *attach(OrtSessionOptions *options, OrtApi *api, uint32_t version) {
+  if (!library.operators && !build()) return fail(api, ORT_FAIL, "NormFuse: no memory for the table of its operators");
+  for (size_t i = 0; i < library.count; i++) library.operators[i].op.version = version;
+  library.api = api;
+  int some = 0;
+  TRY(ORT(api, HasSessionConfigEntry)(options, OPERATORS, &some));
+  OrtDomain *domain = library.all;
+  if (some) {
+    size_t size = 0;
+    TRY(ORT(api, GetSessionConfigEntry)(options, OPERATORS, NULL, &size));
+    char *words = calloc(1, size + 1);
+    if (!words) return fail(api, ORT_FAIL, "NormFuse: no memory for the names of a model's operators");
+    OrtStatus *status = ORT(api, GetSessionConfigEntry)(options, OPERATORS, words, &size);
+    if (!status) status = make_domain(api, words, &domain);
+    free(words);
+    if (status) return status;
+  } else if (!domain) {
+    TRY(make_domain(api, NULL, &domain));
+    library.all = domain;
+  }
+  return ORT(api, AddCustomOpDomain)(options, domain);
+}
+
+/* Called by ONNX Runtime when session options load the library. */
 NF_EXPORT OrtStatus *ORT_CALL RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase *base) {
   static atomic_flag busy = ATOMIC_FLAG_INIT;
   uint32_t version = ORT_INPLACE;
@@ -527,7 +557,7 @@ NF_EXPORT OrtStatus *ORT_CALL RegisterCustomOps(OrtSessionOptions *options, cons
   }
   while (atomic_flag_test_and_set(&busy)) {
   }
-  OrtStatus *status = library.domain && library.api == api ? NULL : make_domain(api, version);
+  OrtStatus *status = attach(options, api, version);
   atomic_flag_clear(&busy);
-  return status ? status : ORT(api, AddCustomOpDomain)(options, library.domain);
+  return status;
 }
