@@ -61,6 +61,8 @@ typedef struct {
   F(HasSessionConfigEntry, 237, OrtStatus *, (const OrtSessionOptions *options, const char *key, int *out)) \
   F(GetSessionConfigEntry, 238, OrtStatus *,                                                                \
     (const OrtSessionOptions *options, const char *key, char *out, size_t *size))                           \
+  F(KernelInfoGetConstantInput_tensor, 249, OrtStatus *,                                                    \
+    (const OrtKernelInfo *info, size_t i, int *constant, const OrtValue **out))                             \
   F(ShapeInferContext_GetInputTypeShape, 268, OrtStatus *,                                                  \
     (const OrtInferContext *context, size_t i, OrtShape **out))                                             \
   F(ShapeInferContext_SetOutputTypeShape, 270, OrtStatus *,                                                 \

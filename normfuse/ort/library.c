@@ -11,13 +11,13 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MAX_RANK = 32, MAX_TENSORS = 6, TILE = 16, GRAIN = 1 << 15, NAME = 72 };
+enum { MAX_RANK = 32, TILE = 16, GRAIN = 1 << 15, NAME = 72 };
 
 typedef struct {
   OrtCustomOp op; /* first: ONNX Runtime hands it back */
   Spec spec;
   int cuda, inputs, outputs;
-  int input[MAX_TENSORS], output[2]; /* element types */
+  int input[6], output[2]; /* element types */
   char name[NAME];
 } Operator;
 
@@ -52,18 +52,29 @@ static OrtStatus *fail(OrtApi *api, int code, const char *format, ...) {
 /* -- a kernel: an operator with the attributes of one node ---------------------------------------------------------- */
 
 typedef struct {
+  void *data;
+  size_t rank;
+  int64_t dims[MAX_RANK];
+} Tensor;
+
+typedef struct {
   const Operator *op;
   OrtApi *api;
   float eps;
   int64_t axes[MAX_RANK];
   size_t axes_count; /* 0: all of them */
+  struct {           /* a weight or bias that is the same in every run, with its elements as floats if they are not */
+    int constant;
+    Tensor tensor;
+    float *floats;
+  } fixed[4];
 } Kernel;
 
-typedef struct {
-  void *data;
-  size_t rank;
-  int64_t dims[MAX_RANK];
-} Tensor;
+/* The parameters that an operator has, in the order of its inputs: weight1, bias1, weight2, bias2. */
+static void parameters(const Spec *spec, int has[4]) {
+  int two = spec->op >= OP_NORM_ADD_NORM;
+  has[0] = spec->has_w1, has[1] = spec->has_b1, has[2] = two && spec->has_w2, has[3] = two && spec->has_b2;
+}
 
 static OrtStatus *shape_of(const Kernel *k, const OrtValue *value, const char *argument, Tensor *out) {
   OrtShape *shape = NULL;
@@ -143,40 +154,45 @@ static int64_t next(const Tensor *x, const Rows *rows, int which, int64_t *at, i
   return offset;
 }
 
-/* A weight or bias as n floats in the order of a row: where it lies, or in `room`. */
-static OrtStatus *parameter(const Kernel *k, const OrtKernelContext *context, size_t i, const char *argument,
-                            const Tensor *x, const Rows *rows, float *room, int convert, const void **out) {
-  Tensor t;
-  TRY(input(k, context, i, argument, &t));
-  int type = nf_affine(&k->op->spec), whole = 1;
+/* The i-th weight or bias, `input_index` among the inputs, as n floats in the order of a row (on CUDA in their own type):
+ * where they lie, or in memory that becomes the caller's by `own`. */
+static OrtStatus *parameter(const Kernel *k, const OrtKernelContext *context, int i, size_t input_index, const Tensor *x,
+                            const Rows *rows, const void **out, float **own) {
+  static const char *const names[][4] = {{"weight", "bias"}, {"weight1", "bias1", "weight2", "bias2"}};
+  const char *argument = names[k->op->spec.op >= OP_NORM_ADD_NORM][i];
+  int type = nf_affine(&k->op->spec), cuda = k->op->cuda;
+  Tensor given;
+  const Tensor *t = &k->fixed[i].tensor;
+  if (!k->fixed[i].constant) {
+    TRY(input(k, context, input_index, argument, &given));
+    t = &given;
+  }
   int64_t stride = 1, strides[MAX_RANK] = {0};
-  for (size_t d = t.rank, a = x->rank; d-- > 0; stride *= t.dims[d]) {
-    int along = a-- > 0 && rows->reduced[a] && t.dims[d] == x->dims[a];
-    if (!along && t.dims[d] != 1) {
+  for (size_t d = t->rank, a = x->rank; d-- > 0; stride *= t->dims[d]) {
+    int along = a > 0 && rows->reduced[--a] && t->dims[d] == x->dims[a];
+    if (!along && (t->dims[d] != 1 || t->rank > x->rank)) {
       char have[160], want[160];
       return fail(k->api, ORT_INVALID_ARGUMENT,
                   "normfuse.%s: %s has shape %s, expected the %lld elements of a normalised row of x, %s", k->op->name,
-                  argument, text(&t, have, sizeof have), rows->n, text(x, want, sizeof want));
+                  argument, text(t, have, sizeof have), rows->n, text(x, want, sizeof want));
     }
     if (along) strides[a] = stride;
   }
-  whole = stride == rows->n;
-  if (whole && (type == F32 || !convert)) {
-    *out = t.data;
-  } else if (!convert) {
-    return fail(k->api, ORT_NOT_IMPLEMENTED, "normfuse.%s: %s is shorter than a row; on CUDA it has to have %lld elements",
-                k->op->name, argument, rows->n);
-  } else if (whole) {
-    nf_cpu_load(type, t.data, room, rows->n);
-    *out = room;
-  } else {
-    Rows along = *rows;
-    memcpy(along.stride, strides, sizeof strides);
-    int64_t at[MAX_RANK] = {0}, offset = 0;
-    for (long long j = 0; j < rows->n; j++, offset = next(x, &along, 1, at, offset))
-      nf_cpu_load(type, (char *)t.data + offset * BYTES[type], room + j, 1);
-    *out = room;
-  }
+  int whole = stride == rows->n;
+  *out = k->fixed[i].floats ? k->fixed[i].floats : t->data;
+  if (whole && (type == F32 || cuda || k->fixed[i].floats)) return NULL;
+  if (cuda)
+    return fail(k->api, ORT_NOT_IMPLEMENTED, "normfuse.%s: %s has %lld elements, expected the %lld of a row on CUDA",
+                k->op->name, argument, (long long)stride, rows->n);
+  float *floats = *own = malloc((size_t)(rows->n + 1) * sizeof *floats);
+  if (!floats) return fail(k->api, ORT_FAIL, "normfuse.%s: no memory for %s", k->op->name, argument);
+  *out = floats;
+  if (whole) return nf_cpu_load(type, t->data, floats, rows->n), NULL;
+  Rows along = *rows;
+  memcpy(along.stride, strides, sizeof strides);
+  int64_t at[MAX_RANK] = {0}, offset = 0;
+  for (long long j = 0; j < rows->n; j++, offset = next(x, &along, 1, at, offset))
+    nf_cpu_load(type, (char *)t->data + offset * BYTES[type], floats + j, 1);
   return NULL;
 }
 
@@ -255,56 +271,47 @@ static OrtStatus *run(const Kernel *k, const OrtKernelContext *context, Work *wo
 
 static OrtStatus *compute(const Kernel *k, OrtKernelContext *context) {
   const Spec *spec = &k->op->spec;
-  int pair = spec->op == OP_QK_NORM, residual = spec->op != OP_NORM && !pair, two = pair || spec->op == OP_NORM_ADD_NORM;
+  int pair = spec->op == OP_QK_NORM;
+  const char *first = pair ? "q" : "x";
   Tensor x, other;
-  Rows rows, rows2 = {0};
+  const Tensor *second = &x;
+  Rows rows, more;
+  const Rows *second_rows = &rows;
   Work work = {.spec = spec};
   Args *a = &work.args;
   a->eps = k->eps;
-  TRY(input(k, context, 0, pair ? "q" : "x", &x));
-  TRY(rows_of(k, &x, pair ? "q" : "x", &rows));
+  TRY(input(k, context, 0, first, &x));
+  TRY(rows_of(k, &x, first, &rows));
   a->x = x.data, a->m = rows.m, a->n = rows.n;
-  if (residual) {
+  if (pair) {
+    TRY(input(k, context, 1, "k", &other));
+    TRY(rows_of(k, &other, "k", &more));
+    a->x2 = other.data, a->m2 = more.m, a->n2 = more.n;
+    second = &other, second_rows = &more;
+  } else if (spec->op != OP_NORM) {
     TRY(input(k, context, 1, "residual", &other));
     TRY(like(k, &x, &other, "residual"));
     a->r = other.data;
-  } else if (pair) {
-    TRY(input(k, context, 1, "k", &other));
-    TRY(rows_of(k, &other, "k", &rows2));
-    a->x2 = other.data, a->m2 = rows2.m, a->n2 = rows2.n;
   }
   if (k->op->cuda && !rows.trailing)
     return fail(k->api, ORT_NOT_IMPLEMENTED, "normfuse.%s: CUDA kernels normalise the last axes only; load the model without "
                 "the library of normfuse.ort, or on the CPU", k->op->name);
 
-  const Tensor *second = pair ? &other : &x;
-  const Rows *second_rows = pair ? &rows2 : &rows;
-  int has[] = {spec->has_w1, spec->has_b1, two && spec->has_w2, two && spec->has_b2};
-  static const char *const one[] = {"weight", "bias"}, *const both[] = {"weight1", "bias1", "weight2", "bias2"};
-  const void **slot[] = {&a->w, &a->b, &a->w2, &a->b2};
-  float *room = NULL;
-  long long n = a->n > second_rows->n ? a->n : second_rows->n;
-  if (!k->op->cuda && (has[0] || has[1] || has[2] || has[3])) {
-    /* room is only needed for weights of another type, or shorter than a row */
-    room = malloc((size_t)(nf_affine(spec) == F32 && rows.trailing && !second ? 1 : 4 * n + 1) * sizeof *room);
-    if (!room) return fail(k->api, ORT_FAIL, "normfuse.%s: no memory for a weight of %lld elements", k->op->name, n);
-  }
-  OrtStatus *status = NULL;
-  size_t at = residual || pair ? 2 : 1;
-  for (int i = 0; i < 4 && !status; i++)
-    if (has[i])
-      status = parameter(k, context, at++, two ? both[i] : one[i], i < 2 ? &x : second, i < 2 ? &rows : second_rows,
-                         room + i * n, !k->op->cuda, slot[i]);
-
-  void **results[2] = {&a->y, &a->s};
-  if (spec->op == OP_NORM_ADD) results[0] = &a->s;
-  if (pair) results[1] = &a->y2;
-  for (int i = 0; i < k->op->outputs && !status; i++) status = output(k, context, (size_t)i, i ? second : &x, results[i]);
-
+  void **results[] = {spec->op == OP_NORM_ADD ? &a->s : &a->y, pair ? &a->y2 : &a->s};
+  for (int i = 0; i < k->op->outputs; i++) TRY(output(k, context, (size_t)i, i ? second : &x, results[i]));
+  if (!a->n) a->m = 0;
+  if (!a->n2) a->m2 = 0;
   work.rows = a->m + a->m2;
-  if (!status && (a->m && a->n) + (a->m2 && a->n2) > 0) {
-    if (!(a->m && a->n)) a->m = 0, work.rows = a->m2;
-    if (!(a->m2 && a->n2)) a->m2 = 0, work.rows = a->m;
+
+  const void **slots[] = {&a->w, &a->b, &a->w2, &a->b2};
+  float *own[4] = {0};
+  int has[4];
+  parameters(spec, has);
+  OrtStatus *status = NULL;
+  size_t at = spec->op == OP_NORM ? 1 : 2;
+  for (int i = 0; i < 4 && !status; i++)
+    if (has[i]) status = parameter(k, context, i, at++, i < 2 ? &x : second, i < 2 ? &rows : second_rows, slots[i], &own[i]);
+  if (!status && work.rows) {
     if (k->op->cuda) {
       status = ORT(k->api, KernelContext_GetGPUComputeStream)(context, &a->stream);
       const char *why = status ? NULL : nf_cuda_run(spec, a);
@@ -314,7 +321,7 @@ static OrtStatus *compute(const Kernel *k, OrtKernelContext *context) {
       status = run(k, context, &work);
     }
   }
-  free(room);
+  for (int i = 0; i < 4; i++) free(own[i]);
   return status;
 }
 
@@ -331,6 +338,30 @@ static size_t ORT_CALL op_outputs(const OrtCustomOp *op) { return (size_t)SELF->
 static int ORT_CALL op_required(const OrtCustomOp *op, size_t i) { return (void)op, (void)i, 0; }
 static int ORT_CALL op_memory(const OrtCustomOp *op, size_t i) { return (void)op, (void)i, 0; }
 static int ORT_CALL op_one(const OrtCustomOp *op) { return (void)op, 1; }
+
+static void ORT_CALL op_destroy(void *kernel) {
+  Kernel *k = kernel;
+  for (int i = 0; i < 4; i++) free(k->fixed[i].floats);
+  free(k);
+}
+
+/* Take note of a parameter that is an initializer, so that a call needs neither ask for it nor convert it. */
+static OrtStatus *constant(Kernel *k, const OrtKernelInfo *info, size_t input_index, int i) {
+  const OrtValue *value = NULL;
+  int given = 0, type = nf_affine(&k->op->spec);
+  TRY(ORT(k->api, KernelInfoGetConstantInput_tensor)(info, input_index, &given, &value));
+  if (!given || !value) return NULL;
+  Tensor *t = &k->fixed[i].tensor;
+  TRY(shape_of(k, value, "a weight", t));
+  TRY(ORT(k->api, GetTensorMutableData)((OrtValue *)value, &t->data));
+  k->fixed[i].constant = 1;
+  if (type == F32) return NULL;
+  size_t count = 1;
+  for (size_t d = 0; d < t->rank; d++) count *= (size_t)t->dims[d];
+  k->fixed[i].floats = malloc((count + 1) * sizeof(float));
+  if (k->fixed[i].floats) nf_cpu_load(type, t->data, k->fixed[i].floats, (long long)count);
+  return NULL;
+}
 
 static OrtStatus *ORT_CALL op_create(const OrtCustomOp *op, OrtApi *api, const OrtKernelInfo *info, void **out) {
   Kernel *k = calloc(1, sizeof *k);
@@ -351,12 +382,16 @@ static OrtStatus *ORT_CALL op_create(const OrtCustomOp *op, OrtApi *api, const O
     k->axes_count = MAX_RANK;
     status = ORT(api, KernelInfoGetAttributeArray_int64)(info, "axes", k->axes, &k->axes_count);
   }
-  if (status) free(k);
+  int has[4];
+  parameters(&SELF->spec, has);
+  size_t at = SELF->spec.op == OP_NORM ? 1 : 2;
+  for (int i = 0; i < 4 && !status && !SELF->cuda; i++)
+    if (has[i]) status = constant(k, info, at++, i);
+  if (status) op_destroy(k);
   else *out = k;
   return status;
 }
 
-static void ORT_CALL op_destroy(void *kernel) { free(kernel); }
 static OrtStatus *ORT_CALL op_compute(void *kernel, OrtKernelContext *context) { return compute(kernel, context); }
 
 /* The shape of each result is that of x, or of k: known shapes let ONNX Runtime plan its memory. */
@@ -400,7 +435,6 @@ static const char *const SHORT[] = {"f32", "f16", "bf16"};
 static void add(const Spec *spec, const char *name) {
   for (int cuda = 0; cuda <= (nf_cuda_has(spec) != 0); cuda++) {
     Operator *o = &library.operators[library.count++];
-    int residual = spec->op != OP_NORM && spec->op != OP_QK_NORM;
     *o = (Operator){.spec = *spec, .cuda = cuda};
     snprintf(o->name, sizeof o->name, "%s", name);
     o->input[o->inputs++] = ELEMENT[spec->x];
@@ -420,7 +454,6 @@ static void add(const Spec *spec, const char *name) {
         .GetMayInplace = cuda ? NULL : spec->op == OP_NORM ? op_in_place_x : spec->op == OP_NORM_ADD ? op_in_place_r : op_in_place_both,
         .ReleaseMayInplace = cuda ? NULL : op_release,
     };
-    (void)residual;
   }
 }
 
