@@ -67,7 +67,13 @@ def register(options: Any, model: str | Path | onnx.ModelProto | None = None) ->
 def names() -> list[str]:
     """The names of the operators; none without the library."""
     found = _library()
-    return [] if found is None else list(iter(map(bytes.decode, iter(_names(found)))))
+    if found is None:
+        return []
+    found.nf_name.restype, found.nf_name.argtypes = ctypes.c_char_p, [ctypes.c_size_t]
+    out: list[str] = []
+    while (name := found.nf_name(len(out))) is not None:
+        out.append(name.decode())
+    return out
 
 
 def instructions() -> str | None:
@@ -79,15 +85,6 @@ def instructions() -> str | None:
     return str(found.nf_isa().decode())
 
 
-def _names(found: ctypes.CDLL) -> list[bytes]:
-    get = found.nf_name
-    get.restype, get.argtypes = ctypes.c_char_p, [ctypes.c_size_t]
-    out: list[bytes] = []
-    while (name := get(len(out))) is not None:
-        out.append(name)
-    return out
-
-
 @cache
 def _library() -> ctypes.CDLL | None:
     """The library, held for the life of the process: sessions and their options share its operators."""
@@ -96,7 +93,7 @@ def _library() -> ctypes.CDLL | None:
 
 
 def _called(model: str | Path | onnx.ModelProto) -> list[str]:
-    """The functions of a model that may have operators."""
+    """The functions of a model that may have operators: not those of an exported torch program, which have overloads."""
     import onnx
 
     if isinstance(model, str | Path):
@@ -104,4 +101,4 @@ def _called(model: str | Path | onnx.ModelProto) -> list[str]:
             model = onnx.load(str(model), load_external_data=False)
         except Exception as why:
             raise InputError(f"{model}: not an ONNX model that can be read: {why}") from why
-    return sorted({function.name for function in model.functions if function.domain == _DOMAIN})
+    return sorted({f.name for f in model.functions if f.domain == _DOMAIN and not getattr(f, "overload", "")})

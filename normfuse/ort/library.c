@@ -501,7 +501,7 @@ static void add_fused(int x, int compute, int result, const char *cast) {
           append(name, SHORT[x]), append(name, "in"), append(name, SHORT[compute]), append(name, cast);
           if (result != x) append(name, "to"), append(name, SHORT[result]);
         }
-        if (op == OP_NORM && plain && (usual || layer || !spec.has_b1)) continue; /* that of a norm alone */
+        if (op == OP_NORM && compute == x && result == x && (layer || !spec.has_b1)) continue; /* a function of add_lone */
         add(&spec, name);
       }
   }

@@ -1,12 +1,14 @@
 /* Rows of the operators for one instruction set: `cpu.c` includes this file once for each, with FN(name) and W defined.
  *
  * Vectors are those of GCC and clang, which run on every machine. A row's sums are made in an order that depends on its
- * length alone: in float over at most 64 values a lane, from there in double. */
+ * length alone: in float over at most 8 values a lane and 4 lanes, from there in double. */
 
 typedef float FN(V) __attribute__((vector_size(4 * W)));
+typedef double FN(D) __attribute__((vector_size(8 * W)));
 typedef uint32_t FN(U) __attribute__((vector_size(4 * W)));
 typedef uint16_t FN(H) __attribute__((vector_size(2 * W)));
 #define V FN(V)
+#define D FN(D)
 #define U FN(U)
 #define H FN(H)
 
@@ -74,61 +76,64 @@ static INLINE V FN(rounded)(int type, V v) {
   return type == F32 ? v : type == F16 ? FN(from_f16)(FN(to_f16)(v)) : FN(from_bf16)(FN(to_bf16)(v));
 }
 
-static INLINE double FN(lanes)(V v) {
-  float part[W];
-  __builtin_memcpy(part, &v, sizeof v);
-  for (int half = W / 2; half; half /= 2)
-    for (int i = 0; i < half; i++) part[i] += part[i + half];
-  return part[0];
-}
-
-/* The sum of v, or of v^2 (`square`), over a row v = x, x + r or x - mean; v is stored in s, and as floats in h, where
- * these are given. */
-static INLINE double FN(sum)(int type, int square, const void *x, const void *r, float mean, void *s, float *h, long long n) {
+static INLINE double FN(lanes)(D v) {
   double total = 0;
-  long long i = 0, even = n - n % (4 * W);
-  V acc[4];
-#define TERM(A, I, K)                                                \
-  do {                                                               \
-    V v = FN(ld)(type, x, I, K);                                     \
-    if (r) v = FN(rounded)(type, v + FN(ld)(type, r, I, K));         \
-    if (s) FN(st)(type, s, I, K, v);                                 \
-    if (h) FN(st)(F32, h, I, K, v);                                  \
-    if (mean != 0) v -= mean;                                        \
-    A += square ? v * v : v;                                         \
-  } while (0)
-  while (i < even) {
-    long long stop = even - i > 256 * W ? i + 256 * W : even;
-    acc[0] = acc[1] = acc[2] = acc[3] = (V){0};
-    for (; i < stop; i += 4 * W) {
-      TERM(acc[0], i, W);
-      TERM(acc[1], i + W, W);
-      TERM(acc[2], i + 2 * W, W);
-      TERM(acc[3], i + 3 * W, W);
-    }
-    total += FN(lanes)((acc[0] + acc[1]) + (acc[2] + acc[3]));
-  }
-  acc[0] = (V){0};
-  for (; i + W <= n; i += W) TERM(acc[0], i, W);
-  total += FN(lanes)(acc[0]);
-  if (i < n) {
-    V last = {0};
-    TERM(last, i, n - i);
-    float part[W];
-    __builtin_memcpy(part, &last, sizeof last);
-    for (long long k = 0; k < n - i; k++) total += part[k]; /* not the lanes behind the row: they hold -mean */
-  }
-#undef TERM
+  for (int i = 0; i < W; i++) total += v[i];
   return total;
 }
 
-/* out = affine(rstd * (h - mean)) [+ res], with a rounding where the types ask for one. */
-static INLINE void FN(scale)(int first, int affine, int result, const float *h, float mean, float rstd, const float *w,
-                             const float *b, const void *res, void *out, long long n) {
+enum { FN(SUM), FN(SQUARES), FN(CENTRED) };
+
+/* Sums over a row v = x, x + r or x - pivot: of v (SUM), of v^2 (SQUARES), or of both (CENTRED, that of v in *linear). x or
+ * x + r is stored in s, and as floats in h, where these are given. */
+static INLINE double FN(sum)(int type, int mode, const void *x, const void *r, float pivot, void *s, float *h, long long n,
+                             double *linear) {
+  D total = {0}, first = {0};
+  V acc[4], lin[4];
+#define TERM(A, I, K)                                        \
+  do {                                                       \
+    V v = FN(ld)(type, x, I, K);                             \
+    if (r) v = FN(rounded)(type, v + FN(ld)(type, r, I, K)); \
+    if (s) FN(st)(type, s, I, K, v);                         \
+    if (h) FN(st)(F32, h, I, K, v);                          \
+    if (mode == FN(CENTRED)) v -= pivot, lin[A] += v;        \
+    acc[A] += mode == FN(SUM) ? v : v * v;                   \
+  } while (0)
+#define CLEAR(A) acc[A] = lin[A] = (V){0}
+  for (long long i = 0; i < n;) {
+    long long stop = n - i > 32 * W ? i + 32 * W : n;
+    CLEAR(0), CLEAR(1), CLEAR(2), CLEAR(3);
+    for (; i + 4 * W <= stop; i += 4 * W) {
+      TERM(0, i, W);
+      TERM(1, i + W, W);
+      TERM(2, i + 2 * W, W);
+      TERM(3, i + 3 * W, W);
+    }
+    if (i < stop) {
+      for (; i + W <= n; i += W) TERM(0, i, W);
+      if (i < n) {
+        V before = lin[1], squares = acc[1];
+        TERM(1, i, n - i);
+        for (long long k = n - i; k < W; k++) acc[1][k] = squares[k], lin[1][k] = before[k]; /* behind the row lies -pivot */
+        i = n;
+      }
+    }
+    total += __builtin_convertvector((acc[0] + acc[1]) + (acc[2] + acc[3]), D);
+    if (mode == FN(CENTRED)) first += __builtin_convertvector((lin[0] + lin[1]) + (lin[2] + lin[3]), D);
+  }
+#undef TERM
+#undef CLEAR
+  if (mode == FN(CENTRED)) *linear = FN(lanes)(first);
+  return FN(lanes)(total);
+}
+
+/* out = affine(rstd * (h - pivot - rest)) [+ res], with a rounding where the types ask for one. */
+static INLINE void FN(scale)(int first, int affine, int result, int layer, const float *h, float pivot, float rest, float rstd,
+                             const float *w, const float *b, const void *res, void *out, long long n) {
 #define ELEMENTS(I, K)                                                     \
   do {                                                                     \
     V v = FN(ld)(F32, h, I, K);                                            \
-    if (mean != 0) v -= mean;                                              \
+    if (layer) v = v - pivot - rest;                                       \
     v = FN(rounded)(first, v * rstd);                                      \
     if (w) v = FN(rounded)(affine, v * FN(ld)(F32, w, I, K));              \
     if (b) v = FN(rounded)(affine, v + FN(ld)(F32, b, I, K));              \
@@ -152,11 +157,11 @@ static void FN(narrow)(int type, int layer, float eps, float *h, long long n) {
   }
   EACH(FN(st)(F32, h, i, k, FN(rounded)(type, v)))
   if (layer) {
-    float mean = ROUND1(FN(sum)(F32, 0, h, NULL, 0, NULL, NULL, n) / (double)n);
+    float mean = ROUND1(FN(sum)(F32, FN(SUM), h, NULL, 0, NULL, NULL, n, NULL) / (double)n);
     EACH(FN(st)(F32, h, i, k, FN(rounded)(type, v - mean)))
   }
   double total = 0;
-  EACH(V q = FN(rounded)(type, v * v); total += FN(lanes)(q)) /* zeros behind the row */
+  EACH(V q = FN(rounded)(type, v * v); total += FN(lanes)(__builtin_convertvector(q, D))) /* zeros behind the row */
   float root = ROUND1(sqrtf(ROUND1(ROUND1(total / (double)n) + ROUND1(eps))));
   EACH(FN(st)(F32, h, i, k, FN(rounded)(type, v / root)))
 #undef EACH
@@ -167,35 +172,39 @@ static void FN(narrow)(int type, int layer, float eps, float *h, long long n) {
 static void FN(norm)(const Spec *spec, int type, const void *x, const void *r, void *s, const float *w, const float *b,
                      const void *res, void *out, long long n, float eps, float *scratch) {
   const float *h = scratch;
-  float mean = 0, rstd = 1;
-  double total;
-  int exact = spec->compute == F32;
-  if (type == F32 && exact) { /* the row itself, just read or written, is in the cache */
+  float pivot = 0, rest = 0, rstd = 1;
+  double total = 0;
+  int exact = spec->compute == F32, layer = spec->layer && exact;
+#define READ(T, H)                                                                                                  \
+  (r ? spec->layer ? FN(sum)(T, FN(SUM), x, r, 0, s, H, n, NULL) : FN(sum)(T, FN(SQUARES), x, r, 0, s, H, n, NULL)  \
+     : spec->layer ? FN(sum)(T, FN(SUM), x, NULL, 0, NULL, H, n, NULL)                                              \
+                   : FN(sum)(T, FN(SQUARES), x, NULL, 0, NULL, H, n, NULL))
+  if (type == F32) { /* the row itself, just read or written, is in the cache */
     h = r ? s : x;
-    if (r) total = spec->layer ? FN(sum)(F32, 0, x, r, 0, s, NULL, n) : FN(sum)(F32, 1, x, r, 0, s, NULL, n);
-    else total = spec->layer ? FN(sum)(F32, 0, x, NULL, 0, NULL, NULL, n) : FN(sum)(F32, 1, x, NULL, 0, NULL, NULL, n);
+    total = READ(F32, NULL);
   } else {
-#define READ(T)                                                                                                      \
-  (r ? spec->layer ? FN(sum)(T, 0, x, r, 0, s, scratch, n) : FN(sum)(T, 1, x, r, 0, s, scratch, n)                   \
-     : spec->layer ? FN(sum)(T, 0, x, NULL, 0, NULL, scratch, n) : FN(sum)(T, 1, x, NULL, 0, NULL, scratch, n))
-    total = type == F16 ? READ(F16) : type == BF16 ? READ(BF16) : READ(F32);
-#undef READ
+    total = type == F16 ? READ(F16, scratch) : READ(BF16, scratch);
   }
-  if (!exact) {
+#undef READ
+  if (!exact) { /* x is of this type, too: nothing is narrowed before it is normalised */
     FN(narrow)(spec->compute, spec->layer, eps, scratch, n);
   } else {
-    if (spec->layer) {
-      mean = (float)(total / (double)n);
-      total = mean == 0 ? FN(sum)(F32, 1, h, NULL, 0, NULL, NULL, n) : FN(sum)(F32, 1, h, NULL, mean, NULL, NULL, n);
+    if (layer) { /* the mean in two parts: what its rounding leaves is seen, and taken away, in the second pass */
+      double left;
+      pivot = (float)(total / (double)n);
+      total = FN(sum)(F32, FN(CENTRED), h, NULL, pivot, NULL, NULL, n, &left);
+      left /= (double)n;
+      rest = (float)left;
+      total -= (double)n * left * left;
     }
     rstd = (float)(1 / sqrt(total / (double)n + (double)eps));
   }
   int first = spec->first ? type : F32, affine = nf_affine(spec), result = spec->result;
-#define SCALE(F, A, R)                                                             \
-  if (first == F && affine == A && result == R) {                                  \
-    if (mean == 0) FN(scale)(F, A, R, h, 0, rstd, w, b, res, out, n);              \
-    else FN(scale)(F, A, R, h, mean, rstd, w, b, res, out, n);                     \
-    return;                                                                        \
+#define SCALE(F, A, R)                                                                    \
+  if (first == F && affine == A && result == R) {                                         \
+    if (layer) FN(scale)(F, A, R, 1, h, pivot, rest, rstd, w, b, res, out, n);            \
+    else FN(scale)(F, A, R, 0, h, 0, 0, rstd, w, b, res, out, n);                         \
+    return;                                                                               \
   }
   SCALE(F32, F32, F32)
   SCALE(F16, F16, F16)
@@ -205,7 +214,7 @@ static void FN(norm)(const Spec *spec, int type, const void *x, const void *r, v
   SCALE(F16, F32, F32)
   SCALE(BF16, F32, F32)
 #undef SCALE
-  FN(scale)(first, affine, result, h, mean, rstd, w, b, res, out, n);
+  FN(scale)(first, affine, result, layer, h, pivot, rest, rstd, w, b, res, out, n);
 }
 
 static void FN(rows)(const Spec *spec, const Args *a, long long begin, long long end, float *scratch) {
@@ -248,6 +257,7 @@ static void FN(load)(int type, const void *from, float *to, long long n) {
 }
 
 #undef V
+#undef D
 #undef U
 #undef H
 #undef PICK
