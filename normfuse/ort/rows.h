@@ -76,9 +76,9 @@ static INLINE V FN(rounded)(int type, V v) {
   return type == F32 ? v : type == F16 ? FN(from_f16)(FN(to_f16)(v)) : FN(from_bf16)(FN(to_bf16)(v));
 }
 
-static INLINE double FN(lanes)(D v) {
+static INLINE double FN(lanes)(const D *v) {
   double total = 0;
-  for (int i = 0; i < W; i++) total += v[i];
+  for (int i = 0; i < W; i++) total += (*v)[i];
   return total;
 }
 
@@ -123,8 +123,8 @@ static INLINE double FN(sum)(int type, int mode, const void *x, const void *r, f
   }
 #undef TERM
 #undef CLEAR
-  if (mode == FN(CENTRED)) *linear = FN(lanes)(first);
-  return FN(lanes)(total);
+  if (mode == FN(CENTRED)) *linear = FN(lanes)(&first);
+  return FN(lanes)(&total);
 }
 
 /* out = affine(rstd * (h - pivot - rest)) [+ res], with a rounding where the types ask for one. */
@@ -161,7 +161,7 @@ static void FN(narrow)(int type, int layer, float eps, float *h, long long n) {
     EACH(FN(st)(F32, h, i, k, FN(rounded)(type, v - mean)))
   }
   double total = 0;
-  EACH(V q = FN(rounded)(type, v * v); total += FN(lanes)(__builtin_convertvector(q, D))) /* zeros behind the row */
+  EACH(D q = __builtin_convertvector(FN(rounded)(type, v * v), D); total += FN(lanes)(&q)) /* zeros behind the row */
   float root = ROUND1(sqrtf(ROUND1(ROUND1(total / (double)n) + ROUND1(eps))));
   EACH(FN(st)(F32, h, i, k, FN(rounded)(type, v / root)))
 #undef EACH
