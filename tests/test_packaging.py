@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -27,15 +29,57 @@ def sources() -> set[str]:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A wheel of a copy of the sources, so that nothing is built in the checkout."""
     folder = tmp_path_factory.mktemp("build")
+    copied(folder)
+    return build(folder)
+
+
+def copied(folder: Path) -> None:
+    """Copy the sources, without what was built in the checkout."""
     for name in ("normfuse", "passes"):
-        shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     for name in ("pyproject.toml", "LICENSE", "README.md"):
         shutil.copy(ROOT / name, folder)
+
+
+def build(folder: Path, **environment: str) -> Path:
+    """The wheel of a folder."""
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    done = subprocess.run([*pip, "--wheel-dir", "dist", "."], cwd=folder, capture_output=True, text=True, check=False)
+    done = subprocess.run([*pip, "--wheel-dir", "dist", "."], cwd=folder, capture_output=True, text=True, check=False,
+                          env=os.environ | environment)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = (folder / "dist").glob("normfuse-*.whl")
     return path
+
+
+def libraries(wheel: Path) -> list[str]:
+    """The compiled files of a wheel."""
+    with zipfile.ZipFile(wheel) as archive:
+        return [n for n in archive.namelist() if n.startswith("normfuse/ort/_library")]
+
+
+def test_wheel_has_the_operators_for_onnx_runtime_where_a_compiler_is(wheel: Path) -> None:
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    assert len(libraries(wheel)) == (compiler is not None)
+
+
+def test_without_a_compiler_all_but_the_operators_installs(tmp_path: Path) -> None:
+    copied(tmp_path)
+    path = build(tmp_path, CC="/bin/false")
+    assert not libraries(path)
+    with zipfile.ZipFile(path) as archive:
+        archive.extractall(tmp_path / "site")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); import normfuse.ort; normfuse.ort.register(None)"
+    done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "UnsupportedError: NormFuse was installed without a C compiler" in done.stderr
+
+
+def test_sdist_holds_the_sources_of_the_operators(tmp_path: Path) -> None:
+    copied(tmp_path)
+    code = "import setuptools.build_meta as b; print(b.build_sdist('dist'))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    with tarfile.open(tmp_path / "dist" / done.stdout.split()[-1]) as archive:
+        held = {Path(name).name for name in archive.getnames() if "/normfuse/ort/" in name}
+    assert held >= {f.name for pattern in ("*.c", "*.h", "*.py") for f in (ROOT / "normfuse" / "ort").glob(pattern)}
 
 
 def test_wheel_holds_every_source_file_once(wheel: Path) -> None:

@@ -1,0 +1,263 @@
+/* Rows of the operators for one instruction set: `cpu.c` includes this file once for each, with FN(name) and W defined.
+ *
+ * Vectors are those of GCC and clang, which run on every machine. A row's sums are made in an order that depends on its
+ * length alone: in float over at most 8 values a lane and 4 lanes, from there in double. */
+
+typedef float FN(V) __attribute__((vector_size(4 * W)));
+typedef double FN(D) __attribute__((vector_size(8 * W)));
+typedef uint32_t FN(U) __attribute__((vector_size(4 * W)));
+typedef uint16_t FN(H) __attribute__((vector_size(2 * W)));
+#define V FN(V)
+#define D FN(D)
+#define U FN(U)
+#define H FN(H)
+
+/* `a` where the mask is set, else `b`. */
+#define PICK(MASK, A, B) (((U)(MASK) & (A)) | (~(U)(MASK) & (B)))
+
+static INLINE V FN(from_f16)(H half) {
+#ifdef HAS_F16C
+  return (V)_mm256_cvtph_ps((__m128i)half);
+#else
+  U u = __builtin_convertvector(half, U), magnitude = (u & 0x7fff) << 13;
+  U bits = (U)((V)magnitude * 0x1p112f); /* exact for subnormals too */
+  bits |= (U)(magnitude >= (0x7c00u << 13)) & 0x7f800000u;
+  return (V)(bits | (u & 0x8000) << 16);
+#endif
+}
+
+static INLINE H FN(to_f16)(V v) {
+#ifdef HAS_F16C
+  return (H)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+#else
+  U u = (U)v, sign = u & 0x80000000u, a = u ^ sign;
+  U normal = (a - (112u << 23) + 0xfff + ((a >> 13) & 1)) >> 13;
+  U tiny = (U)((V)a + 0.5f) - 0x3f000000u; /* the addition rounds at the last place of a subnormal */
+  U large = PICK(a > 0x7f800000u, (a >> 13 & 0x3ff) | 0x7e00u, (U){0} + 0x7c00u);
+  U out = PICK(a < 0x38800000u, tiny, PICK(a >= 0x47800000u, large, normal));
+  return __builtin_convertvector(out | sign >> 16, H);
+#endif
+}
+
+static INLINE V FN(from_bf16)(H half) { return (V)(__builtin_convertvector(half, U) << 16); }
+
+static INLINE H FN(to_bf16)(V v) {
+  U u = (U)v, nan = (U)((u & 0x7fffffffu) > 0x7f800000u);
+  U out = PICK(nan, u >> 16 | 0x40, (u + 0x7fff + ((u >> 16) & 1)) >> 16);
+  return __builtin_convertvector(out, H);
+}
+
+/* k <= W elements from the i-th on, zeros behind them. */
+static INLINE V FN(ld)(int type, const void *from, long long i, long long k) {
+  if (type == F32) {
+    V v = {0};
+    if (k == W) __builtin_memcpy(&v, (const float *)from + i, sizeof v);
+    else __builtin_memcpy(&v, (const float *)from + i, (size_t)k * 4);
+    return v;
+  }
+  H half = {0};
+  if (k == W) __builtin_memcpy(&half, (const uint16_t *)from + i, sizeof half);
+  else __builtin_memcpy(&half, (const uint16_t *)from + i, (size_t)k * 2);
+  return type == F16 ? FN(from_f16)(half) : FN(from_bf16)(half);
+}
+
+static INLINE void FN(st)(int type, void *to, long long i, long long k, V v) {
+  if (type == F32) {
+    if (k == W) __builtin_memcpy((float *)to + i, &v, sizeof v);
+    else __builtin_memcpy((float *)to + i, &v, (size_t)k * 4);
+    return;
+  }
+  H half = type == F16 ? FN(to_f16)(v) : FN(to_bf16)(v);
+  if (k == W) __builtin_memcpy((uint16_t *)to + i, &half, sizeof half);
+  else __builtin_memcpy((uint16_t *)to + i, &half, (size_t)k * 2);
+}
+
+static INLINE V FN(rounded)(int type, V v) {
+  return type == F32 ? v : type == F16 ? FN(from_f16)(FN(to_f16)(v)) : FN(from_bf16)(FN(to_bf16)(v));
+}
+
+static INLINE double FN(lanes)(const D *v) {
+  double total = 0;
+  for (int i = 0; i < W; i++) total += (*v)[i];
+  return total;
+}
+
+enum { FN(SUM), FN(SQUARES), FN(CENTRED) };
+
+/* Sums over a row v = x, x + r or x - pivot: of v (SUM), of v^2 (SQUARES), or of both (CENTRED, that of v in *linear). x or
+ * x + r is stored in s, and as floats in h, where these are given. */
+static INLINE double FN(sum)(int type, int mode, const void *x, const void *r, float pivot, void *s, float *h, long long n,
+                             double *linear) {
+  D total = {0}, first = {0};
+  V acc[4], lin[4];
+#define TERM(A, I, K)                                        \
+  do {                                                       \
+    V v = FN(ld)(type, x, I, K);                             \
+    if (r) v = FN(rounded)(type, v + FN(ld)(type, r, I, K)); \
+    if (s) FN(st)(type, s, I, K, v);                         \
+    if (h) FN(st)(F32, h, I, K, v);                          \
+    if (mode == FN(CENTRED)) v -= pivot, lin[A] += v;        \
+    acc[A] += mode == FN(SUM) ? v : v * v;                   \
+  } while (0)
+#define CLEAR(A) acc[A] = lin[A] = (V){0}
+  for (long long i = 0; i < n;) {
+    long long stop = n - i > 32 * W ? i + 32 * W : n;
+    CLEAR(0), CLEAR(1), CLEAR(2), CLEAR(3);
+    for (; i + 4 * W <= stop; i += 4 * W) {
+      TERM(0, i, W);
+      TERM(1, i + W, W);
+      TERM(2, i + 2 * W, W);
+      TERM(3, i + 3 * W, W);
+    }
+    if (i < stop) {
+      for (; i + W <= n; i += W) TERM(0, i, W);
+      if (i < n) {
+        V before = lin[1], squares = acc[1];
+        TERM(1, i, n - i);
+        for (long long k = n - i; k < W; k++) acc[1][k] = squares[k], lin[1][k] = before[k]; /* behind the row lies -pivot */
+        i = n;
+      }
+    }
+    total += __builtin_convertvector((acc[0] + acc[1]) + (acc[2] + acc[3]), D);
+    if (mode == FN(CENTRED)) first += __builtin_convertvector((lin[0] + lin[1]) + (lin[2] + lin[3]), D);
+  }
+#undef TERM
+#undef CLEAR
+  if (mode == FN(CENTRED)) *linear = FN(lanes)(&first);
+  return FN(lanes)(&total);
+}
+
+/* out = affine(rstd * (h - pivot - rest)) [+ res], with a rounding where the types ask for one. */
+static INLINE void FN(scale)(int first, int affine, int result, int layer, const float *h, float pivot, float rest, float rstd,
+                             const float *w, const float *b, const void *res, void *out, long long n) {
+#define ELEMENTS(I, K)                                                     \
+  do {                                                                     \
+    V v = FN(ld)(F32, h, I, K);                                            \
+    if (layer) v = v - pivot - rest;                                       \
+    v = FN(rounded)(first, v * rstd);                                      \
+    if (w) v = FN(rounded)(affine, v * FN(ld)(F32, w, I, K));              \
+    if (b) v = FN(rounded)(affine, v + FN(ld)(F32, b, I, K));              \
+    if (res) v = FN(rounded)(result, v) + FN(ld)(result, res, I, K);       \
+    FN(st)(result, out, I, K, v);                                          \
+  } while (0)
+  long long i = 0;
+  for (; i + W <= n; i += W) ELEMENTS(i, W);
+  if (i < n) ELEMENTS(i, n - i);
+#undef ELEMENTS
+}
+
+/* The statistics of a row in a narrow type, where the model itself computes in it: each step rounded; h becomes n. */
+static void FN(narrow)(int type, int layer, float eps, float *h, long long n) {
+#define ROUND1(VALUE) (FN(rounded)(type, (V){0} + (float)(VALUE))[0])
+#define EACH(...)                                                     \
+  for (long long i = 0; i < n; i += W) {                              \
+    long long k = n - i < W ? n - i : W;                              \
+    V v = FN(ld)(F32, h, i, k);                                       \
+    __VA_ARGS__;                                                      \
+  }
+  EACH(FN(st)(F32, h, i, k, FN(rounded)(type, v)))
+  if (layer) {
+    float mean = ROUND1(FN(sum)(F32, FN(SUM), h, NULL, 0, NULL, NULL, n, NULL) / (double)n);
+    EACH(FN(st)(F32, h, i, k, FN(rounded)(type, v - mean)))
+  }
+  double total = 0;
+  EACH(D q = __builtin_convertvector(FN(rounded)(type, v * v), D); total += FN(lanes)(&q)) /* zeros behind the row */
+  float root = ROUND1(sqrtf(ROUND1(ROUND1(total / (double)n) + ROUND1(eps))));
+  EACH(FN(st)(F32, h, i, k, FN(rounded)(type, v / root)))
+#undef EACH
+#undef ROUND1
+}
+
+/* [s = x + r,] out = norm(x or s) [+ res], one row. `type` is that of x. */
+static void FN(norm)(const Spec *spec, int type, const void *x, const void *r, void *s, const float *w, const float *b,
+                     const void *res, void *out, long long n, float eps, float *scratch) {
+  const float *h = scratch;
+  float pivot = 0, rest = 0, rstd = 1;
+  double total = 0;
+  int exact = spec->compute == F32, layer = spec->layer && exact;
+#define READ(T, H)                                                                                                  \
+  (r ? spec->layer ? FN(sum)(T, FN(SUM), x, r, 0, s, H, n, NULL) : FN(sum)(T, FN(SQUARES), x, r, 0, s, H, n, NULL)  \
+     : spec->layer ? FN(sum)(T, FN(SUM), x, NULL, 0, NULL, H, n, NULL)                                              \
+                   : FN(sum)(T, FN(SQUARES), x, NULL, 0, NULL, H, n, NULL))
+  if (type == F32) { /* the row itself, just read or written, is in the cache */
+    h = r ? s : x;
+    total = READ(F32, NULL);
+  } else {
+    total = type == F16 ? READ(F16, scratch) : READ(BF16, scratch);
+  }
+#undef READ
+  if (!exact) { /* x is of this type, too: nothing is narrowed before it is normalised */
+    FN(narrow)(spec->compute, spec->layer, eps, scratch, n);
+  } else {
+    if (layer) { /* the mean in two parts: what its rounding leaves is seen, and taken away, in the second pass */
+      double left;
+      pivot = (float)(total / (double)n);
+      total = FN(sum)(F32, FN(CENTRED), h, NULL, pivot, NULL, NULL, n, &left);
+      left /= (double)n;
+      rest = (float)left;
+      total -= (double)n * left * left;
+    }
+    rstd = (float)(1 / sqrt(total / (double)n + (double)eps));
+  }
+  int first = spec->first ? type : F32, affine = nf_affine(spec), result = spec->result;
+#define SCALE(F, A, R)                                                                    \
+  if (first == F && affine == A && result == R) {                                         \
+    if (layer) FN(scale)(F, A, R, 1, h, pivot, rest, rstd, w, b, res, out, n);            \
+    else FN(scale)(F, A, R, 0, h, 0, 0, rstd, w, b, res, out, n);                         \
+    return;                                                                               \
+  }
+  SCALE(F32, F32, F32)
+  SCALE(F16, F16, F16)
+  SCALE(BF16, BF16, BF16)
+  SCALE(F32, F32, F16)
+  SCALE(F32, F32, BF16)
+  SCALE(F16, F32, F32)
+  SCALE(BF16, F32, F32)
+#undef SCALE
+  FN(scale)(first, affine, result, layer, h, pivot, rest, rstd, w, b, res, out, n);
+}
+
+static void FN(rows)(const Spec *spec, const Args *a, long long begin, long long end, float *scratch) {
+  static const int size[] = {4, 2, 2};
+  int in = size[spec->x], out = size[spec->result];
+  const float *w = a->w, *b = a->b, *w2 = a->w2, *b2 = a->b2;
+  for (long long i = begin; i < end; i++) {
+    long long n = a->n;
+    const char *x = (const char *)a->x + i * n * in;
+    char *s = (char *)a->s + i * n * out, *y = (char *)a->y + i * n * out;
+    switch (spec->op) {
+    case OP_ADD_NORM:
+      s = (char *)a->s + i * n * in;
+      FN(norm)(spec, spec->x, x, (const char *)a->r + i * n * in, s, w, b, NULL, y, n, a->eps, scratch);
+      break;
+    case OP_NORM_ADD:
+      FN(norm)(spec, spec->x, x, NULL, NULL, w, b, (const char *)a->r + i * n * out, s, n, a->eps, scratch);
+      break;
+    case OP_NORM_ADD_NORM:
+      FN(norm)(spec, spec->x, x, NULL, NULL, w, b, (const char *)a->r + i * n * out, s, n, a->eps, scratch);
+      FN(norm)(spec, spec->result, s, NULL, NULL, w2, b2, NULL, y, n, a->eps, scratch);
+      break;
+    default:
+      if (i < a->m) {
+        FN(norm)(spec, spec->x, x, NULL, NULL, w, b, NULL, y, n, a->eps, scratch);
+      } else {
+        n = a->n2;
+        FN(norm)(spec, spec->x, (const char *)a->x2 + (i - a->m) * n * in, NULL, NULL, w2, b2, NULL,
+                 (char *)a->y2 + (i - a->m) * n * out, n, a->eps, scratch);
+      }
+    }
+  }
+}
+
+static void FN(load)(int type, const void *from, float *to, long long n) {
+  for (long long i = 0; i < n; i += W) {
+    long long k = n - i < W ? n - i : W;
+    FN(st)(F32, to, i, k, FN(ld)(type, from, i, k));
+  }
+}
+
+#undef V
+#undef D
+#undef U
+#undef H
+#undef PICK

@@ -1,0 +1,150 @@
+"""Residual addition and norm in ONNX Runtime on the CPU: stock forms against the operators of `normfuse.ort`.
+
+python -m tests.bench.ort_ops [--repeats 30] [--types float32 float16] [--out FILE.json]
+
+A model is a chain of 12 times `s = x + residual; y = norm(s)`, y and s the next x and residual. The forms take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from onnx import TensorProto, helper
+
+import normfuse.ort
+from tests.bench.common import save, table, turns
+
+LENGTH = 12
+SHAPES = ((1, 4096), (16, 4096), (128, 2048), (512, 2048), (512, 4096))
+TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}
+OURS = "normfuse"
+
+
+def rms_forms(i: int, dtype: str) -> Iterator[tuple[str, list[onnx.NodeProto]]]:
+    """The nodes that make (y{i+1}, s{i+1}) of (y{i}, s{i}) by an RMSNorm, by form."""
+    x, r, y, s = f"y{i}", f"s{i}", f"y{i + 1}", f"s{i + 1}"
+    node = helper.make_node
+    add = node("Add", [x, r], [s])
+    wide, up, back = s, [], []
+    if dtype == "float16":
+        wide = f"{s}_wide"
+        up = [node("Cast", [s], [wide], to=TensorProto.FLOAT)]
+        back = [node("Cast", [f"{y}_n"], [f"{y}_b"], to=TensorProto.FLOAT16)]
+    yield "decomposed", [
+        add, *up, node("Pow", [wide, "two"], [f"{s}_q"]), node("ReduceMean", [f"{s}_q", "last"], [f"{s}_m"]),
+        node("Add", [f"{s}_m", "eps"], [f"{s}_e"]), node("Sqrt", [f"{s}_e"], [f"{s}_r"]),
+        node("Reciprocal", [f"{s}_r"], [f"{s}_i"]), node("Mul", [wide, f"{s}_i"], [f"{y}_n"]), *back,
+        node("Mul", [f"{y}_b" if back else f"{y}_n", "w"], [y]),
+    ]  # fmt: skip
+    yield "Add, RMSNormalization", [add, node("RMSNormalization", [s, "w"], [y], epsilon=1e-6)]
+    yield "Add, SimplifiedLayerNormalization", [add, node("SimplifiedLayerNormalization", [s, "w"], [y], epsilon=1e-6)]
+    yield "SkipSimplifiedLayerNormalization", [
+        node("SkipSimplifiedLayerNormalization", [x, r, "w"], [y, "", "", s], domain="com.microsoft", epsilon=1e-6)]
+    name = "add_rms_norm" + ("_f16_in_f32_first" if dtype == "float16" else "")
+    yield OURS, [node(name, [x, r, "w"], [y, s], domain=OURS, eps=1e-6)]
+
+
+def layer_forms(i: int, dtype: str) -> Iterator[tuple[str, list[onnx.NodeProto]]]:
+    """The same by a LayerNorm, float32."""
+    x, r, y, s = f"y{i}", f"s{i}", f"y{i + 1}", f"s{i + 1}"
+    node = helper.make_node
+    add = node("Add", [x, r], [s])
+    yield "decomposed", [
+        add, node("ReduceMean", [s, "last"], [f"{s}_c"]), node("Sub", [s, f"{s}_c"], [f"{s}_d"]),
+        node("Mul", [f"{s}_d", f"{s}_d"], [f"{s}_q"]), node("ReduceMean", [f"{s}_q", "last"], [f"{s}_m"]),
+        node("Add", [f"{s}_m", "eps"], [f"{s}_e"]), node("Sqrt", [f"{s}_e"], [f"{s}_r"]),
+        node("Div", [f"{s}_d", f"{s}_r"], [f"{y}_n"]), node("Mul", [f"{y}_n", "w"], [f"{y}_w"]),
+        node("Add", [f"{y}_w", "b"], [y]),
+    ]  # fmt: skip
+    yield "Add, LayerNormalization", [add, node("LayerNormalization", [s, "w", "b"], [y], epsilon=1e-6)]
+    yield "SkipLayerNormalization", [
+        node("SkipLayerNormalization", [x, r, "w", "b"], [y, "", "", s], domain="com.microsoft", epsilon=1e-6)]
+    yield OURS, [node("add_layer_norm", [x, r, "w", "b"], [y, s], domain=OURS, eps=1e-6)]
+
+
+FORMS = {"rms": rms_forms, "layer": layer_forms}
+
+
+def model(nodes: list[onnx.NodeProto], shape: tuple[int, int], dtype: str) -> bytes:
+    """A chain with its constants."""
+    value = helper.make_tensor_value_info
+    dims, kind, narrow = (1, *shape), TYPES[dtype], np.dtype(dtype)
+    rng = np.random.default_rng(0)
+    constants = {"w": rng.uniform(0.5, 1.5, shape[1]).astype(narrow), "b": rng.standard_normal(shape[1]).astype(narrow),
+                 "two": np.float32(2), "eps": np.float32(1e-6), "last": np.array([-1])}  # fmt: skip
+    read = {name for node in nodes for name in node.input}
+    graph = helper.make_graph(
+        nodes, "chain", [value(n, kind, dims) for n in ("y0", "s0")],
+        [value(f"{n}{LENGTH}", kind, dims) for n in "ys"],
+        [onnx.numpy_helper.from_array(np.asarray(a), n) for n, a in constants.items() if n in read])  # fmt: skip
+    opsets = [helper.make_opsetid(*o) for o in (("", 23), ("com.microsoft", 1), (OURS, 1))]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+
+
+def session(data: bytes, threads: int) -> Any:
+    """A session with our operators."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 4
+    normfuse.ort.register(options)
+    return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+
+
+def race(kind: str, dtype: str, shape: tuple[int, int], threads: int, repeats: int) -> dict[str, Any]:
+    """Milliseconds of a chain, by form."""
+    rng = np.random.default_rng(1)
+    feeds = {n: rng.standard_normal((1, *shape)).astype(dtype) for n in ("y0", "s0")}
+    forms: dict[str, list[onnx.NodeProto]] = {}
+    for i in range(LENGTH):
+        for name, nodes in FORMS[kind](i, dtype):
+            forms.setdefault(name, []).extend(nodes)
+    sessions: dict[str, Any] = {}
+    for name, nodes in forms.items():
+        try:
+            sessions[name] = session(model(nodes, shape, dtype), threads)
+        except Exception as why:  # a form that this ONNX Runtime lacks
+            print(f"{name}, {dtype}: {str(why).splitlines()[0]}")
+    runs = max(1, 4096 * 16 // (shape[0] * shape[1]))
+
+    def job(name: str) -> Any:
+        return lambda: [sessions[name].run(None, feeds) for _ in range(runs)]
+
+    seconds = turns({name: job(name) for name in sessions}, repeats)
+    ms = {name: round(statistics.median(found[2:]) / runs * 1e3, 4) for name, found in seconds.items()}
+    best = min(v for name, v in ms.items() if name not in (OURS, "decomposed"))
+    return {"norm": kind, "type": dtype, "rows": shape[0], "size": shape[1], "threads": threads, "ms": ms,
+            "to_best_stock": round(ms[OURS] / best, 3), "to_decomposed": round(ms[OURS] / ms["decomposed"], 3)}  # fmt: skip
+
+
+def main() -> None:
+    """Measure, print, and write the result if asked."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--types", nargs="+", default=list(TYPES), choices=list(TYPES))
+    parser.add_argument("--norms", nargs="+", default=list(FORMS), choices=list(FORMS))
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    results = []
+    for kind in given.norms:
+        for dtype in given.types if kind == "rms" else ["float32"]:
+            for shape in SHAPES:
+                for threads in given.threads:
+                    results.append(race(kind, dtype, shape, threads, given.repeats))
+                    found = results[-1]
+                    print(kind, dtype, *shape, threads, found["ms"], found["to_best_stock"], found["to_decomposed"],
+                          flush=True)  # fmt: skip
+    head = ["norm", "type", "rows", "size", "threads", "ours, ms", "to the best stock form", "to decomposed"]
+    print("\n" + table(head, [[r["norm"], r["type"], r["rows"], r["size"], r["threads"], r["ms"][OURS], r["to_best_stock"],
+                               r["to_decomposed"]] for r in results], left=2))  # fmt: skip
+    save(given.out, {"length": LENGTH, "instructions": normfuse.ort.instructions(), "chains": results})
+
+
+if __name__ == "__main__":
+    main()
