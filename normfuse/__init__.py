@@ -10,6 +10,7 @@ from normfuse.errors import InputError, NormFuseError, UnsafeModelError, Unsuppo
 if TYPE_CHECKING:
     from normfuse.api import inspect, optimize, rewrite
     from normfuse.backend import InductorPass, last_report
+    from normfuse.onnx_export import export
     from normfuse.report import Report
 
 __version__ = "0.1.0"
@@ -23,6 +24,7 @@ __all__ = [
     "UnsupportedError",
     "VerificationError",
     "__version__",
+    "export",
     "inspect",
     "last_report",
     "optimize",
@@ -40,6 +42,10 @@ def __getattr__(name: str) -> Any:
         from normfuse import backend
 
         return getattr(backend, name)
+    if name == "export":
+        from normfuse.onnx_export import export
+
+        return export
     if name == "Report":
         from normfuse.report import Report
 

@@ -6,6 +6,7 @@ import gc
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,11 +47,14 @@ def inspect(model: Any) -> Report:
 
 
 def rewrite(src_path: str | Path, dst_path: str | Path, config: Config | None = None, *, dry_run: bool = False,
-            overwrite: bool = False, in_place: bool = False, progress: Progress | None = None) -> Report:  # fmt: skip
+            overwrite: bool = False, in_place: bool = False, external_data: str = "copy",
+            progress: Progress | None = None) -> Report:  # fmt: skip
     """Read an ONNX model, fuse its norms, check the result and save it; the input is never changed.
 
     `dry_run` writes nothing. `overwrite` allows to replace an existing output, `in_place` that it is the input.
     `progress(what, share)` is called as the work goes on. A model in which nothing is fused is copied byte by byte.
+    External data is copied, by the file system and under a name made from its content, or, with
+    `external_data="reference"`, stays where it is, which has to be in the folder of the output or below.
     Raises `InputError`, `UnsafeModelError` or `UnsupportedError` before anything is written, and `VerificationError`
     when `verify="model"` finds that the results differ; then nothing is written either.
     """
@@ -59,6 +63,9 @@ def rewrite(src_path: str | Path, dst_path: str | Path, config: Config | None = 
     from normfuse.io import files
 
     config = config or Config()
+    if external_data not in ("copy", "reference"):
+        raise InputError(f"external_data={external_data!r} is not known; choose 'copy' or 'reference'")
+    refer = external_data == "reference"
     source, target = Path(src_path), Path(dst_path)
     started = time.perf_counter()
     with _quiet_collector():
@@ -74,15 +81,20 @@ def rewrite(src_path: str | Path, dst_path: str | Path, config: Config | None = 
         if not dry_run:
             if progress is not None:
                 progress("saving", 0.9)
+            copied = None if progress is None else partial(_copied, progress)
             if changed:
-                files.write_onnx(model, target, keep)
+                files.write_onnx(model, target, keep, refer, copied)
             elif not (target.exists() and target.samefile(source)):
-                files.copy_onnx(model, source, target)
+                files.copy_onnx(model, source, target, refer, copied)
     done = time.perf_counter()
     report.seconds |= {"load": loaded - started, "save": done - planned, "total": done - started}
     report.seconds = {k: round(v, 4) for k, v in report.seconds.items()}
     assert isinstance(model, ir.Model)
     return report
+
+
+def _copied(progress: Progress, done: int, total: int) -> None:
+    progress(f"copying weights, {done / 2**30:.1f} of {total / 2**30:.1f} GiB", 0.9 + 0.1 * done / max(total, 1))
 
 
 def optimize(model: Any, config: Config | None = None) -> tuple[Any, Report]:

@@ -95,7 +95,8 @@ def _rewrite(args: argparse.Namespace) -> Outcome:
     with progress(not args.quiet) as advance:
         report: Report = normfuse.rewrite(
             args.model, output, config,
-            dry_run=args.dry_run, overwrite=args.overwrite, in_place=in_place, progress=advance,
+            dry_run=args.dry_run, overwrite=args.overwrite, in_place=in_place, external_data=args.external_data,
+            progress=advance,
         )  # fmt: skip
     seconds = time.perf_counter() - started
     blocks = report_blocks(report, args.model, seconds, args.verbose, args.quiet)
@@ -234,6 +235,8 @@ def _rewrite_arguments(rewrite: argparse.ArgumentParser) -> None:
         help="exact keeps every rounding of the model; fast may compute in float32 instead (exact)")  # fmt: skip
     add("--verify", choices=get_args(Verify), default=default.verify,
         help="check each replaced region, or the whole model as well, or nothing (sites)")  # fmt: skip
+    add("--external-data", choices=("copy", "reference"), default="copy",
+        help="copy weights that lie beside the model, or refer to them where they are (copy)")  # fmt: skip
     add("--dry-run", action="store_true", help="do everything but write")
     add("--strict", action="store_true", help="exit with 1 if anything was refused; the output is written all the same")
     add("--overwrite", action="store_true", help="replace OUT if it exists")

@@ -7,13 +7,15 @@ first, the model last.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import onnx
@@ -22,6 +24,11 @@ import onnx_ir as ir
 from normfuse.errors import InputError, UnsafeModelError, UnsupportedError
 
 PROTO_LIMIT = 2**31 - 1
+INLINE, SMALL = 2**28, 1024
+"""The most bytes of weights that a new model holds itself, and the tensors too small to lie beside it."""
+CHUNK = 2**26
+ALIGNMENT = 4096
+Copied = Callable[[int, int], None]
 
 
 @dataclass(slots=True)
@@ -165,14 +172,14 @@ def _check_external(tensor: ir.ExternalTensor, folder: Path, source: Path) -> No
     tensor.base_dir = str(folder)
 
 
-def check_target(source: Path, target: Path, overwrite: bool, in_place: bool) -> None:
+def check_target(source: Path | None, target: Path, overwrite: bool, in_place: bool) -> None:
     """Raise `InputError` unless `target` may be written."""
     if not target.parent.is_dir():
         raise InputError(f"{target}: the folder {str(target.parent)!r} does not exist")
     if target.is_dir():
         raise InputError(f"{target}: is a directory; give the name of the output file")
     if target.exists():
-        if os.path.samefile(source, target):
+        if source is not None and os.path.samefile(source, target):
             if not in_place:
                 raise InputError(f"{target}: is the input itself; choose another name, or allow it with --in-place")
         elif not overwrite:
@@ -181,20 +188,28 @@ def check_target(source: Path, target: Path, overwrite: bool, in_place: bool) ->
         raise InputError(f"{target}: the folder is not writable")
 
 
-def write_onnx(model: ir.Model, target: Path, source: Source | None = None) -> None:
+def write_onnx(model: ir.Model, target: Path, source: Source | None = None, reference: bool = False,
+               progress: Copied | None = None) -> None:  # fmt: skip
     """Save a model whole or not at all. External data is copied next to it under a name made from its content.
 
     With the `source` it was read from, what was not edited is written as it was read; this needs edits in the main
-    graph only.
+    graph only. With `reference`, external data stays where it is, which has to be in the folder of `target` or below;
+    otherwise `progress` is called with the bytes copied so far and all that there are.
     """
     tensors = list(external_tensors(model)) if source is None or source.external else []
     old = [(t, t.location, t.base_dir) for t in tensors]
-    moved: dict[Path, str] = {}
+    paths = [(Path(t.base_dir) / t.location).resolve() for t in tensors]
+    moved: dict[Path, str] = dict.fromkeys(paths, "")
+    all_bytes, before = sum(path.stat().st_size for path in moved), 0
     try:
-        for tensor in tensors:
-            path = (Path(tensor.base_dir) / tensor.location).resolve()
-            if path not in moved:
-                moved[path] = _copy_data(path, target)
+        for path in moved:
+            if reference:
+                moved[path] = _referenced(path, target)
+                continue
+            advance = None if progress is None else partial(_more, progress, before, all_bytes)
+            moved[path] = _copy_data(path, target, advance)
+            before += path.stat().st_size
+        for tensor, path in zip(tensors, paths, strict=True):
             tensor._location = moved[path]
         proto = ir.to_proto(model) if tensors or source is None else _spliced(model, source)
     finally:
@@ -207,28 +222,103 @@ def write_onnx(model: ir.Model, target: Path, source: Source | None = None) -> N
     write_bytes(data, target)
 
 
-def copy_onnx(model: ir.Model, source: Path, target: Path) -> None:
+def copy_onnx(model: ir.Model, source: Path, target: Path, reference: bool = False,
+              progress: Copied | None = None) -> None:  # fmt: skip
     """Save a model that was not changed: the same bytes, unless external data has to get a new name."""
     if next(external_tensors(model), None) is None:
         write_bytes(source.read_bytes(), target)
     else:
+        write_onnx(model, target, None, reference, progress)
+
+
+def write_new(model: ir.Model, target: Path) -> int:
+    """Save a model that is in memory; its weights beside it where there are more than `INLINE` bytes of them.
+
+    Gives back the bytes of all weights. The model's initializers become external tensors.
+    """
+    values = [v for graph in (model.graph, *model.graph.subgraphs()) for v in graph.initializers.values()]
+    size = sum(v.const_value.nbytes for v in values if v.const_value is not None)
+    if size <= INLINE:
         write_onnx(model, target)
+        return size
+    with tempfile.TemporaryDirectory(prefix=".normfuse-", dir=target.parent) as folder:
+        ir.external_data.unload_from_model(model, folder, "data", size_threshold_bytes=SMALL, alignment=ALIGNMENT)
+        written = Path(folder) / "data"
+        name = _named(target, written)
+        _commit(str(written), target.parent / name, lambda: _sync(written))
+        for tensor in external_tensors(model):
+            tensor._location, tensor.base_dir = name, str(target.parent)
+        write_bytes(ir.to_proto(model).SerializeToString(), target)
+    return size
 
 
-def _copy_data(path: Path, target: Path) -> str:
-    digest = hashlib.blake2b(digest_size=8)
-    with path.open("rb") as f:
-        while block := f.read(1 << 22):
-            digest.update(block)
-    name = f"{target.stem}-{digest.hexdigest()}.data"
+def _referenced(path: Path, target: Path) -> str:
+    """Where external data lies as seen from a model, if that is a place that runtimes accept."""
+    folder = target.parent.resolve()
+    if not path.is_relative_to(folder):
+        raise InputError(f"{target}: its weights are in {str(path.parent)!r}, and a model may only refer to files in its "
+                         "own folder or below; write it there, or have them copied (--external-data copy)")  # fmt: skip
+    return path.relative_to(folder).as_posix()
+
+
+def _more(progress: Copied, before: int, all_bytes: int, done: int) -> None:
+    progress(before + done, all_bytes)
+
+
+def _named(target: Path, data: Path) -> str:
+    """The name of a data file: that of its model, and its content."""
+    with data.open("rb") as f:
+        digest = hashlib.file_digest(f, lambda: hashlib.blake2b(digest_size=16))
+    return f"{target.stem}-{digest.hexdigest()}.data"
+
+
+def _copy_data(path: Path, target: Path, advance: Callable[[int], None] | None) -> str:
+    """Copy a data file next to a model, by the file system, under its name; nothing if it is there."""
+    name = _named(target, path)
     copy = target.parent / name
-    if copy.exists() and os.path.samefile(path, copy):
-        return name
     if not (copy.exists() and copy.stat().st_size == path.stat().st_size):
         handle, temporary = _temporary(target)
         os.close(handle)
-        _commit(temporary, copy, lambda: shutil.copyfile(path, temporary))
+
+        def fill() -> None:
+            _copy(path, Path(temporary), advance)
+            _sync(Path(temporary))
+
+        _commit(temporary, copy, fill)
     return name
+
+
+def _copy(path: Path, to: Path, advance: Callable[[int], None] | None) -> None:
+    """The content of a file, in the kernel and without its holes where the system can, else by shutil."""
+    if not hasattr(os, "copy_file_range"):
+        shutil.copyfile(path, to)
+        return
+    with path.open("rb") as source, to.open("r+b") as target:
+        size, at = os.fstat(source.fileno()).st_size, 0
+        os.truncate(to, size)
+        try:
+            while at < size:
+                at = os.lseek(source.fileno(), at, os.SEEK_DATA)
+                end = os.lseek(source.fileno(), at, os.SEEK_HOLE)
+                while at < end:
+                    done = os.copy_file_range(source.fileno(), target.fileno(), min(end - at, CHUNK), at, at)
+                    if not done:
+                        raise OSError(errno.EIO, "the file became shorter while it was copied")
+                    at += done
+                    if advance is not None:
+                        advance(at)
+        except OSError as why:
+            if why.errno == errno.ENXIO:  # a hole reaches to the end
+                return
+            if why.errno not in (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+            shutil.copyfile(path, to)  # file systems that cannot
+
+
+def _sync(path: Path) -> None:
+    """Have a file on the disk before its name is."""
+    with path.open("rb") as f:
+        os.fsync(f.fileno())
 
 
 def write_bytes(data: bytes, target: Path) -> None:

@@ -168,7 +168,7 @@ def files(job: Job, provider: str, folder: Path) -> Files:
 
 def race(job: Job, files: Files, threads: int, provider: str, seconds: float) -> Iterator[dict[str, Any]]:
     """Run all contenders in turns, for each input."""
-    sessions = {name: session(path, threads, provider, name == "normfuse normfuse" and library.available())
+    sessions = {name: session(path, threads, provider, name == "normfuse normfuse" and library.library_path() is not None)
                 for name, path in files.made.items()}  # fmt: skip
     for label, inputs in job.inputs.items():
         first = {name: s.run(None, inputs)[0] for name, s in sessions.items()}
@@ -240,7 +240,7 @@ def main() -> None:
         if ratios:
             print(f"{name}: ratio {min(ratios):.3f} to {max(ratios):.3f}, median {statistics.median(ratios):.3f}; "
                   f"over {LIMIT} in {sum(x > LIMIT for x in ratios)} of {len(ratios)}")  # fmt: skip
-    about = {"hidden": HIDDEN, "layers": LAYERS, "inner": INNER, "library": library.available()}
+    about = {"hidden": HIDDEN, "layers": LAYERS, "inner": INNER, "library": library.library_path() is not None}
     save(given.out, {"shapes": about, "notes": notes, "models": results})
 
 

@@ -1,0 +1,167 @@
+"""From a torch module to an optimised ONNX file in one call."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from normfuse.config import Config
+from normfuse.errors import InputError, UnsupportedError, VerificationError
+from normfuse.report import Report
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+EXPERTS = "batched_mm"
+"""The implementation of transformers' experts that torch's exporter takes; others loop over what the data chooses."""
+OURS = {
+    "f": "give the file as the argument path",
+    "dynamo": "NormFuse exports by torch.export; the old exporter is torch.onnx.export(..., dynamo=False), whose file "
+              "normfuse.rewrite takes",
+    "external_data": "weights go beside the file where they are large",
+    "export_params": "the weights are always part of the model",
+}  # fmt: skip
+
+
+def export(module: Any, args: tuple[Any, ...] | None, path: str | Path, config: Config | None = None, *,
+           overwrite: bool = False, progress: Callable[[str, float], None] | None = None,
+           **options: Any) -> Report:  # fmt: skip
+    """Export a module by `torch.onnx.export(module, args, dynamo=True, **options)`, fuse its norms, check, and save.
+
+    `module`: a `torch.nn.Module`, `torch.export.ExportedProgram`, or a `torch.onnx.ONNXProgram` that was made before
+    (then `args` are only used to verify, and there are no `options`). `options` are those of `torch.onnx.export`, such
+    as `kwargs`, `dynamic_shapes`, `opset_version`, `input_names`. The module is left as it is: its mode, and the
+    implementation of its experts, which torch's exporter takes in one form only.
+
+    Weights of more than 256 MiB are saved beside `path`, in a file named by its content. With
+    `Config(verify="model")` the result is compared with the export as it was, in ONNX Runtime, on `args`.
+
+    Raises `InputError` for what is no module, options that contradict this, or an output that may not be written,
+    `UnsupportedError` where torch's exporter does not take the module, `VerificationError` where the results differ;
+    then nothing is written.
+    """
+    from normfuse.api import _kind, _quiet_collector, _rewrite_ir
+    from normfuse.io import files
+
+    config, target, started = config or Config(), Path(path), time.perf_counter()
+    for name, why in OURS.items():
+        if name in options:
+            raise InputError(f"normfuse.export takes no option {name!r}: {why}")
+    files.check_target(None, target, overwrite, False)
+    program = module
+    if not any(f"{t.__module__}.{t.__name__}".endswith(".ONNXProgram") for t in type(module).__mro__):
+        program = _exported(module, args, options)
+    elif options:
+        raise InputError(f"the program is exported already; {next(iter(options))!r} has no effect")
+    exported = time.perf_counter()
+    assert _kind(program) == "program"
+    with _quiet_collector():
+        model = program.model.clone()
+        report, *_ = _rewrite_ir(model, config, progress)
+    if config.verify == "model":
+        report.model_check = _compare(program.model, model, args, options.get("kwargs"), target)
+    if progress is not None:
+        progress("saving", 0.9)
+    planned = time.perf_counter()
+    size = files.write_new(model, target)
+    done = time.perf_counter()
+    report.notes.append(f"exported by torch.onnx.export at opset {report.opset}; {size / 2**20:.1f} MiB of weights")
+    report.seconds |= {"export": exported - started, "save": done - planned, "total": done - started}
+    report.seconds = {k: round(v, 4) for k, v in report.seconds.items()}
+    return report
+
+
+def _exported(module: Any, args: tuple[Any, ...] | None, options: dict[str, Any]) -> Any:
+    """The ONNXProgram of a module."""
+    import torch
+
+    if not isinstance(module, (torch.nn.Module, torch.export.ExportedProgram)):
+        raise InputError(f"a {type(module).__name__} cannot be exported; give a torch.nn.Module, ExportedProgram or "
+                         "ONNXProgram")  # fmt: skip
+    if not isinstance(args, tuple):
+        raise InputError(f"args is a {type(args).__name__}; give the positional arguments of the module as a tuple")
+    training = [m for m in module.modules() if m.training] if isinstance(module, torch.nn.Module) else []
+    with _experts(module), _silent(), torch.no_grad():
+        try:
+            program = torch.onnx.export(module, args, dynamo=True, **{"verbose": False, **options})
+        except TypeError as why:
+            if "unexpected keyword" in str(why):
+                raise InputError(f"torch.onnx.export: {why}") from why
+            raise UnsupportedError(_failed(module, why)) from why
+        except Exception as why:
+            raise UnsupportedError(_failed(module, why)) from why
+        finally:
+            for part in training:
+                part.training = True
+    return program
+
+
+def _failed(module: Any, why: BaseException) -> str:
+    reason = why.__cause__ or why
+    line = next((text.strip() for text in str(reason).splitlines() if text.strip()), type(reason).__name__)
+    return (f"torch.onnx.export does not take this {type(module).__name__}: {type(reason).__name__}: {line[:300]}; "
+            "see whether torch.export.export(module, args) takes it, and give dynamic_shapes for sizes that vary")
+
+
+@contextlib.contextmanager
+def _experts(module: Any) -> Iterator[None]:
+    """Let transformers' mixtures of experts compute all experts at once, as long as this lasts."""
+    before: dict[int, tuple[Any, Any]] = {}
+    for part in module.modules() if hasattr(module, "modules") else ():
+        config: Any = getattr(part, "config", None)
+        can = getattr(part, "_can_set_experts_implementation", None)
+        if can is not None and can() and hasattr(config, "_experts_implementation_internal"):
+            before.setdefault(id(config), (config, config._experts_implementation_internal))
+            part.set_experts_implementation(EXPERTS)
+    try:
+        yield
+    finally:
+        for config, implementation in before.values():
+            config._experts_implementation_internal = implementation
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """What the exporter logs and prints on its way is for its own developers."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    out = io.StringIO()
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+def _compare(before: ir.Model, after: ir.Model, args: tuple[Any, ...] | None, kwargs: Mapping[str, Any] | None,
+             target: Path) -> dict[str, Any]:  # fmt: skip
+    """Run the export and the result in ONNX Runtime, on the arguments where they are the graph's inputs one by one."""
+    import torch
+    from torch.utils import _pytree
+
+    from normfuse.io import files
+    from normfuse.verify import compare_models
+
+    given = [v for v in _pytree.tree_leaves((args or (), dict(kwargs or {}))) if isinstance(v, torch.Tensor)]
+    names = [str(v.name) for v in before.graph.inputs]
+    fits = len(given) == len(names)
+    inputs = {n: v.detach().cpu().numpy() for n, v in zip(names, given, strict=True)} if fits else None
+    with tempfile.TemporaryDirectory(prefix="normfuse-") as folder:
+        one, two = Path(folder) / "before.onnx", Path(folder) / "after.onnx"
+        files.write_new(before.clone(), one)
+        files.write_new(after.clone(), two)
+        found = compare_models(one, two, inputs=inputs)
+    if not found["equal"]:
+        worst = max(found["outputs"], key=lambda o: o["max_rel"] or 0.0)
+        gap = worst["max_rel"]
+        raise VerificationError(f"{target}: output {worst['name']!r} differs after the rewrite by {gap:.2g} of its "
+                                "largest element; nothing was written")  # fmt: skip
+    return found

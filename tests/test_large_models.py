@@ -1,0 +1,132 @@
+"""Models whose weights do not fit into memory: gigabytes beside the file, few of them real."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+import normfuse
+from normfuse.errors import InputError
+
+GIB = 2**30
+WIDTH = 16384
+"""A square matrix of float32 of this width is one GiB."""
+LIMIT = 1.0
+"""GiB of resident memory."""
+
+
+def large(folder: Path, gib: int) -> Path:
+    """A chain of spelled RMSNorms and matrices of one GiB each, most of the data file a hole."""
+    nodes, tensors = [], [numpy_helper.from_array(np.array(v), k) for k, v in (("two", np.float32(2)), ("last", [-1]),
+                                                                              ("eps", np.float32(1e-6)))]  # fmt: skip
+    data = folder / "weights.bin"
+    with data.open("wb") as f:
+        f.truncate(gib * GIB)
+        for i in range(gib):
+            f.seek(i * GIB)
+            f.write(np.eye(1, WIDTH, dtype="f4").tobytes())
+    x = "x"
+    for i in range(gib):
+        tensors.append(numpy_helper.from_array(np.linspace(0.5, 1.5, WIDTH, dtype="f4"), f"w{i}"))
+        matrix = TensorProto(name=f"W{i}", data_type=TensorProto.FLOAT, dims=[WIDTH, WIDTH],
+                             data_location=TensorProto.EXTERNAL)  # fmt: skip
+        for key, value in (("location", "weights.bin"), ("offset", str(i * GIB)), ("length", str(GIB))):
+            matrix.external_data.add(key=key, value=value)
+        tensors.append(matrix)
+        for op, inputs, output in (("Pow", [x, "two"], "q"), ("ReduceMean", [f"q{i}", "last"], "m"),
+                                   ("Add", [f"m{i}", "eps"], "e"), ("Sqrt", [f"e{i}"], "t"), ("Div", [x, f"t{i}"], "n"),
+                                   ("Mul", [f"n{i}", f"w{i}"], "y"), ("MatMul", [f"y{i}", f"W{i}"], "x")):  # fmt: skip
+            nodes.append(helper.make_node(op, inputs, [f"{output}{i}"], name=f"{op}{i}"))
+        x = f"x{i}"
+    values = [helper.make_tensor_value_info(v, TensorProto.FLOAT, [1, 2, WIDTH]) for v in ("x", x)]
+    graph = helper.make_graph(nodes, "large", values[:1], values[1:], tensors)
+    source = folder / "large.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), source)
+    return source
+
+
+def rewritten(source: Path, out: Path, *more: str) -> tuple[dict[str, int], float]:
+    """What the command says, and the GiB of resident memory that it took at most."""
+    code = ("import resource, sys; from normfuse.cli import main; code = main(sys.argv[1:]); "
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr); sys.exit(code)")  # fmt: skip
+    command = [sys.executable, "-c", code, "rewrite", str(source), str(out), "--json", *more]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout), int(done.stderr.splitlines()[-1]) / 2**20
+
+
+@pytest.mark.parametrize("gib", [3, pytest.param(6, marks=pytest.mark.slow)])
+def test_memory(gib: int, tmp_path: Path) -> None:
+    source, out = large(tmp_path, gib), tmp_path / "out.onnx"
+    found, memory = rewritten(source, out, "--external-data", "reference")
+    print(f"{gib} GiB of weights, referred to: {memory:.2f} GiB resident")
+    assert found["fused"] == gib and memory < LIMIT
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["large.onnx", "out.onnx", "weights.bin"]
+    found, memory = rewritten(source, out, "--overwrite")
+    print(f"{gib} GiB of weights, copied: {memory:.2f} GiB resident")
+    assert found["fused"] == gib and memory < LIMIT
+    (data,) = tmp_path.glob("out-*.data")
+    assert data.stat().st_size == gib * GIB
+    assert data.stat().st_blocks * 512 < GIB  # holes stay holes
+    for path in (source, out):
+        made = onnx.load(path, load_external_data=False)
+        assert {e.value for t in made.graph.initializer for e in t.external_data if e.key == "location"} == {
+            data.name if path == out else "weights.bin"}  # fmt: skip
+    with data.open("rb") as f:
+        f.seek((gib - 1) * GIB)
+        assert np.frombuffer(f.read(4 * WIDTH), "f4").tolist() == [1.0] + [0.0] * (WIDTH - 1)
+    onnx.checker.check_model(out)
+
+
+def test_a_reference_out_of_the_folder(tmp_path: Path) -> None:
+    source = large(tmp_path, 1)
+    (tmp_path / "other").mkdir()
+    with pytest.raises(InputError, match=r"may only refer to files in its own folder or below.*--external-data copy"):
+        normfuse.rewrite(source, tmp_path / "other" / "out.onnx", external_data="reference")
+    assert not list((tmp_path / "other").iterdir())
+    with pytest.raises(InputError, match="external_data='link' is not known"):
+        normfuse.rewrite(source, tmp_path / "out.onnx", external_data="link")
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    (tmp_path / "weights.bin").rename(inside / "weights.bin")
+    made = onnx.load(source, load_external_data=False)
+    for tensor in made.graph.initializer:
+        for entry in tensor.external_data:
+            entry.value = "inside/weights.bin" if entry.key == "location" else entry.value
+    onnx.save(made, source)
+    normfuse.rewrite(source, tmp_path / "out.onnx", external_data="reference")
+    onnx.checker.check_model(tmp_path / "out.onnx")
+
+
+@pytest.mark.parametrize("flags", [(), ("-q",), ("--json",)])
+def test_a_bar_on_a_terminal_only(flags: tuple[str, ...], tmp_path: Path) -> None:
+    source = large(tmp_path, 1)
+    code = ("import normfuse.cli_print as p, sys; p.PATIENCE = 0; from normfuse.cli import main; "
+            "sys.exit(main(sys.argv[1:]))")  # fmt: skip
+    command = [sys.executable, "-c", code, "rewrite", str(source), str(tmp_path / "out.onnx"), *flags]
+    ours, theirs = pty.openpty()
+    done = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, env=os.environ | {"TERM": "xterm"})
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            block = os.read(ours, 65536)
+        except OSError:  # the other end is closed
+            break
+        if not block:
+            break
+        shown += block
+    os.close(ours)
+    out = done.communicate()[0]
+    assert done.returncode == 0 and b"\x1b" not in out
+    assert (b"copying weights" in shown) == (flags != ("-q",))
+    piped = subprocess.run([*command, "--overwrite"], capture_output=True, check=True)
+    assert b"copying weights" not in piped.stderr + piped.stdout
