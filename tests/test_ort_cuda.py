@@ -18,13 +18,14 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from onnx.reference import ReferenceEvaluator
 
 import normfuse
 from normfuse.ops import meaning
-from tests.cuda_cases import CASES
+from tests.cuda_cases import CASES, COMPUTED
 from tests.cuda_tools import FORMS, ROOT, SOURCES, numbers, text_of
 from tests.kernel_tools import Found
-from tests.test_onnx_fusions import model, rms
+from tests.test_onnx_fusions import MEET, QK, SANDWICH, SCORES, model, rms
 
 triton = pytest.importorskip("triton")
 
@@ -35,6 +36,8 @@ from tests.test_ptx import SPILLED  # noqa: E402
 ALL, SPARSE = numbers(), 61
 DATA = (SOURCES / "ptx_data.h").read_text(encoding="ascii")
 FLAGS = "-std=c11 -O2 -fPIC -shared -Wall -Wextra -Wpedantic -Werror".split()
+C = ("cuda.c", "ptx.c")
+QUICK = [name for name in CASES if name not in COMPUTED]
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
 
 
@@ -53,17 +56,17 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / out).parent.mkdir(exist_ok=True)
         subprocess.run(["cc", *FLAGS, "-o", str(folder / out), *what, "-ldl"], check=True, cwd=ROOT)
 
-    compiled("tested/tested.so", *(str(SOURCES / name) for name in ("cuda.c", "ptx.c")))
+    compiled("tested/tested.so", *(str(SOURCES / name) for name in C))
     compiled("fake/libcuda.so.1", "tests/fake_cuda.c")
     compiled("old/libcuda.so.1", "tests/fake_cuda.c", "-DOLD")
     compiled("broken/libcuda.so.1", "tests/fake_cuda.c", "-DBROKEN")
     return folder
 
 
-def run(built: Path, driver: str, *args: str) -> str:
+def run(built: Path, driver: str, *args: str, library: str = "tested/tested.so", **more: str) -> str:
     """What the cases print where a driver is in the loader's path."""
     env = os.environ | {"TRITON_INTERPRET": "1", "LD_LIBRARY_PATH": str(built / driver),
-                        "NORMFUSE_TESTED": str(built / "tested/tested.so")}  # fmt: skip
+                        "NORMFUSE_TESTED": str(built / library)} | more  # fmt: skip
     done = subprocess.run([sys.executable, "-W", "ignore", "-m", "tests.cuda_cases", *args], cwd=ROOT, env=env,
                           capture_output=True, text=True, check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -82,6 +85,20 @@ def found(built: Path) -> dict[str, Found]:
 def test_launches(name: str, found: dict[str, Found]) -> None:
     print(name, found[name])
     assert "failed" not in found[name], found[name]["failed"]
+
+
+@needs_compiler
+def test_launches_under_a_sanitizer(built: Path) -> None:
+    found = [subprocess.run(["cc", f"-print-file-name=lib{name}.so"], capture_output=True, text=True, check=True).stdout
+             for name in ("asan", "ubsan")]  # fmt: skip
+    if not all(Path(name.strip()).is_absolute() for name in found):
+        pytest.skip("the C compiler has no sanitizers")
+    flags = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+    subprocess.run(["cc", *FLAGS, *flags, "-o", "clean.so", *(str(SOURCES / name) for name in C), "-ldl"], cwd=built,
+                   check=True)  # fmt: skip
+    said = json.loads(run(built, "fake", *QUICK, library="clean.so", ASAN_OPTIONS="detect_leaks=0",
+                          LD_PRELOAD=" ".join(map(str.strip, found))))  # fmt: skip
+    assert sorted(said) == sorted(QUICK) and not any("failed" in result for result in said.values()), said
 
 
 @needs_compiler
@@ -161,6 +178,19 @@ def test_code(library: c.CDLL) -> None:
 
 
 @needs_compiler
+@pytest.mark.parametrize("op", aot.OPS)
+def test_each_row_is_read_and_written_once(library: c.CDLL, op: str) -> None:
+    form = next(f for f in aot.FORMS if f.block == 4096)
+    variant = aot.Variant(op, "layer", aot.Types(aot.BF16, True, aot.BF16), form, 90)
+    at = next(at for at in ALL if variant_of(*at) == variant)
+    ptx, kernel = text_of(library, *at), library.nf_ptx_kernel(*at)[0]
+    per_tensor = 4096 * 16 // (128 * 32 * kernel.warps)
+    tensors = {"norm": (3, 1), "add_norm": (4, 2), "norm_add": (4, 1), "norm_add_norm": (6, 2)}[op]
+    assert accesses(ptx, "ld") == {"128": tensors[0] * per_tensor}
+    assert accesses(ptx, "st") == {"128": tensors[1] * per_tensor}
+
+
+@needs_compiler
 @pytest.mark.parametrize("gpu", ["80", "90", "100", "120"])
 def test_code_is_accepted(library: c.CDLL, tmp_path: Path, gpu: str) -> None:
     for variant, kernel in kernels(library, 2 * SPARSE, int(gpu) % 90):
@@ -219,39 +249,53 @@ def test_packing() -> None:
 UP, DOWN = "Cast<to=1>", "Cast<to=10>"
 GRAPHS = {
     "add_rms_norm": "s = Add(x, r) h = {up}(s) " + rms("h", "n") + "y = {down}(n)",
-    "norm_add": "h = {up}(x) " + rms("h", "n") + "o = {down}(n) y = Add(r, o) s = Identity(y)",
-    "norm_add_norm": "h = {up}(x) " + rms("h", "n") + "o = {down}(n) s = Add(r, o) i = {up}(s) " + rms("i", "m")
-                     + "y = {down}(m)",
-}  # fmt: skip
+    "norm_add": "h = {up}(x) " + rms("h", "n") + "o = {down}(n) s = Add(r, o) y = Identity(s)",
+}
+WHOLE = {"norm_add_norm": (SANDWICH.replace("EPS", "eps"), {}), "qk_norm": (QK.replace("EPS", "eps") + MEET, SCORES)}
+
+
+def on_the_gpu(made: onnx.ModelProto, op: str, folder: Path, feeds: dict[str, Any]) -> list[Any]:
+    """What a model gives on the GPU when it is rewritten, where its operators of a name really run."""
+    ort = pytest.importorskip("onnxruntime")
+    if "CUDAExecutionProvider" not in ort.get_available_providers() or not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU, or an ONNX Runtime without CUDA")
+    onnx.save(made, folder / "in.onnx")
+    normfuse.rewrite(folder / "in.onnx", folder / "out.onnx", normfuse.Config(target="normfuse"))
+    options = ort.SessionOptions()
+    options.enable_profiling, options.profile_file_prefix = True, str(folder / "profile")
+    importlib.import_module("normfuse.ort").register(options)
+    session = ort.InferenceSession(folder / "out.onnx", options, providers=[("CUDAExecutionProvider", {"use_tf32": 0})])
+    assert session.get_providers()[0] == "CUDAExecutionProvider"
+    found: list[Any] = session.run(None, feeds)
+    events = [e.get("args", {}) for e in json.loads(Path(session.end_profiling()).read_text())]
+    where = {e["provider"] for e in events if e.get("op_name", "").startswith(op) and "provider" in e}
+    assert where == {"CUDAExecutionProvider"}
+    return found
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("op", GRAPHS)
-def test_on_a_gpu(op: str, half: bool, tmp_path: Path) -> None:
-    ort = pytest.importorskip("onnxruntime")
-    if "CUDAExecutionProvider" not in ort.get_available_providers() or not torch.cuda.is_available():
-        pytest.skip("no CUDA GPU, or an ONNX Runtime without CUDA")
+def test_an_operator_on_a_gpu(op: str, half: bool, tmp_path: Path) -> None:
     names = {"up": UP, "down": DOWN} if half else dict.fromkeys(("up", "down"), "Identity")
-    kind = "float16" if half else "float"
-    made = model(GRAPHS[op].format(**names), "y s", types=dict.fromkeys("xrys", f"{kind}[2,3,16]"))
-    onnx.save(made, tmp_path / "in.onnx")
-    normfuse.rewrite(tmp_path / "in.onnx", tmp_path / "out.onnx", normfuse.Config(target="normfuse"))
-    options = ort.SessionOptions()
-    options.enable_profiling, options.profile_file_prefix = True, str(tmp_path / "profile")
-    importlib.import_module("normfuse.ort").register(options)
-    session = ort.InferenceSession(tmp_path / "out.onnx", options, providers=["CUDAExecutionProvider"])
-    assert session.get_providers()[0] == "CUDAExecutionProvider"
+    types = dict.fromkeys("xrys", f"{'float16' if half else 'float'}[2,3,16]")
     feeds = {v: np.random.default_rng(i).standard_normal((2, 3, 16)).astype("f2" if half else "f4")
              for i, v in enumerate("xr")}  # fmt: skip
-    y, s = (torch.from_numpy(v) for v in session.run(["y", "s"], feeds))
-    events = json.loads(Path(session.end_profiling()).read_text())
-    where = {e["args"]["provider"] for e in events if e.get("args", {}).get("op_name", "").startswith(op)}
-    assert where == {"CUDAExecutionProvider"}
+    y, s = map(torch.from_numpy, on_the_gpu(model(GRAPHS[op].format(**names), "y s", types=types), op, tmp_path, feeds))
     x, r, w = (*(torch.from_numpy(feeds[v]) for v in "xr"), torch.linspace(0.5, 1.5, 16))
     how = (1e-6, 0.0, "last", x.dtype)
-    want = {"add_rms_norm": lambda: meaning.add_norm(x, r, w, None, *how),
-            "norm_add": lambda: (meaning.norm_add(x, r, w, None, *how),) * 2,
-            "norm_add_norm": lambda: meaning.norm_add_norm(x, r, w, None, w, None, *how)}[op]()  # fmt: skip
-    close: dict[str, Any] = {"rtol": 2e-3, "atol": 2e-3} if half else {"rtol": 1e-5, "atol": 1e-5}
-    torch.testing.assert_close((y, s), want, **close)
+    want = meaning.add_norm(x, r, w, None, *how) if op == "add_rms_norm" else (
+        meaning.norm_add(x, r, w, None, *how),) * 2  # fmt: skip
+    close = 2e-3 if half else 1e-5
+    torch.testing.assert_close((y, s), want, rtol=close, atol=close)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", WHOLE)
+def test_a_model_on_a_gpu(op: str, tmp_path: Path) -> None:
+    lines, types = WHOLE[op]
+    made = model(lines, "y", inputs="x", types=types)
+    feeds = {"x": np.random.default_rng(0).standard_normal((2, 3, 16)).astype("f4")}
+    (found,) = on_the_gpu(made, op, tmp_path, feeds)
+    want: Any = ReferenceEvaluator(made).run(None, feeds)
+    np.testing.assert_allclose(found, want[0], rtol=1e-4, atol=1e-5)

@@ -82,8 +82,11 @@ class Variant(NamedTuple):
 
     def exists(self) -> bool:
         """A sandwich's two norms are alike, so that its results are of the type of x; it has no form in blocks."""
-        fits = self.form.entry == "tile" and self.form.block * 2 <= launch.ON_CHIP
-        return self.op != "norm_add_norm" or (self.types.x == self.types.result and fits)
+        (x, _, result), (entry, block, _) = self.types, self.form
+        if self.op == "norm_add_norm":
+            return x == result and entry == "tile" and block * self.tensors() <= launch.ON_CHIP
+        # a sum in float32 and a result in a half type are too much for the registers of a program on sm_80
+        return not (self.op == "add_norm" and x == F32 != result and block == launch.ON_CHIP)
 
 
 class Kernel(NamedTuple):

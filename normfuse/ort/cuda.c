@@ -8,7 +8,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 
+#ifndef NORMFUSE_CUDA
 #define NORMFUSE_CUDA
+#endif
 #include "ops.h"
 #include "ptx.h"
 
