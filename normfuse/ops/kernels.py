@@ -4,9 +4,9 @@
 A program takes a tile of ROWS rows by BLOCK columns, reads it once and keeps it on chip; only rows that do not fit
 (`forward_long`) are read twice. A tensor comes as its *view*: ``(pointer, stride, ...)``, the strides of one to three
 leading axes whose `sizes` all tensors of a launch share, the first of them put as 1; the last axis has stride 1. There
-are m rows, and no kernel is compiled anew for another m. C is the type of the arithmetic, float32 or float64; every
-rounding to another type is written out with `rounded` or `round_to`, because the order of roundings is the meaning of
-an operator.
+are m rows, and no kernel is compiled anew for another m. n and eps are constants of `How` or, in kernels compiled ahead
+of time (`kernels_aot`), arguments. C is the type of the arithmetic, float32 or float64; every rounding to another type
+is written out with `rounded` or `round_to`, because the order of roundings is the meaning of an operator.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ INTERPRET = tl.constexpr(bool(knobs.runtime.interpret))
 
 @dataclass(frozen=True)
 class How:
-    """What a kernel is compiled for; triton types are `Any`."""
+    """What a kernel is compiled for; triton types are `Any`. `optional`: a weight or bias may be a null pointer."""
 
     n: int
     rows: int
@@ -39,6 +39,7 @@ class How:
     applied: Any = None
     result: Any = None
     applied2: Any = None
+    optional: bool = False
 
 
 # -- numbers -----------------------------------------------------------------------------------------------------------
@@ -73,7 +74,7 @@ def rounded(v, target: tl.constexpr):
 
 
 @triton.jit
-def mean(v, n: tl.constexpr):
+def mean(v, n):
     """The mean of N columns, (ROWS, 1); what lies beyond them is 0."""
     total = tl.sum(v, 1, keep_dims=True)
     if v.dtype == tl.float64:
@@ -115,16 +116,31 @@ def write(view, row, sizes, cols, inside, v):
 
 
 @triton.jit
-def parameter(p, cols, how: tl.constexpr):
-    """A weight or bias in C, (1, BLOCK)."""
-    return widen(tl.load(p + cols, mask=cols < how.n, other=0.0), how.c)
+def parameter(p, cols, n, added: tl.constexpr, how: tl.constexpr):
+    """A weight or, to be added, a bias in C, (1, BLOCK); what changes nothing where it is a null pointer."""
+    if how.optional:
+        there = p.to(tl.int64, bitcast=True) != 0
+        value = tl.load(p + cols, mask=(cols < n) & there, other=minus_zero(p) if added else 1.0)
+    else:
+        value = tl.load(p + cols, mask=cols < n, other=0.0)
+    return widen(value, how.c)
 
 
 @triton.jit
-def rows_of(tile, m, cols, how: tl.constexpr):
+def minus_zero(p):
+    """-0.0 of the type that p points to: added even to itself it changes nothing. Triton takes the literal for 0.0."""
+    if p.dtype.element_ty.primitive_bitwidth == 16:
+        bits = tl.full([1, 1], -0x8000, tl.int16)
+    else:
+        bits = tl.full([1, 1], -0x80000000, tl.int32)
+    return bits.to(p.dtype.element_ty, bitcast=True)
+
+
+@triton.jit
+def rows_of(tile, m, cols, n, how: tl.constexpr):
     """The rows of a tile, (ROWS, 1), and which of its elements there are."""
     row = tile * how.rows + tl.arange(0, how.rows)[:, None]
-    inside = cols < how.n
+    inside = cols < n
     if how.rows > 1:
         inside = inside & (row < m)
     return row, inside
@@ -145,61 +161,61 @@ def summand(x, r, row, sizes, cols, inside, how: tl.constexpr):
 
 
 @triton.jit
-def centred(h, cols, how: tl.constexpr):
+def centred(h, cols, n, how: tl.constexpr):
     """x - mean(x) of a layer norm, in two passes over a tile on chip: E[x^2] - E[x]^2 would cancel."""
     if how.layer:
-        h = tl.where(cols < how.n, h - mean(h, how.n), 0.0)
+        h = tl.where(cols < n, h - mean(h, n), 0.0)
     return h
 
 
 @triton.jit
-def normalised(h, cols, how: tl.constexpr):
-    """n, and the inverse root that it was multiplied with."""
-    h = centred(h, cols, how)
-    rstd = inverse_root(mean(h * h, how.n) + how.eps)
+def normalised(h, cols, n, eps, how: tl.constexpr):
+    """h normalised, and the inverse root that it was multiplied with."""
+    h = centred(h, cols, n, how)
+    rstd = inverse_root(mean(h * h, n) + eps)
     return h * rstd, rstd
 
 
 @triton.jit
-def affine(n, w, b, cols, narrow: tl.constexpr, applied: tl.constexpr, how: tl.constexpr):
-    """n * (offset + weight) + bias, each step rounded to applied."""
+def affine(h, w, b, cols, n, narrow: tl.constexpr, applied: tl.constexpr, how: tl.constexpr):
+    """h * (offset + weight) + bias, each step rounded to applied."""
     if how.first:
-        n = rounded(n, narrow)
+        h = rounded(h, narrow)
     if w is not None:
-        scale = parameter(w, cols, how)
+        scale = parameter(w, cols, n, False, how)
         if how.offset != 0.0:
             scale = rounded(scale + how.offset, applied)
-        n = rounded(n * scale, applied)
+        h = rounded(h * scale, applied)
     if b is not None:
-        n = rounded(n + parameter(b, cols, how), applied)
-    return n
+        h = rounded(h + parameter(b, cols, n, True, how), applied)
+    return h
 
 
 @triton.jit
-def forward_tile(tile, x, r, y, s, w, b, w2, b2, m, sizes, how: tl.constexpr):
+def forward_tile(tile, x, r, y, s, w, b, w2, b2, m, n, eps, sizes, how: tl.constexpr):
     """One tile of `norm`, `add_norm`, `norm_add` or `norm_add_norm`, by `how.what`."""
     cols = tl.arange(0, how.block)[None, :]
-    row, inside = rows_of(tile, m, cols, how)
+    row, inside = rows_of(tile, m, cols, n, how)
     if how.what == "add_norm":
         h = summand(x, r, row, sizes, cols, inside, how)
         write(s, row, sizes, cols, inside, h)
     else:
         h = summand(x, None, row, sizes, cols, inside, how)
-    h, _ = normalised(h, cols, how)
-    h = affine(h, w, b, cols, how.narrow, how.applied, how)
+    h, _ = normalised(h, cols, n, eps, how)
+    h = affine(h, w, b, cols, n, how.narrow, how.applied, how)
     if how.what == "norm_add" or how.what == "norm_add_norm":
         h = rounded(h, how.result) + read(r, row, sizes, cols, inside, how.c)
     if how.what == "norm_add_norm":
         write(s, row, sizes, cols, inside, h)
-        h, _ = normalised(rounded(h, s[0].dtype.element_ty), cols, how)
-        h = affine(h, w2, b2, cols, s[0].dtype.element_ty, how.applied2, how)
+        h, _ = normalised(rounded(h, s[0].dtype.element_ty), cols, n, eps, how)
+        h = affine(h, w2, b2, cols, n, s[0].dtype.element_ty, how.applied2, how)
     write(y, row, sizes, cols, inside, h)
 
 
 @triton.jit(do_not_specialize=["m"])
 def forward(x, r, y, s, w, b, w2, b2, m, sizes, how: tl.constexpr):
     """Grid (tiles,): every program one tile."""
-    forward_tile(tl.program_id(0), x, r, y, s, w, b, w2, b2, m, sizes, how)
+    forward_tile(tl.program_id(0), x, r, y, s, w, b, w2, b2, m, how.n, how.eps, sizes, how)
 
 
 @triton.jit(do_not_specialize=["tiles", "m", "m2"])
@@ -207,16 +223,16 @@ def forward_pair(tiles, x, y, w, b, m, sizes, how: tl.constexpr, x2, y2, w2, b2,
     """`qk_norm`: the first `tiles` programs are q's, the others k's."""
     tile = tl.program_id(0)
     if tile < tiles:
-        forward_tile(tile, x, None, y, None, w, b, None, None, m, sizes, how)
+        forward_tile(tile, x, None, y, None, w, b, None, None, m, how.n, how.eps, sizes, how)
     else:
-        forward_tile(tile - tiles, x2, None, y2, None, w2, b2, None, None, m2, sizes2, how2)
+        forward_tile(tile - tiles, x2, None, y2, None, w2, b2, None, None, m2, how2.n, how2.eps, sizes2, how2)
 
 
 # -- rows too long for a program's registers ---------------------------------------------------------------------------
 
 
 @triton.jit
-def long_statistics(x, r, row, sizes, how: tl.constexpr):
+def long_statistics(x, r, row, n, eps, sizes, how: tl.constexpr):
     """The mean (0 for an RMS norm) and the inverse root of a row, (1, 1) each, read once in blocks.
 
     Every column of a block has a mean and a sum of squares about it of its own, by Welford; Chan's formula joins them.
@@ -225,8 +241,8 @@ def long_statistics(x, r, row, sizes, how: tl.constexpr):
     centre = tl.full([1, how.block], 0.0, how.c)
     squares = tl.full([1, how.block], 0.0, how.c)
     blocks = tl.full([1, 1], 0.0, how.c)
-    for start in range(0, how.n, how.block):
-        inside = start + lane < how.n
+    for start in range(0, n, how.block):
+        inside = start + lane < n
         h = summand(x, r, row, sizes, start + lane, inside, how)
         if how.layer:
             blocks += 1.0
@@ -236,30 +252,36 @@ def long_statistics(x, r, row, sizes, how: tl.constexpr):
         else:
             squares += h * h
     if how.layer:
-        last = (how.n - 1) % how.block  # the last column of the last block
+        last = (n - 1) % how.block  # the last column of the last block
         seen = tl.where(lane <= last, blocks, blocks - 1.0)
-        middle = mean(centre * seen, how.n)
+        middle = mean(centre * seen, n)
         squares += seen * (centre - middle) * (centre - middle)
     else:
         middle = blocks
-    return middle, inverse_root(mean(squares, how.n) + how.eps)
+    return middle, inverse_root(mean(squares, n) + eps)
 
 
 @triton.jit
-def forward_long(x, r, y, s, w, b, sizes, how: tl.constexpr):
-    """Grid (M,): `norm`, `add_norm` or `norm_add` of one row, in blocks."""
+def forward_row(x, r, y, s, w, b, n, eps, sizes, how: tl.constexpr):
+    """`norm`, `add_norm` or `norm_add` of one row, in blocks."""
     row = tl.program_id(0) + tl.zeros([1, 1], tl.int32)
     added = r if how.what == "add_norm" else None
-    middle, rstd = long_statistics(x, added, row, sizes, how)
-    for start in range(0, how.n, how.block):
+    middle, rstd = long_statistics(x, added, row, n, eps, sizes, how)
+    for start in range(0, n, how.block):
         cols = start + tl.arange(0, how.block)[None, :]
-        inside = cols < how.n
+        inside = cols < n
         h = summand(x, added, row, sizes, cols, inside, how)
         if s is not None:
             write(s, row, sizes, cols, inside, h)
         if how.layer:
             h -= middle
-        h = affine(h * rstd, w, b, cols, how.narrow, how.applied, how)
+        h = affine(h * rstd, w, b, cols, n, how.narrow, how.applied, how)
         if how.what == "norm_add":
             h = rounded(h, how.result) + read(r, row, sizes, cols, inside, how.c)
         write(y, row, sizes, cols, inside, h)
+
+
+@triton.jit
+def forward_long(x, r, y, s, w, b, sizes, how: tl.constexpr):
+    """Grid (M,): every program one row."""
+    forward_row(x, r, y, s, w, b, how.n, how.eps, sizes, how)

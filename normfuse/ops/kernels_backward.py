@@ -31,7 +31,7 @@ def scaled(d, w, cols, how: tl.constexpr):
 @triton.jit
 def gradient(h, d, w, cols, how: tl.constexpr):
     """(dx, n) of a tile of rows h, where d is the gradient of their norm."""
-    n, rstd = normalised(h, cols, how)
+    n, rstd = normalised(h, cols, how.n, how.eps, how)
     g = scaled(d, w, cols, how)
     dx = g - n * mean(g * n, how.n)
     if how.layer:
@@ -58,7 +58,7 @@ def backward_tiles(program, programs, dy, ds, x, dx, w, dw, db, x1, dx1, w1, dw1
     sum_w1 = tl.full([how.rows, how.block], 0.0, how.c)
     sum_b1 = tl.full([how.rows, how.block], 0.0, how.c)
     for tile in range(program, tl.cdiv(m, how.rows), programs):
-        row, inside = rows_of(tile, m, cols, how)
+        row, inside = rows_of(tile, m, cols, how.n, how)
         d = read(dy, row, sizes, cols, inside, how.c)
         h = read(x, row, sizes, cols, inside, how.c)
         out, n = gradient(h, d, w, cols, how)
@@ -111,7 +111,7 @@ def backward_long(dy, ds, x, dx, w, statistics, sizes, how: tl.constexpr):
     """Grid (M,): dx of one row in blocks; `statistics` (M, 2), or None, gets its mean and inverse root."""
     row = tl.program_id(0) + tl.zeros([1, 1], tl.int32)
     lane = tl.arange(0, how.block)[None, :]
-    middle, rstd = long_statistics(x, None, row, sizes, how)
+    middle, rstd = long_statistics(x, None, row, how.n, how.eps, sizes, how)
     if statistics is not None:
         tl.store(statistics + 2 * row.to(tl.int64), middle)
         tl.store(statistics + 2 * row.to(tl.int64) + 1, rstd)
@@ -147,7 +147,7 @@ def partials_long(dy, x, statistics, dw, db, m, sizes, how: tl.constexpr):
     sum_w = tl.full([how.rows, how.block], 0.0, how.c)
     sum_b = tl.full([how.rows, how.block], 0.0, how.c)
     for tile in range(tl.program_id(1), tl.cdiv(m, how.rows), tl.num_programs(1)):
-        row, inside = rows_of(tile, m, cols, how)
+        row, inside = rows_of(tile, m, cols, how.n, how)
         d = read(dy, row, sizes, cols, inside, how.c)
         sum_b += d
         if dw is not None:
