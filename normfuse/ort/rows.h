@@ -61,15 +61,17 @@ static INLINE V FN(ld)(int type, const void *from, long long i, long long k) {
   return type == F16 ? FN(from_f16)(half) : FN(from_bf16)(half);
 }
 
-static INLINE void FN(st)(int type, void *to, long long i, long long k, V v) {
+/* Store k elements; the values that are then there. */
+static INLINE V FN(st)(int type, void *to, long long i, long long k, V v) {
   if (type == F32) {
     if (k == W) __builtin_memcpy((float *)to + i, &v, sizeof v);
     else __builtin_memcpy((float *)to + i, &v, (size_t)k * 4);
-    return;
+    return v;
   }
   H half = type == F16 ? FN(to_f16)(v) : FN(to_bf16)(v);
   if (k == W) __builtin_memcpy((uint16_t *)to + i, &half, sizeof half);
   else __builtin_memcpy((uint16_t *)to + i, &half, (size_t)k * 2);
+  return type == F16 ? FN(from_f16)(half) : FN(from_bf16)(half);
 }
 
 static INLINE V FN(rounded)(int type, V v) {
@@ -84,8 +86,8 @@ static INLINE double FN(lanes)(const D *v) {
 
 enum { FN(SUM), FN(SQUARES), FN(CENTRED) };
 
-/* Sums over a row v = x, x + r or x - pivot: of v (SUM), of v^2 (SQUARES), or of both (CENTRED, that of v in *linear). x or
- * x + r is stored in s, and as floats in h, where these are given. */
+/* Sums over a row v = x, x + r or x - pivot: of v (SUM), of v^2 (SQUARES), or of both (CENTRED, that of v in *linear). x + r
+ * goes to s, and is what s then holds; v as floats goes to h, where that is given. */
 static INLINE double FN(sum)(int type, int mode, const void *x, const void *r, float pivot, void *s, float *h, long long n,
                              double *linear) {
   D total = {0}, first = {0};
@@ -93,8 +95,7 @@ static INLINE double FN(sum)(int type, int mode, const void *x, const void *r, f
 #define TERM(A, I, K)                                        \
   do {                                                       \
     V v = FN(ld)(type, x, I, K);                             \
-    if (r) v = FN(rounded)(type, v + FN(ld)(type, r, I, K)); \
-    if (s) FN(st)(type, s, I, K, v);                         \
+    if (r) v = FN(st)(type, s, I, K, v + FN(ld)(type, r, I, K)); \
     if (h) FN(st)(F32, h, I, K, v);                          \
     if (mode == FN(CENTRED)) v -= pivot, lin[A] += v;        \
     acc[A] += mode == FN(SUM) ? v : v * v;                   \
@@ -130,14 +131,17 @@ static INLINE double FN(sum)(int type, int mode, const void *x, const void *r, f
 /* out = affine(rstd * (h - pivot - rest)) [+ res], with a rounding where the types ask for one. */
 static INLINE void FN(scale)(int first, int affine, int result, int layer, const float *h, float pivot, float rest, float rstd,
                              const float *w, const float *b, const void *res, void *out, long long n) {
+  int last = affine == result && !res; /* what is stored is rounded anyway */
 #define ELEMENTS(I, K)                                                     \
   do {                                                                     \
     V v = FN(ld)(F32, h, I, K);                                            \
     if (layer) v = v - pivot - rest;                                       \
     v = FN(rounded)(first, v * rstd);                                      \
-    if (w) v = FN(rounded)(affine, v * FN(ld)(F32, w, I, K));              \
-    if (b) v = FN(rounded)(affine, v + FN(ld)(F32, b, I, K));              \
-    if (res) v = FN(rounded)(result, v) + FN(ld)(result, res, I, K);       \
+    if (w) v *= FN(ld)(F32, w, I, K);                                      \
+    if (w && (b || !last)) v = FN(rounded)(affine, v);                     \
+    if (b) v += FN(ld)(F32, b, I, K);                                      \
+    if (b && !last) v = FN(rounded)(affine, v);                            \
+    if (res) v = (affine == result ? v : FN(rounded)(result, v)) + FN(ld)(result, res, I, K);       \
     FN(st)(result, out, I, K, v);                                          \
   } while (0)
   long long i = 0;
