@@ -2,7 +2,8 @@
 
 python -m tests.bench.ort_ops [--repeats 30] [--types float32 float16] [--out FILE.json]
 
-A model is a chain of 12 times `s = x + residual; y = norm(s)`, y and s the next x and residual. The forms take turns in a random order.
+A model is a chain of 12 times `s = x + residual; y = norm(s)`, y and s the next x and residual. The forms take turns in
+a random order.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def model(nodes: list[onnx.NodeProto], shape: tuple[int, int], dtype: str) -> by
         [value(f"{n}{LENGTH}", kind, dims) for n in "ys"],
         [onnx.numpy_helper.from_array(np.asarray(a), n) for n, a in constants.items() if n in read])  # fmt: skip
     opsets = [helper.make_opsetid(*o) for o in (("", 23), ("com.microsoft", 1), (OURS, 1))]
-    return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+    return bytes(helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString())
 
 
 def session(data: bytes, threads: int) -> Any:
@@ -124,8 +125,8 @@ def race(kind: str, dtype: str, shape: tuple[int, int], threads: int, repeats: i
         seconds[name].append(time.perf_counter() - started)
     ms = {name: round(statistics.median(found) / few * 1e3, 4) for name, found in seconds.items()}
     best = min(v for name, v in ms.items() if name not in (OURS, "decomposed"))
-    return {"norm": kind, "type": dtype, "rows": shape[0], "size": shape[1], "threads": threads, "ms": ms,
-            "to_best_stock": round(ms[OURS] / best, 3), "to_decomposed": round(ms[OURS] / ms["decomposed"], 3)}  # fmt: skip
+    ratios = {"to_best_stock": round(ms[OURS] / best, 3), "to_decomposed": round(ms[OURS] / ms["decomposed"], 3)}
+    return {"norm": kind, "type": dtype, "rows": shape[0], "size": shape[1], "threads": threads, "ms": ms} | ratios
 
 
 def main() -> None:
@@ -147,8 +148,9 @@ def main() -> None:
                     print(kind, dtype, *shape, threads, found["ms"], found["to_best_stock"], found["to_decomposed"],
                           flush=True)  # fmt: skip
     head = ["norm", "type", "rows", "size", "threads", "ours, ms", "to the best stock form", "to decomposed"]
-    print("\n" + table(head, [[r["norm"], r["type"], r["rows"], r["size"], r["threads"], r["ms"][OURS], r["to_best_stock"],
-                               r["to_decomposed"]] for r in results], left=2))  # fmt: skip
+    columns = ("norm", "type", "rows", "size", "threads", "to_best_stock", "to_decomposed")
+    lines = [[r[name] for name in columns] for r in results]
+    print("\n" + table(head, [[*a[:5], r["ms"][OURS], *a[5:]] for r, a in zip(results, lines, strict=True)], left=2))
     save(given.out, {"length": LENGTH, "instructions": normfuse.ort.instructions(), "chains": results})
 
 
