@@ -317,6 +317,29 @@ def test_all_operators_at_once_load_beside_any_model() -> None:
     np.testing.assert_allclose(running.run(None, feeds)[1], 2)
 
 
+CUDA = """#include "ops.h"
+int nf_cuda_has(const Spec *spec) { return spec->op == OP_ADD_NORM; }
+const char *nf_cuda_run(const Spec *spec, const Args *args) { return (void)spec, (void)args, "not here"; }
+"""
+
+
+def test_operators_of_the_cuda_provider_do_not_disturb_the_cpu(tmp_path: Path) -> None:
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    assert compiler is not None
+    stub, path = tmp_path / "cuda.c", tmp_path / "both.so"
+    stub.write_text(CUDA)
+    sources = [str(stub), str(SOURCES / "library.c"), str(SOURCES / "cpu.c")]
+    subprocess.run([compiler, "-std=c11", "-O0", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off", "-w",
+                    "-fno-math-errno", "-DNORMFUSE_CUDA", f"-I{SOURCES}", *sources, "-lm", "-o", str(path)],
+                   check=True)  # fmt: skip
+    options = ort.SessionOptions()
+    options.register_custom_ops_library(str(path))
+    model, feeds = chain(2, (1, 8)), {n: np.ones((1, 8), "f4") for n in ("y0", "s0")}
+    running = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    for a, b in zip(running.run(None, feeds), session(model).run(None, feeds), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
 _Get, _Version = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_uint32), ctypes.CFUNCTYPE(ctypes.c_void_p)
 
 
