@@ -328,7 +328,7 @@ def test_operators_of_the_cuda_provider_do_not_disturb_the_cpu(tmp_path: Path) -
     assert compiler is not None
     stub, path = tmp_path / "cuda.c", tmp_path / "both.so"
     stub.write_text(CUDA)
-    sources = [str(stub), str(SOURCES / "library.c"), str(SOURCES / "cpu.c")]
+    sources = [str(stub), *(str(SOURCES / f) for f in ("library.c", "call.c", "cpu.c"))]
     subprocess.run([compiler, "-std=c11", "-O0", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off", "-w",
                     "-fno-math-errno", "-DNORMFUSE_CUDA", f"-I{SOURCES}", *sources, "-lm", "-o", str(path)],
                    check=True)  # fmt: skip
@@ -404,7 +404,7 @@ def test_sanitizers(baseline: bool, tmp_path: Path) -> None:
     if subprocess.run(build, capture_output=True, check=False).returncode:
         pytest.skip("the compiler has no sanitizers")
     extra = ["-DNORMFUSE_BASELINE"] if baseline else []
-    sources = [str(ROOT / "tests" / "ort_driver.c"), *(str(SOURCES / f) for f in ("library.c", "cpu.c"))]
+    sources = [str(ROOT / "tests" / "ort_driver.c"), *(str(SOURCES / f) for f in ("library.c", "call.c", "cpu.c"))]
     subprocess.run([compiler, *flags, *extra, "-Wall", "-Wextra", "-Werror", f"-I{SOURCES}", *sources, "-lm", "-o",
                     str(tmp_path / "driver")], check=True)  # fmt: skip
     done = subprocess.run([str(tmp_path / "driver")], capture_output=True, text=True, check=False, timeout=300)

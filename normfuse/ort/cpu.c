@@ -52,6 +52,8 @@ void nf_cpu_rows(const Spec *spec, const Args *args, long long begin, long long 
   (FAST ? rows_avx2 : rows_base)(spec, args, begin, end, scratch);
 }
 
-void nf_cpu_load(int type, const void *from, float *to, long long n) { (FAST ? load_avx2 : load_base)(type, from, to, n); }
+void nf_cpu_load(int type, const void *from, float *to, long long n) {
+  (FAST ? load_avx2 : load_base)(type, from, to, n);
+}
 
 const char *nf_cpu_isa(void) { return FAST ? "avx2" : "baseline"; }
