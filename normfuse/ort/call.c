@@ -160,6 +160,26 @@ typedef struct {
   atomic_int failed;
 } Work;
 
+/* Copy rows that begin at `first` between a tensor and `count` rows in one piece: x to them (`gather`), or them to y.
+ */
+static void transpose(const Work *work, const int64_t *first, long long count, void *rows, int bytes, int gather) {
+  const void *x = work->args.x;
+  void *y = work->args.y;
+  int64_t at[MAX_RANK] = {0}, offset = 0;
+  long long n = work->shape->n;
+  int together = first[count - 1] - first[0] == count - 1; /* they begin side by side: `first` only grows */
+  for (long long j = 0; j < n; j++, offset = next(work->x, work->shape, 1, at, offset))
+#define COPY(TYPE, PLACE)                                             \
+  for (int t = 0; t < count; t++)                                     \
+    if (gather) ((TYPE *)rows)[t * n + j] = ((const TYPE *)x)[PLACE]; \
+    else ((TYPE *)y)[PLACE] = ((const TYPE *)rows)[t * n + j]
+    if (bytes == 4 && together) COPY(uint32_t, first[0] + offset + t);
+    else if (bytes == 4) COPY(uint32_t, first[t] + offset);
+    else if (together) COPY(uint16_t, first[0] + offset + t);
+    else COPY(uint16_t, first[t] + offset);
+#undef COPY
+}
+
 /* Rows [begin, end) of a norm over inner axes: gathered, computed, scattered. */
 static void inner_rows(const Work *work, long long begin, long long end, char *room, float *scratch) {
   const Rows *shape = work->shape;
@@ -178,18 +198,11 @@ static void inner_rows(const Work *work, long long begin, long long end, char *r
     long long count = end - begin < TILE ? end - begin : TILE;
     int64_t first[TILE];
     for (int t = 0; t < count; t++, start = next(work->x, shape, 0, at, start)) first[t] = start;
-    int64_t inner[MAX_RANK] = {0}, offset = 0;
-    for (long long j = 0; j < n; j++, offset = next(work->x, shape, 1, inner, offset))
-      for (int t = 0; t < count; t++)
-        memcpy(from + (t * n + j) * in, (const char *)work->args.x + (first[t] + offset) * in, (size_t)in);
+    transpose(work, first, count, from, in, 1);
     Args args = work->args;
     args.x = from, args.y = to, args.m = count;
     nf_cpu_rows(work->spec, &args, 0, count, scratch);
-    memset(inner, 0, sizeof inner);
-    offset = 0;
-    for (long long j = 0; j < n; j++, offset = next(work->x, shape, 1, inner, offset))
-      for (int t = 0; t < count; t++)
-        memcpy((char *)work->args.y + (first[t] + offset) * out, to + (t * n + j) * out, (size_t)out);
+    transpose(work, first, count, to, out, 0);
     begin += count;
   }
 }
