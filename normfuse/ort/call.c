@@ -2,6 +2,7 @@
  * by hand may hold anything. */
 #include "kernel.h"
 
+#include <math.h>
 #include <stdarg.h>
 #include <stdatomic.h>
 #include <stdio.h>
@@ -180,11 +181,52 @@ static void transpose(const Work *work, const int64_t *first, long long count, v
 #undef COPY
 }
 
+/* `count` float rows that begin at `first`, side by side as they lie, each lane on its own: nothing is transposed. The
+ * sums are in double, so that a row's result does not depend on the rows beside it. */
+static void columns(const Work *work, const int64_t *first, long long count) {
+  const Spec *spec = work->spec;
+  const float *x = work->args.x, *w = work->args.w, *b = work->args.b;
+  float *y = work->args.y;
+  long long n = work->shape->n;
+  int together = first[count - 1] - first[0] == count - 1;
+  double sum[TILE] = {0}, left[TILE] = {0};
+  float pivot[TILE] = {0}, rest[TILE] = {0}, rstd[TILE];
+#define EACH(...)                                                                         \
+  do {                                                                                    \
+    int64_t at[MAX_RANK] = {0}, offset = 0;                                               \
+    for (long long j = 0; j < n; j++, offset = next(work->x, work->shape, 1, at, offset)) \
+      if (together && count == TILE)                                                      \
+        for (int t = 0; t < TILE; t++) {                                                  \
+          int64_t place = first[0] + offset + t;                                          \
+          __VA_ARGS__;                                                                    \
+        }                                                                                 \
+      else                                                                                \
+        for (int t = 0; t < count; t++) {                                                 \
+          int64_t place = first[t] + offset;                                              \
+          __VA_ARGS__;                                                                    \
+        }                                                                                 \
+  } while (0)
+  if (spec->layer) {
+    EACH(sum[t] += x[place]);
+    for (int t = 0; t < count; t++) pivot[t] = (float)(sum[t] / (double)n), sum[t] = 0;
+    EACH(float d = x[place] - pivot[t]; left[t] += d; sum[t] += (double)d * d);
+  } else {
+    EACH(sum[t] += (double)x[place] * x[place]);
+  }
+  for (int t = 0; t < count; t++) {
+    left[t] /= (double)n, rest[t] = (float)left[t];
+    rstd[t] = (float)(1 / sqrt((sum[t] - (double)n * left[t] * left[t]) / (double)n + (double)work->args.eps));
+  }
+  EACH(float v = x[place] - pivot[t] - rest[t]; v *= rstd[t]; if (w) v *= w[j]; if (b) v += b[j]; y[place] = v);
+#undef EACH
+}
+
 /* Rows [begin, end) of a norm over inner axes: gathered, computed, scattered. */
 static void inner_rows(const Work *work, long long begin, long long end, char *room, float *scratch) {
   const Rows *shape = work->shape;
   int in = BYTES[work->spec->x], out = BYTES[work->spec->result];
   long long n = shape->n;
+  int floats = work->spec->x == F32 && work->spec->compute == F32 && work->spec->result == F32;
   char *from = room, *to = room + TILE * n * in;
   int64_t at[MAX_RANK] = {0}, start = 0;
   long long rest = begin;
@@ -198,6 +240,11 @@ static void inner_rows(const Work *work, long long begin, long long end, char *r
     long long count = end - begin < TILE ? end - begin : TILE;
     int64_t first[TILE];
     for (int t = 0; t < count; t++, start = next(work->x, shape, 0, at, start)) first[t] = start;
+    if (floats) {
+      columns(work, first, count);
+      begin += count;
+      continue;
+    }
     transpose(work, first, count, from, in, 1);
     Args args = work->args;
     args.x = from, args.y = to, args.m = count;
