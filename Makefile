@@ -23,6 +23,7 @@ bench: $(STAMP)
 	$(BIN)/python -m tests.bench.peers
 	$(BIN)/python -m tests.bench.speed --peers
 	$(BIN)/python -m tests.bench.latency
+	$(BIN)/python -m tests.bench.ort_ops
 	$(BIN)/python -m tests.bench.models
 	$(BIN)/python -m tests.bench.kernels
 

@@ -25,6 +25,7 @@ def environment() -> dict[str, Any]:
     found |= {name.replace("-", "_"): version(name) for name in PACKAGES}
     found["onnxruntime"] = _onnxruntime()
     found["onnxruntime_providers"] = _providers() if found["onnxruntime"] else []
+    found["onnxruntime_operators"] = _operators()
     found["triton"] = version("triton")
     found["gpu"] = _gpu()
     return found
@@ -34,6 +35,13 @@ def _onnxruntime() -> str | None:
     """The version and the build: the GPU and the CPU package share one module, so that both at once is a mistake."""
     names = ("onnxruntime", "onnxruntime-gpu")
     return ", ".join(f"{v} ({name})" for name in names if (v := version(name))) or None
+
+
+def _operators() -> str | None:
+    """Our own kernels for ONNX Runtime, which need a C compiler where the package is installed."""
+    import normfuse.ort
+
+    return f"{len(normfuse.ort.names())} ({normfuse.ort.instructions()})" if normfuse.ort.library_path() else None
 
 
 def _providers() -> list[str]:

@@ -1,4 +1,4 @@
-"""Calls of the functions that `normfuse rewrite` can write, as models of one node, and what each means in plain torch."""
+"""Calls of the functions that `normfuse rewrite` can write, as models of one node, and the meaning of each in torch."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ class Types:
 def types() -> Iterator[Types]:
     """Every combination that `normfuse.norm.precision` and the recognition let through, without float64.
 
-    Nothing is narrowed before it is normalised, so the arithmetic is in the type of x or in float32. A weight may be wider
-    than x after the cast back. "mixed" comes with numerics="fast", in float32.
+    Nothing is narrowed before it is normalised, so the arithmetic is in the type of x or in float32. A weight may be
+    wider than x after the cast back. "mixed" comes with numerics="fast", in float32.
     """
     floats = ("float32", *NARROW)
     for x, result in itertools.product(floats, repeat=2):
@@ -88,7 +88,8 @@ def alone(op: str, kind: str, how: Types, role: Roles) -> bool:
     return op == "norm" and how.cast == "none" and how.compute == how.x and (kind == "layer_norm" or not role[0][1])
 
 
-def edit(op: str, kind: str, how: Types, role: Roles, sizes: Sequence[int] = (8, 8), lead: Sequence[int] = (2,)) -> Fused:
+def edit(op: str, kind: str, how: Types, role: Roles, sizes: Sequence[int] = (8, 8),
+         lead: Sequence[int] = (2,)) -> Fused:  # fmt: skip
     """The fusion of a model that has this operator; `sizes` those of q and k."""
     floats = [how.x, how.result] if op.startswith("norm_add") else [how.x, how.x]
     inputs = [Value(n, (*lead, s), d, leaf=True) for n, s, d in zip("xr", sizes, floats, strict=True)]
@@ -97,14 +98,15 @@ def edit(op: str, kind: str, how: Types, role: Roles, sizes: Sequence[int] = (8,
         outputs[1].dtype = how.x
     sites = []
     for i, (weighted, biased) in enumerate(role):
-        x = {"add_norm": outputs[1], "norm_add_norm": (inputs[0], outputs[1])[i], "qk_norm": inputs[i]}.get(op, inputs[0])
+        second = {"norm_add_norm": (inputs[0], outputs[1])[i], "qk_norm": inputs[i]}
+        x = outputs[1] if op == "add_norm" else second.get(op, inputs[0])
         size = sizes[i if op == "qk_norm" else 0]
 
         def row(name: str, there: bool, size: int = size) -> Expr | None:
             return ((1.0, ((Value(name, (size,), how.affine, leaf=True, fixed=True), 1),)),) if there else None
 
-        norm = Norm(kind, x, (len(lead),), size, EPS, row(f"w{i}", weighted), row(f"b{i}", biased), how.compute, how.cast,
-                    how.result)  # fmt: skip
+        norm = Norm(kind, x, (len(lead),), size, EPS, row(f"w{i}", weighted), row(f"b{i}", biased), how.compute,
+                    how.cast, how.result)  # fmt: skip
         sites.append(Site(outputs[i], norm, None, False))  # type: ignore[arg-type]
     given = inputs[:1] if op == "norm" else inputs
     results = {"norm": outputs[:1], "norm_add": outputs[1:]}.get(op, outputs)

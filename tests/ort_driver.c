@@ -1,5 +1,6 @@
-/* Runs every operator of the library over odd sizes, on an ONNX Runtime of a few lines, for the sanitizers: each tensor is
- * an allocation of its own. Results have to be written whole, and be the same in the place of inputs. Prints "ok". */
+/* Runs every operator of the library over odd sizes, on an ONNX Runtime of a few lines, for the sanitizers: each tensor
+ * is an allocation of its own. Results have to be written whole, and be the same in the place of inputs. Prints "ok".
+ */
 #include "api.h"
 #include "ops.h"
 
@@ -31,8 +32,8 @@ static const OrtCustomOp *operators[4000];
 static size_t count;
 static int offset_asked;
 
-#define CHECK(OK)                                                       \
-  do {                                                                  \
+#define CHECK(OK)                                                        \
+  do {                                                                   \
     if (!(OK)) fprintf(stderr, "line %d: %s\n", __LINE__, #OK), exit(1); \
   } while (0)
 
@@ -55,8 +56,12 @@ static OrtStatus *create_domain(const char *name, OrtDomain **out) {
   CHECK(!strcmp(name, "normfuse"));
   return *out = (OrtDomain *)&domain, NULL;
 }
-static OrtStatus *domain_add(OrtDomain *domain, const OrtCustomOp *op) { return (void)domain, operators[count++] = op, NULL; }
-static OrtStatus *add_domain(OrtSessionOptions *options, OrtDomain *domain) { return (void)options, (void)domain, NULL; }
+static OrtStatus *domain_add(OrtDomain *domain, const OrtCustomOp *op) {
+  return (void)domain, operators[count++] = op, NULL;
+}
+static OrtStatus *add_domain(OrtSessionOptions *options, OrtDomain *domain) {
+  return (void)options, (void)domain, NULL;
+}
 static OrtStatus *get_data(OrtValue *value, void **out) { return *out = value->data, NULL; }
 static OrtStatus *get_shape(const OrtValue *value, OrtShape **out) {
   *out = malloc(sizeof *value);
@@ -90,7 +95,8 @@ static OrtStatus *get_output(OrtKernelContext *context, size_t i, const int64_t 
   if (!v->data) v->data = memset(malloc(bytes(v)), 0xff, bytes(v));
   return *out = v, NULL;
 }
-static OrtStatus *parallel(const OrtKernelContext *context, void (*fn)(void *, size_t), size_t total, size_t batches, void *data) {
+static OrtStatus *parallel(const OrtKernelContext *context, void (*fn)(void *, size_t), size_t total, size_t batches,
+                           void *data) {
   (void)context, (void)batches;
   while (total--) fn(data, total);
   return NULL;
@@ -112,7 +118,9 @@ static struct OrtValue tensor(int type, size_t n, const int64_t *size, float mea
     uint32_t u;
     memcpy(&u, &f, 4);
     if (type == ORT_FLOAT) memcpy((float *)v.data + i, &f, 4);
-    else ((uint16_t *)v.data)[i] = (uint16_t)(type == ORT_BFLOAT16 ? u >> 16 : ((u >> 16 & 0x8000) | (((u >> 13) - 0x1c000) & 0x7fff)));
+    else
+      ((uint16_t *)v.data)[i] =
+          (uint16_t)(type == ORT_BFLOAT16 ? u >> 16 : ((u >> 16 & 0x8000) | (((u >> 13) - 0x1c000) & 0x7fff)));
   }
   return v;
 }
@@ -127,7 +135,8 @@ static void run(const OrtCustomOp *op, const int64_t *size, size_t n, struct Ort
   if (vary) weight[n - 1] = 1; /* broadcast along the row */
   const char *name = op->GetName(op);
   size_t first = info.lone || (strncmp(name, "rms", 3) == 0 || strncmp(name, "layer", 5) == 0) ? 1 : 2;
-  for (size_t i = 0; i < inputs; i++) in[i] = tensor(op->GetInputType(op, i), n, i < first ? size : weight, i < first ? 0.5f : 1.5f);
+  for (size_t i = 0; i < inputs; i++)
+    in[i] = tensor(op->GetInputType(op, i), n, i < first ? size : weight, i < first ? 0.5f : 1.5f);
   info.inputs = in;
   void *kernel;
   OrtStatus *status = op->CreateKernelV2(op, table, &info, &kernel);
@@ -163,12 +172,23 @@ static void run(const OrtCustomOp *op, const int64_t *size, size_t n, struct Ort
 #define SET(NAME, FUNCTION) table[PLACE_##NAME] = (OrtFunction)(FUNCTION)
 
 int main(void) {
-  SET(CreateStatus, create_status), SET(CreateCustomOpDomain, create_domain), SET(CustomOpDomain_Add, domain_add);
-  SET(AddCustomOpDomain, add_domain), SET(GetTensorMutableData, get_data), SET(GetDimensionsCount, rank);
-  SET(GetDimensions, dims), SET(GetTensorTypeAndShape, get_shape), SET(KernelInfoGetAttribute_float, get_float);
-  SET(KernelContext_GetInput, get_input), SET(KernelContext_GetOutput, get_output), SET(ReleaseStatus, release_status);
-  SET(ReleaseTensorTypeAndShapeInfo, release_shape), SET(KernelInfoGetAttributeArray_int64, get_ints);
-  SET(KernelInfoGetConstantInput_tensor, get_constant), SET(KernelContext_ParallelFor, parallel), SET(HasSessionConfigEntry, has_entry);
+  SET(CreateStatus, create_status)
+  , SET(CreateCustomOpDomain, create_domain)
+  , SET(CustomOpDomain_Add, domain_add);
+  SET(AddCustomOpDomain, add_domain)
+  , SET(GetTensorMutableData, get_data)
+  , SET(GetDimensionsCount, rank);
+  SET(GetDimensions, dims)
+  , SET(GetTensorTypeAndShape, get_shape)
+  , SET(KernelInfoGetAttribute_float, get_float);
+  SET(KernelContext_GetInput, get_input)
+  , SET(KernelContext_GetOutput, get_output)
+  , SET(ReleaseStatus, release_status);
+  SET(ReleaseTensorTypeAndShapeInfo, release_shape)
+  , SET(KernelInfoGetAttributeArray_int64, get_ints);
+  SET(KernelInfoGetConstantInput_tensor, get_constant)
+  , SET(KernelContext_ParallelFor, parallel)
+  , SET(HasSessionConfigEntry, has_entry);
   OrtApiBase base = {get_api, get_version};
   CHECK(!RegisterCustomOps(NULL, &base));
   CHECK(count > 1000);

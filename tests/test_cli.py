@@ -15,6 +15,7 @@ import onnx
 import pytest
 
 import normfuse
+import normfuse.ort
 from normfuse.cli import main
 from normfuse.cli_print import Table, clean, print_blocks
 from normfuse.cli_report import report_blocks
@@ -181,6 +182,7 @@ def test_env() -> None:
     data = json.loads(run("env", "--json")[1])
     assert {"schema", "python", "normfuse", "torch", "onnx", "onnxruntime", "onnxruntime_providers"} <= set(data)
     assert "CPUExecutionProvider" in data["onnxruntime_providers"]
+    assert (data["onnxruntime_operators"] is None) == (normfuse.ort.library_path() is None)
     code, out, err = run("env")
     assert code == 0
     assert "onnxscript" in out

@@ -68,7 +68,8 @@ def test_without_a_compiler_all_but_the_operators_installs(tmp_path: Path) -> No
     assert not libraries(path)
     with zipfile.ZipFile(path) as archive:
         archive.extractall(tmp_path / "site")
-    code = f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); import normfuse.ort; normfuse.ort.register(None)"
+    load = "from normfuse.ort import register; register(None)"
+    code = f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); {load}"
     done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert "UnsupportedError: NormFuse was installed without a C compiler" in done.stderr
 

@@ -4,8 +4,8 @@
     normfuse.ort.register(options, "fused.onnx")
     session = onnxruntime.InferenceSession("fused.onnx", options)
 
-A model that `normfuse rewrite --target normfuse` wrote runs anywhere by the bodies of its functions; where the library is
-registered, ONNX Runtime takes its kernels instead. They give the same results, to the order of a sum.
+A model that `normfuse rewrite --target normfuse` wrote runs anywhere by the bodies of its functions; where the library
+is registered, ONNX Runtime takes its kernels instead. They give the same results, to the order of a sum.
 """
 
 from __future__ import annotations
@@ -37,24 +37,24 @@ def library_path() -> Path | None:
 def register(options: Any, model: str | Path | onnx.ModelProto | None = None) -> None:
     """Load the operators into an `onnxruntime.SessionOptions`.
 
-    With the `model` that the session is to run, only the operators that it calls: ONNX Runtime takes about 0.1 ms for each
-    operator that it is offered, and there are two thousand.
+    With the `model` that the session is to run, only the operators that it calls: ONNX Runtime takes about 0.1 ms for
+    each operator that it is offered, and there are two thousand.
 
     Raises `UnsupportedError` where the library was not compiled, where ONNX Runtime is missing or too old, or where it
     refuses the library; `InputError` where `model` is no model.
     """
     path = library_path()
     if path is None:
-        raise UnsupportedError("NormFuse was installed without a C compiler, so that it has no operators for ONNX Runtime: "
-                               "install gcc or clang, then NormFuse again; models run without them too")  # fmt: skip
+        raise UnsupportedError("NormFuse was installed without a C compiler, so that it has no operators for ONNX "
+                               "Runtime: install gcc or clang, then NormFuse again; models run without them too")
     try:
         import onnxruntime
     except ImportError:
         raise UnsupportedError("this needs ONNX Runtime: pip install 'normfuse[cpu]' or 'normfuse[gpu]'") from None
     version = str(onnxruntime.__version__)
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
-        raise UnsupportedError(f"NormFuse's operators need ONNX Runtime {'.'.join(map(str, OLDEST))} or newer, and this is "
-                               f"{version}: update it, or load the model without them")  # fmt: skip
+        raise UnsupportedError(f"NormFuse's operators need ONNX Runtime {'.'.join(map(str, OLDEST))} or newer, and "
+                               f"this is {version}: update it, or load the model without them")  # fmt: skip
     _library()
     if model is not None:
         options.add_session_config_entry(_ENTRY, " ".join(_called(model)))
@@ -93,7 +93,7 @@ def _library() -> ctypes.CDLL | None:
 
 
 def _called(model: str | Path | onnx.ModelProto) -> list[str]:
-    """The functions of a model that may have operators: not those of an exported torch program, which have overloads."""
+    """The functions of a model that may have operators: those of an exported torch program have overloads."""
     import onnx
 
     if isinstance(model, str | Path):

@@ -1,7 +1,7 @@
 /* The part of ONNX Runtime's C API that the library calls, declared by hand: no header of its is needed to build.
  *
- * OrtApi is a table of functions that only ever grows at the end (ONNX Runtime asserts the places in its own source), so a
- * function is its place in the table. Places read from the headers of 1.17 to 1.24, used with 1.17 to 1.32. */
+ * OrtApi is a table of functions that only ever grows at the end (ONNX Runtime asserts the places in its own source),
+ * so a function is its place in the table. Places read from the headers of 1.17 to 1.24, used with 1.17 to 1.32. */
 #ifndef NORMFUSE_API_H
 #define NORMFUSE_API_H
 
@@ -38,36 +38,35 @@ typedef struct {
 } OrtApiBase;
 
 /* name, place, result, arguments */
-#define ORT_FUNCTIONS(F)                                                                                    \
-  F(CreateStatus, 0, OrtStatus *, (int code, const char *message))                                          \
-  F(CreateCustomOpDomain, 26, OrtStatus *, (const char *name, OrtDomain **out))                             \
-  F(CustomOpDomain_Add, 27, OrtStatus *, (OrtDomain * domain, const struct OrtCustomOp *op))                \
-  F(AddCustomOpDomain, 28, OrtStatus *, (OrtSessionOptions * options, OrtDomain * domain))                  \
-  F(GetTensorMutableData, 51, OrtStatus *, (OrtValue * value, void **out))                                  \
-  F(SetTensorElementType, 58, OrtStatus *, (OrtShape * info, int type))                                     \
-  F(GetDimensionsCount, 61, OrtStatus *, (const OrtShape *info, size_t *out))                               \
-  F(GetDimensions, 62, OrtStatus *, (const OrtShape *info, int64_t *out, size_t count))                     \
-  F(GetSymbolicDimensions, 63, OrtStatus *, (const OrtShape *info, const char **out, size_t count))         \
-  F(GetTensorTypeAndShape, 65, OrtStatus *, (const OrtValue *value, OrtShape **out))                        \
-  F(KernelInfoGetAttribute_float, 85, OrtStatus *, (const OrtKernelInfo *info, const char *name, float *out)) \
-  F(KernelContext_GetInput, 90, OrtStatus *, (const OrtKernelContext *context, size_t i, const OrtValue **out)) \
-  F(KernelContext_GetOutput, 91, OrtStatus *,                                                               \
-    (OrtKernelContext * context, size_t i, const int64_t *dims, size_t count, OrtValue **out))              \
-  F(ReleaseStatus, 93, void, (OrtStatus * status))                                                          \
-  F(ReleaseTensorTypeAndShapeInfo, 99, void, (OrtShape * info))                                             \
-  F(KernelInfoGetAttributeArray_int64, 163, OrtStatus *,                                                    \
-    (const OrtKernelInfo *info, const char *name, int64_t *out, size_t *count))                             \
-  F(KernelContext_GetGPUComputeStream, 193, OrtStatus *, (const OrtKernelContext *context, void **out))     \
-  F(HasSessionConfigEntry, 237, OrtStatus *, (const OrtSessionOptions *options, const char *key, int *out)) \
-  F(GetSessionConfigEntry, 238, OrtStatus *,                                                                \
-    (const OrtSessionOptions *options, const char *key, char *out, size_t *size))                           \
-  F(KernelInfoGetConstantInput_tensor, 249, OrtStatus *,                                                    \
-    (const OrtKernelInfo *info, size_t i, int *constant, const OrtValue **out))                             \
-  F(ShapeInferContext_GetInputTypeShape, 268, OrtStatus *,                                                  \
-    (const OrtInferContext *context, size_t i, OrtShape **out))                                             \
-  F(ShapeInferContext_SetOutputTypeShape, 270, OrtStatus *,                                                 \
-    (const OrtInferContext *context, size_t i, const OrtShape *info))                                       \
-  F(KernelContext_ParallelFor, 274, OrtStatus *,                                                            \
+#define ORT_FUNCTIONS(F)                                                                                               \
+  F(CreateStatus, 0, OrtStatus *, (int code, const char *message))                                                     \
+  F(CreateCustomOpDomain, 26, OrtStatus *, (const char *name, OrtDomain **out))                                        \
+  F(CustomOpDomain_Add, 27, OrtStatus *, (OrtDomain * domain, const struct OrtCustomOp *op))                           \
+  F(AddCustomOpDomain, 28, OrtStatus *, (OrtSessionOptions * options, OrtDomain * domain))                             \
+  F(GetTensorMutableData, 51, OrtStatus *, (OrtValue * value, void **out))                                             \
+  F(SetTensorElementType, 58, OrtStatus *, (OrtShape * info, int type))                                                \
+  F(GetDimensionsCount, 61, OrtStatus *, (const OrtShape *info, size_t *out))                                          \
+  F(GetDimensions, 62, OrtStatus *, (const OrtShape *info, int64_t *out, size_t count))                                \
+  F(GetSymbolicDimensions, 63, OrtStatus *, (const OrtShape *info, const char **out, size_t count))                    \
+  F(GetTensorTypeAndShape, 65, OrtStatus *, (const OrtValue *value, OrtShape **out))                                   \
+  F(KernelInfoGetAttribute_float, 85, OrtStatus *, (const OrtKernelInfo *info, const char *name, float *out))          \
+  F(KernelContext_GetInput, 90, OrtStatus *, (const OrtKernelContext *context, size_t i, const OrtValue **out))        \
+  F(KernelContext_GetOutput, 91, OrtStatus *,                                                                          \
+    (OrtKernelContext * context, size_t i, const int64_t *dims, size_t count, OrtValue **out))                         \
+  F(ReleaseStatus, 93, void, (OrtStatus * status))                                                                     \
+  F(ReleaseTensorTypeAndShapeInfo, 99, void, (OrtShape * info))                                                        \
+  F(KernelInfoGetAttributeArray_int64, 163, OrtStatus *,                                                               \
+    (const OrtKernelInfo *info, const char *name, int64_t *out, size_t *count))                                        \
+  F(KernelContext_GetGPUComputeStream, 193, OrtStatus *, (const OrtKernelContext *context, void **out))                \
+  F(HasSessionConfigEntry, 237, OrtStatus *, (const OrtSessionOptions *options, const char *key, int *out))            \
+  F(GetSessionConfigEntry, 238, OrtStatus *,                                                                           \
+    (const OrtSessionOptions *options, const char *key, char *out, size_t *size))                                      \
+  F(KernelInfoGetConstantInput_tensor, 249, OrtStatus *,                                                               \
+    (const OrtKernelInfo *info, size_t i, int *constant, const OrtValue **out))                                        \
+  F(ShapeInferContext_GetInputTypeShape, 268, OrtStatus *, (const OrtInferContext *context, size_t i, OrtShape **out)) \
+  F(ShapeInferContext_SetOutputTypeShape, 270, OrtStatus *,                                                            \
+    (const OrtInferContext *context, size_t i, const OrtShape *info))                                                  \
+  F(KernelContext_ParallelFor, 274, OrtStatus *,                                                                       \
     (const OrtKernelContext *context, void (*fn)(void *, size_t), size_t total, size_t batches, void *data))
 
 #define ORT_DECLARE(NAME, PLACE, RESULT, ARGUMENTS) \

@@ -39,8 +39,8 @@ typedef struct {
   float eps;
 } Args;
 
-/* Rows begin..end of a call, on the thread that calls; rows of x2 follow those of x. The weights are float here, whatever
- * `spec` says. `scratch` holds max(n, n2) floats. */
+/* Rows begin..end of a call, on the thread that calls; rows of x2 follow those of x. The weights are float here,
+ * whatever `spec` says. `scratch` holds max(n, n2) floats. */
 void nf_cpu_rows(const Spec *spec, const Args *args, long long begin, long long end, float *scratch);
 
 /* A row of another type as floats. */
@@ -53,7 +53,9 @@ const char *nf_cpu_isa(void);
 const char *nf_cuda_run(const Spec *spec, const Args *args); /* NULL when done, else a static message */
 int nf_cuda_has(const Spec *spec);
 #else
-static inline const char *nf_cuda_run(const Spec *spec, const Args *args) { return (void)spec, (void)args, "built without CUDA"; }
+static inline const char *nf_cuda_run(const Spec *spec, const Args *args) {
+  return (void)spec, (void)args, "built without CUDA";
+}
 static inline int nf_cuda_has(const Spec *spec) { return (void)spec, 0; }
 #endif
 

@@ -61,15 +61,17 @@ static INLINE V FN(ld)(int type, const void *from, long long i, long long k) {
   return type == F16 ? FN(from_f16)(half) : FN(from_bf16)(half);
 }
 
-static INLINE void FN(st)(int type, void *to, long long i, long long k, V v) {
+/* Store k elements; the values that are then there. */
+static INLINE V FN(st)(int type, void *to, long long i, long long k, V v) {
   if (type == F32) {
     if (k == W) __builtin_memcpy((float *)to + i, &v, sizeof v);
     else __builtin_memcpy((float *)to + i, &v, (size_t)k * 4);
-    return;
+    return v;
   }
   H half = type == F16 ? FN(to_f16)(v) : FN(to_bf16)(v);
   if (k == W) __builtin_memcpy((uint16_t *)to + i, &half, sizeof half);
   else __builtin_memcpy((uint16_t *)to + i, &half, (size_t)k * 2);
+  return type == F16 ? FN(from_f16)(half) : FN(from_bf16)(half);
 }
 
 static INLINE V FN(rounded)(int type, V v) {
@@ -84,20 +86,19 @@ static INLINE double FN(lanes)(const D *v) {
 
 enum { FN(SUM), FN(SQUARES), FN(CENTRED) };
 
-/* Sums over a row v = x, x + r or x - pivot: of v (SUM), of v^2 (SQUARES), or of both (CENTRED, that of v in *linear). x or
- * x + r is stored in s, and as floats in h, where these are given. */
-static INLINE double FN(sum)(int type, int mode, const void *x, const void *r, float pivot, void *s, float *h, long long n,
-                             double *linear) {
+/* Sums over a row v = x, x + r or x - pivot: of v (SUM), of v^2 (SQUARES), or of both (CENTRED, that of v in *linear).
+ * x + r goes to s, and is what s then holds; v as floats goes to h, where that is given. */
+static INLINE double FN(sum)(int type, int mode, const void *x, const void *r, float pivot, void *s, float *h,
+                             long long n, double *linear) {
   D total = {0}, first = {0};
   V acc[4], lin[4];
-#define TERM(A, I, K)                                        \
-  do {                                                       \
-    V v = FN(ld)(type, x, I, K);                             \
-    if (r) v = FN(rounded)(type, v + FN(ld)(type, r, I, K)); \
-    if (s) FN(st)(type, s, I, K, v);                         \
-    if (h) FN(st)(F32, h, I, K, v);                          \
-    if (mode == FN(CENTRED)) v -= pivot, lin[A] += v;        \
-    acc[A] += mode == FN(SUM) ? v : v * v;                   \
+#define TERM(A, I, K)                                            \
+  do {                                                           \
+    V v = FN(ld)(type, x, I, K);                                 \
+    if (r) v = FN(st)(type, s, I, K, v + FN(ld)(type, r, I, K)); \
+    if (h) FN(st)(F32, h, I, K, v);                              \
+    if (mode == FN(CENTRED)) v -= pivot, lin[A] += v;            \
+    acc[A] += mode == FN(SUM) ? v : v * v;                       \
   } while (0)
 #define CLEAR(A) acc[A] = lin[A] = (V){0}
   for (long long i = 0; i < n;) {
@@ -114,7 +115,8 @@ static INLINE double FN(sum)(int type, int mode, const void *x, const void *r, f
       if (i < n) {
         V before = lin[1], squares = acc[1];
         TERM(1, i, n - i);
-        for (long long k = n - i; k < W; k++) acc[1][k] = squares[k], lin[1][k] = before[k]; /* behind the row lies -pivot */
+        for (long long k = n - i; k < W; k++)
+          acc[1][k] = squares[k], lin[1][k] = before[k]; /* behind the row lies -pivot */
         i = n;
       }
     }
@@ -128,17 +130,20 @@ static INLINE double FN(sum)(int type, int mode, const void *x, const void *r, f
 }
 
 /* out = affine(rstd * (h - pivot - rest)) [+ res], with a rounding where the types ask for one. */
-static INLINE void FN(scale)(int first, int affine, int result, int layer, const float *h, float pivot, float rest, float rstd,
-                             const float *w, const float *b, const void *res, void *out, long long n) {
-#define ELEMENTS(I, K)                                                     \
-  do {                                                                     \
-    V v = FN(ld)(F32, h, I, K);                                            \
-    if (layer) v = v - pivot - rest;                                       \
-    v = FN(rounded)(first, v * rstd);                                      \
-    if (w) v = FN(rounded)(affine, v * FN(ld)(F32, w, I, K));              \
-    if (b) v = FN(rounded)(affine, v + FN(ld)(F32, b, I, K));              \
-    if (res) v = FN(rounded)(result, v) + FN(ld)(result, res, I, K);       \
-    FN(st)(result, out, I, K, v);                                          \
+static INLINE void FN(scale)(int first, int affine, int result, int layer, const float *h, float pivot, float rest,
+                             float rstd, const float *w, const float *b, const void *res, void *out, long long n) {
+  int last = affine == result && !res; /* what is stored is rounded anyway */
+#define ELEMENTS(I, K)                                                                        \
+  do {                                                                                        \
+    V v = FN(ld)(F32, h, I, K);                                                               \
+    if (layer) v = v - pivot - rest;                                                          \
+    v = FN(rounded)(first, v * rstd);                                                         \
+    if (w) v *= FN(ld)(F32, w, I, K);                                                         \
+    if (w && (b || !last)) v = FN(rounded)(affine, v);                                        \
+    if (b) v += FN(ld)(F32, b, I, K);                                                         \
+    if (b && !last) v = FN(rounded)(affine, v);                                               \
+    if (res) v = (affine == result ? v : FN(rounded)(result, v)) + FN(ld)(result, res, I, K); \
+    FN(st)(result, out, I, K, v);                                                             \
   } while (0)
   long long i = 0;
   for (; i + W <= n; i += W) ELEMENTS(i, W);
@@ -149,11 +154,11 @@ static INLINE void FN(scale)(int first, int affine, int result, int layer, const
 /* The statistics of a row in a narrow type, where the model itself computes in it: each step rounded; h becomes n. */
 static void FN(narrow)(int type, int layer, float eps, float *h, long long n) {
 #define ROUND1(VALUE) (FN(rounded)(type, (V){0} + (float)(VALUE))[0])
-#define EACH(...)                                                     \
-  for (long long i = 0; i < n; i += W) {                              \
-    long long k = n - i < W ? n - i : W;                              \
-    V v = FN(ld)(F32, h, i, k);                                       \
-    __VA_ARGS__;                                                      \
+#define EACH(...)                        \
+  for (long long i = 0; i < n; i += W) { \
+    long long k = n - i < W ? n - i : W; \
+    V v = FN(ld)(F32, h, i, k);          \
+    __VA_ARGS__;                         \
   }
   EACH(FN(st)(F32, h, i, k, FN(rounded)(type, v)))
   if (layer) {
@@ -175,10 +180,10 @@ static void FN(norm)(const Spec *spec, int type, const void *x, const void *r, v
   float pivot = 0, rest = 0, rstd = 1;
   double total = 0;
   int exact = spec->compute == F32, layer = spec->layer && exact;
-#define READ(T, H)                                                                                                  \
-  (r ? spec->layer ? FN(sum)(T, FN(SUM), x, r, 0, s, H, n, NULL) : FN(sum)(T, FN(SQUARES), x, r, 0, s, H, n, NULL)  \
-     : spec->layer ? FN(sum)(T, FN(SUM), x, NULL, 0, NULL, H, n, NULL)                                              \
-                   : FN(sum)(T, FN(SQUARES), x, NULL, 0, NULL, H, n, NULL))
+#define READ(T, H)                                                                                                 \
+  (r ? spec->layer ? FN(sum)(T, FN(SUM), x, r, 0, s, H, n, NULL) : FN(sum)(T, FN(SQUARES), x, r, 0, s, H, n, NULL) \
+   : spec->layer ? FN(sum)(T, FN(SUM), x, NULL, 0, NULL, H, n, NULL)                                               \
+                 : FN(sum)(T, FN(SQUARES), x, NULL, 0, NULL, H, n, NULL))
   if (type == F32) { /* the row itself, just read or written, is in the cache */
     h = r ? s : x;
     total = READ(F32, NULL);
@@ -200,11 +205,11 @@ static void FN(norm)(const Spec *spec, int type, const void *x, const void *r, v
     rstd = (float)(1 / sqrt(total / (double)n + (double)eps));
   }
   int first = spec->first ? type : F32, affine = nf_affine(spec), result = spec->result;
-#define SCALE(F, A, R)                                                                    \
-  if (first == F && affine == A && result == R) {                                         \
-    if (layer) FN(scale)(F, A, R, 1, h, pivot, rest, rstd, w, b, res, out, n);            \
-    else FN(scale)(F, A, R, 0, h, 0, 0, rstd, w, b, res, out, n);                         \
-    return;                                                                               \
+#define SCALE(F, A, R)                                                         \
+  if (first == F && affine == A && result == R) {                              \
+    if (layer) FN(scale)(F, A, R, 1, h, pivot, rest, rstd, w, b, res, out, n); \
+    else FN(scale)(F, A, R, 0, h, 0, 0, rstd, w, b, res, out, n);              \
+    return;                                                                    \
   }
   SCALE(F32, F32, F32)
   SCALE(F16, F16, F16)
