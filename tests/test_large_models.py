@@ -92,6 +92,8 @@ def test_a_reference_out_of_the_folder(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"may only refer to files in its own folder or below.*--external-data copy"):
         normfuse.rewrite(source, tmp_path / "other" / "out.onnx", external_data="reference")
     assert not list((tmp_path / "other").iterdir())
+    with pytest.raises(InputError, match="holds the weights of the input"):
+        normfuse.rewrite(source, tmp_path / "weights.bin", overwrite=True)
     with pytest.raises(InputError, match="external_data='link' is not known"):
         normfuse.rewrite(source, tmp_path / "out.onnx", external_data="link")
     inside = tmp_path / "inside"

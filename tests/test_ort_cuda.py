@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes as c
-import importlib
 import json
 import os
 import re
@@ -21,6 +20,8 @@ import torch
 from onnx.reference import ReferenceEvaluator
 
 import normfuse
+import normfuse.ort
+from normfuse.errors import InputError
 from normfuse.ops import meaning
 from tests.cuda_cases import CASES, COMPUTED
 from tests.cuda_tools import FORMS, ROOT, SOURCES, numbers, text_of
@@ -263,7 +264,7 @@ def on_the_gpu(made: onnx.ModelProto, op: str, folder: Path, feeds: dict[str, An
     normfuse.rewrite(folder / "in.onnx", folder / "out.onnx", normfuse.Config(target="normfuse"))
     options = ort.SessionOptions()
     options.enable_profiling, options.profile_file_prefix = True, str(folder / "profile")
-    importlib.import_module("normfuse.ort").register(options)
+    normfuse.ort.register(options, folder / "out.onnx", "cuda")
     session = ort.InferenceSession(folder / "out.onnx", options, providers=[("CUDAExecutionProvider", {"use_tf32": 0})])
     assert session.get_providers()[0] == "CUDAExecutionProvider"
     found: list[Any] = session.run(None, feeds)
@@ -299,3 +300,50 @@ def test_a_model_on_a_gpu(op: str, tmp_path: Path) -> None:
     (found,) = on_the_gpu(made, op, tmp_path, feeds)
     want: Any = ReferenceEvaluator(made).run(None, feeds)
     np.testing.assert_allclose(found, want[0], rtol=1e-4, atol=1e-5)
+
+
+# -- what a session with the CUDA provider is given --------------------------------------------------------------------
+
+
+def calls(*axes: list[int]) -> onnx.ModelProto:
+    """A model that calls the function of a float32 RMSNorm along axes, and has one of a norm in half precision."""
+    text = " ".join(f"y{i} = normfuse.rms_norm<axes={a}, epsilon=1e-6>(x, w)" for i, a in enumerate(axes))
+    functions = " ".join(f"""
+        <domain: "normfuse", opset_import: ["": 18]> {name} <axes, epsilon> (x, scale) => (y) {{ y = Mul(x, scale) }}"""
+                         for name in ("rms_norm", "rms_norm_f16"))  # fmt: skip
+    return onnx.parser.parse_model(f'''<ir_version: 8, opset_import: ["": 18, "normfuse": 1]>
+        g (float[2,3,4] x, float[4] w) => (float[2,3,4] y0) {{ {text} }} {functions}''')
+
+
+def test_only_operators_with_a_cuda_kernel_are_registered_for_cuda() -> None:
+    if normfuse.ort.library_path() is None:
+        pytest.skip("the library is not compiled")
+    every, cuda = (set(normfuse.ort.names(provider)) for provider in ("cpu", "cuda"))
+    assert cuda < every and len(every) == len(normfuse.ort.names())
+    assert {"rms_norm", "add_rms_norm", "qk_norm_layer_norm", "norm_add_norm_bf16_in_f32_last"} <= cuda
+    assert "rms_norm_f16" in every - cuda
+
+    class Options:
+        """What session options are told."""
+
+        def __init__(self) -> None:
+            self.entries: list[str] = []
+
+        def add_session_config_entry(self, key: str, value: str) -> None:
+            assert key == "normfuse.operators"
+            self.entries.append(value)
+
+        def register_custom_ops_library(self, path: str) -> None:
+            assert path == str(normfuse.ort.library_path())
+
+    def told(model: onnx.ModelProto | None, provider: str) -> list[str]:
+        options = Options()
+        normfuse.ort.register(options, model, provider)
+        return options.entries
+
+    assert told(None, "cpu") == [] and set(told(None, "cuda")[0].split()) == cuda
+    assert told(calls([-1]), "cpu") == ["rms_norm rms_norm_f16"] and told(calls([-1]), "cuda") == ["rms_norm"]
+    assert told(calls([-2, -1]), "cuda") == ["rms_norm"]
+    assert told(calls([-1], [-2]), "cuda") == [""] and told(calls([-2]), "cpu") == ["rms_norm rms_norm_f16"]
+    with pytest.raises(InputError, match="provider='gpu' is not known"):
+        normfuse.ort.register(Options(), None, "gpu")

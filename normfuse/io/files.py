@@ -200,6 +200,8 @@ def write_onnx(model: ir.Model, target: Path, source: Source | None = None, refe
     old = [(t, t.location, t.base_dir) for t in tensors]
     paths = [(Path(t.base_dir) / t.location).resolve() for t in tensors]
     moved: dict[Path, str] = dict.fromkeys(paths, "")
+    if target.exists() and any(target.samefile(path) for path in moved):
+        raise InputError(f"{target}: holds the weights of the input; choose another name")
     all_bytes, before = sum(path.stat().st_size for path in moved), 0
     try:
         for path in moved:
@@ -256,8 +258,8 @@ def _referenced(path: Path, target: Path) -> str:
     """Where external data lies as seen from a model, if that is a place that runtimes accept."""
     folder = target.parent.resolve()
     if not path.is_relative_to(folder):
-        raise InputError(f"{target}: its weights are in {str(path.parent)!r}, and a model may only refer to files in its "
-                         "own folder or below; write it there, or have them copied (--external-data copy)")  # fmt: skip
+        raise InputError(f"{target}: its weights are in {str(path.parent)!r}, and a model may only refer to files in "
+                         "its own folder or below; write it there, or have them copied (--external-data copy)")
     return path.relative_to(folder).as_posix()
 
 
@@ -273,18 +275,19 @@ def _named(target: Path, data: Path) -> str:
 
 
 def _copy_data(path: Path, target: Path, advance: Callable[[int], None] | None) -> str:
-    """Copy a data file next to a model, by the file system, under its name; nothing if it is there."""
-    name = _named(target, path)
-    copy = target.parent / name
-    if not (copy.exists() and copy.stat().st_size == path.stat().st_size):
-        handle, temporary = _temporary(target)
-        os.close(handle)
-
-        def fill() -> None:
-            _copy(path, Path(temporary), advance)
-            _sync(Path(temporary))
-
-        _commit(temporary, copy, fill)
+    """Copy a data file next to a model, by the file system; the name is that of the content that was written."""
+    handle, temporary = _temporary(target)
+    os.close(handle)
+    try:
+        _copy(path, Path(temporary), advance)
+        name = _named(target, Path(temporary))
+    except OSError as why:
+        Path(temporary).unlink(missing_ok=True)
+        raise InputError(f"{target}: its weights cannot be copied: {_line(why)}") from None
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    _commit(temporary, target.parent / name, lambda: _sync(Path(temporary)))
     return name
 
 

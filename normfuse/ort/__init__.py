@@ -11,6 +11,7 @@ is registered, ONNX Runtime takes its kernels instead. They give the same result
 from __future__ import annotations
 
 import ctypes
+from collections import Counter
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -34,15 +35,18 @@ def library_path() -> Path | None:
     return next((path for path in names if path.exists()), None)
 
 
-def register(options: Any, model: str | Path | onnx.ModelProto | None = None) -> None:
+def register(options: Any, model: str | Path | onnx.ModelProto | None = None, provider: str = "cpu") -> None:
     """Load the operators into an `onnxruntime.SessionOptions`.
 
     With the `model` that the session is to run, only the operators that it calls: ONNX Runtime takes about 0.1 ms for
-    each operator that it is offered, and there are two thousand.
+    each operator that it is offered, and there are two thousand. With `provider="cuda"`, for sessions with the CUDA
+    provider, only those that have a CUDA kernel: the others run there by their bodies, and not on the CPU.
 
     Raises `UnsupportedError` where the library was not compiled, where ONNX Runtime is missing or too old, or where it
-    refuses the library; `InputError` where `model` is no model.
+    refuses the library; `InputError` where `model` is no model, or `provider` not known.
     """
+    if provider not in ("cpu", "cuda"):
+        raise InputError(f"provider={provider!r} is not known; choose 'cpu' or 'cuda'")
     path = library_path()
     if path is None:
         raise UnsupportedError("NormFuse was installed without a C compiler, so that it has no operators for ONNX "
@@ -55,17 +59,18 @@ def register(options: Any, model: str | Path | onnx.ModelProto | None = None) ->
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
         raise UnsupportedError(f"NormFuse's operators need ONNX Runtime {'.'.join(map(str, OLDEST))} or newer, and "
                                f"this is {version}: update it, or load the model without them")  # fmt: skip
-    _library()
-    if model is not None:
-        options.add_session_config_entry(_ENTRY, " ".join(_called(model)))
+    found = names(provider)
+    if model is not None or provider == "cuda":
+        wanted = found if model is None else [n for n in _called(model, provider) if n in set(found)]
+        options.add_session_config_entry(_ENTRY, " ".join(wanted))
     try:
         options.register_custom_ops_library(str(path))
     except Exception as why:
         raise UnsupportedError(f"ONNX Runtime {version} does not take the operators of {path}: {why}") from why
 
 
-def names() -> list[str]:
-    """The names of the operators; none without the library."""
+def names(provider: str = "cpu") -> list[str]:
+    """The names of the operators, or of those with a CUDA kernel; none without the library."""
     found = _library()
     if found is None:
         return []
@@ -73,7 +78,8 @@ def names() -> list[str]:
     out: list[str] = []
     while (name := found.nf_name(len(out))) is not None:
         out.append(name.decode())
-    return out
+    # one that has a CUDA kernel is there twice
+    return [name for name, count in Counter(out).items() if count > 1 or provider == "cpu"]
 
 
 def instructions() -> str | None:
@@ -92,8 +98,11 @@ def _library() -> ctypes.CDLL | None:
     return None if path is None else ctypes.CDLL(str(path))
 
 
-def _called(model: str | Path | onnx.ModelProto) -> list[str]:
-    """The functions of a model that may have operators: those of an exported torch program have overloads."""
+def _called(model: str | Path | onnx.ModelProto, provider: str) -> list[str]:
+    """The functions of a model that may have operators: those of an exported torch program have overloads.
+
+    CUDA kernels normalise trailing axes, so that a function called with others keeps its body there.
+    """
     import onnx
 
     if isinstance(model, str | Path):
@@ -101,4 +110,13 @@ def _called(model: str | Path | onnx.ModelProto) -> list[str]:
             model = onnx.load(str(model), load_external_data=False)
         except Exception as why:
             raise InputError(f"{model}: not an ONNX model that can be read: {why}") from why
-    return sorted({f.name for f in model.functions if f.domain == _DOMAIN and not getattr(f, "overload", "")})
+    wanted = {f.name for f in model.functions if f.domain == _DOMAIN and not getattr(f, "overload", "")}
+    graphs = [model.graph] if provider == "cuda" else []
+    while graphs:
+        for node in graphs.pop().node:
+            for attribute in node.attribute:
+                graphs += [attribute.g] if attribute.type == onnx.AttributeProto.GRAPH else attribute.graphs
+                if node.domain == _DOMAIN and attribute.name == "axes":
+                    axes = sorted(attribute.ints)
+                    wanted -= {node.op_type} if axes != list(range(-len(axes), 0)) else set()
+    return sorted(wanted)

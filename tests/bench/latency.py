@@ -131,7 +131,7 @@ def session(path: Path, threads: int, provider: str, operators: bool) -> ort.Inf
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 4
     if operators:
-        library.register(options)
+        library.register(options, path, provider)
     made = ort.InferenceSession(str(path), options, providers=[PROVIDERS[provider]])
     assert made.get_providers()[0] == PROVIDERS[provider]
     return made
@@ -168,8 +168,8 @@ def files(job: Job, provider: str, folder: Path) -> Files:
 
 def race(job: Job, files: Files, threads: int, provider: str, seconds: float) -> Iterator[dict[str, Any]]:
     """Run all contenders in turns, for each input."""
-    sessions = {name: session(path, threads, provider, name == "normfuse normfuse" and library.library_path() is not None)
-                for name, path in files.made.items()}  # fmt: skip
+    ours = "normfuse normfuse" if library.library_path() is not None else ""
+    sessions = {name: session(path, threads, provider, name == ours) for name, path in files.made.items()}
     for label, inputs in job.inputs.items():
         first = {name: s.run(None, inputs)[0] for name, s in sessions.items()}
         top = float(np.abs(first["input"].astype(np.float64)).max())
