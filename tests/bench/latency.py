@@ -130,6 +130,7 @@ def session(path: Path, threads: int, provider: str, operators: bool) -> ort.Inf
     """A session as users make it; with `operators`, the library is loaded."""
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 4
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # or it takes a core from the next one's turn
     if operators:
         library.register(options, path, provider)
     made = ort.InferenceSession(str(path), options, providers=[PROVIDERS[provider]])

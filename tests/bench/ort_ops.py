@@ -95,6 +95,7 @@ def session(data: bytes, threads: int) -> Any:
     """A session with our operators."""
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 4
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # or it takes a core from the next one's turn
     normfuse.ort.register(options)
     return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
 
