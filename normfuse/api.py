@@ -103,7 +103,10 @@ def optimize(model: Any, config: Config | None = None) -> tuple[Any, Report]:
     Takes what `inspect` takes; for a path it gives back an `onnx_ir.Model`. The model given is not changed.
     """
     config = config or Config()
+    whole = "verify='model' needs files to run; use normfuse.rewrite, or verify='sites'"
     if isinstance(model, (str, Path)):
+        if config.verify == "model":
+            raise UnsupportedError(whole)
         loaded = _read(Path(model))[0]
         return loaded, _rewrite_ir(loaded, config, None)[0]
     kind = _kind(model)
@@ -115,7 +118,7 @@ def optimize(model: Any, config: Config | None = None) -> tuple[Any, Report]:
     import onnx_ir as ir
 
     if config.verify == "model":
-        raise UnsupportedError("verify='model' needs files to run; use normfuse.rewrite, or verify='sites'")
+        raise UnsupportedError(whole)
     if kind == "proto":
         copy = ir.serde.deserialize_model(model)
         report = _rewrite_ir(copy, config, None)[0]

@@ -88,19 +88,16 @@ def _exported(module: Any, args: tuple[Any, ...] | None, options: dict[str, Any]
     if not isinstance(args, tuple):
         raise InputError(f"args is a {type(args).__name__}; give the positional arguments of the module as a tuple")
     training = [m for m in module.modules() if m.training] if isinstance(module, torch.nn.Module) else []
-    with _experts(module), _silent(), torch.no_grad():
-        try:
-            program = torch.onnx.export(module, args, dynamo=True, **{"verbose": False, **options})
-        except TypeError as why:
-            if "unexpected keyword" in str(why):
-                raise InputError(f"torch.onnx.export: {why}") from why
-            raise UnsupportedError(_failed(module, why)) from why
-        except Exception as why:
-            raise UnsupportedError(_failed(module, why)) from why
-        finally:
-            for part in training:
-                part.training = True
-    return program
+    try:
+        with _experts(module), _silent(), torch.no_grad():
+            return torch.onnx.export(module, args, dynamo=True, **{"verbose": False, **options})
+    except Exception as why:
+        if isinstance(why, TypeError) and "unexpected keyword" in str(why):
+            raise InputError(f"torch.onnx.export: {why}") from why
+        raise UnsupportedError(_failed(module, why)) from why
+    finally:
+        for part in training:
+            part.training = True
 
 
 def _failed(module: Any, why: BaseException) -> str:
@@ -114,13 +111,13 @@ def _failed(module: Any, why: BaseException) -> str:
 def _experts(module: Any) -> Iterator[None]:
     """Let transformers' mixtures of experts compute all experts at once, as long as this lasts."""
     before: dict[int, tuple[Any, Any]] = {}
-    for part in module.modules() if hasattr(module, "modules") else ():
-        config: Any = getattr(part, "config", None)
-        can = getattr(part, "_can_set_experts_implementation", None)
-        if can is not None and can() and hasattr(config, "_experts_implementation_internal"):
-            before.setdefault(id(config), (config, config._experts_implementation_internal))
-            part.set_experts_implementation(EXPERTS)
     try:
+        for part in module.modules() if hasattr(module, "modules") else ():
+            config: Any = getattr(part, "config", None)
+            can = getattr(part, "_can_set_experts_implementation", None)
+            if can is not None and can() and hasattr(config, "_experts_implementation_internal"):
+                before.setdefault(id(config), (config, config._experts_implementation_internal))
+                part.set_experts_implementation(EXPERTS)
         yield
     finally:
         for config, implementation in before.values():

@@ -111,6 +111,23 @@ def test_missing_external_data(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.onnx"]
 
 
+def test_a_model_cache_of_links(tmp_path: Path) -> None:
+    """The layout of the Hugging Face cache: a snapshot of links to blobs, which have other names."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "1"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    onnx.save(norm_model(), blobs / "m", save_as_external_data=True, location="model.onnx_data", size_threshold=0)
+    (blobs / "model.onnx_data").rename(blobs / "d")
+    (snapshot / "model.onnx").symlink_to("../../blobs/m")
+    (snapshot / "model.onnx_data").symlink_to("../../blobs/d")
+    assert run("rewrite", snapshot / "model.onnx", tmp_path / "out.onnx", "--verify", "model")[0] == 0
+    onnx.checker.check_model(tmp_path / "out.onnx")
+    (tmp_path / "secret").write_bytes((blobs / "d").read_bytes())
+    (snapshot / "model.onnx_data").unlink()
+    (snapshot / "model.onnx_data").symlink_to("../../secret")
+    fails_json(run("rewrite", snapshot / "model.onnx", tmp_path / "other.onnx", "--json"), "UnsafeModelError")
+
+
 def test_output_may_not_be_the_input(model: Path, tmp_path: Path) -> None:
     before = model.read_bytes()
     link = tmp_path / "link.onnx"

@@ -277,6 +277,7 @@ def test_family(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "want"), [
     ("llama", {"rms_norm_f16_in_f32": 1, "add_rms_norm_f16_in_f32_first": 4}),
+    ("gpt2", {"add_layer_norm_f16_in_f32_first": 4}),
     ("gemma3", {"rms_norm_f16_in_f32_last": 1, "qk_norm_f16_in_f32_last": 2, "norm_add_norm_f16_in_f32_last": 4}),
 ])  # fmt: skip
 def test_half_precision_keeps_the_order_of_roundings(name: str, want: dict[str, int], tmp_path: Path) -> None:

@@ -260,6 +260,38 @@ class ReduceMean(OpRun):
         return (wide.astype(data.dtype),)
 
 
+class LayerNormalization(OpRun):
+    """The norm in float32, rounded to the type of X before the scale, as ONNX says; the reference stays in half."""
+
+    op_domain = ""
+    centred = True
+
+    def _run(self, x: Array, scale: Array, bias: Array | None = None, axis: int = -1, epsilon: float = 1e-5,
+             stash_type: int = 1) -> tuple[Array, ...]:  # fmt: skip
+        compute = np.float64 if x.dtype == np.float64 else ir.DataType(stash_type).numpy()
+        axes = tuple(range(axis % x.ndim, x.ndim))
+
+        def mean(v: Array) -> Array:
+            return np.asarray(np.mean(v.astype(np.float64), axis=axes, keepdims=True)).astype(compute)
+
+        h = x.astype(compute)
+        middle = mean(h)
+        h = h - middle if self.centred else h
+        rstd = 1 / np.sqrt(mean(h * h) + np.asarray(epsilon, compute))
+        y = (h * rstd).astype(x.dtype) * scale
+        y = y if bias is None else y + bias
+        return (y, middle, rstd)[: len(self.onnx_node.output)]
+
+
+class RMSNormalization(LayerNormalization):
+    """The same without the mean."""
+
+    centred = False
+
+
+OPS = [ReduceMean, LayerNormalization, RMSNormalization]
+
+
 def _runner(model: Model, boundary: list[Value], shapes: Shapes) -> Runner:
     """Runs a model on x, and on rows of x in other places for the other inputs."""
     params = _parameters(boundary, len(shapes))
@@ -270,7 +302,7 @@ def _runner(model: Model, boundary: list[Value], shapes: Shapes) -> Runner:
     def run(x: Array, wide: bool) -> list[Array]:
         others = {f"v{i}": np.resize(np.roll(x, 7 * i), shape) for i, shape in enumerate(shapes) if i}
         if wide not in evaluators:
-            evaluators[wide] = ReferenceEvaluator(model[1] if wide else model[0], new_ops=[ReduceMean])
+            evaluators[wide] = ReferenceEvaluator(model[1] if wide else model[0], new_ops=OPS)
         feeds = {}
         for name, array in {"v0": x, **others, **params}.items():
             if name in wanted:

@@ -60,9 +60,8 @@ def read_onnx(path: str | os.PathLike[str]) -> tuple[ir.Model, Source]:
         raise InputError(f"{source}: the graph is not valid ONNX: {_line(why)}") from why
     external = b"\n\x08location" in data  # the key without which nothing is, as the format writes it
     if external:
-        folder = source.resolve().parent
         for tensor in external_tensors(model):
-            _check_external(tensor, folder, source)
+            _check_external(tensor, source)
     return model, Source(proto, list(model.graph), external)
 
 
@@ -146,20 +145,22 @@ def external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
                     yield attr.value
 
 
-def _check_external(tensor: ir.ExternalTensor, folder: Path, source: Path) -> None:
+def _check_external(tensor: ir.ExternalTensor, source: Path) -> None:
     name, location = tensor.name, str(tensor.location)
     where = f"{source}: external data of {name!r}"
     if not location or os.path.isabs(location) or "\\" in location or "\0" in location or ".." in Path(location).parts:
         raise UnsafeModelError(f"{where} points outside the model's folder: {location!r}")
-    target = folder / location
+    # a link to a model may lie alone, its data where it points to, or among links to all files, as in a model cache
+    folders = [source.parent.resolve(), source.resolve().parent]
+    folder = next((f for f in folders if (f / location).exists()), folders[-1])
     try:
-        resolved = target.resolve(strict=True)
+        resolved = (folder / location).resolve(strict=True)
         info = resolved.stat()
     except FileNotFoundError:
         raise InputError(f"{where} is missing: {location!r}; put the file next to the model") from None
     except (OSError, RuntimeError) as why:
         raise InputError(f"{where}: {_line(why)}") from None
-    if not resolved.is_relative_to(folder):
+    if not any(resolved.is_relative_to(f) for f in folders):
         raise UnsafeModelError(f"{where} points outside the model's folder: {location!r}")
     if not stat.S_ISREG(info.st_mode):
         raise UnsafeModelError(f"{where} is not a regular file: {location!r}")
@@ -169,7 +170,7 @@ def _check_external(tensor: ir.ExternalTensor, folder: Path, source: Path) -> No
         raise InputError(f"{where} reaches past the end of {location!r}")
     if any(d < 0 for d in tensor.shape.numpy()) or length != tensor.nbytes:
         raise InputError(f"{where} has {length} bytes, its type and shape need {tensor.nbytes}")
-    tensor.base_dir = str(folder)
+    tensor._location, tensor.base_dir = resolved.name, str(resolved.parent)  # onnx_ir reads no links
 
 
 def check_target(source: Path | None, target: Path, overwrite: bool, in_place: bool) -> None:
