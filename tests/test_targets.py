@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import statistics
 from collections import Counter
@@ -305,3 +306,24 @@ def test_the_reference_evaluator_runs_it(name: str, target: str, tmp_path: Path)
         results += [np.asarray(next(iter(ReferenceEvaluator(onnx.load(out)).run(None, feeds))))]
     for found in results:
         assert np.abs(found - want).max() <= 1e-5 * np.abs(want).max()
+
+
+@pytest.mark.parametrize(("target", "version"), [("onnx", ""), *CHOICES, ("normfuse", "")])
+def test_the_recogniser_of_pp_ocr(target: str, version: str, tmp_path: Path) -> None:
+    """A pretrained model, exported by Paddle, its LayerNorms spelled out."""
+    found = importlib.util.find_spec("rapidocr_onnxruntime")
+    if found is None or found.origin is None:
+        pytest.skip("rapidocr-onnxruntime is not installed")
+    source, out = Path(found.origin).parent / "models/ch_PP-OCRv4_rec_infer.onnx", tmp_path / "out.onnx"
+    config = normfuse.Config(target=target, ort_version=version)  # type: ignore[arg-type]
+    report = normfuse.rewrite(source, out, config)
+    assert len(report.norms) == 5 and not report.refusals
+    assert {n.action for n in report.norms} == ({"left"} if version == "1.29" else {"fused"})
+    onnx.checker.check_model(out, full_check=True)
+    if target == "normfuse":
+        assert operators(onnx.load(out))["add_layer_norm"] == 4
+    image = np.random.default_rng(0).uniform(-1, 1, (1, 3, 48, 320)).astype("f4")
+    a, b = (session(path).run(None, {"x": image})[0] for path in (source, out))
+    assert np.abs(a - b).max() <= 1e-5 and (a.argmax(-1) == b.argmax(-1)).all()
+    normfuse.rewrite(out, tmp_path / "again.onnx", config)
+    assert (tmp_path / "again.onnx").read_bytes() == out.read_bytes()

@@ -149,11 +149,13 @@ def build(name: str, setting: Setting, device: str) -> nn.Module:
     return made.to(device, setting.dtype)
 
 
-def jobs(names: list[str], setting: Setting, device: str) -> Iterator[Job]:
-    """Every model in every mode, made as it is asked for."""
+def jobs(names: list[str], setting: Setting, device: str, only: list[str] | None = None) -> Iterator[Job]:
+    """Every model in every mode, or in those that start with one of `only`, made as it is asked for."""
     for name in names:
         model = build(name, setting, device)
         for mode, shape in setting.shapes.items():
+            if only and not mode.startswith(tuple(only)):
+                continue
             loss = mode.startswith("train")
             tokens = torch.randint(3, setting.vocabulary, shape, generator=torch.Generator().manual_seed(1))
             adam = torch.optim.AdamW(model.parameters(), lr=0.0, foreach=True) if loss else None
@@ -287,6 +289,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--models", nargs="+", default=list(_CLASSES), choices=list(_CLASSES))
+    parser.add_argument("--only", nargs="+", choices=["prefill", "decode", "train"])
     parser.add_argument("--contenders", nargs="+", default=["eager", *BACKENDS], choices=["eager", *BACKENDS])
     parser.add_argument("--mode", help="of torch.compile, such as reduce-overhead")
     parser.add_argument("--rounds", type=int)
@@ -312,7 +315,7 @@ def main() -> None:
     warm_up(given.device, given.mode)
     results = []
     counts = {"rounds": rounds, "compiles": compiles}
-    for job in jobs(given.models, setting, given.device):
+    for job in jobs(given.models, setting, given.device, given.only):
         results.append(measure(job, tuple(given.contenders), given.mode, rounds, compiles) | counts)
         print(*row(results[-1]), flush=True)
         save(given.out, merged(given.out, about, results))  # at once: the next may run out of time
