@@ -250,7 +250,9 @@ def placed(name: str, kind: str) -> Counter[str]:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_family(name: str, target: str, version: str, tmp_path: Path) -> None:
     family, source, out = FAMILIES[name], cached_export(name, 18), tmp_path / "out.onnx"
-    config = normfuse.Config(target=target, ort_version=version, verify="model")  # type: ignore[arg-type]
+    # what differs between the runtimes are the operators, and ort-cuda has those of ort-cpu before 1.30
+    verify = "sites" if target == "ort-cuda" else "model"
+    config = normfuse.Config(target=target, ort_version=version, verify=verify)  # type: ignore[arg-type]
     report = normfuse.rewrite(source, out, config)
     assert report.model_check is None or report.model_check["equal"]
     assert len(report.norms) == family.norms and not report.refusals
