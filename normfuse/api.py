@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from normfuse.config import Config
-from normfuse.errors import InputError, UnsupportedError, VerificationError
+from normfuse.errors import InputError, UnsupportedError
 from normfuse.facts import Atom, formula
 from normfuse.placement import recipe
 from normfuse.plan import Edit, Plan
@@ -214,17 +214,13 @@ def _check_model(source: Path, model: ir.Model, keep: Source | None) -> dict[str
     import tempfile
 
     from normfuse.io import files
-    from normfuse.verify import compare_models
+    from normfuse.verify import compare_models, demand_equal
 
     with tempfile.TemporaryDirectory(prefix="normfuse-") as folder:
         candidate = Path(folder) / "candidate.onnx"
         files.write_onnx(model, candidate, keep)
         found = compare_models(source, candidate)
-    if not found["equal"]:
-        worst = max(found["outputs"], key=lambda o: o["max_rel"] or 0.0)
-        gap = worst["max_rel"]
-        raise VerificationError(f"{source}: output {worst['name']!r} differs after the rewrite by {gap:.2g} of its "
-                                "largest element; nothing was written")  # fmt: skip
+    demand_equal(found, source)
     return found
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from normfuse.errors import InputError, UnsupportedError
+from normfuse.errors import InputError, UnsupportedError, VerificationError
 
 Array = np.ndarray[Any, Any]
 EPSILON = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
@@ -173,6 +173,15 @@ def compare_models(path_a: str | Path, path_b: str | Path, *, seed: int = 0,
         outputs.append(record)
         equal = equal and same
     return {"equal": equal, "outputs": outputs, "tolerance": 64.0, "provider": a.get_providers()[0]}
+
+
+def demand_equal(found: dict[str, Any], where: str | Path) -> None:
+    """Raise `VerificationError` where `compare_models` found a difference; it is said before anything is written."""
+    if not found["equal"]:
+        worst = max(found["outputs"], key=lambda o: o["max_rel"] or 0.0)
+        name, gap = worst["name"], worst["max_rel"]
+        raise VerificationError(f"{where}: output {name!r} differs after the rewrite by {gap:.2g} of its largest "
+                                "element; nothing was written")  # fmt: skip
 
 
 def _compare_output(name: str, x: Any, y: Any) -> tuple[dict[str, Any], bool]:

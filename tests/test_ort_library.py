@@ -32,6 +32,12 @@ SOURCES = ROOT / "normfuse" / "ort"
 Arrays = dict[str, np.ndarray[Any, Any]]
 
 compiled = pytest.mark.skipif(normfuse.ort.library_path() is None, reason="installed without a C compiler")
+
+
+def test_the_library_is_there_where_a_compiler_is() -> None:
+    """Or all the tests below would be skipped, and nobody would know."""
+    assert normfuse.ort.library_path() is not None or not (shutil.which("cc") or shutil.which("gcc"))
+
 pytestmark = compiled
 
 
