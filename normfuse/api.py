@@ -6,16 +6,18 @@ import gc
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from normfuse.config import Config
+from normfuse.convert import Record
 from normfuse.errors import InputError, UnsupportedError
 from normfuse.facts import Atom, formula
 from normfuse.placement import recipe
 from normfuse.plan import Edit, Plan
-from normfuse.norm import Expr, Norm, Site
+from normfuse.norm import Expr, Norm, Site, region
 from normfuse.report import NormRecord, RefusalRecord, Report
 from normfuse.verify import Check
 
@@ -73,7 +75,7 @@ def rewrite(src_path: str | Path, dst_path: str | Path, config: Config | None = 
         if not dry_run:
             files.check_target(source, target, overwrite, in_place)
         loaded = time.perf_counter()
-        report, changed, plain = _rewrite_ir(model, config, progress)
+        model, report, changed, plain = _rewrite_ir(model, config, progress)
         keep = original if plain else None
         planned = time.perf_counter()
         if config.verify == "model":
@@ -107,8 +109,7 @@ def optimize(model: Any, config: Config | None = None) -> tuple[Any, Report]:
     if isinstance(model, (str, Path)):
         if config.verify == "model":
             raise UnsupportedError(whole)
-        loaded = _read(Path(model))[0]
-        return loaded, _rewrite_ir(loaded, config, None)[0]
+        return _rewrite_ir(_read(Path(model))[0], config, None)[:2]
     kind = _kind(model)
     if kind in ("fx", "exported"):
         from normfuse.frontends import fx_model
@@ -120,12 +121,10 @@ def optimize(model: Any, config: Config | None = None) -> tuple[Any, Report]:
     if config.verify == "model":
         raise UnsupportedError(whole)
     if kind == "proto":
-        copy = ir.serde.deserialize_model(model)
-        report = _rewrite_ir(copy, config, None)[0]
-        return ir.to_proto(copy), report
+        done, report = _rewrite_ir(ir.serde.deserialize_model(model), config, None)[:2]
+        return ir.to_proto(done), report
     source = model.model if kind == "program" else model
-    copy = source.clone()
-    report = _rewrite_ir(copy, config, None)[0]
+    copy, report = _rewrite_ir(source.clone(), config, None)[:2]
     if kind == "program":
         import torch
 
@@ -190,11 +189,21 @@ def _inspect_ir(model: ir.Model) -> Report:
     return _onnx_report(one, rewritten=False)
 
 
-def _rewrite_ir(model: ir.Model, config: Config, progress: Progress | None) -> tuple[Report, bool, bool]:
-    """The report, whether anything changed, and whether only nodes of the main graph did."""
+def _rewrite_ir(model: ir.Model, config: Config, progress: Progress | None) -> tuple[ir.Model, Report, bool, bool]:
+    """The model that came of it, the report, whether anything changed, and whether only nodes of the main graph did."""
     from normfuse.frontends import onnx_model
 
     started = time.perf_counter()
+    records: list[Record] = []
+    first = None
+    if config.layernorm_to_rmsnorm != "off":
+        from normfuse.frontends.onnx_convert import convert_model
+
+        if progress is not None:
+            progress("converting LayerNorms", 0.0)
+        first = onnx_model.OnnxModel(model, replace(config, target="onnx"), rewrite=False)
+        model, records = convert_model(first, config)
+    converted = time.perf_counter()
     one = onnx_model.OnnxModel(model, config, rewrite=True, progress=progress)
     planned = time.perf_counter()
     if config.verify != "off":
@@ -203,10 +212,42 @@ def _rewrite_ir(model: ir.Model, config: Config, progress: Progress | None) -> t
     changed = one.apply()
     report = _onnx_report(one, rewritten=True)
     report.nodes_after = one.count()
-    report.seconds |= {"recognise": planned - started, "verify": checked - planned,
+    report.seconds |= {"recognise": planned - converted, "verify": checked - planned,
                        "rewrite": time.perf_counter() - checked}  # fmt: skip
-    plain = not one.inlined and not any(p.edits() for p in one.plans[1:])
-    return report, changed, plain
+    if first is not None:
+        report.nodes_before = first.nodes_before
+        report.seconds["convert"] = converted - started
+        _tell_conversion(report, one, records)
+    other = any(r.verdict != "kept" for r in records)
+    plain = not (one.inlined or (first and first.inlined) or any(p.edits() for p in one.plans[1:]) or other)
+    return model, report, changed or other, plain
+
+
+def _tell_conversion(report: Report, one: OnnxModel, records: list[Record]) -> None:
+    """Put what became of each LayerNorm into the report, under the name that it had."""
+    from normfuse.frontends.onnx_region import target_of
+
+    sites = [site for plan in one.plans for site in plan.found.sites]
+    found: dict[str | None, tuple[Site, NormRecord]] = {}
+    for site, norm in zip(sites, report.norms, strict=True):
+        values = [target_of(site), *(v for node in region(site.value, site.norm) for v in node.outputs)]
+        found |= {v.native.name: (site, norm) for v in values if v.native is not None}
+    for record in records:
+        known = found.get(record.result or target_of(record.site).native.name)
+        if known is None:
+            continue
+        site, norm = known
+        norm.conversion = record.to_dict()
+        if record.verdict == "kept":
+            report.refusals.append(RefusalRecord(record.code, record.site.label, record.reason))
+            continue
+        if norm.action == "refused":  # the operator in its place stays as it is
+            report.refusals = [r for r in report.refusals if r.node != site.label]
+        was = record_of(record.site)
+        norm.emitted = norm.emitted or ("RMSNormalization" if norm.form == "op" else "function normfuse.rms_norm")
+        norm.name, norm.kind, norm.fact, norm.form, norm.action = was.name, was.kind, was.fact, was.form, "converted"
+        if record.check is not None:
+            norm.verified = record.check.ok and norm.verified is not False
 
 
 def _check_model(source: Path, model: ir.Model, keep: Source | None) -> dict[str, Any]:

@@ -17,7 +17,10 @@ Verify = Literal["sites", "model", "off"]
 class Config:
     """Options of a rewrite.
 
-    - `layernorm_to_rmsnorm`: turn LayerNorm into RMSNorm; only "off" is available yet.
+    - `layernorm_to_rmsnorm`: turn LayerNorm into RMSNorm; "exact" edits the weights ahead of a norm so that what it
+      reads has mean zero, where this is proved to change nothing else.
+    - `untie`: a weight to be edited that somebody else reads, such as a token table that is also the output layer, is
+      copied; otherwise it stays, and one centring operator is put instead.
     - `numerics`: "exact" keeps every rounding of the model; "fast" may compute a norm in float32 where the model
       computes it in a narrower or mixed type.
     - `target`: where the result will run; "onnx" is standard operators and model-local functions, for any runtime;
@@ -36,6 +39,7 @@ class Config:
     target: Target = "onnx"
     verify: Verify = "sites"
     ort_version: str = ""
+    untie: bool = False
 
     def __post_init__(self) -> None:
         hints = get_type_hints(Config)
@@ -43,7 +47,7 @@ class Config:
             value, known = getattr(self, f.name), get_args(hints[f.name])
             if known and value not in known:
                 raise InputError(f"{f.name}={value!r} is not known; choose one of {', '.join(map(repr, known))}")
-        if self.layernorm_to_rmsnorm != "off":
+        if self.layernorm_to_rmsnorm == "approximate":
             mode = self.layernorm_to_rmsnorm
             raise UnsupportedError(f"layernorm_to_rmsnorm={mode!r} is not available yet; use 'off'")
         if not isinstance(self.ort_version, str):

@@ -37,6 +37,7 @@ class NormRecord:
     reason: str = ""
     error_before: float | None = None
     error_after: float | None = None
+    conversion: dict[str, Any] | None = None
 
 
 @dataclass(slots=True)
@@ -77,7 +78,7 @@ class Report:
         return {
             "found": len(self.norms),
             "fused": self.fused,
-            "converted": 0,
+            "converted": sum(n.action == "converted" for n in self.norms),
             "refused": self.refused,
             "nodes_before": self.nodes_before,
             "nodes_after": self.nodes_after,
@@ -86,6 +87,9 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """A plain dict, ready for JSON: the same input gives the same dict but for `summary.seconds`."""
         norms = [asdict(n) for n in self.norms]
+        for n in norms:
+            if n["conversion"] is None:
+                del n["conversion"]
         if not self.rewritten:
             for n in norms:
                 for key in ("action", "verified", "emitted", "reason", "error_before", "error_after"):

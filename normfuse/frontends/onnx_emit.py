@@ -32,8 +32,9 @@ Rows = Callable[[Expr, str, str], ir.Value]
 class Emitter:
     """Makes the ONNX nodes of norms for one model; functions and initializers they need collect here."""
 
-    def __init__(self, opset: int, spelled: bool = False) -> None:
+    def __init__(self, opset: int, spelled: bool = False, fold: bool = True) -> None:
         self.opset = opset
+        self.fold = fold  # make a computed weight a constant
         self.spelled = spelled  # write every norm as a function, whose body any evaluator can run in any type
         self.functions: dict[ir.OperatorIdentifier, ir.Function] = {}
         self.constants: dict[tuple[Any, ...], ir.Value] = {}
@@ -185,7 +186,7 @@ class Emitter:
                 return given
             if as_it_is:
                 return self._cast(nodes, given, dtype, f"{name}/cast")
-        folded = None if self.spelled else _evaluate(expr, norm)
+        folded = _evaluate(expr, norm) if self.fold and not self.spelled else None
         if folded is not None:
             return self.constant(folded, dtype, "folded")
         total: ir.Value | None = None

@@ -1,0 +1,224 @@
+"""How "its mean along this axis is taken away" passes backward through one node, from its result to its operands.
+
+Let P be the projector I - 11'/d on an axis of a value, or on blocks of that axis (one per head). A node whose result is
+linear in some operands jointly, channel by channel, gives P(result) when these operands are given as P(operand):
+additions, casts, views, the weight and the bias of a linear layer, the table of an embedding. `back` says which operands
+these are, or why there are none. What native operators do is the front end's table (`Channels`); what the neutral kinds
+do stands here.
+
+A factor per channel that is a constant (LayerScale) commutes with nothing, so it is handed on: `scales` are to be
+multiplied into the constants before their mean is taken away, and the multiplication itself goes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from math import prod
+
+from normfuse.facts import MEAN, Refused, add, mul
+from normfuse.graph import FLOATS, Node, Shape, Value
+from normfuse.recognise import Recognition
+from normfuse.transfer import identity_layout
+
+Block = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Centre:
+    """A value with its mean along `axis` taken away in each of the `blocks` (start, length), scaled before that."""
+
+    axis: int
+    blocks: tuple[Block, ...]
+    scales: tuple[Value, ...] = ()
+
+    def whole(self, value: Value) -> bool:
+        """Whether one block is the whole axis of a value, and nothing is to be scaled: P in the plain sense."""
+        size = value.shape[self.axis] if value.shape is not None else None
+        return self.blocks == ((0, size),) and not self.scales
+
+    def moved(self, axis: int, by: int = 0) -> Centre:
+        """The same on another axis, each block shifted."""
+        return replace(self, axis=axis, blocks=tuple((s + by, n) for s, n in self.blocks))
+
+    def within(self, low: int, high: int) -> tuple[Block, ...] | None:
+        """The blocks that lie in a range; None where one lies in it only in part."""
+        inside = tuple((s, n) for s, n in self.blocks if s < high and s + n > low)
+        return inside if all(low <= s and s + n <= high for s, n in inside) else None
+
+
+Links = list[tuple[Value, Centre]]
+"""Operands that have to be centred, and how, for a result to be centred."""
+
+
+class Blocked(Exception):
+    """Nothing ahead of a node can take the mean of its result away; the message says why."""
+
+
+Channels = Callable[[Node, Value, Centre], Links | None]
+"""A front end's table: the operands behind a result, None for an operator that is not in it; raises `Blocked`."""
+
+
+def back(node: Node, out: Value, want: Centre, channels: Channels, uniform: Callable[[Value], bool]) -> Links:
+    """The operands to centre so that `out` of a node comes out centred as wanted.
+
+    `uniform` tells of a constant whether all its elements are one number. Raises `Blocked`.
+    """
+    rule = _RULES.get(node.kind)
+    if rule is not None:
+        return rule(node, out, want, uniform)
+    links = channels(node, out, want)
+    if links is None:
+        raise Blocked(f"{_label(node)} mixes or bends the channels")
+    return links
+
+
+def centred(found: Recognition, value: Value, want: Centre) -> bool:
+    """The algebra knows that the mean of a value is zero already: a norm without weight, or x - mean(x)."""
+    if not want.whole(value):
+        return False
+    for fact in found.facts.get(value.index, {}).values():
+        if fact.root.axes != (want.axis,) or fact.kappa or fact.absolute or not fact.alpha:
+            continue
+        varying = any(a[0] == "p" for poly in (fact.alpha, fact.beta) for key in poly for a, _ in key)
+        if varying or fact.layout != identity_layout(fact.root.value) or fact.root.value.rank != value.rank:
+            continue
+        try:
+            if not add(mul(fact.alpha, {MEAN: 1.0}), fact.beta):
+                return True
+        except Refused:
+            continue
+    return False
+
+
+# -- rules of the neutral kinds ---------------------------------------------------------------------------------------
+
+
+def _label(node: Node) -> str:
+    return f"{node.op} {node.name}" if node.name and node.op not in node.name else node.name or node.op
+
+
+def _axis_in(operand: Value, out: Value, axis: int) -> int | None:
+    """The axis of a broadcast operand that lies under an axis of the result; None where it has size 1 or is not there."""
+    if operand.shape is None or out.shape is None:
+        raise Blocked(f"the shape of {operand.name} is not known")
+    found = axis - (len(out.shape) - len(operand.shape))
+    return None if found < 0 or (operand.shape[found] == 1 and out.shape[axis] != 1) else found
+
+
+def _sum(node: Node, out: Value, want: Centre, uniform: Callable[[Value], bool]) -> Links:
+    links = []
+    for v in node.inputs:
+        if v.number == 0:
+            continue
+        axis = None if v.number is not None else _axis_in(v, out, want.axis)
+        if axis is None:
+            raise Blocked(f"{_label(node)} adds {v.name}, which is the same for all channels")
+        links.append((v, want.moved(axis)))
+    return links
+
+
+def _product(node: Node, out: Value, want: Centre, uniform: Callable[[Value], bool]) -> Links:
+    carriers: list[tuple[Value, int]] = []
+    for v in node.inputs:
+        axis = None if v.number is not None else _axis_in(v, out, want.axis)
+        if axis is not None:
+            carriers.append((v, axis))
+    if node.kind == "div" and any(v is not node.inputs[0] for v, _ in carriers):
+        raise Blocked(f"{_label(node)} divides the channels by different numbers")
+    if len(carriers) == 2:
+        scales = [c for c in carriers if _per_channel(*c)]
+        if len(scales) != 1:
+            raise Blocked(f"{_label(node)} multiplies two values channel by channel")
+        (g, _), (v, axis) = scales[0], next(c for c in carriers if c is not scales[0])
+        if uniform(g):
+            return [(v, want.moved(axis))]
+        if not replace(want, scales=()).whole(out):
+            raise Blocked(f"{_label(node)} scales the channels within a part of the axis")
+        return [(v, replace(want.moved(axis), scales=(g, *want.scales)))]
+    return [(v, want.moved(axis)) for v, axis in carriers]
+
+
+def _per_channel(value: Value, axis: int) -> bool:
+    return value.fixed and value.shape is not None and all(i == axis or d == 1 for i, d in enumerate(value.shape))
+
+
+def _same(node: Node, out: Value, want: Centre, uniform: Callable[[Value], bool]) -> Links:
+    (v,) = node.inputs
+    if v.dtype not in FLOATS:
+        raise Blocked(f"{_label(node)} makes floats of {v.dtype}")
+    return [(v, want)]
+
+
+def _view(node: Node, out: Value, want: Centre, uniform: Callable[[Value], bool]) -> Links:
+    v = node.inputs[0]
+    if v.shape is None or out.shape is None:
+        raise Blocked(f"the shape of {v.name} is not known")
+    if node.kind == "transpose":
+        return [(v, want.moved(node.attrs["perm"][want.axis]))]
+    if node.kind == "expand":
+        axis = _axis_in(v, out, want.axis)
+        if axis is None:
+            raise Blocked(f"{_label(node)} repeats one number over the channels")
+        return [(v, want.moved(axis))]
+    found = regrouped(v.shape, out.shape, want)
+    if found is None:
+        raise Blocked(f"{_label(node)} regroups the channels")
+    return [(v, found)]
+
+
+def _reduced(node: Node, out: Value, want: Centre, uniform: Callable[[Value], bool]) -> Links:
+    v, axes, keep = node.inputs[0], node.attrs["axes"], node.attrs["keepdims"]
+    kept = [a for a in range(v.rank or 0) if keep or a not in (axes or ())]
+    if v.shape is None or axes is None or kept[want.axis] in axes:
+        raise Blocked(f"{_label(node)} adds the channels up")
+    return [(v, want.moved(kept[want.axis]))]
+
+
+def regrouped(source: Shape, target: Shape, want: Centre) -> Centre | None:
+    """A centring of a reshaped value, seen from before the reshape: the same axis, one that was split into it (then a
+    block for each part), or one of those merged into it (then the blocks have to repeat)."""
+    n = target[want.axis]
+    if not isinstance(n, int) or want.scales and n not in source:
+        return None
+    for axis, m in enumerate(source):
+        if not isinstance(m, int) or not m or not n:
+            continue
+        if m == n and _equal(source[:axis], target[: want.axis]):
+            return want.moved(axis)
+        if not _equal(source[axis + 1 :], target[want.axis + 1 :]):
+            continue
+        if m == n:
+            return want.moved(axis)
+        if m % n == 0 and not want.scales:
+            return replace(want, axis=axis, blocks=tuple((s + k, b) for k in range(0, m, n) for s, b in want.blocks))
+        if n % m == 0 and not want.scales:
+            parts = [want.within(k, k + m) for k in range(0, n, m)]
+            first = parts[0]
+            same = all(p is not None and tuple((s - k * m, b) for s, b in p) == first for k, p in enumerate(parts))
+            if first and same:
+                return replace(want, axis=axis, blocks=first)
+    return None
+
+
+def _equal(a: Shape, b: Shape) -> bool:
+    """Whether two runs of axes hold equally many elements, as far as can be told."""
+    if None in a or None in b:
+        return False
+    numbers = [prod(d for d in s if isinstance(d, int)) for s in (a, b)]
+    symbols = [sorted(d for d in s if isinstance(d, str)) for s in (a, b)]
+    return numbers[0] == numbers[1] and symbols[0] == symbols[1]
+
+
+_RULES: dict[str, Callable[[Node, Value, Centre, Callable[[Value], bool]], Links]] = {
+    "add": _sum, "sub": _sum, "mul": _product, "div": _product,
+    "neg": _same, "cast": _same, "identity": _same,
+    "reshape": _view, "unsqueeze": _view, "squeeze": _view, "expand": _view, "transpose": _view,
+    "mean": _reduced, "sum": _reduced,
+}  # fmt: skip
+
+
+def blocks_of(values: Iterator[Block]) -> tuple[Block, ...] | None:
+    """Blocks in order, each once; None where two overlap."""
+    found = sorted(set(values))
+    return tuple(found) if all(a + n <= b for (a, n), (b, _) in zip(found, found[1:], strict=False)) else None

@@ -1,0 +1,263 @@
+"""The test that catches everything: two ONNX models as wholes, in float64, with random constants.
+
+A model as it was initialised hides missing edits: its biases are zero and its norm weights one. So every constant is
+replaced by a random one whose mean is not zero, in the result by what the edits make of it, and the outputs have to
+agree to 1e-12. The models are run node by node with ONNX's reference operators; a constant is made when it is first
+read and dropped after the last node that reads it, so that the largest one decides on the memory.
+"""
+
+from __future__ import annotations
+
+import warnings
+import zlib
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+import onnx.inliner
+import onnx_ir as ir
+from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
+
+from normfuse.config import Config
+from normfuse.convert import LIMIT, Certificate, apply
+from normfuse.frontends.onnx_check import DOUBLE, FLOAT_TYPES, OPS, _widen
+from normfuse.verify import Array
+
+if TYPE_CHECKING:
+    from normfuse.frontends.onnx_convert import Editor
+
+SETTINGS = {**dict.fromkeys("Resize Upsample Pow Clip Pad OneHot".split(), 1),
+            **dict.fromkeys("Range Max Min Equal Greater Less GreaterOrEqual LessOrEqual".split(), 0)}  # fmt: skip
+"""Operators whose constants from this operand on are settings and bounds rather than parameters."""
+LARGE = 1e4
+"""A constant beyond this is a mask."""
+MAX_ERROR_SIZE = 2**28
+"""Elements of weights up to which the models are also run with their own weights."""
+
+Give = Callable[[str], Array]
+
+
+def certify(original: ir.Model, result: ir.Model, editor: Editor, config: Config) -> Certificate | None:
+    """Compare a model with its conversion; None where verification is off."""
+    if config.verify == "off":
+        return None
+    try:
+        before, after = Program(original, True), Program(result, True)
+        numbers = _Numbers(original, editor)
+        for attempt in range(2):
+            feeds = inputs_for(original, attempt)
+            want = before.run(feeds, lambda name: numbers.random(name, attempt))
+            if all(np.isfinite(v).all() for v in want.values()):
+                break
+        got = after.run(feeds, lambda name: numbers.edited(name, attempt))
+        gap = max((_relative(want[k], got[k]) for k in want), default=0.0)
+        if not all(np.isfinite(v).all() for v in want.values()):
+            return Certificate(False, message="the model gives no finite result on random constants")
+        if not gap <= LIMIT:
+            return Certificate(False, gap, message=f"with random constants the results differ by {gap:.2g} in float64")
+        found = Certificate(True, gap, len(numbers.replaced))
+        if sum(v.const_value.size for v in original.graph.initializers.values() if v.const_value) <= MAX_ERROR_SIZE:
+            exact = before.run(feeds, before.own)
+            found.before, found.after = (
+                max((_relative(exact[k], v) for k, v in outputs.items()), default=0.0)
+                for outputs in (p.run(feeds, p.own) for p in (Program(original, False), Program(result, False)))
+            )
+        return found
+    except Exception as why:  # the reference evaluator raises anything; not certified means not kept
+        text = (str(why).strip() or type(why).__name__).splitlines()[0]
+        return Certificate(False, message=f"the certificate's check could not run: {text[:200]}")
+
+
+def _relative(want: Array, got: Array) -> float:
+    if want.shape != got.shape or want.dtype.kind not in "fc":
+        return 0.0 if want.shape == got.shape and (want == got).all() else float("inf")
+    top = float(np.max(np.abs(want), initial=0.0))
+    if (np.isnan(want) != np.isnan(got)).any():
+        return float("inf")
+    return float(np.nanmax(np.abs(want - got), initial=0.0)) / top if top else 0.0
+
+
+class _Numbers:
+    """Random constants in the place of those of a model."""
+
+    def __init__(self, original: ir.Model, editor: Editor) -> None:
+        self.own = {v.name or "": v for v in original.graph.initializers.values()}
+        self.result = editor.one.model.graph.initializers
+        self.constants = editor.constants
+        self.uniform = {v.native.name for v in editor.plan.uniform if v.native is not None}
+        self.replaced: set[str] = set()
+        self.settings = {v.name for node in original.graph if node.op_type in SETTINGS
+                         for v in node.inputs[SETTINGS[node.op_type] :] if v}  # fmt: skip
+
+    def random(self, name: str, attempt: int = 0) -> Array:
+        """A constant of the original: random if it is a parameter, in float64."""
+        tensor = self.own[name].const_value
+        assert tensor is not None
+        array = np.asarray(tensor.numpy())
+        if tensor.dtype not in FLOAT_TYPES:
+            return array
+        array = array.astype(np.float64)
+        top = float(np.max(np.abs(array), initial=0.0))
+        if array.size <= 1 or not top <= LARGE or name in self.settings:
+            return array
+        self.replaced.add(name)
+        scale = float(np.sqrt(np.mean(array * array))) or 1.0
+        rng = np.random.default_rng(zlib.crc32(name.encode()) + attempt)
+        if name in self.uniform:
+            return np.full(array.shape, scale * (1.5 + rng.random()))
+        noise = np.resize(rng.standard_normal(min(array.size, 1048573)), array.shape)
+        if attempt:
+            return array + scale * (0.1 + 0.1 * noise)
+        return scale * (0.2 + np.abs(noise)) if array.min() >= 0 else scale * (0.5 + noise)
+
+    def edited(self, name: str, attempt: int = 0) -> Array:
+        """A constant of the result: made of random ones as it is made of the original's."""
+        made = self.constants.get(name)
+        if made is not None:
+            return apply(made.want, self.random(made.source, attempt), [self.random(g, attempt) for g in made.scales])
+        if name in self.own:
+            return self.random(name, attempt)
+        tensor = self.result[name].const_value
+        assert tensor is not None
+        array = np.asarray(tensor.numpy())
+        return array.astype(np.float64) if tensor.dtype in FLOAT_TYPES else array
+
+
+class Program:
+    """The nodes of a model, to be run one by one; `wide` in float64, otherwise in the model's types."""
+
+    def __init__(self, model: ir.Model, wide: bool) -> None:
+        self.model, self.wide = model, wide
+        copy = model.clone()
+        names = list(copy.graph.initializers)
+        for name in names:
+            value = copy.graph.initializers.pop(name)
+            value.const_value = None
+            if value not in copy.graph.inputs:
+                copy.graph.inputs.append(value)
+        proto = ir.to_proto(copy)
+        if proto.functions:
+            proto = onnx.inliner.inline_local_functions(proto)
+        proto.graph.ClearField("value_info")
+        if wide:
+            _widen_graph(proto.graph)
+        self.constants = set(names)
+        self.evaluator = ReferenceEvaluator(proto, new_ops=[*OPS, *KERNELS])
+        self.outputs = [o.name for o in proto.graph.output]
+        self.last: dict[str, int] = {}
+        for i, node in enumerate(self.evaluator.rt_nodes_):
+            for name in _reads(node.onnx_node):
+                self.last[name] = i
+
+    def own(self, name: str) -> Array:
+        """A constant as the model has it."""
+        tensor = self.model.graph.initializers[name].const_value
+        assert tensor is not None
+        array = np.asarray(tensor.numpy())
+        return array.astype(np.float64) if self.wide and tensor.dtype in FLOAT_TYPES else array
+
+    def run(self, feeds: dict[str, Array], give: Give) -> dict[str, Array]:
+        """The outputs in float64, given the inputs and a source of constants."""
+        values: dict[str, Any] = {"": None}
+        for name, array in feeds.items():
+            values[name] = array.astype(np.float64) if self.wide and array.dtype.kind not in "iub" else array
+        with warnings.catch_warnings(), np.errstate(all="ignore"):
+            warnings.simplefilter("ignore")
+            for i, node in enumerate(self.evaluator.rt_nodes_):
+                for name in _reads(node.onnx_node):
+                    if name not in values and name in self.constants:
+                        values[name] = give(name)
+                more = {"context": values} if node.need_context() else {}
+                outputs = node.run(*(values[n] for n in node.input), **more)
+                values.update(zip(node.output, outputs, strict=False))
+                for name in _reads(node.onnx_node):
+                    if self.last[name] == i and name not in self.outputs:
+                        values.pop(name, None)
+                values[""] = None
+        for name in self.outputs:
+            if name not in values:
+                values[name] = give(name)
+        return {n: np.asarray(values[n]).astype(np.float64 if np.asarray(values[n]).dtype.kind == "f" else None)
+                if isinstance(values[n], np.ndarray | np.generic) else np.asarray(0) for n in self.outputs}  # fmt: skip
+
+
+def _reads(node: onnx.NodeProto) -> list[str]:
+    """The names that a node reads, its sub-graphs included."""
+    out = [n for n in node.input if n]
+    for attr in node.attribute:
+        for graph in [attr.g] if attr.HasField("g") else list(attr.graphs):
+            out += [n for inner in graph.node for n in _reads(inner)] + [o.name for o in graph.output]
+    return out
+
+
+def _widen_graph(graph: onnx.GraphProto) -> None:
+    nodes = [part for node in graph.node for part in _widen(node)]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    for value in (*graph.input, *graph.output):
+        kind = value.type.tensor_type
+        if kind.elem_type and ir.DataType(kind.elem_type) in FLOAT_TYPES:
+            kind.elem_type = DOUBLE.value
+    for node in graph.node:
+        for attr in node.attribute:
+            for inner in [attr.g] if attr.HasField("g") else list(attr.graphs):
+                _widen_graph(inner)
+
+
+def inputs_for(model: ir.Model, attempt: int = 0) -> dict[str, Array]:
+    """Random inputs: each symbolic size is 2, floats are normal with mean 0.5, integers 0 or 1, all 1 at the second
+    attempt, masks all true."""
+    rng = np.random.default_rng(attempt)
+    feeds: dict[str, Array] = {}
+    for value in model.graph.inputs:
+        if value.name in model.graph.initializers:
+            continue
+        shape = [d if isinstance(d, int) and d > 0 else 2 for d in (value.shape.dims if value.shape else ())]
+        dtype = value.dtype or ir.DataType.FLOAT
+        if dtype in FLOAT_TYPES:
+            feeds[value.name or ""] = (rng.standard_normal(shape) + 0.5).astype(dtype.numpy())
+        elif dtype == ir.DataType.BOOL or attempt:
+            feeds[value.name or ""] = np.ones(shape, dtype.numpy())
+        else:
+            feeds[value.name or ""] = rng.integers(0, 2, shape).astype(dtype.numpy())
+    return feeds
+
+
+# -- operators that the reference has slow, or not as the standard says -----------------------------------------------
+
+
+class Conv(OpRun):
+    """Convolution by windows and one product; the reference loops over positions."""
+
+    op_domain = ""
+
+    def _run(self, x: Array, w: Array, b: Array | None = None, auto_pad: str = "NOTSET",
+             dilations: Iterable[int] | None = None, group: int = 1, kernel_shape: Any = None,
+             pads: Iterable[int] | None = None, strides: Iterable[int] | None = None) -> tuple[Array]:  # fmt: skip
+        n = x.ndim - 2
+        step, apart = list(strides or [1] * n), list(dilations or [1] * n)
+        reach = [(k - 1) * d + 1 for k, d in zip(w.shape[2:], apart, strict=True)]
+        around = list(pads or [0] * 2 * n)
+        if auto_pad.startswith("SAME"):
+            need = [max((-(-s // t) - 1) * t + r - s, 0) for s, t, r in zip(x.shape[2:], step, reach, strict=True)]
+            low = [p // 2 if auto_pad == "SAME_UPPER" else p - p // 2 for p in need]
+            around = low + [p - q for p, q in zip(need, low, strict=True)]
+        x = np.pad(x, [(0, 0), (0, 0), *zip(around[:n], around[n:], strict=True)])
+        axes = tuple(range(2, 2 + n))
+        windows = np.lib.stride_tricks.sliding_window_view(x, reach, axis=axes)
+        windows = windows[(slice(None), slice(None), *(slice(None, None, s) for s in step),
+                           *(slice(None, None, d) for d in apart))]  # fmt: skip
+        parts = []
+        for g in range(group):
+            inputs, outputs = x.shape[1] // group, w.shape[0] // group
+            part = windows[:, g * inputs : (g + 1) * inputs]
+            kernel = w[g * outputs : (g + 1) * outputs]
+            over = [1, *range(2 + n, 2 + 2 * n)]
+            parts.append(np.tensordot(part, kernel, axes=(over, [1, *range(2, 2 + n)])))
+        out = np.moveaxis(np.concatenate(parts, axis=-1), -1, 1)
+        return (out if b is None else out + b.reshape(-1, *[1] * n),)
+
+
+KERNELS = [Conv]

@@ -1,0 +1,250 @@
+"""LayerNorm to RMSNorm in an ONNX model: plan on its main graph, edit a copy, certify it, and only then go on with it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from normfuse.centring import Centre
+from normfuse.config import Config
+from normfuse.convert import Constants, Record, apply, refusals
+from normfuse.errors import InputError
+from normfuse.frontends import onnx_channels as table
+from normfuse.frontends.onnx import Lowering, _number, node_label
+from normfuse.frontends.onnx_certify import certify
+from normfuse.frontends.onnx_emit import Emitter
+from normfuse.frontends.onnx_infer import DTYPES
+from normfuse.frontends.onnx_model import OnnxModel, _unique
+from normfuse.graph import FLOATS, Node, Value
+from normfuse.norm import Norm, Site
+from normfuse.passes.layernorm_to_rmsnorm import Conversion, Means, convert
+from normfuse.passes.remove_dead import RemoveDead
+from normfuse.plan import Replace
+from normfuse.verify import Array
+
+AXES_INPUT = 18
+"""From this opset on ReduceMean takes its axes as an input."""
+
+
+def convert_model(one: OnnxModel, config: Config) -> tuple[ir.Model, list[Record]]:
+    """Convert the LayerNorms of a model in place for which it is proved; the model then, and what was done.
+
+    Where the certificate fails, the model is another object, as it was before. Raises `InputError` where a weight to
+    be edited holds NaN or infinity.
+    """
+    low, plan = one.lowerings[0], one.plans[0]
+    records = [refusals(site, "NF301", "it stands in a sub-graph of the model") for other in one.plans[1:]
+               for site in other.found.sites if site.norm.kind == "layer_norm"]  # fmt: skip
+    why = table.hazard(low)
+    if why is not None:
+        kind = "NF305"
+        return one.model, records + [refusals(s, kind, why) for s in plan.found.sites if s.norm.kind == "layer_norm"]
+    means = _Means(one, low, config)
+    found = convert(low.graph, plan.found, means.means())
+    if found.sites:
+        for value in found.edits:
+            means.settle(value)
+        original = one.model.clone()
+        editor = Editor(one, low, found, means)
+        editor.run()
+        check = certify(original, one.model, editor, config)
+        if check is not None and not check.ok:
+            failed = [refusals(site, "NF304", check.message) for site in found.sites]
+            return original, records + failed + [refusals(s, r.code, r.message) for s, r in found.kept.items()]
+        records += [Record.of(found, site, check, editor.results[site]) for site in found.sites]
+    records += [refusals(s, r.code, r.message) for s, r in found.kept.items()]
+    return one.model, records
+
+
+class _Means:
+    """What the planner asks of an ONNX graph."""
+
+    def __init__(self, one: OnnxModel, low: Lowering, config: Config) -> None:
+        self.one, self.low, self.config = one, low, config
+        self.known: dict[Value, bool] = {}
+        self.emitter = Emitter(one.opset, fold=False)
+        self.used: set[str | None] = set(one.model.graph.initializers) | {v.name for v in low.source.inputs}
+        for node in low.source:
+            self.used |= {node.name, *(v.name for v in node.outputs)}
+
+    def means(self) -> Means:
+        low = self.low
+        return Means(
+            channels=lambda node, out, want: table.channels(low, node, out, want),
+            span=lambda node, out, axis: table.span(low, node, out, axis),
+            uniform=self.uniform,
+            locked=self.locked,
+            place=lambda value: value.dtype in FLOATS,
+            blind=lambda node, value, want: table.blind(low, node, value, want),
+            fits=self.fits,
+            untie=self.config.untie,
+        )
+
+    def array(self, value: Value) -> Array | None:
+        """The elements of a constant of the model."""
+        native = value.native
+        if not isinstance(native, ir.Value):
+            return None
+        if native.const_value is not None:
+            return np.asarray(native.const_value.numpy())
+        node = native.producer()
+        if node is not None and node.op_type == "Constant" and "value" in node.attributes:
+            return np.asarray(node.attributes["value"].as_tensor().numpy())
+        return self.low.arrays.get(native)
+
+    def settle(self, value: Value) -> None:
+        """Make an initializer of a constant that nodes of the model compute, such as a class token that is repeated."""
+        native: ir.Value = value.native
+        if native.is_initializer():
+            return
+        array, dtype = self.array(value), DTYPES[value.dtype or ""]
+        assert array is not None
+        name = _unique(f"{native.name}_folded", self.used)
+        tensor = ir.Tensor(array.astype(dtype.numpy()), dtype=dtype, name=name)
+        value.native = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(dtype), const_value=tensor)
+        self.low.source.register_initializer(value.native)
+        for node, i in list(native.uses()):
+            node.replace_input_with(i, value.native)
+
+    def uniform(self, value: Value) -> bool:
+        if value not in self.known:
+            array = self.array(value) if value.leaf and value.fixed and not value.overridable else None
+            self.known[value] = array is not None and array.size > 0 and bool((array == array.flat[0]).all())
+        return self.known[value]
+
+    def locked(self, value: Value) -> str | None:
+        if value.native is None or value.dtype not in FLOATS:
+            return f"{value.name or 'a constant'} cannot be edited"
+        if value.overridable:
+            return f"{value.name} may be replaced by the caller: it is an input of the graph too"
+        if self.array(value) is None:
+            return f"the elements of {value.name} are not in the file"
+        return None
+
+    def fits(self, site: Site) -> str | None:
+        found = self.emitter.expressible(rms(site.norm), site.value)
+        return None if found is None else found[1]
+
+
+def rms(norm: Norm, x: Value | None = None) -> Norm:
+    """The RMSNorm of a centred input that a LayerNorm is."""
+    return replace(norm, kind="rms_norm", x=x or norm.x)
+
+
+class Editor:
+    """Carries a conversion out on the model that it was planned on."""
+
+    def __init__(self, one: OnnxModel, low: Lowering, plan: Conversion, means: _Means) -> None:
+        self.one, self.low, self.plan, self.means = one, low, plan, means
+        self.constants: dict[str, Constants] = {}  # name of an initializer of the result -> what it is made of
+        self.results: dict[Site, str] = {}
+        self.used = means.used
+
+    def run(self) -> None:
+        """Make all edits."""
+        self.one.emitter = self.means.emitter
+        for value, want in self.plan.edits.items():
+            self._edit(value, want)
+        centred = {key: self._operator(*key) for key in self.plan.operators}
+        for (value, want), readers in self.plan.operators.items():
+            new = centred[value, want]
+            for by in readers:
+                if not isinstance(by, Site):
+                    _reroute(by[0].native, value.native, new)
+        for node in self.plan.scaled:
+            self._bypass(node)
+        self._norms({by: centred[key] for key, found in self.plan.operators.items() for by in found
+                     if isinstance(by, Site)})  # fmt: skip
+
+    def _edit(self, value: Value, want: Centre) -> None:
+        array = self.means.array(value)
+        scales = [(g.native.name or "", self.means.array(g)) for g in want.scales]
+        assert array is not None and all(g is not None for _, g in scales)
+        made = Constants(value.native.name or "", want, tuple(name for name, _ in scales))
+        new = apply(want, array, [g for _, g in scales if g is not None])
+        native: ir.Value = value.native
+        if not np.isfinite(new).all():
+            raise InputError(f"{native.name}: holds NaN or infinity; a weight with those has no mean to take away")
+        dtype = DTYPES[value.dtype or ""]
+        tensor = ir.Tensor(new.astype(dtype.numpy()), dtype=dtype, name=native.name)
+        readers = self.plan.copies.get(value)
+        if readers is None:
+            native.const_value = tensor
+            self.constants[native.name or ""] = made
+            return
+        name = _unique(f"{native.name}_centred", self.used)
+        fresh = ir.Value(name=name, shape=ir.Shape(new.shape), type=ir.TensorType(dtype), const_value=tensor)
+        self.low.source.register_initializer(fresh)
+        self.constants[name] = made
+        for reader in readers:
+            _reroute(reader.native, native, fresh)
+
+    def _operator(self, value: Value, want: Centre) -> ir.Value:
+        """x - mean(x) behind a value, in float32 for half types."""
+        native: ir.Value = value.native
+        name = _unique(f"{native.name}_centred", self.used)
+        nodes: list[ir.Node] = []
+
+        def op(kind: str, inputs: list[ir.Value], *attrs: ir.Attr) -> ir.Value:
+            nodes.append(ir.Node("", kind, inputs, attrs, name=_unique(f"{name}/{kind.lower()}", self.used)))
+            nodes[-1].outputs[0].name = _unique(f"{name}_{len(nodes)}", self.used)
+            return nodes[-1].outputs[0]
+
+        half, axis = value.dtype in ("float16", "bfloat16"), want.axis - (value.rank or 0)
+        x = op("Cast", [native], ir.AttrInt64("to", ir.DataType.FLOAT.value)) if half else native
+        if self.one.opset >= AXES_INPUT:
+            axes = self.means.emitter.constant(np.array([axis]), "int64", "axes")
+            mean = op("ReduceMean", [x, axes])
+        else:
+            mean = op("ReduceMean", [x], ir.AttrInt64s("axes", [axis if self.one.opset > 10 else want.axis]))
+        out = op("Sub", [x, mean])
+        if half:
+            out = op("Cast", [out], ir.AttrInt64("to", DTYPES[value.dtype or ""].value))
+        out.name, out.shape, out.type = name, native.shape, native.type
+        producer = native.producer()
+        graph = self.low.source
+        if producer is not None:
+            graph.insert_after(producer, nodes)
+        else:
+            graph.insert_before(graph[0], nodes)
+        return out
+
+    def _bypass(self, node: Node) -> None:
+        """Take a multiplication out whose factor is in the constants now."""
+        out, (a, b) = node.outputs[0], node.inputs
+        factor = next(v for v in (a, b) if v.fixed and v not in self.plan.values)
+        data: ir.Value = (b if factor is a else a).native
+        out.native.replace_all_uses_with(data)
+
+    def _norms(self, centred: dict[Any, ir.Value]) -> None:
+        one, plan = self.one, self.one.plans[0]
+        labels = {}
+        for site in self.plan.sites:
+            inner = self.plan.inner.get(site, site)
+            norm = rms(inner.norm)
+            if site in centred:
+                x = norm.x
+                norm = rms(norm, Value(x.name, x.shape, x.dtype, native=centred[site], index=x.index))
+            edit = Replace(replace(inner, norm=norm, is_op=False))
+            labels[site] = edit
+            plan.replace.append(edit)
+        RemoveDead()(plan)
+        one.apply()
+        for site, edit in labels.items():
+            native = one._now(edit.site.value if edit.site.value.native is not None else _last(edit.site.value))
+            self.results[site] = native.name or ""
+
+
+def _last(value: Value) -> Value:
+    while value.native is None and value.uses:
+        value = value.uses[0].outputs[0]
+    return value
+
+
+def _reroute(node: ir.Node, old: ir.Value, new: ir.Value) -> None:
+    for i, operand in enumerate(node.inputs):
+        if operand is old:
+            node.replace_input_with(i, new)

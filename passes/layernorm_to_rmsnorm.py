@@ -1,0 +1,444 @@
+"""LayerNorm to RMSNorm, exactly: plan how to take the mean away ahead of the norms.
+
+    h = embed(ids) + f(h');  y = layer_norm(h)      becomes      h = embed_c(ids) + f_c(h');  y = rms_norm(h)
+
+With P = I - 11'/d, layer_norm(P h) = layer_norm(h) and layer_norm(h) = rms_norm(P h). So each LayerNorm asks for its
+input centred. The request goes up the graph (`normfuse.centring`) to constants, which are edited; where no rule holds,
+one explicit centring operator is put. Then two proofs are owed. Absorption: every request ends in a constant, in an
+operator, or in a value whose mean is zero already. Tolerance: every reader of a value that changes either asked for it,
+or cannot tell (a LayerNorm over that axis, a softmax); graph outputs can. A value with another reader becomes the place
+of an operator, which only those who asked read, and the plan is made again; the places only grow, so it ends.
+A connected part of the plan that does not convert more norms than it adds operators is dropped.
+
+Zhang & Sennrich 2019 (arXiv 1910.07467), Jiang et al. 2023 (arXiv 2305.14858).
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, replace
+
+from normfuse.centring import Block, Blocked, Centre, Channels, back, blocks_of, centred
+from normfuse.graph import Graph, Node, Value
+from normfuse.norm import Refusal, Site, region
+from normfuse.passes.remove_dead import live
+from normfuse.recognise import Recognition
+
+Reader = tuple[Node, Value] | Site
+"""Who asks: a node for one of its results, or a norm."""
+Operator = tuple[Value, Centre]
+
+
+@dataclass(frozen=True, slots=True)
+class Means:
+    """What a front end knows and can do.
+
+    `channels`: its table of native operators; `span`: (start, end) of a result that is a slice along an axis; `uniform`:
+    whether a constant is one number all over; `locked`: why a constant cannot be edited, or None; `place`: whether an
+    operator can stand behind a value; `blind`: whether a node gives the same for a value and for the centred value;
+    `fits`: the front end's veto on the RMSNorm; `twins`: what constants of the same storage have in common;
+    `untie`: a constant with other readers is copied rather than left.
+    """
+
+    channels: Channels
+    span: Callable[[Node, Value, int], tuple[int, int] | None]
+    uniform: Callable[[Value], bool]
+    locked: Callable[[Value], str | None]
+    place: Callable[[Value], bool]
+    blind: Callable[[Node, Value, Centre], bool]
+    fits: Callable[[Site], str | None]
+    twins: Callable[[Value], Hashable] = lambda value: value
+    untie: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Conversion:
+    """What is to be done: norms to convert, constants to edit, operators to put and who reads them.
+
+    `scaled` are multiplications by a constant per channel whose factor moves into the constants. `copies` are edited
+    constants with another reader, which keeps the old one. `uniform` are the constants whose being one number the plan
+    rests on. `kept` says of the other LayerNorms why. `inner` has the operator that a norm stands in, where views are
+    around that.
+    """
+
+    sites: list[Site] = field(default_factory=list)
+    edits: dict[Value, Centre] = field(default_factory=dict)
+    operators: dict[Operator, list[Reader]] = field(default_factory=dict)
+    scaled: list[Node] = field(default_factory=list)
+    copies: dict[Value, list[Node]] = field(default_factory=dict)
+    uniform: list[Value] = field(default_factory=list)
+    kept: dict[Site, Refusal] = field(default_factory=dict)
+    inner: dict[Site, Site] = field(default_factory=dict)
+    values: dict[Value, Centre] = field(default_factory=dict)
+    seeds: dict[Value, str] = field(default_factory=dict)
+    proof: dict[Site, Proof] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Proof:
+    """Why one norm may be converted, in lines for people."""
+
+    derivation: list[str] = field(default_factory=list)
+    readers: list[str] = field(default_factory=list)
+    edits: list[str] = field(default_factory=list)
+    operators: list[str] = field(default_factory=list)
+    depends: list[str] = field(default_factory=list)
+
+
+def operator_of(site: Site) -> Site:
+    """The norm as its operator has it, without the views around: its own input, axes and result; else the site."""
+    if not site.is_op:
+        return site
+    nodes = region(site.value, site.norm)
+    core = next((n for n in nodes if n.kind == site.norm.kind), None)
+    if core is None:
+        return site
+    stages = [n for n in nodes if n.native is core.native]
+    first, last = stages[-1], stages[0]
+    norm = replace(site.norm, x=first.inputs[0], axes=core.attrs["axes"])
+    return replace(site, value=last.outputs[0], norm=norm) if norm.x is not site.norm.x else site
+
+
+def convert(graph: Graph, found: Recognition, can: Means) -> Conversion:
+    """Plan the conversion of every LayerNorm of a graph for which it can be proved and pays in operators."""
+    return _Planner(graph, found, can).run()
+
+
+class _Planner:
+    def __init__(self, graph: Graph, found: Recognition, can: Means) -> None:
+        self.graph, self.found, self.can = graph, found, can
+        self.alive = live(graph)
+        self.out = Conversion()
+        self.sites: list[Site] = []
+        self.cones: dict[tuple[Node, Value], list[int]] = {}
+        for site in found.sites:
+            if site.norm.kind == "layer_norm":
+                self._candidate(site)
+        self.seeds: dict[Value, str] = {}  # values that stay as they are, with an operator behind them if asked for
+        self.stuck: dict[Value, str] = {}  # values that can neither be centred nor be followed by an operator
+        self.copies: set[Value] = set()
+        self.state: dict[Value, Centre] = {}
+        self.askers: dict[Value, list[Reader]] = {}
+        self.operators: dict[Operator, list[Reader]] = {}
+        self.again = False
+
+    def _candidate(self, site: Site) -> None:
+        norm = site.norm
+        if len(norm.axes) != 1:
+            return self._keep(site, "NF301", f"it normalises over {len(norm.axes)} axes at once")
+        self._cone(site)
+        inner = operator_of(site)
+        if inner is not site:
+            self.out.inner[site] = inner
+            self._cone(inner)
+        if inner.norm.x.native is None:
+            return self._keep(site, "NF301", "its input is a value inside another operator")
+        why = self.can.fits(inner)
+        if why is not None:
+            return self._keep(site, "NF301", why)
+        self.sites.append(site)
+
+    def _keep(self, site: Site, code: str, why: str) -> None:
+        self.out.kept[site] = Refusal(code, site.label, why)
+
+    def _cone(self, site: Site) -> None:
+        """The nodes of a norm that nothing outside of it reads cannot tell whether its input is centred."""
+        inside = set(region(site.value, site.norm))
+        while True:
+            leaks = {n for n in inside for v in n.outputs if v is not site.value and
+                     (v.kept or any(u not in inside and u in self.alive for u in v.uses))}  # fmt: skip
+            if not leaks:
+                break
+            inside -= leaks
+        for node in site.norm.x.uses:
+            if node in inside:
+                self.cones.setdefault((node, site.norm.x), []).append(site.norm.axes[0])
+
+    # -- the loop -----------------------------------------------------------------------------------------------------
+
+    def run(self) -> Conversion:
+        while self.sites:
+            self._ask()
+            if self.again or self._unread() or self._sink() or self._drop():
+                continue
+            break
+        self._result()
+        return self.out
+
+    def _ask(self) -> None:
+        """Send the requests up, the latest values first, so that each value knows all its requests at once."""
+        self.state, self.askers, self.operators, self.again = {}, {}, {}, False
+        asked: dict[Value, list[tuple[Centre, Reader]]] = {}
+        heap: list[tuple[int, int, Value]] = []
+
+        def ask(value: Value, want: Centre, by: Reader) -> None:
+            if value not in asked:
+                asked[value] = []
+                heapq.heappush(heap, (-(value.producer.index if value.producer is not None else -1), value.index, value))
+            asked[value].append((want, by))
+
+        for site in self.sites:
+            ask(*self._wish(site), site)
+        while heap:
+            _, _, value = heapq.heappop(heap)
+            wants = asked[value]
+            self.askers[value] = [by for _, by in wants]
+            if value not in self.seeds and value not in self.stuck:
+                try:
+                    for operand, want in self._push(value, [want for want, _ in wants]):
+                        assert value.producer is not None
+                        ask(operand, want, (value.producer, value))
+                    continue
+                except Blocked as why:
+                    self._stop(value, str(why))
+            for want, by in wants:
+                if value in self.seeds and want.whole(value):
+                    self.operators.setdefault((value, want), []).append(by)
+                else:
+                    self._refuse(by, self.seeds.get(value) or self.stuck[value])
+
+    def _wish(self, site: Site) -> tuple[Value, Centre]:
+        norm = self.out.inner.get(site, site).norm
+        assert norm.size is not None
+        return norm.x, Centre(norm.axes[0], ((0, norm.size),))
+
+    def _push(self, value: Value, wants: list[Centre]) -> list[tuple[Value, Centre]]:
+        """Record that a value comes centred; what that takes of the operands of its producer."""
+        want = wants[0]
+        if any((w.axis, w.scales) != (want.axis, want.scales) for w in wants):
+            raise Blocked(f"{value.name} is wanted centred in two ways")
+        blocks = blocks_of(b for w in wants for b in w.blocks)
+        if blocks is None:
+            raise Blocked(f"{value.name} is wanted centred over blocks that overlap")
+        want = replace(want, blocks=blocks)
+        if centred(self.found, value, want):
+            return []
+        node = value.producer
+        if value.tainted:
+            raise Blocked(f"{value.name} is written in place")
+        if node is None:
+            why = self.can.locked(value) if value.fixed else f"{value.name} is an input of the graph"
+            if why is not None:
+                raise Blocked(why)
+            links = []
+        else:
+            links = back(node, value, want, self.can.channels, self.can.uniform)
+        self.state[value] = want
+        return links
+
+    def _stop(self, value: Value, why: str) -> None:
+        """A value is not to change: put an operator behind it, or, where none can stand, behind what is made of it."""
+        if value.native is not None and not value.fixed and self.can.place(value):
+            self.seeds[value] = why
+        else:
+            self.stuck[value] = why
+
+    def _refuse(self, by: Reader, why: str) -> None:
+        self.again = True
+        if isinstance(by, Site):
+            self._keep(by, "NF302", why)
+            self.sites = [site for site in self.sites if site is not by]
+        elif by[1] not in self.seeds and by[1] not in self.stuck:
+            self._stop(by[1], why)
+
+    # -- tolerance ----------------------------------------------------------------------------------------------------
+
+    def _unread(self) -> bool:
+        """Find the changed values that somebody reads as they were; True if there are any."""
+        twins: dict[Hashable, list[Value]] = {}
+        for value in self.graph.leaves:
+            if value.fixed and any(use in self.alive for use in value.uses):
+                twins.setdefault(self.can.twins(value), []).append(value)
+        bad = []
+        for value, want in self.state.items():
+            why = self._reader(value, want)
+            if why is None and value.producer is None:
+                others = [v for v in twins.get(self.can.twins(value), ()) if v is not value]
+                if any(self.state.get(v) != want for v in others):
+                    why = f"its storage is that of {others[0].name} too"
+            if why is not None:
+                bad.append((value, why))
+        for value, why in bad:
+            if self.can.untie and value.producer is None and value.fixed:
+                self.copies.add(value)
+            else:
+                self._stop(value, f"{value.name}: {why}")
+        return any(value not in self.copies for value, _ in bad)
+
+    def _reader(self, value: Value, want: Centre) -> str | None:
+        if value in self.copies:
+            return None
+        if value.kept:
+            return "it is an output of the graph, or a sub-graph reads it"
+        for node in dict.fromkeys(value.uses):
+            if node in self.alive and not self._blind(node, value, want):
+                for out in node.outputs:
+                    if (out.kept or any(use in self.alive for use in out.uses)) and not self._asked(
+                            node, value, want, out):  # fmt: skip
+                        return f"{node.op} {node.name} reads it as it is"
+        return None
+
+    def _blind(self, node: Node, value: Value, want: Centre) -> bool:
+        if want.whole(value) and want.axis in self.cones.get((node, value), ()):
+            return True
+        if node.kind in ("var", "std") and node.attrs["axes"] == (want.axis,) and want.whole(value):
+            return True
+        return self.can.blind(node, value, want)
+
+    def _asked(self, node: Node, value: Value, want: Centre, out: Value) -> bool:
+        """Whether a result of a node takes account of how an operand changes."""
+        blocks: tuple[Block, ...] | None = want.blocks
+        span = self.can.span(node, out, want.axis) if value is node.inputs[0] else None
+        if span is not None:
+            blocks = want.within(*span)
+        if blocks == ():
+            return True
+        if out not in self.state:
+            return False
+        try:
+            links = back(node, out, self.state[out], self.can.channels, self.can.uniform)
+        except Blocked:
+            return False
+        mine = [c for v, c in links if v is value]
+        return bool(mine) and all(c == replace(want, blocks=blocks or ()) for c in mine)
+
+    # -- fewer operators ----------------------------------------------------------------------------------------------
+
+    def _sink(self) -> bool:
+        """Move an operator behind the node that alone asks for it, where what else that node reads is asked for by
+        nobody else: one operator after token and position embeddings were added, not one on each."""
+        for (value, _), readers in self.operators.items():
+            if len(readers) != 1 or sum(v is value for v, _ in self.operators) != 1:
+                continue
+            below = self._below(readers[0])
+            if below is not None:
+                self.seeds[below] = self.seeds[value]
+                return True
+        return False
+
+    def _below(self, by: Reader) -> Value | None:
+        while not isinstance(by, Site):
+            node, out = by
+            links = back(node, out, self.state[out], self.can.channels, self.can.uniform)
+            if any(self.askers.get(v) != [by] for v, _ in links):
+                return None
+            if out.native is not None and self.can.place(out) and self.state[out].whole(out):
+                return out
+            if len(self.askers[out]) != 1:
+                return None
+            by = self.askers[out][0]
+        return None
+
+    def _drop(self) -> bool:
+        """Give up connected parts of the plan that add as many operators as they convert norms."""
+        leader: dict[object, object] = {}
+
+        def find(a: object) -> object:
+            while leader.setdefault(a, a) is not a:
+                leader[a] = a = leader[leader[a]]
+            return a
+
+        def key(v: Value, want: Centre) -> object:
+            return (v, want) if v in self.seeds else v
+
+        for site in self.sites:
+            leader[find(site)] = find(key(*self._wish(site)))
+        for value, want in self.state.items():
+            if value.producer is not None:
+                for operand, w in back(value.producer, value, want, self.can.channels, self.can.uniform):
+                    if operand in self.state or operand in self.seeds:
+                        leader[find(value)] = find(key(operand, w))
+        gain: dict[object, int] = {}
+        first: dict[object, list[Value]] = {}
+        for site in self.sites:
+            gain[find(site)] = gain.get(find(site), 0) + 1
+        for operator in self.operators:
+            gain[find(operator)] = gain.get(find(operator), 0) - 1
+            first.setdefault(find(operator), []).append(operator[0])
+        lost = [site for site in self.sites if gain[find(site)] <= 0]
+        for site in lost:
+            places = first[find(site)]
+            norms = sum(find(s) is find(site) for s in self.sites)
+            self._keep(site, "NF303", f"{_count(places, 'centring operator')} would be needed for {_count(norms, 'norm')}: "
+                       f"{self.seeds[places[0]]}")  # fmt: skip
+        self.sites = [site for site in self.sites if site not in self.out.kept]
+        return bool(lost)
+
+    # -- the result ---------------------------------------------------------------------------------------------------
+
+    def _result(self) -> None:
+        out = self.out
+        out.sites, out.values, out.operators = self.sites, dict(self.state), dict(self.operators)
+        out.seeds = {v: self.seeds[v] for v, _ in self.operators}
+        out.edits = {v: want for v, want in self.state.items() if v.producer is None}
+        uniform: dict[Value, None] = {}
+        told: dict[Value, Site] = {}
+        for site in self.sites:
+            self._prove(site, told, uniform)
+        out.uniform = list(uniform)
+        scaled = {v.producer: None for v, want in self.state.items() if v.producer is not None and
+                  any(c.scales != want.scales for _, c in self._links(v))}  # fmt: skip
+        out.scaled = list(scaled)
+        for value in self.copies & set(out.edits):
+            out.copies[value] = [by[0] for by in self.askers[value] if not isinstance(by, Site)]
+
+    def _links(self, value: Value, uniform: dict[Value, None] | None = None) -> list[tuple[Value, Centre]]:
+        node = value.producer
+        if node is None:
+            return []
+
+        def is_uniform(v: Value) -> bool:
+            found = self.can.uniform(v)
+            if found and uniform is not None:
+                uniform[v] = None
+            return found
+
+        return back(node, value, self.state[value], self.can.channels, is_uniform)
+
+    def _prove(self, site: Site, told: dict[Value, Site], uniform: dict[Value, None]) -> None:
+        """The derivation of one norm, down to constants or to what an earlier norm has shown."""
+        proof = self.out.proof[site] = Proof()
+        todo: list[tuple[Value, Centre]] = [self._wish(site)]
+        seen: set[Value] = set()
+        while todo:
+            value, _ = todo.pop()
+            if value in seen:
+                continue
+            seen.add(value)
+            if value in self.seeds:
+                proof.operators.append(f"behind {value.name}: {self.seeds[value]}")
+                continue
+            if value not in self.state:
+                proof.derivation.append(f"{value.name} has mean zero already")
+                continue
+            if value in told:
+                proof.derivation.append(f"{value.name}: as shown for {told[value].label}")
+                continue
+            told[value] = site
+            node, own = value.producer, dict[Value, None]()
+            if node is None:
+                scales = "".join(f"{g.name} * " for g in self.state[value].scales)
+                proof.edits.append(f"{scales}{value.name}: mean taken away along axis {self.state[value].axis}"
+                                   + _blocks(self.state[value], value))  # fmt: skip
+                continue
+            links = self._links(value, own)
+            uniform.update(own)
+            proof.depends += [f"{v.name} is one number all over" for v in own]
+            names = ", ".join(v.name or "a value inside" for v, _ in links) or "nothing"
+            if value.native is not None:
+                proof.derivation.append(f"{value.name} = {node.op}: needs {names}")
+            readers = [u.name or u.op for u in dict.fromkeys(value.uses) if u in self.alive]
+            if value.native is not None and readers:
+                proof.readers.append(f"{value.name}: {', '.join(readers)}")
+            todo += list(reversed(links))
+
+
+def _blocks(want: Centre, value: Value) -> str:
+    n = len(want.blocks)
+    return "" if want.whole(value) or n == 1 and want.scales else f", in {n} block{'s'[: n > 1]} of {want.blocks[0][1]}"
+
+
+def _count(n: int | list[Value], what: str) -> str:
+    n = n if isinstance(n, int) else len(n)
+    return f"{n} {what}{'s' if n != 1 else ''}"
