@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from normfuse.config import Config
-from normfuse.convert import Record
+from normfuse.convert import Record, tell
 from normfuse.errors import InputError, UnsupportedError
 from normfuse.facts import Atom, formula
 from normfuse.placement import recipe
 from normfuse.plan import Edit, Plan
-from normfuse.norm import Expr, Norm, Site, region
+from normfuse.norm import Expr, Norm, Site
 from normfuse.report import NormRecord, RefusalRecord, Report
 from normfuse.verify import Check
 
@@ -99,18 +99,25 @@ def _copied(progress: Progress, done: int, total: int) -> None:
     progress(f"copying weights, {done / 2**30:.1f} of {total / 2**30:.1f} GiB", 0.9 + 0.1 * done / max(total, 1))
 
 
-def optimize(model: Any, config: Config | None = None) -> tuple[Any, Report]:
+def optimize(model: Any, config: Config | None = None, *, args: Sequence[Any] = (),
+             kwargs: Mapping[str, Any] | None = None) -> tuple[Any, Report]:  # fmt: skip
     """Fuse the norms of a model in memory and give back (the same type of model, the report).
 
-    Takes what `inspect` takes; for a path it gives back an `onnx_ir.Model`. The model given is not changed.
+    Takes what `inspect` takes; for a path it gives back an `onnx_ir.Model`. The model given is not changed. An
+    `nn.Module` is taken for `layernorm_to_rmsnorm="exact"`, with `args` and `kwargs` to trace it with: its LayerNorms
+    become RMSNorms in a copy, which is an ordinary module.
     """
     config = config or Config()
+    kind = "path" if isinstance(model, (str, Path)) else _kind(model)
+    if kind == "module":
+        from normfuse.frontends.module_convert import convert_module
+
+        return convert_module(model, config, args, kwargs)
     whole = "verify='model' needs files to run; use normfuse.rewrite, or verify='sites'"
     if isinstance(model, (str, Path)):
         if config.verify == "model":
             raise UnsupportedError(whole)
         return _rewrite_ir(_read(Path(model))[0], config, None)[:2]
-    kind = _kind(model)
     if kind in ("fx", "exported"):
         from normfuse.frontends import fx_model
 
@@ -145,6 +152,8 @@ def _kind(model: Any) -> str:
         return "proto"
     if any(n.startswith("onnx_ir") and n.endswith(".Model") for n in names):
         return "ir"
+    if "torch.nn.modules.module.Module" in names:
+        return "module"
     raise InputError(f"a {type(model).__name__} is not a model that NormFuse reads; give a path, onnx.ModelProto, "
                      "onnx_ir.Model, ONNXProgram, ExportedProgram or GraphModule")  # fmt: skip
 
@@ -217,37 +226,10 @@ def _rewrite_ir(model: ir.Model, config: Config, progress: Progress | None) -> t
     if first is not None:
         report.nodes_before = first.nodes_before
         report.seconds["convert"] = converted - started
-        _tell_conversion(report, one, records)
+        tell(report, [site for p in one.plans for site in p.found.sites], records)
     other = any(r.verdict != "kept" for r in records)
     plain = not (one.inlined or (first and first.inlined) or any(p.edits() for p in one.plans[1:]) or other)
     return model, report, changed or other, plain
-
-
-def _tell_conversion(report: Report, one: OnnxModel, records: list[Record]) -> None:
-    """Put what became of each LayerNorm into the report, under the name that it had."""
-    from normfuse.frontends.onnx_region import target_of
-
-    sites = [site for plan in one.plans for site in plan.found.sites]
-    found: dict[str | None, tuple[Site, NormRecord]] = {}
-    for site, norm in zip(sites, report.norms, strict=True):
-        values = [target_of(site), *(v for node in region(site.value, site.norm) for v in node.outputs)]
-        found |= {v.native.name: (site, norm) for v in values if v.native is not None}
-    for record in records:
-        known = found.get(record.result or target_of(record.site).native.name)
-        if known is None:
-            continue
-        site, norm = known
-        norm.conversion = record.to_dict()
-        if record.verdict == "kept":
-            report.refusals.append(RefusalRecord(record.code, record.site.label, record.reason))
-            continue
-        if norm.action == "refused":  # the operator in its place stays as it is
-            report.refusals = [r for r in report.refusals if r.node != site.label]
-        was = record_of(record.site)
-        norm.emitted = norm.emitted or ("RMSNormalization" if norm.form == "op" else "function normfuse.rms_norm")
-        norm.name, norm.kind, norm.fact, norm.form, norm.action = was.name, was.kind, was.fact, was.form, "converted"
-        if record.check is not None:
-            norm.verified = record.check.ok and norm.verified is not False
 
 
 def _check_model(source: Path, model: ir.Model, keep: Source | None) -> dict[str, Any]:

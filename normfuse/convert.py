@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import zlib
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from normfuse.centring import Centre
-from normfuse.norm import Site
+from normfuse.norm import Site, region
 from normfuse.passes.layernorm_to_rmsnorm import Conversion
+from normfuse.report import NormRecord, RefusalRecord, Report
 
 Array = np.ndarray[Any, Any]
 LIMIT = 1e-12
@@ -80,6 +82,52 @@ class Record:
         return out
 
 
+class Randomiser:
+    """Random constants in the place of a model's, the same for the same name: as large as those, their means not zero.
+
+    A constant that is nowhere negative stays so (a variance); masks (elements beyond `LARGE`) and single numbers stay
+    as they are; those that a plan takes to be one number all over become another number. The second `attempt` stays
+    near the model's own constants.
+    """
+
+    LARGE = 1e4
+
+    def __init__(self, uniform: Collection[str], fixed: Collection[str] = ()) -> None:
+        self.uniform, self.fixed = uniform, fixed
+        self.replaced: set[str] = set()
+
+    def __call__(self, name: str, array: Array, attempt: int = 0) -> Array:
+        """The random constant for one in float64."""
+        top = float(np.max(np.abs(array), initial=0.0))
+        if array.size <= 1 or not top <= self.LARGE or name in self.fixed:
+            return array
+        self.replaced.add(name)
+        scale = float(np.sqrt(np.mean(array * array))) or 1.0
+        rng = np.random.default_rng(zlib.crc32(name.encode()) + attempt)
+        if name in self.uniform:
+            return np.full(array.shape, scale * (1.5 + rng.random()))
+        noise = np.resize(rng.standard_normal(min(array.size, 1048573)), array.shape)
+        if attempt:
+            return np.asarray(array + scale * (0.1 + 0.1 * noise))
+        return np.asarray(scale * (0.2 + np.abs(noise)) if array.min() >= 0 else scale * (0.5 + noise))
+
+
+def worst(want: Sequence[Any], got: Sequence[Any]) -> float:
+    """The largest difference of two lists of outputs, each relative to its largest element."""
+    gaps = [relative(np.asarray(a), np.asarray(b)) for a, b in zip(want, got, strict=True)]
+    return max(gaps, default=0.0)
+
+
+def relative(want: Array, got: Array) -> float:
+    """The largest difference relative to the largest element; infinite where shapes, integers or NaNs differ."""
+    if want.shape != got.shape or want.dtype.kind not in "fc":
+        return 0.0 if want.shape == got.shape and (want == got).all() else float("inf")
+    top = float(np.max(np.abs(want), initial=0.0))
+    if (np.isnan(want) != np.isnan(got)).any():
+        return float("inf")
+    return float(np.nanmax(np.abs(want - got), initial=0.0)) / top if top else float(np.abs(got).max(initial=0.0))
+
+
 def refusals(site: Site, code: str, why: str) -> Record:
     """The record of a norm that stays a LayerNorm."""
     return Record(site, "kept", code, why)
@@ -97,3 +145,41 @@ def apply(want: Centre, array: Array, scales: Sequence[Array]) -> Array:
         part = out[start : start + length]
         part -= part.mean(axis=0, keepdims=True)
     return np.moveaxis(out, 0, want.axis)
+
+
+def tell(report: Report, sites: Sequence[Site], records: Sequence[Record]) -> None:
+    """Put what became of each LayerNorm into the report on the converted model, whose norms are at `sites`.
+
+    A converted norm keeps the name, the kind and the formula that it had in the model.
+    """
+    from normfuse.api import record_of
+
+    found: dict[str | None, tuple[Site, NormRecord]] = {}
+    for site, norm in zip(sites, report.norms, strict=True):
+        found |= {name: (site, norm) for name in _names(site)}
+    for record in records:
+        was = record_of(record.site)
+        names = [record.result] if record.result else _names(record.site)
+        site, norm = next((found[name] for name in names if name in found), (None, None))
+        if norm is None:
+            continue
+        norm.conversion = record.to_dict()
+        if record.verdict == "kept":
+            report.refusals.append(RefusalRecord(record.code, was.name, record.reason))
+            continue
+        if norm.action == "refused" and site is not None:  # the operator in its place stays as it is
+            report.refusals = [r for r in report.refusals if r.node != site.label]
+        norm.emitted = norm.emitted or ("RMSNorm operator" if norm.form == "op" else "function normfuse.rms_norm")
+        norm.name, norm.kind, norm.fact, norm.form, norm.action = was.name, was.kind, was.fact, was.form, "converted"
+        norm.reason = ""
+        if record.check is not None:
+            norm.verified = record.check.ok and norm.verified is not False
+
+
+def _names(site: Site) -> list[str]:
+    """The names of the values that a norm is made of, the last one first."""
+    end = site.value
+    while end.native is None and end.uses:
+        end = end.uses[0].outputs[0]
+    values = [end, *(v for node in region(site.value, site.norm) for v in node.outputs)]
+    return [v.native.name for v in values if hasattr(v.native, "name")]

@@ -275,7 +275,7 @@ class _Recogniser:
         for value in values:
             if value.index in matches and final[value.index]:
                 chain = list(self._chain(self._best(matches[value.index])[0], value))
-                if not any(v.index in chosen for v, _ in chain):
+                if not any(v.index in chosen and f.advanced >= 3 for v, f in chain):
                     chosen.add(value.index)
                     self._site(chain)
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 
 from normfuse.centring import Block, Blocked, Centre, Channels, back, blocks_of, centred
 from normfuse.graph import Graph, Node, Value
-from normfuse.norm import Refusal, Site, region
+from normfuse.norm import Norm, Refusal, Site, region
 from normfuse.passes.remove_dead import live
 from normfuse.recognise import Recognition
 
@@ -37,8 +37,9 @@ class Means:
     `channels`: its table of native operators; `span`: (start, end) of a result that is a slice along an axis; `uniform`:
     whether a constant is one number all over; `locked`: why a constant cannot be edited, or None; `place`: whether an
     operator can stand behind a value; `blind`: whether a node gives the same for a value and for the centred value;
-    `fits`: the front end's veto on the RMSNorm; `twins`: what constants of the same storage have in common;
-    `untie`: a constant with other readers is copied rather than left.
+    `fits`: the front end's veto on a norm, given as it was found and as its operator has it; `twins`: what constants of
+    the same storage have in common; `untie`: a constant with other readers is copied rather than left; `hooks`: an
+    operator changes what every reader of the value sees, not only those that asked.
     """
 
     channels: Channels
@@ -47,9 +48,10 @@ class Means:
     locked: Callable[[Value], str | None]
     place: Callable[[Value], bool]
     blind: Callable[[Node, Value, Centre], bool]
-    fits: Callable[[Site], str | None]
+    fits: Callable[[Site, Site], str | None]
     twins: Callable[[Value], Hashable] = lambda value: value
     untie: bool = False
+    hooks: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -84,6 +86,11 @@ class Proof:
     edits: list[str] = field(default_factory=list)
     operators: list[str] = field(default_factory=list)
     depends: list[str] = field(default_factory=list)
+
+
+def rms(norm: Norm, x: Value | None = None) -> Norm:
+    """The RMSNorm of a centred input that a LayerNorm is."""
+    return replace(norm, kind="rms_norm", x=x or norm.x)
 
 
 def operator_of(site: Site) -> Site:
@@ -134,7 +141,7 @@ class _Planner:
             self._cone(inner)
         if inner.norm.x.native is None:
             return self._keep(site, "NF301", "its input is a value inside another operator")
-        why = self.can.fits(inner)
+        why = self.can.fits(site, inner)
         if why is not None:
             return self._keep(site, "NF301", why)
         self.sites.append(site)
@@ -160,7 +167,7 @@ class _Planner:
     def run(self) -> Conversion:
         while self.sites:
             self._ask()
-            if self.again or self._unread() or self._sink() or self._drop():
+            if self.again or self._unread() or self._sink() or self._public() or self._drop():
                 continue
             break
         self._result()
@@ -302,6 +309,20 @@ class _Planner:
             return False
         mine = [c for v, c in links if v is value]
         return bool(mine) and all(c == replace(want, blocks=blocks or ()) for c in mine)
+
+    def _public(self) -> bool:
+        """Where an operator changes a value for all its readers, all have to be content; True if some are not."""
+        if not self.can.hooks:
+            return False
+        for (value, want), readers in self.operators.items():
+            asked = {by[0] for by in readers if not isinstance(by, Site)}
+            rest = [n for n in value.uses if n in self.alive and n not in asked and not self._blind(n, value, want)]
+            if rest or value.kept:
+                del self.seeds[value]
+                self.stuck[value] = f"{value.name} is also read by {rest[0].name or rest[0].op}" if rest else (
+                    f"{value.name} is an output of the graph")  # fmt: skip
+                return True
+        return False
 
     # -- fewer operators ----------------------------------------------------------------------------------------------
 

@@ -249,3 +249,15 @@ def test_a_long_chain_of_norms_and_scalings_stays_linear() -> None:
 ])  # fmt: skip
 def test_numbers_print_as_short_as_float32_allows(value: float, text: str) -> None:
     assert number(value) == text
+
+
+def test_a_norm_of_a_copy_of_a_norm_is_found() -> None:
+    g = Build()
+
+    def norm(x: Value) -> Value:
+        return g.op("mul", g.op("layer_norm", x, axes=(2,), eps=1e-5), g.w)
+
+    copy = g.op("identity", norm(g.x))
+    second = norm(copy)
+    total = g.op("add", copy, second)
+    assert len(g.found(total).sites) == 2

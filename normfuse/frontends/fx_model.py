@@ -15,6 +15,7 @@ from torch.export.graph_signature import InputKind
 from torch.utils._python_dispatch import _disable_current_modes
 
 from normfuse.config import Config
+from normfuse.convert import Record, tell
 from normfuse.errors import UnsupportedError
 from normfuse.frontends import fx_effects
 from normfuse.frontends.fx import Lowering
@@ -47,7 +48,13 @@ def run(model: Any, config: Config, rewrite: bool, leave: Leave | None = None) -
 def _run(model: Any, config: Config, rewrite: bool, leave: Leave | None) -> tuple[Any, Report]:
     if config.verify == "model":
         raise UnsupportedError("verify='model' needs files to run; use verify='sites'")
-    exported = not isinstance(model, fx.GraphModule)
+    exported, records = not isinstance(model, fx.GraphModule), list[Record]()
+    if rewrite and config.layernorm_to_rmsnorm != "off":
+        from normfuse.frontends import fx_convert
+
+        convert = fx_convert.convert_program if exported else fx_convert.convert_module
+        model, found = convert(model, config)
+        records = found.records
     source = model.graph_module if exported else model
     state = _state(model) if exported else None
     level = {"ATEN": "core", "TRAINING": "aten"}.get(model.dialect) if exported else None
@@ -58,8 +65,15 @@ def _run(model: Any, config: Config, rewrite: bool, leave: Leave | None) -> tupl
         changed = whole.apply()
         model = _program(model, changed) if exported else changed
     report = whole.report()
+    tell(report, [site for part in (whole, *whole.inner.values()) for site in part.plan.found.sites], records)
     report.format = "exported" if exported else "fx"
     return model, report
+
+
+def report_on(program: Any, config: Config) -> tuple[Report, list[Site]]:
+    """The report on an exported program that is left as it is, and the norms in its order."""
+    whole = _Module(program.graph_module, config, False, _state(program))
+    return whole.report(), [site for part in (whole, *whole.inner.values()) for site in part.plan.found.sites]
 
 
 def _state(program: Any) -> dict[str, torch.Tensor | None]:

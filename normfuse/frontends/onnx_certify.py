@@ -9,7 +9,6 @@ read and dropped after the last node that reads it, so that the largest one deci
 from __future__ import annotations
 
 import warnings
-import zlib
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,7 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
 from normfuse.config import Config
-from normfuse.convert import LIMIT, Certificate, apply
+from normfuse.convert import LIMIT, Certificate, Randomiser, apply, worst
 from normfuse.frontends.onnx_check import DOUBLE, FLOAT_TYPES, OPS, _widen
 from normfuse.verify import Array
 
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
 SETTINGS = {**dict.fromkeys("Resize Upsample Pow Clip Pad OneHot".split(), 1),
             **dict.fromkeys("Range Max Min Equal Greater Less GreaterOrEqual LessOrEqual".split(), 0)}  # fmt: skip
 """Operators whose constants from this operand on are settings and bounds rather than parameters."""
-LARGE = 1e4
-"""A constant beyond this is a mask."""
 MAX_ERROR_SIZE = 2**28
 """Elements of weights up to which the models are also run with their own weights."""
 
@@ -52,31 +49,22 @@ def certify(original: ir.Model, result: ir.Model, editor: Editor, config: Config
             if all(np.isfinite(v).all() for v in want.values()):
                 break
         got = after.run(feeds, lambda name: numbers.edited(name, attempt))
-        gap = max((_relative(want[k], got[k]) for k in want), default=0.0)
+        gap = worst(list(want.values()), list(got.values()))
         if not all(np.isfinite(v).all() for v in want.values()):
             return Certificate(False, message="the model gives no finite result on random constants")
         if not gap <= LIMIT:
             return Certificate(False, gap, message=f"with random constants the results differ by {gap:.2g} in float64")
-        found = Certificate(True, gap, len(numbers.replaced))
+        found = Certificate(True, gap, len(numbers.draw.replaced))
         if sum(v.const_value.size for v in original.graph.initializers.values() if v.const_value) <= MAX_ERROR_SIZE:
             exact = before.run(feeds, before.own)
             found.before, found.after = (
-                max((_relative(exact[k], v) for k, v in outputs.items()), default=0.0)
+                worst(list(exact.values()), list(outputs.values()))
                 for outputs in (p.run(feeds, p.own) for p in (Program(original, False), Program(result, False)))
             )
         return found
     except Exception as why:  # the reference evaluator raises anything; not certified means not kept
         text = (str(why).strip() or type(why).__name__).splitlines()[0]
         return Certificate(False, message=f"the certificate's check could not run: {text[:200]}")
-
-
-def _relative(want: Array, got: Array) -> float:
-    if want.shape != got.shape or want.dtype.kind not in "fc":
-        return 0.0 if want.shape == got.shape and (want == got).all() else float("inf")
-    top = float(np.max(np.abs(want), initial=0.0))
-    if (np.isnan(want) != np.isnan(got)).any():
-        return float("inf")
-    return float(np.nanmax(np.abs(want - got), initial=0.0)) / top if top else 0.0
 
 
 class _Numbers:
@@ -86,10 +74,9 @@ class _Numbers:
         self.own = {v.name or "": v for v in original.graph.initializers.values()}
         self.result = editor.one.model.graph.initializers
         self.constants = editor.constants
-        self.uniform = {v.native.name for v in editor.plan.uniform if v.native is not None}
-        self.replaced: set[str] = set()
-        self.settings = {v.name for node in original.graph if node.op_type in SETTINGS
-                         for v in node.inputs[SETTINGS[node.op_type] :] if v}  # fmt: skip
+        settings = {v.name or "" for node in original.graph if node.op_type in SETTINGS
+                    for v in node.inputs[SETTINGS[node.op_type] :] if v}  # fmt: skip
+        self.draw = Randomiser({v.native.name for v in editor.plan.uniform if v.native is not None}, settings)
 
     def random(self, name: str, attempt: int = 0) -> Array:
         """A constant of the original: random if it is a parameter, in float64."""
@@ -98,19 +85,7 @@ class _Numbers:
         array = np.asarray(tensor.numpy())
         if tensor.dtype not in FLOAT_TYPES:
             return array
-        array = array.astype(np.float64)
-        top = float(np.max(np.abs(array), initial=0.0))
-        if array.size <= 1 or not top <= LARGE or name in self.settings:
-            return array
-        self.replaced.add(name)
-        scale = float(np.sqrt(np.mean(array * array))) or 1.0
-        rng = np.random.default_rng(zlib.crc32(name.encode()) + attempt)
-        if name in self.uniform:
-            return np.full(array.shape, scale * (1.5 + rng.random()))
-        noise = np.resize(rng.standard_normal(min(array.size, 1048573)), array.shape)
-        if attempt:
-            return array + scale * (0.1 + 0.1 * noise)
-        return scale * (0.2 + np.abs(noise)) if array.min() >= 0 else scale * (0.5 + noise)
+        return self.draw(name, array.astype(np.float64), attempt)
 
     def edited(self, name: str, attempt: int = 0) -> Array:
         """A constant of the result: made of random ones as it is made of the original's."""

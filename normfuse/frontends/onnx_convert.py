@@ -13,14 +13,14 @@ from normfuse.config import Config
 from normfuse.convert import Constants, Record, apply, refusals
 from normfuse.errors import InputError
 from normfuse.frontends import onnx_channels as table
-from normfuse.frontends.onnx import Lowering, _number, node_label
+from normfuse.frontends.onnx import Lowering
 from normfuse.frontends.onnx_certify import certify
 from normfuse.frontends.onnx_emit import Emitter
 from normfuse.frontends.onnx_infer import DTYPES
 from normfuse.frontends.onnx_model import OnnxModel, _unique
 from normfuse.graph import FLOATS, Node, Value
-from normfuse.norm import Norm, Site
-from normfuse.passes.layernorm_to_rmsnorm import Conversion, Means, convert
+from normfuse.norm import Site
+from normfuse.passes.layernorm_to_rmsnorm import Conversion, Means, convert, rms
 from normfuse.passes.remove_dead import RemoveDead
 from normfuse.plan import Replace
 from normfuse.verify import Array
@@ -124,14 +124,9 @@ class _Means:
             return f"the elements of {value.name} are not in the file"
         return None
 
-    def fits(self, site: Site) -> str | None:
-        found = self.emitter.expressible(rms(site.norm), site.value)
+    def fits(self, site: Site, inner: Site) -> str | None:
+        found = self.emitter.expressible(rms(inner.norm), inner.value)
         return None if found is None else found[1]
-
-
-def rms(norm: Norm, x: Value | None = None) -> Norm:
-    """The RMSNorm of a centred input that a LayerNorm is."""
-    return replace(norm, kind="rms_norm", x=x or norm.x)
 
 
 class Editor:

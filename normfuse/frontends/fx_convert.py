@@ -1,0 +1,334 @@
+"""LayerNorm to RMSNorm in a torch graph: plan on it, edit a copy and its constants, certify, and only then go on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
+
+from normfuse.centring import Centre
+from normfuse.config import Config
+from normfuse.convert import Constants, Record, apply, refusals
+from normfuse.errors import InputError
+from normfuse.frontends import fx_channels as table
+from normfuse.frontends.fx_certify import certify
+from normfuse.frontends.fx_emit import Emitter
+from normfuse.frontends.fx_meta import dtype_of
+from normfuse.frontends.fx_model import _infer, _Module, _program, _state
+from normfuse.graph import Node, Value
+from normfuse.norm import Site
+from normfuse.passes.layernorm_to_rmsnorm import Conversion, Means, convert, rms
+from normfuse.passes.remove_dead import RemoveDead
+from normfuse.plan import Replace
+from normfuse.verify import Array
+
+
+@dataclass(slots=True)
+class Converted:
+    """A converted graph: the module, the constants that changed or are new by name, and the records."""
+
+    module: fx.GraphModule
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    copies: dict[str, str] = field(default_factory=dict)  # new constant -> the one it is a centred copy of
+    records: list[Record] = field(default_factory=list)
+    plan: Conversion | None = None
+
+
+class Weights:
+    """The constants of a graph by the node that stands for them."""
+
+    def __init__(self, module: fx.GraphModule, tensors: Mapping[str, torch.Tensor]) -> None:
+        self.module, self.given = module, tensors
+
+    def get(self, native: Any) -> torch.Tensor | None:
+        """The tensor of a placeholder (by name), of an attribute, or None."""
+        if isinstance(native, str):
+            return _attribute(self.module, native)
+        if not isinstance(native, fx.Node):
+            return None
+        return _attribute(self.module, str(native.target)) if native.op == "get_attr" else self.given.get(native.name)
+
+
+def _attribute(module: Any, path: str) -> torch.Tensor | None:
+    for part in path.split("."):
+        module = getattr(module, part, None)
+    return module if isinstance(module, torch.Tensor) else None
+
+
+def key_of(native: Any) -> str:
+    """The name of a constant: a placeholder's, or the path of an attribute."""
+    return native if isinstance(native, str) else str(native.target) if native.op == "get_attr" else native.name
+
+
+class Numbers:
+    """What the planner asks of the constants of a torch graph."""
+
+    def __init__(self, weights: Weights) -> None:
+        self.weights = weights
+        self.known: dict[Value, bool] = {}
+
+    def array(self, value: Value) -> Array | None:
+        """The elements of a constant in float64."""
+        tensor = self.weights.get(value.native)
+        return None if tensor is None else tensor.detach().to("cpu", torch.float64).numpy()
+
+    def uniform(self, value: Value) -> bool:
+        if value not in self.known:
+            tensor = self.weights.get(value.native) if value.leaf and value.fixed else None
+            self.known[value] = tensor is not None and tensor.numel() > 0 and bool((tensor == tensor.flatten()[0]).all())
+        return self.known[value]
+
+    def locked(self, value: Value) -> str | None:
+        tensor = self.weights.get(value.native)
+        if tensor is None:
+            return f"the elements of {value.name} are not known: it is an input of the graph"
+        if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or not tensor.is_floating_point():
+            return f"{value.name} is a {type(tensor).__name__} of {tensor.dtype}, which cannot be edited"
+        return None
+
+    def twins(self, value: Value) -> Any:
+        tensor = self.weights.get(value.native)
+        known = tensor is not None and tensor.layout == torch.strided and not tensor.is_meta and tensor.numel()
+        return tensor.untyped_storage().data_ptr() if known and tensor is not None else value
+
+
+def convert_graph(source: fx.GraphModule, config: Config, state: Mapping[str, torch.Tensor | None] | None,
+                  weights: Weights, inputs: Callable[[], list[Any]], level: str | None = None,
+                  place: Callable[[Value], bool] | None = None,
+                  unfit: Callable[[Site, Site], str | None] | None = None) -> Converted:  # fmt: skip
+    """Convert the LayerNorms of a graph module for which it is proved; the module given is not changed.
+
+    `weights` are its constants, `inputs` gives tensors for the other placeholders. Raises `InputError` where a weight
+    to be edited holds NaN or infinity.
+    """
+    plain = replace(config, layernorm_to_rmsnorm="off", target="onnx")
+    whole = _Module(source, plain, True, state, level)
+    whole.plan.clear()
+    whole.plan.refused.clear()
+    low, norms = whole.low, [s for s in whole.plan.found.sites if s.norm.kind == "layer_norm"]
+    records = [refusals(s, "NF301", "it stands in a sub-graph of the model") for part in whole.inner.values()
+               for s in part.plan.found.sites if s.norm.kind == "layer_norm"]  # fmt: skip
+    why = table.hazard(whole.graph, source)
+    if why is not None:
+        return Converted(source, records=records + [refusals(s, "NF305", why) for s in norms])
+    numbers, emitter = Numbers(weights), Emitter(whole.emitter.level, "fast")
+    settled = place or (lambda value: True)
+
+    def fits(site: Site, inner: Site) -> str | None:
+        found = emitter.expressible(low, rms(inner.norm), inner.value)
+        return found[1] if found is not None else unfit(site, inner) if unfit is not None else None
+
+    plan = convert(low.graph, whole.plan.found, Means(
+        channels=lambda node, out, want: table.channels(low, node, out, want),
+        span=lambda node, out, axis: table.span(low, node, out, axis),
+        hooks=place is not None, uniform=numbers.uniform, locked=numbers.locked, fits=fits, twins=numbers.twins, untie=config.untie,
+        place=lambda value: table.floating(value) and settled(value),
+        blind=lambda node, value, want: table.blind(low, node, value, want)))  # fmt: skip
+    records += [refusals(s, r.code, r.message) for s, r in plan.kept.items()]
+    if not plan.sites:
+        return Converted(source, records=records)
+    editor = Editor(whole, plan, numbers)
+    module = editor.run()
+    check = certify(source, module, editor, weights, inputs, config)
+    if check is not None and not check.ok:
+        failed = [refusals(s, "NF304", check.message) for s in plan.sites]
+        return Converted(source, records=records + failed)
+    records += [Record.of(plan, s, check, editor.results[s]) for s in plan.sites]
+    copies = {n: made.source for n, made in editor.constants.items() if n != made.source}
+    return Converted(module, editor.tensors, copies, records, plan)
+
+
+class Editor:
+    """Carries a conversion out on the copy of a graph that it was planned on."""
+
+    def __init__(self, whole: _Module, plan: Conversion, numbers: Numbers) -> None:
+        self.whole, self.plan, self.numbers = whole, plan, numbers
+        self.graph = whole.graph
+        self.constants: dict[str, Constants] = {}
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.results: dict[Site, str] = {}
+
+    def run(self) -> fx.GraphModule:
+        """Make all edits; the new module."""
+        plan, whole = self.plan, self.whole
+        for value, want in plan.edits.items():
+            self._edit(value, want)
+        centred = {key: self._operator(*key) for key in plan.operators}
+        readers = {by: centred[key] for key, found in plan.operators.items() for by in found if isinstance(by, Site)}
+        for key, found in plan.operators.items():
+            for by in found:
+                if not isinstance(by, Site):
+                    by[0].native.replace_input_with(key[0].native, centred[key])
+        for node in plan.scaled:
+            self._bypass(node)
+        edits = {}
+        for site in plan.sites:
+            inner = plan.inner.get(site, site)
+            x = inner.norm.x
+            if site in readers:
+                x = Value(x.name, x.shape, x.dtype, native=readers[site], index=x.index)
+            edits[site] = Replace(replace(inner, norm=rms(inner.norm, x), is_op=False))
+        whole.plan.replace.extend(edits.values())
+        whole.emitter = Emitter(whole.emitter.level, "fast")
+        RemoveDead()(whole.plan)
+        module = whole.apply()
+        self.results = {site: whole._now(edit.site.value.native).name for site, edit in edits.items()}
+        return module
+
+    def _edit(self, value: Value, want: Centre) -> None:
+        array, native = self.numbers.array(value), value.native
+        old = self.numbers.weights.get(native)
+        scales = [(key_of(g.native), self.numbers.array(g)) for g in want.scales]
+        assert array is not None and old is not None
+        new = torch.from_numpy(apply(want, array, [g for _, g in scales if g is not None]).copy())
+        name = key_of(native)
+        if not torch.isfinite(new).all():
+            raise InputError(f"{name}: holds NaN or infinity; a weight with those has no mean to take away")
+        made = Constants(name, want, tuple(n for n, _ in scales))
+        tensor = new.to(old.dtype).to(old.device)
+        readers = self.plan.copies.get(value)
+        if readers is not None:
+            with self.graph.inserting_after(native):
+                fresh = self.graph.create_node(native.op, f"{native.target}_centred", (), {}, f"{native.name}_centred")
+            fresh.meta, fresh.type = dict(native.meta), native.type
+            for reader in readers:
+                reader.native.replace_input_with(native, fresh)
+            name = key_of(fresh)
+        self.tensors[name], self.constants[name] = tensor, made
+
+    def _operator(self, value: Value, want: Centre) -> fx.Node:
+        """x - mean(x) behind a value, in float32 for half types."""
+        native: fx.Node = value.native
+        level, half = self.whole.emitter.level, value.dtype in ("float16", "bfloat16")
+        axis, nodes = want.axis - (value.rank or 0), list[fx.Node]()
+        to, sub = torch.ops.aten.to.dtype, torch.ops.aten.sub.Tensor
+
+        def call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+            nodes.append(self.graph.call_function(target, args, kwargs))
+            return nodes[-1]
+
+        def cast(x: fx.Node, dtype: torch.dtype) -> fx.Node:
+            return call(torch.ops.aten._to_copy.default, x, dtype=dtype) if level == "core" else call(to, x, dtype)
+
+        with self.graph.inserting_after(_last_placeholder(native)):
+            x = cast(native, torch.float32) if half else native
+            mean = call(torch.ops.aten.mean.dim, x, [axis], True)
+            out = call(sub, x, mean)
+            if half:
+                out = cast(out, getattr(torch, str(value.dtype)))
+        for node in nodes:
+            node.meta = {k: v for k, v in native.meta.items() if k in ("nn_module_stack", "stack_trace")}
+            _infer(node, native)
+        out.meta = native.meta | out.meta
+        return out
+
+    def _bypass(self, node: Node) -> None:
+        """Take a multiplication out whose factor is in the constants now."""
+        a, b = node.inputs
+        factor = next(v for v in (a, b) if v.fixed and v not in self.plan.values)
+        node.outputs[0].native.replace_all_uses_with((b if factor is a else a).native)
+
+
+def _last_placeholder(node: fx.Node) -> fx.Node:
+    """Where what follows a node may stand: behind the inputs."""
+    if node.op != "placeholder":
+        return node
+    return [n for n in node.graph.nodes if n.op == "placeholder"][-1]
+
+
+# -- exported programs ------------------------------------------------------------------------------------------------
+
+
+def convert_program(program: Any, config: Config, place: Callable[[Value], bool] | None = None,
+                    unfit: Callable[[Site, Site], str | None] | None = None) -> tuple[Any, Converted]:  # fmt: skip
+    """Convert an exported program: a new program with edited weights, and what was done."""
+    tensors = tensors_of(program)
+    level = {"ATEN": "core", "TRAINING": "aten"}.get(program.dialect)
+    source = program.graph_module
+    found = convert_graph(source, config, _state(program), Weights(source, tensors), lambda: user_inputs(program),
+                          level, place, unfit)  # fmt: skip
+    if found.module is source:
+        return program, found
+    made = _program(program, found.module)
+    signature = made.graph_signature
+    specs = {spec.arg.name: spec for spec in signature.input_specs}
+    state, constants = dict(made.state_dict), dict(made.constants)
+    for name, tensor in found.tensors.items():
+        spec = specs[found.copies.get(name, name)]
+        target = str(spec.target) if name in specs else f"{spec.target}_centred"
+        home = state if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER) and spec.persistent is not False else constants
+        old = home.get(str(spec.target), tensor)
+        home[target] = torch.nn.Parameter(tensor, old.requires_grad) if isinstance(old, torch.nn.Parameter) else tensor
+        if name not in specs:
+            at = signature.input_specs.index(spec)
+            signature.input_specs.insert(at + 1, InputSpec(spec.kind, TensorArgument(name), target, spec.persistent))
+    made._state_dict, made._constants = state, constants
+    return made, found
+
+
+def convert_module(module: fx.GraphModule, config: Config) -> tuple[fx.GraphModule, Converted]:
+    """Convert a graph module whose weights are its attributes; a weight that is an input of the graph stays."""
+    found = convert_graph(module, config, None, Weights(module, {}), lambda: inputs_of(module.graph, {}))
+    for path, tensor in found.tensors.items():
+        parent, _, name = path.rpartition(".")
+        if path in found.copies or not isinstance(_attribute(module, path), torch.Tensor):
+            owner = found.module
+            for part in parent.split(".") if parent else ():
+                owner = getattr(owner, part)
+        elif module.get_submodule(parent) is found.module.get_submodule(parent):  # a module that the graph calls
+            owner = copy.deepcopy(found.module.get_submodule(parent))
+            above, _, last = parent.rpartition(".")
+            setattr(found.module.get_submodule(above), last, owner)
+        else:
+            owner = found.module.get_submodule(parent)
+        old = _attribute(module, found.copies.get(path, path))
+        setattr(owner, name, torch.nn.Parameter(tensor, old.requires_grad) if isinstance(old, torch.nn.Parameter) else tensor)
+    return found.module, found
+
+
+def tensors_of(program: Any) -> dict[str, torch.Tensor]:
+    """The constants of an exported program by placeholder."""
+    out: dict[str, torch.Tensor] = {}
+    for spec in program.graph_signature.input_specs:
+        home = program.state_dict if spec.target in program.state_dict else program.constants
+        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR) and spec.target in home:
+            out[spec.arg.name] = home[spec.target]
+    return out
+
+
+def user_inputs(program: Any) -> list[Any]:
+    """The example inputs of an exported program, flat; raises `InputError` where it was saved without."""
+    from torch.utils._pytree import tree_flatten
+
+    if program.example_inputs is None:
+        raise InputError("the exported program has no example inputs, with which the certificate is made")
+    args, kwargs = program.example_inputs
+    return copy.copy(tree_flatten((args, kwargs))[0])
+
+
+def inputs_of(graph: fx.Graph, skip: Mapping[str, Any]) -> list[Any]:
+    """Random inputs by the meta of the placeholders: floats normal with mean 0.5, integers 0 or 1."""
+    from normfuse.frontends.fx_meta import is_tensor, meta_of, size_of
+
+    generator, symbols = torch.Generator().manual_seed(0), dict[str, int]()
+    out: list[Any] = []
+    for node in graph.nodes:
+        if node.op != "placeholder" or node.name in skip:
+            continue
+        meta = meta_of(node)
+        if not is_tensor(meta):
+            out.append(int(meta) if isinstance(meta, int) else size_of(meta, symbols))
+            continue
+        shape, dtype = [size_of(d, symbols) for d in meta.shape], getattr(torch, dtype_of(meta))
+        if dtype.is_floating_point:
+            out.append((torch.randn(shape, generator=generator) + 0.5).to(dtype))
+        elif dtype == torch.bool:
+            out.append(torch.ones(shape, dtype=dtype))
+        else:
+            out.append(torch.randint(0, 2, shape, generator=generator).to(dtype))
+    return out

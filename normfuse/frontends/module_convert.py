@@ -1,0 +1,226 @@
+"""LayerNorm to RMSNorm in an `nn.Module`: traced and planned as a graph, then carried out on a copy of the module.
+
+The copy is an ordinary module: parameters keep their names, LayerNorms are replaced by `normfuse.nn.RMSNorm`, and where
+an operator has to stand, the module whose output it follows has a forward hook. It trains, saves and loads.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from normfuse.config import Config
+from normfuse.convert import refusals, tell, worst
+from normfuse.errors import InputError, UnsupportedError
+from normfuse.frontends.fx_convert import Converted, convert_program
+from normfuse.frontends.fx_meta import meta_of
+from normfuse.graph import Value
+from normfuse.nn import Centre, RMSNorm
+from normfuse.norm import Site
+from normfuse.report import Report
+
+TOLERANCE = 64
+"""How far module and converted graph may differ, in roundings of the output's type."""
+
+
+def convert_module(module: nn.Module, config: Config, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None
+                   ) -> tuple[nn.Module, Report]:  # fmt: skip
+    """A copy of a module with its LayerNorms converted where that is proved, and the report.
+
+    `args` and `kwargs` are inputs to trace it with. Raises `InputError` where it cannot be traced with these, or where
+    a weight to be edited holds NaN or infinity.
+    """
+    started = time.perf_counter()
+    if config.layernorm_to_rmsnorm == "off":
+        raise UnsupportedError("an nn.Module is taken for layernorm_to_rmsnorm='exact' only; to fuse its norms, use "
+                               "torch.compile(module, backend='normfuse'), or give an exported program")  # fmt: skip
+    out = copy.deepcopy(module)
+    modes = {name: m.training for name, m in out.named_modules()}
+    out.eval()
+    program = _trace(out, tuple(args), dict(kwargs or {}))
+    places = _Places(program.graph, out)
+    new_program, found = convert_program(program, config, places.can_place, places.unfit)
+    if found.plan is not None:
+        try:
+            _edit(out, program, found, places)
+            with torch.no_grad():
+                got, want = _outputs(out(*args, **(kwargs or {}))), _outputs(new_program.module()(*args, **(kwargs or {})))
+            gap = worst([v.double().numpy() for v in want], [v.double().numpy() for v in got])
+            unit = max((torch.finfo(v.dtype).eps for v in want), default=0.0)
+            failed = f"the converted module differs from the converted graph by {gap:.2g}" if gap > TOLERANCE * unit else ""
+        except _Unfit as why:
+            failed = str(why)
+        if failed:
+            found.records = [refusals(r.site, "NF304", failed) if r.verdict != "kept" else r for r in found.records]
+            out = copy.deepcopy(module)
+    report = _report(new_program, config, found)
+    for name, m in out.named_modules():
+        if name in modes:
+            m.training = modes[name]
+        else:
+            m.training = module.training
+    report.seconds = {"total": round(time.perf_counter() - started, 4)}
+    return out, report
+
+
+class _Unfit(Exception):
+    """The plan has no form in the module; the message says why."""
+
+
+def _trace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    try:
+        with torch.no_grad():
+            return torch.export.export(module, args, kwargs, strict=False)
+    except Exception as why:  # the tracer raises anything
+        text = (str(why).strip() or type(why).__name__).splitlines()[0]
+        raise InputError(f"{type(module).__name__} cannot be traced with these inputs: {text[:300]}") from why
+
+
+def _outputs(out: Any) -> list[torch.Tensor]:
+    from torch.utils._pytree import tree_flatten
+
+    if hasattr(out, "to_tuple"):
+        out = out.to_tuple()
+    return [v for v in tree_flatten(out)[0] if isinstance(v, torch.Tensor) and v.is_floating_point()]
+
+
+def _report(program: Any, config: Config, found: Converted) -> Report:
+    from dataclasses import replace
+
+    from normfuse.frontends.fx_model import report_on
+
+    report, sites = report_on(program, replace(config, layernorm_to_rmsnorm="off"))
+    tell(report, sites, found.records)
+    report.format, report.rewritten = "module", True
+    for norm in report.norms:
+        if norm.action == "found":
+            norm.action = "kept"
+        if norm.action == "converted":
+            norm.emitted = "normfuse.nn.RMSNorm"
+    return report
+
+
+class _Places:
+    """Where the values of a traced graph stand in the module."""
+
+    def __init__(self, graph: fx.Graph, module: nn.Module) -> None:
+        self.module = module
+        self.nodes = {node.name: node for node in graph.nodes}
+        self.calls: dict[str, set[str]] = {}
+        for node in graph.nodes:
+            for key, (path, _) in (node.meta.get("nn_module_stack") or {}).items():
+                self.calls.setdefault(_clean(path), set()).add(str(key))
+
+    def path(self, node: fx.Node) -> str:
+        """The innermost module that a node belongs to."""
+        stack = self.nodes.get(node.name, node).meta.get("nn_module_stack") or {}
+        return _clean(next(reversed(stack.values()))[0]) if stack else ""
+
+    def inside(self, node: fx.Node, path: str) -> bool:
+        """Whether a node belongs to a module."""
+        stack = self.nodes.get(node.name, node).meta.get("nn_module_stack") or {}
+        return any(_clean(p) == path for p, _ in stack.values())
+
+    def hook_of(self, node: fx.Node) -> tuple[str, bool] | None:
+        """(module, whether it is what goes in): the module, called once, that a node is the output of, or else into
+        which alone it goes; None for a value inside of one."""
+        node = self.nodes.get(node.name, node)
+        if node.op == "placeholder" or not node.users:
+            return None
+        path = self.path(node)
+        if self._once(path) and not any(self.inside(user, path) for user in node.users):
+            return path, False
+        stacks = [[_clean(p) for p, _ in (u.meta.get("nn_module_stack") or {}).values()] for u in node.users]
+        shared = [p for p in stacks[0] if all(p in stack for stack in stacks) and not self.inside(node, p)]
+        return (shared[0], True) if shared and self._once(shared[0]) else None
+
+    def _once(self, path: str) -> bool:
+        return bool(path) and len(self.calls.get(path, ())) == 1
+
+    def can_place(self, value: Value) -> bool:
+        """Whether a hook can put an operator behind a value."""
+        return isinstance(value.native, fx.Node) and self.hook_of(value.native) is not None
+
+    def norm_module(self, site: Site, inner: Site) -> tuple[str, int] | None:
+        """The module that is a norm and nothing else, and its axis from the end."""
+        for s in (inner, site):
+            node, x = s.value.native, s.norm.x.native
+            path = self.path(node) if isinstance(node, fx.Node) else ""
+            if path and isinstance(x, fx.Node) and not self.inside(x, path) and all(
+                    not self.inside(user, path) for user in self.nodes.get(node.name, node).users):  # fmt: skip
+                return path, s.norm.axes[0] - (s.norm.x.rank or 0)
+        return None
+
+    def unfit(self, site: Site, inner: Site) -> str | None:
+        """Why a norm cannot be replaced in the module."""
+        found = self.norm_module(site, inner)
+        if found is None:
+            return "it is no module of its own, but a part of one's forward function"
+        path = found[0]
+        if not self._once(path):
+            return f"its module {path} is called more than once"
+        norm = inner.norm
+        expected = {n for n in ("weight", "bias") if getattr(self.module.get_submodule(path), n, None) is not None}
+        own = {n for n, _ in self.module.get_submodule(path).named_parameters()}
+        if own != expected or {n for n, e in (("weight", norm.weight), ("bias", norm.bias)) if e} != expected:
+            return f"its module {path} has other parameters than a weight and a bias"
+        plain = all(e is None or (len(e) == 1 and e[0][0] == 1.0 and len(e[0][1]) == 1) for e in (norm.weight, norm.bias))
+        return None if plain else f"its module {path} computes its weight"
+
+
+def _clean(path: str) -> str:
+    """The path of a module as `get_submodule` takes it."""
+    return path.removeprefix("L['self']").lstrip(".").split("@")[0]
+
+
+def _edit(module: nn.Module, program: Any, found: Converted, places: _Places) -> None:
+    plan = found.plan
+    assert plan is not None
+    targets = {spec.arg.name: str(spec.target) for spec in program.graph_signature.input_specs if spec.target}
+    with torch.no_grad():
+        for node in plan.scaled:
+            factor = next(v for v in node.inputs if v.fixed and v not in plan.values)
+            if len(factor.uses) != 1:
+                raise _Unfit(f"{targets[factor.native.name]} is read in several places")
+        for name, tensor in found.tensors.items():
+            source = found.copies.get(name)
+            if source is None:
+                _get(module, targets[name]).copy_(tensor)
+                continue
+            value = next(v for v in plan.copies if v.native.name == source)
+            for reader in plan.copies[value]:
+                path = places.path(reader.native)
+                old = getattr(module.get_submodule(path), "weight", None)
+                if old is None:
+                    raise _Unfit(f"{targets[source]} is not the weight of the module that reads it")
+                module.get_submodule(path).weight = nn.Parameter(tensor, old.requires_grad)
+        for node in plan.scaled:
+            factor = next(v for v in node.inputs if v.fixed and v not in plan.values)
+            _get(module, targets[factor.native.name]).fill_(1.0)
+    for site in plan.sites:
+        inner = plan.inner.get(site, site)
+        known = places.norm_module(site, inner)
+        assert known is not None and isinstance(inner.norm.size, int)  # `unfit` has seen to it
+        above, _, last = known[0].rpartition(".")
+        new = RMSNorm.of(module.get_submodule(known[0]), inner.norm.size, inner.norm.eps, known[1])
+        setattr(module.get_submodule(above), last, new)
+    for value, want in plan.operators:
+        hook = places.hook_of(value.native)
+        assert hook is not None  # the plan asked for it
+        owner, centre = module.get_submodule(hook[0]), Centre(want.axis - (value.rank or 0))
+        if hook[1]:
+            owner.register_forward_pre_hook(centre)
+        else:
+            owner.register_forward_hook(centre)
+
+
+def _get(module: nn.Module, path: str) -> torch.Tensor:
+    owner, _, name = path.rpartition(".")
+    found = getattr(module.get_submodule(owner), name)
+    assert isinstance(found, torch.Tensor)
+    return found

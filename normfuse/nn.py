@@ -1,0 +1,61 @@
+"""Modules that take the place of LayerNorms which were converted to RMSNorm.
+
+Plain torch: they train, save, load, export and compile as any other module.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """``x / sqrt(mean(x**2) + eps) * weight + bias`` over one axis: what a LayerNorm is for rows of mean zero.
+
+    x: [..., size], or with the size at `axis` (counted from the end), any float type; statistics in float32 for half types. `weight` and `bias`: [size] or None. Zhang &
+    Sennrich 2019 (arXiv 1910.07467), with the bias of the LayerNorm that it replaces.
+    """
+
+    def __init__(self, size: int, eps: float, weight: nn.Parameter | None = None, bias: nn.Parameter | None = None,
+                 axis: int = -1) -> None:  # fmt: skip
+        super().__init__()
+        self.normalized_shape, self.eps, self.axis = (size,), eps, axis
+        self.register_parameter("weight", weight)
+        self.register_parameter("bias", bias)
+
+    @staticmethod
+    def of(norm: nn.Module, size: int, eps: float, axis: int = -1) -> RMSNorm:
+        """With the parameters of a LayerNorm module; they are shared, not copied."""
+        return RMSNorm(size, eps, getattr(norm, "weight", None), getattr(norm, "bias", None), axis)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The norm of each row."""
+        if self.axis != -1:
+            x = x.movedim(self.axis, -1)
+        y = F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+        y = y if self.bias is None else y + self.bias
+        return y if self.axis == -1 else y.movedim(-1, self.axis)
+
+    def extra_repr(self) -> str:
+        """Size and eps."""
+        return f"{self.normalized_shape[0]}, eps={self.eps}, bias={self.bias is not None}"
+
+
+class Centre:
+    """A hook: takes the mean along an axis away from what goes into a module (a forward pre-hook) or comes out of it (a
+    forward hook), in float32 for half types. Of several tensors the first."""
+
+    def __init__(self, axis: int) -> None:
+        self.axis = axis
+
+    def __call__(self, module: nn.Module, args: Any, output: Any = None) -> Any:
+        """The output, or the inputs, centred."""
+        given = args if output is None else output
+        return (self._centred(given[0]), *given[1:]) if isinstance(given, tuple) else self._centred(given)
+
+    def _centred(self, x: Tensor) -> Tensor:
+        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        return (wide - wide.mean(self.axis, keepdim=True)).to(x.dtype)
