@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 SETTINGS = {**dict.fromkeys("Resize Upsample Pow Clip Pad OneHot".split(), 1),
             **dict.fromkeys("Range Max Min Equal Greater Less GreaterOrEqual LessOrEqual".split(), 0)}  # fmt: skip
 """Operators whose constants from this operand on are settings and bounds rather than parameters."""
+SIZES = (2, 16, 32, 48, 64, 224)
+"""What a size that the model leaves open is, behind the first axis, until one is found with which the model runs."""
 MAX_ERROR_SIZE = 2**28
 """Elements of weights up to which the models are also run with their own weights."""
 
@@ -40,39 +42,57 @@ def certify(original: ir.Model, result: ir.Model, editor: Editor, config: Config
     """Compare a model with its conversion; None where verification is off."""
     if config.verify == "off":
         return None
-    try:
-        before, after = Program(original, True), Program(result, True)
-        numbers = _Numbers(original, editor)
-        for attempt in range(2):
-            feeds = inputs_for(original, attempt)
-            want = before.run(feeds, lambda name: numbers.random(name, attempt))
-            if all(np.isfinite(v).all() for v in want.values()):
-                break
-        got = after.run(feeds, lambda name: numbers.edited(name, attempt))
-        gap = worst(list(want.values()), list(got.values()))
-        if not all(np.isfinite(v).all() for v in want.values()):
-            return Certificate(False, message="the model gives no finite result on random constants")
-        if not gap <= LIMIT:
-            return Certificate(False, gap, message=f"with random constants the results differ by {gap:.2g} in float64")
-        found = Certificate(True, gap, len(numbers.draw.replaced))
-        if sum(v.const_value.size for v in original.graph.initializers.values() if v.const_value) <= MAX_ERROR_SIZE:
-            exact = before.run(feeds, before.own)
-            found.before, found.after = (
-                worst(list(exact.values()), list(outputs.values()))
-                for outputs in (p.run(feeds, p.own) for p in (Program(original, False), Program(result, False)))
-            )
-        return found
-    except Exception as why:  # the reference evaluator raises anything; not certified means not kept
-        text = (str(why).strip() or type(why).__name__).splitlines()[0]
-        return Certificate(False, message=f"the certificate's check could not run: {text[:200]}")
+    last = ""
+    for size in SIZES:
+        try:
+            return _certify(original, result, editor, size)
+        except Exception as why:  # the reference evaluator raises anything; not certified means not kept
+            last = (str(why).strip() or type(why).__name__).splitlines()[0]
+    return Certificate(False, message=f"the certificate's check could not run: {last[:200]}")
+
+
+def _certify(original: ir.Model, result: ir.Model, editor: Editor, size: int) -> Certificate:
+    before, after = Program(original, True), Program(result, True)
+    numbers = _Numbers(original, editor)
+    for attempt in range(2):
+        feeds = inputs_for(original, size, attempt)
+        want = list(before.run(feeds, lambda name: numbers.random(name, attempt)).values())
+        if all(np.isfinite(v).all() for v in want):
+            break
+    else:
+        return Certificate(False, message="the model gives no finite result on random constants")
+    gap = worst(want, list(after.run(feeds, lambda name: numbers.edited(name, attempt)).values()))
+    if not gap <= LIMIT:
+        return Certificate(False, gap, message=f"with random constants the results differ by {gap:.2g} in float64")
+    found = Certificate(True, gap, len(numbers.draw.replaced))
+    if sum(v.size for v in before.constants.values()) <= MAX_ERROR_SIZE:
+        exact = list(before.run(feeds, before.own).values())
+        found.before, found.after = (
+            worst(exact, list(p.run(feeds, p.own).values())) for p in (Program(original, False), Program(result, False))
+        )
+    return found
+
+
+def constants_of(model: ir.Model) -> dict[str, ir.TensorProtocol]:
+    """The weights of a model by name: its initializers, and what Constant nodes of its main graph hold."""
+    out = {v.name or "": v.const_value for v in model.graph.initializers.values() if v.const_value is not None}
+    return out | {node.outputs[0].name or "": held for node in model.graph if (held := _held(node)) is not None}
+
+
+def _held(node: ir.Node) -> ir.TensorProtocol | None:
+    """The weight that a Constant node holds."""
+    if node.op_type != "Constant" or "value" not in node.attributes:
+        return None
+    tensor = node.attributes["value"].as_tensor()
+    return tensor if tensor.dtype in FLOAT_TYPES and tensor.size > 1 else None
 
 
 class _Numbers:
     """Random constants in the place of those of a model."""
 
     def __init__(self, original: ir.Model, editor: Editor) -> None:
-        self.own = {v.name or "": v for v in original.graph.initializers.values()}
-        self.result = editor.one.model.graph.initializers
+        self.own = constants_of(original)
+        self.result = constants_of(editor.one.model)
         self.constants = editor.constants
         settings = {v.name or "" for node in original.graph if node.op_type in SETTINGS
                     for v in node.inputs[SETTINGS[node.op_type] :] if v}  # fmt: skip
@@ -80,8 +100,7 @@ class _Numbers:
 
     def random(self, name: str, attempt: int = 0) -> Array:
         """A constant of the original: random if it is a parameter, in float64."""
-        tensor = self.own[name].const_value
-        assert tensor is not None
+        tensor = self.own[name]
         array = np.asarray(tensor.numpy())
         if tensor.dtype not in FLOAT_TYPES:
             return array
@@ -94,8 +113,7 @@ class _Numbers:
             return apply(made.want, self.random(made.source, attempt), [self.random(g, attempt) for g in made.scales])
         if name in self.own:
             return self.random(name, attempt)
-        tensor = self.result[name].const_value
-        assert tensor is not None
+        tensor = self.result[name]
         array = np.asarray(tensor.numpy())
         return array.astype(np.float64) if tensor.dtype in FLOAT_TYPES else array
 
@@ -106,8 +124,14 @@ class Program:
     def __init__(self, model: ir.Model, wide: bool) -> None:
         self.model, self.wide = model, wide
         copy = model.clone()
-        names = list(copy.graph.initializers)
-        for name in names:
+        self.constants = constants_of(copy)
+        for node in [node for node in copy.graph if _held(node) is not None]:
+            old = node.outputs[0]
+            new = ir.Value(name=old.name, type=ir.TensorType(self.constants[old.name or ""].dtype))
+            old.replace_all_uses_with(new, replace_graph_outputs=True)
+            copy.graph.remove(node, safe=True)
+            copy.graph.inputs.append(new)
+        for name in list(copy.graph.initializers):
             value = copy.graph.initializers.pop(name)
             value.const_value = None
             if value not in copy.graph.inputs:
@@ -118,7 +142,6 @@ class Program:
         proto.graph.ClearField("value_info")
         if wide:
             _widen_graph(proto.graph)
-        self.constants = set(names)
         self.evaluator = ReferenceEvaluator(proto, new_ops=[*OPS, *KERNELS])
         self.outputs = [o.name for o in proto.graph.output]
         self.last: dict[str, int] = {}
@@ -128,8 +151,7 @@ class Program:
 
     def own(self, name: str) -> Array:
         """A constant as the model has it."""
-        tensor = self.model.graph.initializers[name].const_value
-        assert tensor is not None
+        tensor = self.constants[name]
         array = np.asarray(tensor.numpy())
         return array.astype(np.float64) if self.wide and tensor.dtype in FLOAT_TYPES else array
 
@@ -181,15 +203,16 @@ def _widen_graph(graph: onnx.GraphProto) -> None:
                 _widen_graph(inner)
 
 
-def inputs_for(model: ir.Model, attempt: int = 0) -> dict[str, Array]:
-    """Random inputs: each symbolic size is 2, floats are normal with mean 0.5, integers 0 or 1, all 1 at the second
+def inputs_for(model: ir.Model, size: int, attempt: int = 0) -> dict[str, Array]:
+    """Random inputs: each size that is left open is `size`, the first 2; floats are normal with mean 0.5, integers 0 or 1, all 1 at the second
     attempt, masks all true."""
     rng = np.random.default_rng(attempt)
     feeds: dict[str, Array] = {}
     for value in model.graph.inputs:
         if value.name in model.graph.initializers:
             continue
-        shape = [d if isinstance(d, int) and d > 0 else 2 for d in (value.shape.dims if value.shape else ())]
+        dims = value.shape.dims if value.shape else ()
+        shape = [d if isinstance(d, int) and d > 0 else size if i else 2 for i, d in enumerate(dims)]
         dtype = value.dtype or ir.DataType.FLOAT
         if dtype in FLOAT_TYPES:
             feeds[value.name or ""] = (rng.standard_normal(shape) + 0.5).astype(dtype.numpy())
