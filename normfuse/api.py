@@ -205,7 +205,7 @@ def _rewrite_ir(model: ir.Model, config: Config, progress: Progress | None) -> t
     started = time.perf_counter()
     records: list[Record] = []
     first = None
-    if config.layernorm_to_rmsnorm != "off":
+    if config.converts:
         from normfuse.frontends.onnx_convert import convert_model
 
         if progress is not None:

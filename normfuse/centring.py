@@ -2,8 +2,8 @@
 
 Let P be the projector I - 11'/d on an axis of a value, or on blocks of that axis (one per head). A node whose result is
 linear in some operands jointly, channel by channel, gives P(result) when these operands are given as P(operand):
-additions, casts, views, the weight and the bias of a linear layer, the table of an embedding. `back` says which operands
-these are, or why there are none. What native operators do is the front end's table (`Channels`); what the neutral kinds
+additions, casts, views, the weight and the bias of a linear layer, the table of an embedding. `back` says which these
+are, or why there are none. What native operators do is the front end's table (`Channels`); what the neutral kinds
 do stands here.
 
 A factor per channel that is a constant (LayerScale) commutes with nothing, so it is handed on: `scales` are to be
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import prod
 
 from normfuse.facts import MEAN, Refused, add, mul
@@ -99,7 +100,7 @@ def _label(node: Node) -> str:
 
 
 def _axis_in(operand: Value, out: Value, axis: int) -> int | None:
-    """The axis of a broadcast operand that lies under an axis of the result; None where it has size 1 or is not there."""
+    """The axis of a broadcast operand under an axis of the result; None where it has size 1 or is not there."""
     if operand.shape is None or out.shape is None:
         raise Blocked(f"the shape of {operand.name} is not known")
     found = axis - (len(out.shape) - len(operand.shape))
@@ -179,7 +180,7 @@ def regrouped(source: Shape, target: Shape, want: Centre) -> Centre | None:
     """A centring of a reshaped value, seen from before the reshape: the same axis, one that was split into it (then a
     block for each part), or one of those merged into it (then the blocks have to repeat)."""
     n = target[want.axis]
-    if not isinstance(n, int) or want.scales and n not in source:
+    if not isinstance(n, int) or (want.scales and n not in source):
         return None
     for axis, m in enumerate(source):
         if not isinstance(m, int) or not m or not n:
@@ -221,4 +222,4 @@ _RULES: dict[str, Callable[[Node, Value, Centre, Callable[[Value], bool]], Links
 def blocks_of(values: Iterator[Block]) -> tuple[Block, ...] | None:
     """Blocks in order, each once; None where two overlap."""
     found = sorted(set(values))
-    return tuple(found) if all(a + n <= b for (a, n), (b, _) in zip(found, found[1:], strict=False)) else None
+    return tuple(found) if all(a + n <= b for (a, n), (b, _) in pairwise(found)) else None

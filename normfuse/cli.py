@@ -90,7 +90,8 @@ def _rewrite(args: argparse.Namespace) -> Outcome:
     if args.output is None and not (args.in_place or args.dry_run):
         raise InputError("no output is given; name a file to write, or use --in-place or --dry-run")
     output, in_place = args.output or args.model, args.in_place or args.output is None
-    config = Config(args.layernorm_to_rmsnorm, args.numerics, args.target, args.verify, args.ort_version)
+    config = Config(args.layernorm_to_rmsnorm, args.numerics, args.target, args.verify, args.ort_version, args.untie,
+                    args.fold_scale)  # fmt: skip
     started = time.perf_counter()
     with progress(not args.quiet) as advance:
         report: Report = normfuse.rewrite(
@@ -227,7 +228,9 @@ def _rewrite_arguments(rewrite: argparse.ArgumentParser) -> None:
     add("model", metavar="IN", help="an ONNX file")
     add("output", metavar="OUT", nargs="?", help="the file to write")
     add("--layernorm-to-rmsnorm", choices=get_args(LayerNormToRMSNorm), default=default.layernorm_to_rmsnorm,
-        help="turn LayerNorm into RMSNorm (off)")  # fmt: skip
+        help="turn LayerNorm into RMSNorm by editing the weights ahead of it (off)")  # fmt: skip
+    add("--untie", action="store_true", help="copy a weight to be edited that something else reads too")
+    add("--fold-scale", action="store_true", help="multiply the weight of each RMSNorm into the layers behind it")
     add("--target", choices=get_args(Target), default=default.target, help="where the result will run (onnx: anywhere)")
     add("--ort-version", default=default.ort_version, metavar="X.Y",
         help="the ONNX Runtime of targets ort-cpu and ort-cuda (the one installed)")  # fmt: skip

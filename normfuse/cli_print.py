@@ -22,8 +22,8 @@ PATIENCE = 0.7
 """Seconds before a progress bar appears."""
 
 STYLES = {
-    "fused": "green", "yes": "green", "equal": "green", "kept": "cyan", "refused": "yellow", "no": "red",
-    "different": "red",
+    "fused": "green", "converted": "green", "yes": "green", "equal": "green", "kept": "cyan",
+    "refused": "yellow", "no": "red", "different": "red",
 }  # fmt: skip
 
 

@@ -26,6 +26,7 @@ def report_blocks(report: Report, path: str, seconds: float, verbose: bool, quie
     if report.refusals:
         rows = [(r.code, r.node, r.message) for r in report.refusals]
         blocks += [Table(("code", "node", "why it was refused"), rows), _hint(report)]
+    blocks += conversion_blocks(report, verbose)
     blocks += [f"note: {note}" for note in report.notes]
     if report.model_check is not None:
         blocks.append(f"whole model: {_verdict(report.model_check)}")
@@ -50,6 +51,8 @@ def _totals(report: Report) -> str:
         ready = sum(n.form == "op" for n in norms)
         return f"found {len(norms)} ({len(norms) - ready} decomposed, {ready} one operator), refused {report.refused}"
     text = f"found {len(norms)}, fused {report.fused}, refused {report.refused}"
+    if report.converted:
+        text = f"found {len(norms)}, fused {report.fused}, converted {report.converted}, refused {report.refused}"
     text += f"; operators {report.nodes_before} -> {report.nodes_after}"
     checked = [n.verified for n in norms if n.verified is not None]
     return text + (f"; verified {sum(checked)}/{len(checked)}" if checked else "")
@@ -91,6 +94,33 @@ def _verified(results: Iterable[bool | None]) -> str:
     if not checked:
         return ""
     return "yes" if all(checked) else "no" if not any(checked) else f"{sum(checked)} of {len(checked)}"
+
+
+def conversion_blocks(report: Report, verbose: bool) -> list[Block]:
+    """What was made of the LayerNorms, and why that is right: the certificate; with `verbose` the proof of each."""
+    asked = [n for n in report.norms if n.conversion is not None]
+    done = [n for n in asked if n.action == "converted"]
+    if not done:
+        return []
+    places = list(dict.fromkeys(o for n in done for o in (n.conversion or {})["operators"]))
+    edits = sum(len((n.conversion or {})["edits"]) for n in done)
+    more = f", {len(places)} centring operator{'s'[: len(places) != 1]}" if places else ""
+    blocks: list[Block] = [f"LayerNorm to RMSNorm: {len(done)} of {len(asked)}, {edits} weights edited{more}"]
+    blocks += [f"  operator {place}" for place in places]
+    check = (done[0].conversion or {}).get("check")
+    if check:
+        text = f"certificate: equal to {check['max_rel']:.1e} in float64 with {check['constants']} random weights"
+        if check["error_after"] is not None:
+            text += (f"; with its own, {check['error_after']:.1e} from float64 (the original "
+                     f"{check['error_before']:.1e})")  # fmt: skip
+        blocks.append(text)
+    for norm in done if verbose else ():
+        proof = norm.conversion or {}
+        blocks.append(f"{norm.name}: {proof['verdict']}")
+        for title, key in (("because", "derivation"), ("read by", "readers"), ("edited", "edits"),
+                           ("rests on", "value_dependent")):  # fmt: skip
+            blocks += [f"  {title} {line}" for line in proof[key]]
+    return blocks
 
 
 # -- comparison of two models -------------------------------------------------------------------------------------

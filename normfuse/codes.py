@@ -1,7 +1,7 @@
 """What every refusal code means: `normfuse explain CODE` prints it, and a test keeps it complete.
 
 Codes are stable: a code once given keeps its meaning. NF1xx: what was found is no norm, or is not known to be one.
-NF2xx: it is a norm, and was left as it is.
+NF2xx: it is a norm, and was left as it is. NF3xx: it is a LayerNorm, and was not converted to an RMSNorm.
 """
 
 from __future__ import annotations
@@ -181,5 +181,44 @@ CODES: dict[str, Code] = {
         "or take the operator apart again. Example: RMSNormalization in bfloat16 in ONNX Runtime on the CPU.",
         "Use --target normfuse and load its library (docs/onnxruntime.md), which has the type, or convert the model "
         "to float32 or float16.",
+    ),
+    "NF301": Code(
+        "a LayerNorm that is not taken for an RMSNorm",
+        "Conversion takes a LayerNorm over one axis, in the main graph, whose input is a value of the graph. "
+        "Example: a norm over height and width at once, one inside the branch of an If, one inside an "
+        "operator that adds first, or one that is no module of its own where an nn.Module is converted.",
+        "Nothing, or export the model so that the norm stands by itself.",
+    ),
+    "NF302": Code(
+        "nothing ahead of the norm can take its mean away",
+        "For an RMSNorm the mean of the input has to be zero. It is taken away in the weights that make the "
+        "input, or by an operator; here neither is possible. Example: a value that is written in place, or, "
+        "in an nn.Module, a value that is no module's output.",
+        "Convert the exported program or the ONNX model in place of the module: there an operator can stand "
+        "anywhere.",
+    ),
+    "NF303": Code(
+        "a conversion that would add as many operators as it converts norms",
+        "Where weights cannot take the mean away (an activation, another norm with a weight, a depthwise "
+        "convolution), or where somebody else reads the value as it is (a linear layer on the residual "
+        "stream, an output of the graph), an operator has to. One that serves a single norm gains nothing. "
+        "Example: post-norm models such as BERT, where each norm reads a sum with the output of the norm "
+        "before.",
+        "Nothing. If a hidden state is an output of the graph that nobody needs, export without it. For a "
+        "weight that is shared with the output layer, untie=True makes a copy.",
+    ),
+    "NF304": Code(
+        "a conversion whose certificate failed",
+        "The model and its conversion, run in float64 with random weights, have to agree to 1e-12, and a "
+        "model has to agree with itself. They did not, or the check could not be run. Nothing was converted.",
+        "If the message says that the check could not run, the model needs inputs that NormFuse did not "
+        "guess: give some with calibration=. A difference is a fault of NormFuse: please report it.",
+    ),
+    "NF305": Code(
+        "a model of which nothing is converted",
+        "Editing weights is right only in a graph that is fixed. Example: quantised weights, whose scales "
+        "hold for the values as they are; a training graph with dropout; random numbers, such as masks drawn "
+        "at run time.",
+        "Convert before quantising, and export in evaluation mode.",
     ),
 }

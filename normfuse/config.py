@@ -21,6 +21,8 @@ class Config:
       reads has mean zero, where this is proved to change nothing else.
     - `untie`: a weight to be edited that somebody else reads, such as a token table that is also the output layer, is
       copied; otherwise it stays, and one centring operator is put instead.
+    - `fold_scale`: multiply the weight of each RMSNorm into the linear layers behind it, where nothing else reads it;
+      changes roundings.
     - `numerics`: "exact" keeps every rounding of the model; "fast" may compute a norm in float32 where the model
       computes it in a narrower or mixed type.
     - `target`: where the result will run; "onnx" is standard operators and model-local functions, for any runtime;
@@ -40,6 +42,7 @@ class Config:
     verify: Verify = "sites"
     ort_version: str = ""
     untie: bool = False
+    fold_scale: bool = False
 
     def __post_init__(self) -> None:
         hints = get_type_hints(Config)
@@ -52,3 +55,8 @@ class Config:
             raise UnsupportedError(f"layernorm_to_rmsnorm={mode!r} is not available yet; use 'off'")
         if not isinstance(self.ort_version, str):
             raise InputError(f"ort_version={self.ort_version!r} is not a version; give one such as '1.31'")
+
+    @property
+    def converts(self) -> bool:
+        """Whether weights may be edited at all."""
+        return self.layernorm_to_rmsnorm != "off" or self.fold_scale

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Hashable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from normfuse.centring import Centre
-from normfuse.norm import Site, region
-from normfuse.passes.layernorm_to_rmsnorm import Conversion
+from normfuse.centring import Centre, Channels
+from normfuse.graph import Graph, Value
+from normfuse.norm import Expr, Site, region
+from normfuse.passes.fold_affine import Contraction, Linear, constant, elements, readers
+from normfuse.passes.layernorm_to_rmsnorm import Conversion, rms
 from normfuse.report import NormRecord, RefusalRecord, Report
 
 Array = np.ndarray[Any, Any]
@@ -19,13 +21,48 @@ LIMIT = 1e-12
 """How far the re-randomised models may differ in float64, relative to the largest element of an output."""
 
 
-@dataclass(frozen=True, slots=True)
-class Constants:
-    """A constant of the result: a constant of the original by name, centred, after a product with `scales`."""
+Get = Callable[[str], Array]
+"""Gives a constant of the original model by name, in float64."""
 
-    source: str
-    want: Centre
-    scales: tuple[str, ...] = ()
+
+class Edits:
+    """What becomes of a model's constants, each as a function of the original's: of its own weights it gives the new
+    ones, of random weights what the certificate needs. All in float64, to be rounded once."""
+
+    def __init__(self) -> None:
+        self.made: dict[str, Callable[[Get], Array]] = {}
+        self.copies: dict[str, str] = {}
+        """New constant -> the one that it is an edited copy of."""
+
+    def get(self, name: str, give: Get) -> Array:
+        """A constant of the result."""
+        made = self.made.get(name)
+        return give(name) if made is None else made(give)
+
+    def _set(self, name: str, source: str, edit: Callable[[Array, Get], Array]) -> None:
+        """Put an edit behind those that a constant has already."""
+        before = self.made.get(source if name not in self.made else name)
+        self.made[name] = lambda give: edit(give(source) if before is None else before(give), give)
+        if name != source:
+            self.copies[name] = source
+
+    def centre(self, name: str, want: Centre, scales: Sequence[str], source: str = "") -> None:
+        """``P (g * w)`` along an axis."""
+        self._set(name, source or name, lambda w, give: apply(want, w, [give(g) for g in scales]))
+
+    def add_product(self, bias: str, weight: str, beta: Callable[[Get], Array], contraction: Contraction) -> None:
+        """``b + W beta``: the bias of a norm in that of the linear layer behind it."""
+        now = self.made.get(weight)  # as the weight is by now, before it is scaled
+
+        def add(b: Array, give: Get) -> Array:
+            w = give(weight) if now is None else now(give)
+            return np.asarray(b + contraction.product(w, beta(give)).reshape(b.shape))
+
+        self._set(bias, bias, add)
+
+    def scale(self, weight: str, gamma: Callable[[Get], Array], contraction: Contraction) -> None:
+        """``W diag(gamma)``: the weight of a norm in that of the linear layer behind it."""
+        self._set(weight, weight, lambda w, give: contraction.scaled(w, gamma(give)))
 
 
 @dataclass(slots=True)
@@ -33,8 +70,9 @@ class Certificate:
     """The check of a whole conversion.
 
     `gap`: largest difference of the outputs of the two models in float64 with all their constants replaced by random
-    ones whose means are not zero, relative to the largest element. `before`, `after`: distances to float64 of the
-    original and the result with their own weights in their own types; None where they were not measured.
+    ones whose means are not zero, relative to the largest element. `before`, `after`: distances to float64 (norm of
+    the difference over the norm) of the original and the result with their own weights in their own types; None where
+    they were not measured.
     """
 
     ok: bool
@@ -45,9 +83,68 @@ class Certificate:
     message: str = ""
 
 
+class Folder:
+    """Plans what of the norms goes into the constants behind them: the bias, with `scale` the weight too.
+
+    `linear`, `channels`, `twins`: as for the planner; `zero` tells of a constant whether it is zero all over.
+    """
+
+    def __init__(self, graph: Graph, plan: Conversion, linear: Linear, channels: Channels,
+                 twins: Callable[[Value], Hashable], zero: Callable[[Value], bool]) -> None:  # fmt: skip
+        self.graph, self.plan, self.linear, self.channels = graph, plan, linear, channels
+        self.twins, self.zero = twins, zero
+
+    def run(self, sites: Sequence[Site], scale: bool) -> None:
+        """Fold what can be folded, of the converted norms and, with `scale`, of the other RMSNorms at `sites`."""
+        for site in dict.fromkeys([*self.plan.sites, *(sites if scale else ())]):
+            converted = site in self.plan.sites
+            if not converted and (site.norm.kind != "rms_norm" or site in self.plan.kept):
+                continue
+            inner = self.plan.inner.get(site, site)
+            norm = rms(inner.norm)
+            if norm.bias is not None and constant(norm.bias):
+                values = [v for _, factors in norm.bias for v, _ in factors]
+                if len(norm.bias) == 1 and all(self.zero(v) for v in values):
+                    self.plan.zero += values
+                    norm = replace(norm, bias=None)
+            found = self._readers(inner)
+            if found and norm.bias is not None and constant(norm.bias) and all(one.bias is not None for one in found):
+                self.plan.folds.append(("bias", norm.bias, found))
+                norm = replace(norm, bias=None)
+            if scale and found and norm.bias is None and norm.weight is not None and constant(norm.weight):
+                self.plan.folds.append(("scale", norm.weight, found))
+                norm = replace(norm, weight=None)
+            if (norm.bias, norm.weight) != (inner.norm.bias, inner.norm.weight):
+                self.plan.folded[site] = replace(inner, norm=norm)
+
+    def _readers(self, site: Site) -> list[Contraction]:
+        end = site.value
+        while end.native is None and end.uses:
+            end = end.uses[0].outputs[0]
+        axes = site.norm.axes
+        return readers(self.graph, end, axes[0], self.linear, self.channels, self.twins) or [] if len(axes) == 1 else []
+
+
+def fold(plan: Conversion, edits: Edits, name: Callable[[Value], str]) -> None:
+    """Write the planned folds down as edits of constants: biases first, since they read weights as they are then."""
+
+    def made_of(expr: Expr, size: int) -> Callable[[Get], Array]:
+        return lambda give: elements(expr, size, lambda v: give(name(v)))
+
+    for kind, expr, found in sorted(plan.folds, key=lambda f: f[0]):
+        for one in found:
+            size = (one.weight.shape or ())[one.over]
+            assert isinstance(size, int)
+            if kind == "scale":
+                edits.scale(name(one.weight), made_of(expr, size), one)
+            elif one.bias is not None:
+                edits.add_product(name(one.bias), name(one.weight), made_of(expr, size), one)
+
+
 @dataclass(slots=True)
 class Record:
-    """What became of one LayerNorm: the verdict, and for a converted one its proof."""
+    """What became of one LayerNorm: the verdict, and for a converted one its proof, the name of its result and what it
+    is now."""
 
     site: Site
     verdict: str
@@ -60,14 +157,15 @@ class Record:
     value_dependent: list[str] = field(default_factory=list)
     check: Certificate | None = None
     result: str = ""
+    emitted: str = ""
 
     @staticmethod
-    def of(plan: Conversion, site: Site, check: Certificate | None, result: str) -> Record:
+    def of(plan: Conversion, site: Site, check: Certificate | None, result: tuple[str, str]) -> Record:
         """The record of a converted norm."""
         proof = plan.proof[site]
         verdict = "exact with an operator" if proof.operators else "exact"
         return Record(site, verdict, "", "; ".join(proof.operators), proof.derivation, proof.readers, proof.edits,
-                      proof.operators, proof.depends, check, result)  # fmt: skip
+                      proof.operators, proof.depends, check, *result)  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
         """The certificate for JSON."""
@@ -118,6 +216,14 @@ def worst(want: Sequence[Any], got: Sequence[Any]) -> float:
     return max(gaps, default=0.0)
 
 
+def distance(want: Sequence[Any], got: Sequence[Any]) -> float:
+    """The largest distance of two outputs, each as the norm of the difference relative to the norm: steadier than the
+    largest element where outputs are few."""
+    pairs = [(np.asarray(a), np.asarray(b)) for a, b in zip(want, got, strict=True)]
+    floats = [(a, b) for a, b in pairs if a.dtype.kind == "f" and a.size]
+    return max((float(np.linalg.norm(a - b) / (np.linalg.norm(a) or 1.0)) for a, b in floats), default=0.0)
+
+
 def relative(want: Array, got: Array) -> float:
     """The largest difference relative to the largest element; infinite where shapes, integers or NaNs differ."""
     if want.shape != got.shape or want.dtype.kind not in "fc":
@@ -156,20 +262,21 @@ def tell(report: Report, sites: Sequence[Site], records: Sequence[Record]) -> No
 
     found: dict[str | None, tuple[Site, NormRecord]] = {}
     for site, norm in zip(sites, report.norms, strict=True):
-        found |= {name: (site, norm) for name in _names(site)}
+        found |= dict.fromkeys(_names(site), (site, norm))
     for record in records:
         was = record_of(record.site)
         names = [record.result] if record.result else _names(record.site)
-        site, norm = next((found[name] for name in names if name in found), (None, None))
-        if norm is None:
+        known = next((found[name] for name in names if name in found), None)
+        if known is None:
             continue
+        site, norm = known
         norm.conversion = record.to_dict()
         if record.verdict == "kept":
             report.refusals.append(RefusalRecord(record.code, was.name, record.reason))
             continue
-        if norm.action == "refused" and site is not None:  # the operator in its place stays as it is
+        if norm.action == "refused":  # the operator in its place stays as it is
             report.refusals = [r for r in report.refusals if r.node != site.label]
-        norm.emitted = norm.emitted or ("RMSNorm operator" if norm.form == "op" else "function normfuse.rms_norm")
+        norm.emitted = norm.emitted or record.emitted
         norm.name, norm.kind, norm.fact, norm.form, norm.action = was.name, was.kind, was.fact, was.form, "converted"
         norm.reason = ""
         if record.check is not None:

@@ -15,9 +15,13 @@ from torch import Tensor, nn
 class RMSNorm(nn.Module):
     """``x / sqrt(mean(x**2) + eps) * weight + bias`` over one axis: what a LayerNorm is for rows of mean zero.
 
-    x: [..., size], or with the size at `axis` (counted from the end), any float type; statistics in float32 for half types. `weight` and `bias`: [size] or None. Zhang &
-    Sennrich 2019 (arXiv 1910.07467), with the bias of the LayerNorm that it replaces.
+    x: [..., size], or with the size at `axis` (counted from the end), any float type; statistics in float32 for half
+    types. `weight` and `bias`: [size] or None. Zhang & Sennrich 2019 (arXiv 1910.07467), with the bias of the LayerNorm
+    that it replaces.
     """
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
 
     def __init__(self, size: int, eps: float, weight: nn.Parameter | None = None, bias: nn.Parameter | None = None,
                  axis: int = -1) -> None:  # fmt: skip

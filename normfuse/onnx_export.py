@@ -63,8 +63,7 @@ def export(module: Any, args: tuple[Any, ...] | None, path: str | Path, config: 
     exported = time.perf_counter()
     assert _kind(program) == "program"
     with _quiet_collector():
-        model = program.model.clone()
-        report, *_ = _rewrite_ir(model, config, progress)
+        model, report, *_ = _rewrite_ir(program.model.clone(), config, progress)
     if config.verify == "model":
         report.model_check = _compare(program.model, model, args, options.get("kwargs"), target)
     if progress is not None:

@@ -13,10 +13,11 @@ class NormRecord:
     """One norm of a model.
 
     `axes` count from the end; `size` is None where the model leaves it open. `cast` tells where the rounding back
-    stands, such as ``"float32, cast to float16 before the weight"``. `action` is one of "fused", "kept" (it is one
-    operator already), "left" (nothing would be gained, `reason` says why) and "refused". `verified` is None where
-    nothing was checked; `error_before` and `error_after` are the largest distances to float64 seen in that check, in
-    units of the type's rounding, of the model's own arithmetic and of what replaced it.
+    stands, such as ``"float32, cast to float16 before the weight"``. `action` is one of "fused", "converted" (a
+    LayerNorm that is an RMSNorm now; `conversion` has the verdict and the proof), "kept" (it is one operator
+    already), "left" (nothing would be gained, `reason` says why) and "refused". `verified` is None where nothing
+    was checked; `error_before` and `error_after` are the largest distances to float64 seen in that check, in units
+    of the type's rounding, of the model's own arithmetic and of what replaced it.
     """
 
     name: str
@@ -70,6 +71,10 @@ class Report:
         return sum(n.action == "fused" for n in self.norms)
 
     @property
+    def converted(self) -> int:
+        return sum(n.action == "converted" for n in self.norms)
+
+    @property
     def refused(self) -> int:
         return len(self.refusals)
 
@@ -78,7 +83,7 @@ class Report:
         return {
             "found": len(self.norms),
             "fused": self.fused,
-            "converted": sum(n.action == "converted" for n in self.norms),
+            "converted": self.converted,
             "refused": self.refused,
             "nodes_before": self.nodes_before,
             "nodes_after": self.nodes_after,

@@ -21,7 +21,8 @@ from dataclasses import dataclass, field, replace
 
 from normfuse.centring import Block, Blocked, Centre, Channels, back, blocks_of, centred
 from normfuse.graph import Graph, Node, Value
-from normfuse.norm import Norm, Refusal, Site, region
+from normfuse.norm import Expr, Norm, Refusal, Site, region
+from normfuse.passes.fold_affine import Contraction
 from normfuse.passes.remove_dead import live
 from normfuse.recognise import Recognition
 
@@ -34,9 +35,9 @@ Operator = tuple[Value, Centre]
 class Means:
     """What a front end knows and can do.
 
-    `channels`: its table of native operators; `span`: (start, end) of a result that is a slice along an axis; `uniform`:
-    whether a constant is one number all over; `locked`: why a constant cannot be edited, or None; `place`: whether an
-    operator can stand behind a value; `blind`: whether a node gives the same for a value and for the centred value;
+    `channels`: its table of native operators; `span`: (start, end) of a slice along an axis; `uniform`: whether a
+    constant is one number all over; `locked`: why a constant cannot be edited, or None; `place`: whether an operator
+    can stand behind a value; `blind`: whether a node gives the same for a value and for the centred value;
     `fits`: the front end's veto on a norm, given as it was found and as its operator has it; `twins`: what constants of
     the same storage have in common; `untie`: a constant with other readers is copied rather than left; `hooks`: an
     operator changes what every reader of the value sees, not only those that asked.
@@ -61,7 +62,8 @@ class Conversion:
     `scaled` are multiplications by a constant per channel whose factor moves into the constants. `copies` are edited
     constants with another reader, which keeps the old one. `uniform` are the constants whose being one number the plan
     rests on. `kept` says of the other LayerNorms why. `inner` has the operator that a norm stands in, where views are
-    around that.
+    around that. `folds` are biases and weights of norms that go into the linear layers behind, `folded` the norms after
+    that, `zero` the biases that are dropped because they are zero.
     """
 
     sites: list[Site] = field(default_factory=list)
@@ -74,7 +76,19 @@ class Conversion:
     inner: dict[Site, Site] = field(default_factory=dict)
     values: dict[Value, Centre] = field(default_factory=dict)
     seeds: dict[Value, str] = field(default_factory=dict)
+    zero: list[Value] = field(default_factory=list)
+    folds: list[tuple[str, Expr, list[Contraction]]] = field(default_factory=list)
+    folded: dict[Site, Site] = field(default_factory=dict)
     proof: dict[Site, Proof] = field(default_factory=dict)
+
+
+    def constants(self) -> list[Value]:
+        """The constants that are edited, or that an edit reads."""
+        found = [*self.edits, *(g for want in self.edits.values() for g in want.scales), *self.zero, *self.uniform]
+        for _, expr, linears in self.folds:
+            found += [v for _, factors in expr for v, _ in factors]
+            found += [v for one in linears for v in (one.weight, one.bias) if v is not None]
+        return list(dict.fromkeys(found))
 
 
 @dataclass(slots=True)
@@ -182,7 +196,8 @@ class _Planner:
         def ask(value: Value, want: Centre, by: Reader) -> None:
             if value not in asked:
                 asked[value] = []
-                heapq.heappush(heap, (-(value.producer.index if value.producer is not None else -1), value.index, value))
+                order = -1 if value.producer is None else value.producer.index
+                heapq.heappush(heap, (-order, value.index, value))
             asked[value].append((want, by))
 
         for site in self.sites:
@@ -225,7 +240,8 @@ class _Planner:
         if value.tainted:
             raise Blocked(f"{value.name} is written in place")
         if node is None:
-            why = self.can.locked(value) if value.fixed else f"{value.name} is an input of the graph"
+            fixed = value.fixed or value.overridable
+            why = self.can.locked(value) if fixed else f"{value.name} is an input of the graph"
             if why is not None:
                 raise Blocked(why)
             links = []
@@ -381,8 +397,8 @@ class _Planner:
         for site in lost:
             places = first[find(site)]
             norms = sum(find(s) is find(site) for s in self.sites)
-            self._keep(site, "NF303", f"{_count(places, 'centring operator')} would be needed for {_count(norms, 'norm')}: "
-                       f"{self.seeds[places[0]]}")  # fmt: skip
+            needed = f"{_count(places, 'centring operator')} would be needed for {_count(norms, 'norm')}"
+            self._keep(site, "NF303", f"{needed}: {self.seeds[places[0]]}")
         self.sites = [site for site in self.sites if site not in self.out.kept]
         return bool(lost)
 
@@ -457,7 +473,8 @@ class _Planner:
 
 def _blocks(want: Centre, value: Value) -> str:
     n = len(want.blocks)
-    return "" if want.whole(value) or n == 1 and want.scales else f", in {n} block{'s'[: n > 1]} of {want.blocks[0][1]}"
+    whole = want.whole(value) or (n == 1 and want.scales)
+    return "" if whole else f", in {_count(n, 'block')} of {want.blocks[0][1]}"
 
 
 def _count(n: int | list[Value], what: str) -> str:

@@ -53,7 +53,7 @@ def offset(model: nn.Module, seed: int = 0) -> nn.Module:
         for name, p in model.named_parameters():
             scale = 0.3 if p.dim() < 2 else 1.0 / max(p[0].numel(), 1) ** 0.5
             p.copy_(torch.randn_like(p) * scale + 0.5 * scale)
-            if "norm" in name.lower() and name.endswith("weight") or name.endswith(("ln_1.weight", "ln_2.weight",
+            if ("norm" in name.lower() and name.endswith("weight")) or name.endswith(("ln_1.weight", "ln_2.weight",
                                                                                   "ln_f.weight")):  # fmt: skip
                 p.add_(0.7)
     return model.eval()
@@ -90,10 +90,11 @@ def model(kind: str, config: str, names: tuple[str, ...] = ("input_ids",), outpu
     return build
 
 
-TEXT = dict(vocab_size=VOCABULARY, hidden_size=D, num_hidden_layers=LAYERS, num_attention_heads=HEADS)
+TEXT: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": D, "num_hidden_layers": LAYERS,
+                        "num_attention_heads": HEADS}  # fmt: skip
 NO_CACHE = {"use_cache": False}
-VISION = dict(hidden_size=D, num_hidden_layers=LAYERS, num_attention_heads=HEADS, intermediate_size=96,
-              image_size=IMAGE, patch_size=8)  # fmt: skip
+VISION: dict[str, Any] = {"hidden_size": D, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
+                          "intermediate_size": 96, "image_size": IMAGE, "patch_size": 8}  # fmt: skip
 
 CASES: dict[str, Case] = {
     "gpt2": Case(model("GPT2LMHeadModel", "GPT2Config", call=NO_CACHE, vocab_size=VOCABULARY, n_embd=D, n_layer=LAYERS,
@@ -104,8 +105,8 @@ CASES: dict[str, Case] = {
                            max_position_embeddings=32, **TEXT), ids(), 7, 7),
     "phi": Case(model("PhiForCausalLM", "PhiConfig", call=NO_CACHE, intermediate_size=96, max_position_embeddings=32,
                       **TEXT), ids(), 4, 4),
-    "vit": Case(model("ViTForImageClassification", "ViTConfig", ("pixel_values",), **VISION), pixels(2, 3, IMAGE, IMAGE),
-                7, 7),
+    "vit": Case(model("ViTForImageClassification", "ViTConfig", ("pixel_values",), **VISION),
+                pixels(2, 3, IMAGE, IMAGE), 7, 7),
     "dinov2": Case(model("Dinov2ForImageClassification", "Dinov2Config", ("pixel_values",), mlp_ratio=2,
                          **{k: v for k, v in VISION.items() if k != "intermediate_size"}), pixels(2, 3, IMAGE, IMAGE),
                    7, 7),
@@ -134,7 +135,8 @@ CASES: dict[str, Case] = {
                          embed_dim=16, depths=[2, 2, 2], num_heads=[2, 2, 4], window_size=4), pixels(2, 3, 64, 64),
                    15, 16),
     "swin": Case(model("SwinModel", "SwinConfig", ("pixel_values",), "pooler_output", image_size=64, patch_size=4,
-                       embed_dim=16, depths=[2, 2, 2], num_heads=[2, 2, 4], window_size=4), pixels(2, 3, 64, 64), 6, 16),
+                       embed_dim=16, depths=[2, 2, 2], num_heads=[2, 2, 4], window_size=4), pixels(2, 3, 64, 64),
+                 6, 16),
     "convnext": Case(model("ConvNextModel", "ConvNextConfig", ("pixel_values",), "pooler_output", image_size=32,
                            hidden_sizes=[8, 16, 24, 32], depths=[2, 2, 2, 2]), pixels(2, 3, 32, 32), 1, 13),
     "bert": Case(model("BertForMaskedLM", "BertConfig", intermediate_size=96,

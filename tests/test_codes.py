@@ -21,7 +21,7 @@ def test_every_code_is_explained_and_used() -> None:
 
 def test_explanations_are_complete() -> None:
     for code, entry in CODES.items():
-        assert re.fullmatch(r"NF[12]\d\d", code)
+        assert re.fullmatch(r"NF[123]\d\d", code)
         assert all(text and text == text.strip() for text in entry)
         assert entry.text.endswith(".")
         assert entry.fix.endswith(".")

@@ -8,6 +8,7 @@ read and dropped after the last node that reads it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import fx
 from torch.utils._pytree import tree_flatten, tree_map
 
 from normfuse.config import Config
-from normfuse.convert import LIMIT, Certificate, Randomiser, apply, worst
+from normfuse.convert import LIMIT, Certificate, Randomiser, distance, worst
 from normfuse.frontends.fx_effects import name_of
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def _certify(original: fx.GraphModule, result: fx.GraphModule, editor: Editor, w
         if tensor is not None:
             own[node.name if node.op == "placeholder" else str(node.target)] = tensor
     uniform = {n for v in editor.plan.uniform if (n := _key(v.native))}
-    draw = Randomiser(uniform)
+    draw = Randomiser(uniform, {n for v in editor.plan.zero if (n := _key(v.native))})
 
     def random(name: str, attempt: int) -> torch.Tensor:
         tensor = own[name]
@@ -58,23 +59,21 @@ def _certify(original: fx.GraphModule, result: fx.GraphModule, editor: Editor, w
         return torch.from_numpy(draw(name, tensor.detach().to("cpu", torch.float64).numpy(), attempt))
 
     def edited(name: str, attempt: int) -> torch.Tensor:
-        made = editor.constants.get(name)
-        if made is None:
+        if name not in editor.edits.made:
             return random(name, attempt)
-        scales = [random(g, attempt).numpy() for g in made.scales]
-        return torch.from_numpy(apply(made.want, random(made.source, attempt).numpy(), scales).copy())
+        return torch.from_numpy(editor.edits.get(name, lambda n: random(n, attempt).double().numpy()).copy())
 
     for attempt in range(2):
-        want = run(original, feeds, own, lambda name: random(name, attempt))
+        want = run(original, feeds, own, partial(random, attempt=attempt))
         if all(bool(torch.isfinite(v).all()) for v in want):
             break
     else:
         return Certificate(False, message="the model gives no finite result on random constants")
-    again = run(original, feeds, own, lambda name: random(name, attempt))
+    again = run(original, feeds, own, partial(random, attempt=attempt))
     if worst(want, again) > 0:
         return Certificate(False, message="the model gives another result when it is run again")
-    new = own | {name: own[made.source] for name, made in editor.constants.items()}
-    gap = worst(want, run(result, feeds, new, lambda name: edited(name, attempt)))
+    new = own | {name: own[source] for name, source in editor.edits.copies.items()}
+    gap = worst(want, run(result, feeds, new, partial(edited, attempt=attempt)))
     if not gap <= LIMIT:
         return Certificate(False, gap, message=f"with random constants the results differ by {gap:.2g} in float64")
     found = Certificate(True, gap, len(draw.replaced))
@@ -83,7 +82,7 @@ def _certify(original: fx.GraphModule, result: fx.GraphModule, editor: Editor, w
         now = own | editor.tensors
         before = run(original, feeds, own, lambda name: own[name], wide=False)
         after = run(result, feeds, now, lambda name: now[name], wide=False)
-        found.before, found.after = worst(exact, before), worst(exact, after)
+        found.before, found.after = distance(exact, before), distance(exact, after)
     return found
 
 

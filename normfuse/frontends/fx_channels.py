@@ -13,16 +13,18 @@ import torch
 from torch import fx, nn
 from torch._ops import OpOverload
 
-from normfuse.centring import Blocked, Centre, Links
+from normfuse.centring import Blocked, Centre, Channels, Links
 from normfuse.frontends.fx import Lowering
 from normfuse.frontends.fx_effects import name_of
 from normfuse.frontends.fx_meta import is_tensor, meta_of
 from normfuse.graph import Node, Shape, Value
+from normfuse.passes.fold_affine import Contraction, contraction
 
 RANDOM = frozenset(
     """rand rand_like randn randn_like randint randint_like randperm bernoulli bernoulli_ multinomial normal normal_
     uniform_ exponential_ native_dropout dropout_ alpha_dropout feature_dropout rrelu""".split()
 )
+CONTRACTIONS = frozenset("linear addmm mm matmul __matmul__ conv1d conv2d conv3d convolution".split())
 QUANTISED = ("quantized", "quantized_decomposed", "torchao", "torch_ao")
 
 
@@ -126,6 +128,36 @@ def blind(low: Lowering, node: Node, value: Value, want: Centre) -> bool:
         return False
     dim = native.args[1] if len(native.args) > 1 else native.kwargs.get("dim")
     return isinstance(dim, int) and dim % max(value.rank or 1, 1) == want.axis and want.whole(value)
+
+
+def linear(low: Lowering, node: Node, value: Value, axis: int, channels: Channels) -> Contraction | None:
+    """The linear layer or unpadded convolution that a node is, over an axis of the value that it reads."""
+    at, rank = _at(low, node, node.outputs[0]) if node.outputs else None, value.rank or 0
+    name = "" if at is None else name_of(at.node) or ""
+    if at is None or name not in CONTRACTIONS:
+        return None
+    try:
+        if name == "linear":
+            x, weight, bias = at.tensor(0, "input"), at.tensor(1, "weight"), _optional(at, 2, "bias")
+            over, gives, fits = 1, 0, axis == rank - 1
+        elif name == "addmm":
+            plain = at.get(-1, "alpha", default=1) == 1 and at.get(-1, "beta", default=1) == 1
+            x, weight, bias = at.tensor(1, "mat1"), at.tensor(2, "mat2"), at.tensor(0, "input", "self")
+            over, gives, fits = 0, 1, axis == 1 and plain
+        elif name.startswith("conv"):
+            x, weight, bias = at.tensor(0, "input"), at.tensor(1, "weight"), _optional(at, 2, "bias")
+            general = name == "convolution"
+            groups, pad = at.get(8 if general else 6, "groups", default=1), at.get(4, "padding", default=0)
+            unpadded = pad == "valid" or not any(pad if isinstance(pad, (tuple, list)) else [pad])
+            over, gives = 1, 0
+            fits = axis == 1 and groups == 1 and unpadded and not (general and at.get(6, "transposed"))
+        else:
+            x, weight, bias, over, gives = at.tensor(0, "input", "self"), at.tensor(1, "other", "mat2"), None, 0, 1
+            fits = axis == rank - 1 and weight.rank == 2
+    except Blocked:
+        return None
+    fits = fits and x is value and weight is not value
+    return contraction(node, weight, over, gives, bias, channels) if fits else None
 
 
 # -- rows -------------------------------------------------------------------------------------------------------------

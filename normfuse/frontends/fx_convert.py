@@ -11,9 +11,9 @@ import torch
 from torch import fx
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
-from normfuse.centring import Centre
+from normfuse.centring import Centre, Links
 from normfuse.config import Config
-from normfuse.convert import Constants, Record, apply, refusals
+from normfuse.convert import Edits, Folder, Record, fold, refusals
 from normfuse.errors import InputError
 from normfuse.frontends import fx_channels as table
 from normfuse.frontends.fx_certify import certify
@@ -80,8 +80,13 @@ class Numbers:
     def uniform(self, value: Value) -> bool:
         if value not in self.known:
             tensor = self.weights.get(value.native) if value.leaf and value.fixed else None
-            self.known[value] = tensor is not None and tensor.numel() > 0 and bool((tensor == tensor.flatten()[0]).all())
+            self.known[value] = tensor is not None and tensor.numel() > 0 and bool((tensor == tensor.view(-1)[0]).all())
         return self.known[value]
+
+    def zero(self, value: Value) -> bool:
+        """Whether a constant is zero all over."""
+        tensor = self.weights.get(value.native)
+        return tensor is not None and not bool(tensor.any())
 
     def locked(self, value: Value) -> str | None:
         tensor = self.weights.get(value.native)
@@ -123,24 +128,31 @@ def convert_graph(source: fx.GraphModule, config: Config, state: Mapping[str, to
         found = emitter.expressible(low, rms(inner.norm), inner.value)
         return found[1] if found is not None else unfit(site, inner) if unfit is not None else None
 
-    plan = convert(low.graph, whole.plan.found, Means(
-        channels=lambda node, out, want: table.channels(low, node, out, want),
+    def channels(node: Node, out: Value, want: Centre) -> Links | None:
+        return table.channels(low, node, out, want)
+
+    plan = Conversion() if config.layernorm_to_rmsnorm == "off" else convert(low.graph, whole.plan.found, Means(
+        channels=channels,
         span=lambda node, out, axis: table.span(low, node, out, axis),
-        hooks=place is not None, uniform=numbers.uniform, locked=numbers.locked, fits=fits, twins=numbers.twins, untie=config.untie,
+        hooks=place is not None, uniform=numbers.uniform, locked=numbers.locked, fits=fits, twins=numbers.twins,
+        untie=config.untie,
         place=lambda value: table.floating(value) and settled(value),
         blind=lambda node, value, want: table.blind(low, node, value, want)))  # fmt: skip
     records += [refusals(s, r.code, r.message) for s, r in plan.kept.items()]
-    if not plan.sites:
+    if place is None:  # a module keeps its norms' parameters
+        folder = Folder(low.graph, plan, lambda node, v, axis: table.linear(low, node, v, axis, channels), channels,
+                        numbers.twins, numbers.zero)  # fmt: skip
+        folder.run(whole.plan.found.sites, config.fold_scale)
+    if not plan.sites and not plan.folds:
         return Converted(source, records=records)
     editor = Editor(whole, plan, numbers)
     module = editor.run()
     check = certify(source, module, editor, weights, inputs, config)
     if check is not None and not check.ok:
-        failed = [refusals(s, "NF304", check.message) for s in plan.sites]
+        failed = [refusals(s, "NF304", check.message) for s in dict.fromkeys([*plan.sites, *plan.folded])]
         return Converted(source, records=records + failed)
     records += [Record.of(plan, s, check, editor.results[s]) for s in plan.sites]
-    copies = {n: made.source for n, made in editor.constants.items() if n != made.source}
-    return Converted(module, editor.tensors, copies, records, plan)
+    return Converted(module, editor.tensors, editor.edits.copies, records, plan)
 
 
 class Editor:
@@ -149,15 +161,19 @@ class Editor:
     def __init__(self, whole: _Module, plan: Conversion, numbers: Numbers) -> None:
         self.whole, self.plan, self.numbers = whole, plan, numbers
         self.graph = whole.graph
-        self.constants: dict[str, Constants] = {}
+        self.edits = Edits()
+        self.natives: dict[str, Any] = {}
         self.tensors: dict[str, torch.Tensor] = {}
-        self.results: dict[Site, str] = {}
+        self.results: dict[Site, tuple[str, str]] = {}
 
     def run(self) -> fx.GraphModule:
         """Make all edits; the new module."""
         plan, whole = self.plan, self.whole
         for value, want in plan.edits.items():
-            self._edit(value, want)
+            name = self._copy(value, plan.copies[value]) if value in plan.copies else self.name(value)
+            self.edits.centre(name, want, [self.name(g) for g in want.scales], self.name(value))
+        fold(plan, self.edits, self.name)
+        self._store()
         centred = {key: self._operator(*key) for key in plan.operators}
         readers = {by: centred[key] for key, found in plan.operators.items() for by in found if isinstance(by, Site)}
         for key, found in plan.operators.items():
@@ -167,8 +183,8 @@ class Editor:
         for node in plan.scaled:
             self._bypass(node)
         edits = {}
-        for site in plan.sites:
-            inner = plan.inner.get(site, site)
+        for site in dict.fromkeys([*plan.sites, *plan.folded]):
+            inner = plan.folded.get(site) or plan.inner.get(site, site)
             x = inner.norm.x
             if site in readers:
                 x = Value(x.name, x.shape, x.dtype, native=readers[site], index=x.index)
@@ -177,29 +193,40 @@ class Editor:
         whole.emitter = Emitter(whole.emitter.level, "fast")
         RemoveDead()(whole.plan)
         module = whole.apply()
-        self.results = {site: whole._now(edit.site.value.native).name for site, edit in edits.items()}
+        for site, edit in edits.items():
+            self.results[site] = whole._now(edit.site.value.native).name, whole.emitted[edit.site]
         return module
 
-    def _edit(self, value: Value, want: Centre) -> None:
-        array, native = self.numbers.array(value), value.native
-        old = self.numbers.weights.get(native)
-        scales = [(key_of(g.native), self.numbers.array(g)) for g in want.scales]
-        assert array is not None and old is not None
-        new = torch.from_numpy(apply(want, array, [g for _, g in scales if g is not None]).copy())
-        name = key_of(native)
-        if not torch.isfinite(new).all():
-            raise InputError(f"{name}: holds NaN or infinity; a weight with those has no mean to take away")
-        made = Constants(name, want, tuple(n for n, _ in scales))
-        tensor = new.to(old.dtype).to(old.device)
-        readers = self.plan.copies.get(value)
-        if readers is not None:
-            with self.graph.inserting_after(native):
-                fresh = self.graph.create_node(native.op, f"{native.target}_centred", (), {}, f"{native.name}_centred")
-            fresh.meta, fresh.type = dict(native.meta), native.type
-            for reader in readers:
-                reader.native.replace_input_with(native, fresh)
-            name = key_of(fresh)
-        self.tensors[name], self.constants[name] = tensor, made
+    def name(self, value: Value) -> str:
+        """The name of a constant."""
+        name = key_of(value.native)
+        self.natives[name] = value.native
+        return name
+
+    def _copy(self, value: Value, readers: list[Node]) -> str:
+        """A constant again, for some of its readers."""
+        native: fx.Node = value.native
+        with self.graph.inserting_after(native):
+            fresh = self.graph.create_node(native.op, f"{native.target}_centred", (), {}, f"{native.name}_centred")
+        fresh.meta, fresh.type = dict(native.meta), native.type
+        for reader in readers:
+            reader.native.replace_input_with(native, fresh)
+        self.natives[key_of(fresh)] = native
+        return key_of(fresh)
+
+    def _store(self) -> None:
+        """Compute the edited constants in float64, and round them once."""
+        def give(name: str) -> Array:
+            tensor = self.numbers.weights.get(self.natives[name])
+            assert tensor is not None
+            return tensor.detach().to("cpu", torch.float64).numpy()
+
+        for name in self.edits.made:
+            new, old = torch.from_numpy(self.edits.get(name, give).copy()), self.numbers.weights.get(self.natives[name])
+            assert old is not None
+            if not torch.isfinite(new).all():
+                raise InputError(f"{name}: holds NaN or infinity; a weight with those has no mean to take away")
+            self.tensors[name] = new.to(old.dtype).to(old.device)
 
     def _operator(self, value: Value, want: Centre) -> fx.Node:
         """x - mean(x) behind a value, in float32 for half types."""
@@ -238,7 +265,8 @@ def _last_placeholder(node: fx.Node) -> fx.Node:
     """Where what follows a node may stand: behind the inputs."""
     if node.op != "placeholder":
         return node
-    return [n for n in node.graph.nodes if n.op == "placeholder"][-1]
+    inputs: list[fx.Node] = [n for n in node.graph.nodes if n.op == "placeholder"]
+    return inputs[-1]
 
 
 # -- exported programs ------------------------------------------------------------------------------------------------
@@ -261,9 +289,8 @@ def convert_program(program: Any, config: Config, place: Callable[[Value], bool]
     for name, tensor in found.tensors.items():
         spec = specs[found.copies.get(name, name)]
         target = str(spec.target) if name in specs else f"{spec.target}_centred"
-        home = state if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER) and spec.persistent is not False else constants
-        old = home.get(str(spec.target), tensor)
-        home[target] = torch.nn.Parameter(tensor, old.requires_grad) if isinstance(old, torch.nn.Parameter) else tensor
+        home = state if spec.target in state else constants
+        home[target] = _like(tensor, home.get(str(spec.target)))
         if name not in specs:
             at = signature.input_specs.index(spec)
             signature.input_specs.insert(at + 1, InputSpec(spec.kind, TensorArgument(name), target, spec.persistent))
@@ -277,7 +304,7 @@ def convert_module(module: fx.GraphModule, config: Config) -> tuple[fx.GraphModu
     for path, tensor in found.tensors.items():
         parent, _, name = path.rpartition(".")
         if path in found.copies or not isinstance(_attribute(module, path), torch.Tensor):
-            owner = found.module
+            owner: torch.nn.Module = found.module
             for part in parent.split(".") if parent else ():
                 owner = getattr(owner, part)
         elif module.get_submodule(parent) is found.module.get_submodule(parent):  # a module that the graph calls
@@ -287,8 +314,13 @@ def convert_module(module: fx.GraphModule, config: Config) -> tuple[fx.GraphModu
         else:
             owner = found.module.get_submodule(parent)
         old = _attribute(module, found.copies.get(path, path))
-        setattr(owner, name, torch.nn.Parameter(tensor, old.requires_grad) if isinstance(old, torch.nn.Parameter) else tensor)
+        setattr(owner, name, _like(tensor, old))
     return found.module, found
+
+
+def _like(tensor: torch.Tensor, old: torch.Tensor | None) -> torch.Tensor:
+    """A tensor, as a parameter where the one before was one."""
+    return torch.nn.Parameter(tensor, old.requires_grad) if isinstance(old, torch.nn.Parameter) else tensor
 
 
 def tensors_of(program: Any) -> dict[str, torch.Tensor]:

@@ -49,7 +49,7 @@ def _run(model: Any, config: Config, rewrite: bool, leave: Leave | None) -> tupl
     if config.verify == "model":
         raise UnsupportedError("verify='model' needs files to run; use verify='sites'")
     exported, records = not isinstance(model, fx.GraphModule), list[Record]()
-    if rewrite and config.layernorm_to_rmsnorm != "off":
+    if rewrite and config.converts:
         from normfuse.frontends import fx_convert
 
         convert = fx_convert.convert_program if exported else fx_convert.convert_module

@@ -18,7 +18,6 @@ from normfuse.config import Config
 from normfuse.convert import refusals, tell, worst
 from normfuse.errors import InputError, UnsupportedError
 from normfuse.frontends.fx_convert import Converted, convert_program
-from normfuse.frontends.fx_meta import meta_of
 from normfuse.graph import Value
 from normfuse.nn import Centre, RMSNorm
 from normfuse.norm import Site
@@ -49,10 +48,12 @@ def convert_module(module: nn.Module, config: Config, args: Sequence[Any], kwarg
         try:
             _edit(out, program, found, places)
             with torch.no_grad():
-                got, want = _outputs(out(*args, **(kwargs or {}))), _outputs(new_program.module()(*args, **(kwargs or {})))
+                got, want = (_outputs(m(*args, **(kwargs or {}))) for m in (out, new_program.module()))
             gap = worst([v.double().numpy() for v in want], [v.double().numpy() for v in got])
             unit = max((torch.finfo(v.dtype).eps for v in want), default=0.0)
-            failed = f"the converted module differs from the converted graph by {gap:.2g}" if gap > TOLERANCE * unit else ""
+            if not gap <= TOLERANCE * unit:
+                raise _Unfit(f"the converted module differs from the converted graph by {gap:.2g}")
+            failed = ""
         except _Unfit as why:
             failed = str(why)
         if failed:
@@ -60,10 +61,7 @@ def convert_module(module: nn.Module, config: Config, args: Sequence[Any], kwarg
             out = copy.deepcopy(module)
     report = _report(new_program, config, found)
     for name, m in out.named_modules():
-        if name in modes:
-            m.training = modes[name]
-        else:
-            m.training = module.training
+        m.training = modes.get(name, module.training)
     report.seconds = {"total": round(time.perf_counter() - started, 4)}
     return out, report
 
@@ -169,7 +167,8 @@ class _Places:
         own = {n for n, _ in self.module.get_submodule(path).named_parameters()}
         if own != expected or {n for n, e in (("weight", norm.weight), ("bias", norm.bias)) if e} != expected:
             return f"its module {path} has other parameters than a weight and a bias"
-        plain = all(e is None or (len(e) == 1 and e[0][0] == 1.0 and len(e[0][1]) == 1) for e in (norm.weight, norm.bias))
+        exprs = [e for e in (norm.weight, norm.bias) if e is not None]
+        plain = all(len(e) == 1 and e[0][0] == 1.0 and len(e[0][1]) == 1 for e in exprs)
         return None if plain else f"its module {path} computes its weight"
 
 

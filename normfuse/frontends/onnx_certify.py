@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
 from normfuse.config import Config
-from normfuse.convert import LIMIT, Certificate, Randomiser, apply, worst
+from normfuse.convert import LIMIT, Certificate, Randomiser, distance, worst
 from normfuse.frontends.onnx_check import DOUBLE, FLOAT_TYPES, OPS, _widen
 from normfuse.verify import Array
 
@@ -56,20 +57,19 @@ def _certify(original: ir.Model, result: ir.Model, editor: Editor, size: int) ->
     numbers = _Numbers(original, editor)
     for attempt in range(2):
         feeds = inputs_for(original, size, attempt)
-        want = list(before.run(feeds, lambda name: numbers.random(name, attempt)).values())
+        want = list(before.run(feeds, partial(numbers.random, attempt=attempt)).values())
         if all(np.isfinite(v).all() for v in want):
             break
     else:
         return Certificate(False, message="the model gives no finite result on random constants")
-    gap = worst(want, list(after.run(feeds, lambda name: numbers.edited(name, attempt)).values()))
+    gap = worst(want, list(after.run(feeds, partial(numbers.edited, attempt=attempt)).values()))
     if not gap <= LIMIT:
         return Certificate(False, gap, message=f"with random constants the results differ by {gap:.2g} in float64")
     found = Certificate(True, gap, len(numbers.draw.replaced))
     if sum(v.size for v in before.constants.values()) <= MAX_ERROR_SIZE:
         exact = list(before.run(feeds, before.own).values())
-        found.before, found.after = (
-            worst(exact, list(p.run(feeds, p.own).values())) for p in (Program(original, False), Program(result, False))
-        )
+        programs = Program(original, False), Program(result, False)
+        found.before, found.after = (distance(exact, list(p.run(feeds, p.own).values())) for p in programs)
     return found
 
 
@@ -93,9 +93,10 @@ class _Numbers:
     def __init__(self, original: ir.Model, editor: Editor) -> None:
         self.own = constants_of(original)
         self.result = constants_of(editor.one.model)
-        self.constants = editor.constants
+        self.edits = editor.edits
         settings = {v.name or "" for node in original.graph if node.op_type in SETTINGS
                     for v in node.inputs[SETTINGS[node.op_type] :] if v}  # fmt: skip
+        settings |= {v.native.name for v in editor.plan.zero}
         self.draw = Randomiser({v.native.name for v in editor.plan.uniform if v.native is not None}, settings)
 
     def random(self, name: str, attempt: int = 0) -> Array:
@@ -108,9 +109,8 @@ class _Numbers:
 
     def edited(self, name: str, attempt: int = 0) -> Array:
         """A constant of the result: made of random ones as it is made of the original's."""
-        made = self.constants.get(name)
-        if made is not None:
-            return apply(made.want, self.random(made.source, attempt), [self.random(g, attempt) for g in made.scales])
+        if name in self.edits.made:
+            return self.edits.get(name, lambda n: self.random(n, attempt))
         if name in self.own:
             return self.random(name, attempt)
         tensor = self.result[name]
@@ -142,7 +142,8 @@ class Program:
         proto.graph.ClearField("value_info")
         if wide:
             _widen_graph(proto.graph)
-        self.evaluator = ReferenceEvaluator(proto, new_ops=[*OPS, *KERNELS])
+        operators: list[Any] = [*OPS, Conv]
+        self.evaluator = ReferenceEvaluator(proto, new_ops=operators)
         self.outputs = [o.name for o in proto.graph.output]
         self.last: dict[str, int] = {}
         for i, node in enumerate(self.evaluator.rt_nodes_):
@@ -204,8 +205,8 @@ def _widen_graph(graph: onnx.GraphProto) -> None:
 
 
 def inputs_for(model: ir.Model, size: int, attempt: int = 0) -> dict[str, Array]:
-    """Random inputs: each size that is left open is `size`, the first 2; floats are normal with mean 0.5, integers 0 or 1, all 1 at the second
-    attempt, masks all true."""
+    """Random inputs: each size that is left open is `size`, the first 2; floats are normal with mean 0.5, integers 0 or
+    1, all 1 at the second attempt, masks all true."""
     rng = np.random.default_rng(attempt)
     feeds: dict[str, Array] = {}
     for value in model.graph.inputs:
@@ -256,6 +257,3 @@ class Conv(OpRun):
             parts.append(np.tensordot(part, kernel, axes=(over, [1, *range(2, 2 + n)])))
         out = np.moveaxis(np.concatenate(parts, axis=-1), -1, 1)
         return (out if b is None else out + b.reshape(-1, *[1] * n),)
-
-
-KERNELS = [Conv]

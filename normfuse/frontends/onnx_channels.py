@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from normfuse.centring import Blocked, Centre, Links
+from normfuse.centring import Blocked, Centre, Channels, Links
 from normfuse.frontends.onnx import Lowering
 from normfuse.frontends.onnx_fold import attribute
 from normfuse.graph import Node, Value
+from normfuse.passes.fold_affine import Contraction, contraction
 
 Row = Callable[[Lowering, ir.Node, Centre], Links]
 
@@ -24,7 +25,7 @@ QUANTISED = frozenset(
     MatMulNBits MatMulBnb4 MatMulFpQ4 QAttention QEmbedLayerNormalization QOrderedMatMul QGemm QLinearAdd QLinearMul
     DynamicQuantizeMatMul MatMulIntegerToFloat QMoE GatherBlockQuantized""".split()
 )
-RANDOM = frozenset({"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"})
+RANDOM = frozenset("RandomNormal RandomNormalLike RandomUniform RandomUniformLike Bernoulli Multinomial".split())
 
 
 def hazard(low: Lowering) -> str | None:
@@ -52,7 +53,8 @@ def channels(low: Lowering, node: Node, out: Value, want: Centre) -> Links | Non
     if native.op_type == "Split":
         x = low.value(native.inputs[0])
         found = span(low, node, out, want.axis)
-        return [(x, want.moved(want.axis, 0 if found is None else found[0]))] if x.shape and _known(low, native) else None
+        known = x.shape and _known(low, native)
+        return [(x, want.moved(want.axis, 0 if found is None else found[0]))] if known else None
     row = ROWS.get(native.op_type)
     return None if row is None else row(low, native, want)
 
@@ -90,6 +92,38 @@ def blind(low: Lowering, node: Node, value: Value, want: Centre) -> bool:
     return bool(attribute(native, "axis", -1) % max(value.rank or 1, 1) == want.axis)
 
 
+def linear(low: Lowering, node: Node, value: Value, axis: int, channels: Channels) -> Contraction | None:
+    """The linear layer or unpadded convolution that a node is, over an axis of the value that it reads first."""
+    native = node.native
+    if not isinstance(native, ir.Node) or native.op_type not in ("MatMul", "Gemm", "Conv") or len(native.inputs) < 2:
+        return None
+    if native.inputs[0] is not value.native or native.inputs[1] is value.native or native.inputs[1] is None:
+        return None
+    weight, rank, kind = low.value(native.inputs[1]), value.rank or 0, native.op_type
+    bias = low.value(native.inputs[2]) if _has(native, 2) else None
+    if kind == "MatMul":
+        if axis != rank - 1 or weight.rank != 2:
+            return None
+        over, gives, after = 0, 1, node.outputs[0].uses
+        if len(after) == 1 and after[0].kind == "add" and not node.outputs[0].kept:
+            others = [v for v in after[0].inputs if v is not node.outputs[0]]
+            if len(others) == 1 and others[0].rank == 1 and others[0].shape == (weight.shape or ())[1:]:
+                bias = others[0]
+    elif kind == "Gemm":
+        if axis != 1 or attribute(native, "transA", 0) or attribute(native, "alpha", 1.0) != 1.0:
+            return None
+        over = 1 if attribute(native, "transB", 0) else 0
+        gives = 1 - over
+        if bias is not None and (attribute(native, "beta", 1.0) != 1.0 or bias.rank != 1):
+            return None
+    else:
+        plain = not any(attribute(native, "pads", [])) and attribute(native, "auto_pad", "NOTSET")[:4] != "SAME"
+        if axis != 1 or attribute(native, "group", 1) != 1 or not plain:
+            return None
+        over, gives = 1, 0
+    return contraction(node, weight, over, gives, bias, channels)
+
+
 # -- rows -------------------------------------------------------------------------------------------------------------
 
 
@@ -111,6 +145,12 @@ def _operand(low: Lowering, node: ir.Node, i: int) -> Value:
 
 def _has(node: ir.Node, i: int) -> bool:
     return i < len(node.inputs) and node.inputs[i] is not None
+
+
+def _array(low: Lowering, node: ir.Node, i: int) -> Any:
+    """The elements of a small constant operand, or None."""
+    found = node.inputs[i] if i < len(node.inputs) else None
+    return None if found is None else low.array(found)
 
 
 def _rank(low: Lowering, node: ir.Node) -> int:
@@ -215,7 +255,7 @@ def _cuts(low: Lowering, node: ir.Node) -> dict[int, tuple[int, int, int]] | Non
         return None
     given: list[Any] = [attribute(node, n) for n in ("starts", "ends", "axes", "steps")]
     if len(node.inputs) > 1:
-        given = [None if not _has(node, i) else low.array(node.inputs[i]) for i in range(1, 5)]
+        given = [_array(low, node, i) for i in range(1, 5)]
     starts, ends, axes, steps = (None if g is None else [int(n) for n in np.asarray(g).reshape(-1)] for g in given)
     if axes is None:
         axes = None if _has(node, 3) else list(range(len(starts or ends or x.shape)))
@@ -247,7 +287,7 @@ def _slice(low: Lowering, node: ir.Node, want: Centre) -> Links:
 
 
 def _along(*axes: int) -> Row:
-    """A linear map along other axes than the channels: pooling, resizing; `axes` are those that stay, from the front."""
+    """A linear map along other axes than the channels, such as pooling; `axes` are those that stay, from the front."""
 
     def row(low: Lowering, node: ir.Node, want: Centre) -> Links:
         if want.axis not in axes:
@@ -266,8 +306,8 @@ def _resize(low: Lowering, node: ir.Node, want: Centre) -> Links:
 
 def _pad(low: Lowering, node: ir.Node, want: Centre) -> Links:
     x = _operand(low, node, 0)
-    pads = low.array(node.inputs[1]) if _has(node, 1) else attribute(node, "pads")
-    axes = low.array(node.inputs[3]) if _has(node, 3) else None
+    pads = _array(low, node, 1) if _has(node, 1) else attribute(node, "pads")
+    axes = _array(low, node, 3)
     if pads is None:
         raise Blocked(f"Pad {node.name or ''} pads by what is known only at run time")
     over = [int(a) % (x.rank or 1) for a in (range(len(pads) // 2) if axes is None else axes.reshape(-1))]
@@ -281,7 +321,7 @@ def _pad(low: Lowering, node: ir.Node, want: Centre) -> Links:
 
 
 def _tile(low: Lowering, node: ir.Node, want: Centre) -> Links:
-    repeats = low.array(node.inputs[1])
+    repeats = _array(low, node, 1)
     if repeats is None or repeats.reshape(-1)[want.axis] != 1:
         raise Blocked(f"Tile {node.name or ''} repeats the channels")
     return [(_operand(low, node, 0), want)]

@@ -1,4 +1,4 @@
-"""LayerNorm to RMSNorm in an ONNX model: plan on its main graph, edit a copy, certify it, and only then go on with it."""
+"""LayerNorm to RMSNorm in an ONNX model: plan on its main graph, edit it, and keep that only if it is certified."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from normfuse.centring import Centre
 from normfuse.config import Config
-from normfuse.convert import Constants, Record, apply, refusals
+from normfuse.convert import Edits, Folder, Record, fold, refusals
 from normfuse.errors import InputError
 from normfuse.frontends import onnx_channels as table
 from normfuse.frontends.onnx import Lowering
@@ -43,16 +43,20 @@ def convert_model(one: OnnxModel, config: Config) -> tuple[ir.Model, list[Record
         kind = "NF305"
         return one.model, records + [refusals(s, kind, why) for s in plan.found.sites if s.norm.kind == "layer_norm"]
     means = _Means(one, low, config)
-    found = convert(low.graph, plan.found, means.means())
-    if found.sites:
-        for value in found.edits:
+    asked = means.means()
+    sites = plan.found.sites
+    found = convert(low.graph, plan.found, asked) if config.layernorm_to_rmsnorm != "off" else Conversion()
+    Folder(low.graph, found, lambda node, v, axis: table.linear(low, node, v, axis, asked.channels), asked.channels,
+           asked.twins, means.zero).run(sites, config.fold_scale)  # fmt: skip
+    if found.sites or found.folds:
+        for value in found.constants():
             means.settle(value)
         original = one.model.clone()
         editor = Editor(one, low, found, means)
         editor.run()
         check = certify(original, one.model, editor, config)
         if check is not None and not check.ok:
-            failed = [refusals(site, "NF304", check.message) for site in found.sites]
+            failed = [refusals(site, "NF304", check.message) for site in dict.fromkeys([*found.sites, *found.folded])]
             return original, records + failed + [refusals(s, r.code, r.message) for s, r in found.kept.items()]
         records += [Record.of(found, site, check, editor.results[site]) for site in found.sites]
     records += [refusals(s, r.code, r.message) for s, r in found.kept.items()]
@@ -66,7 +70,7 @@ class _Means:
         self.one, self.low, self.config = one, low, config
         self.known: dict[Value, bool] = {}
         self.emitter = Emitter(one.opset, fold=False)
-        self.used: set[str | None] = set(one.model.graph.initializers) | {v.name for v in low.source.inputs}
+        self.used: set[str | None] = {*one.model.graph.initializers, *(v.name for v in low.source.inputs)}
         for node in low.source:
             self.used |= {node.name, *(v.name for v in node.outputs)}
 
@@ -94,6 +98,11 @@ class _Means:
         if node is not None and node.op_type == "Constant" and "value" in node.attributes:
             return np.asarray(node.attributes["value"].as_tensor().numpy())
         return self.low.arrays.get(native)
+
+    def zero(self, value: Value) -> bool:
+        """Whether a constant is zero all over."""
+        array = self.array(value)
+        return array is not None and not array.any()
 
     def settle(self, value: Value) -> None:
         """Make an initializer of a constant that nodes of the model compute, such as a class token that is repeated."""
@@ -134,15 +143,19 @@ class Editor:
 
     def __init__(self, one: OnnxModel, low: Lowering, plan: Conversion, means: _Means) -> None:
         self.one, self.low, self.plan, self.means = one, low, plan, means
-        self.constants: dict[str, Constants] = {}  # name of an initializer of the result -> what it is made of
-        self.results: dict[Site, str] = {}
+        self.edits = Edits()
+        self.results: dict[Site, tuple[str, str]] = {}
         self.used = means.used
+        self.natives: dict[str, ir.Value] = {}
 
     def run(self) -> None:
         """Make all edits."""
         self.one.emitter = self.means.emitter
         for value, want in self.plan.edits.items():
-            self._edit(value, want)
+            name = self._copy(value, self.plan.copies[value]) if value in self.plan.copies else self.name(value)
+            self.edits.centre(name, want, [self.name(g) for g in want.scales], self.name(value))
+        fold(self.plan, self.edits, self.name)
+        self._store()
         centred = {key: self._operator(*key) for key in self.plan.operators}
         for (value, want), readers in self.plan.operators.items():
             new = centred[value, want]
@@ -154,28 +167,40 @@ class Editor:
         self._norms({by: centred[key] for key, found in self.plan.operators.items() for by in found
                      if isinstance(by, Site)})  # fmt: skip
 
-    def _edit(self, value: Value, want: Centre) -> None:
-        array = self.means.array(value)
-        scales = [(g.native.name or "", self.means.array(g)) for g in want.scales]
-        assert array is not None and all(g is not None for _, g in scales)
-        made = Constants(value.native.name or "", want, tuple(name for name, _ in scales))
-        new = apply(want, array, [g for _, g in scales if g is not None])
+    def name(self, value: Value) -> str:
+        """The name of a constant."""
         native: ir.Value = value.native
-        if not np.isfinite(new).all():
-            raise InputError(f"{native.name}: holds NaN or infinity; a weight with those has no mean to take away")
-        dtype = DTYPES[value.dtype or ""]
-        tensor = ir.Tensor(new.astype(dtype.numpy()), dtype=dtype, name=native.name)
-        readers = self.plan.copies.get(value)
-        if readers is None:
-            native.const_value = tensor
-            self.constants[native.name or ""] = made
-            return
+        self.natives[native.name or ""] = native
+        return native.name or ""
+
+    def _copy(self, value: Value, readers: list[Node]) -> str:
+        """A constant again, for some of its readers."""
+        native: ir.Value = value.native
         name = _unique(f"{native.name}_centred", self.used)
-        fresh = ir.Value(name=name, shape=ir.Shape(new.shape), type=ir.TensorType(dtype), const_value=tensor)
+        fresh = ir.Value(name=name, shape=native.shape, type=native.type, const_value=native.const_value)
         self.low.source.register_initializer(fresh)
-        self.constants[name] = made
+        self.natives[name] = fresh
         for reader in readers:
             _reroute(reader.native, native, fresh)
+        return name
+
+    def _store(self) -> None:
+        """Compute the edited constants in float64, and round them once."""
+        own: dict[str, Array] = {}
+
+        def give(name: str) -> Array:
+            tensor = self.natives[name].const_value
+            assert tensor is not None
+            return np.asarray(tensor.numpy()).astype(np.float64)
+
+        for name in self.edits.made:
+            own[name] = self.edits.get(name, give)
+        for name, array in own.items():
+            native = self.natives[name]
+            if not np.isfinite(array).all():
+                raise InputError(f"{name}: holds NaN or infinity; a weight with those has no mean to take away")
+            assert native.dtype is not None
+            native.const_value = ir.Tensor(array.astype(native.dtype.numpy()), dtype=native.dtype, name=name)
 
     def _operator(self, value: Value, want: Centre) -> ir.Value:
         """x - mean(x) behind a value, in float32 for half types."""
@@ -217,8 +242,8 @@ class Editor:
     def _norms(self, centred: dict[Any, ir.Value]) -> None:
         one, plan = self.one, self.one.plans[0]
         labels = {}
-        for site in self.plan.sites:
-            inner = self.plan.inner.get(site, site)
+        for site in dict.fromkeys([*self.plan.sites, *self.plan.folded]):
+            inner = self.plan.folded.get(site) or self.plan.inner.get(site, site)
             norm = rms(inner.norm)
             if site in centred:
                 x = norm.x
@@ -230,7 +255,7 @@ class Editor:
         one.apply()
         for site, edit in labels.items():
             native = one._now(edit.site.value if edit.site.value.native is not None else _last(edit.site.value))
-            self.results[site] = native.name or ""
+            self.results[site] = native.name or "", one.label(edit)
 
 
 def _last(value: Value) -> Value:

@@ -1,0 +1,150 @@
+"""Fold the bias of a norm, or its weight, into the linear layers that read it.
+
+    y = rms_norm(x) * g + b;  z = W y + c      becomes      y = rms_norm(x) * g;  z = W y + (c + W b)
+                                               or           y = rms_norm(x);      z = (W diag(g)) y + ...
+
+Only where every reader is a linear layer or an unpadded convolution over the norm's axis whose constants nobody else
+reads, and the norm is no output of the graph. A bias that is zero all over needs no reader.
+
+The weight: FlashNorm (Graef et al. 2024, arXiv 2407.09577).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from normfuse.centring import Blocked, Centre, Channels, back
+from normfuse.graph import Graph, Node, Value
+from normfuse.norm import Expr
+from normfuse.passes.remove_dead import live
+
+MAX_WALK = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Contraction:
+    """A linear layer: over axis `over` of its weight, giving axis `gives`; `bias` is None where it has none."""
+
+    node: Node
+    weight: Value
+    over: int
+    gives: int
+    bias: Value | None
+
+    def product(self, w: Any, b: Any) -> Any:
+        """W b, summed over everything but the channels of the result."""
+        return np.moveaxis(self.scaled(w, b), self.gives, 0).reshape(w.shape[self.gives], -1).sum(axis=1)
+
+    def scaled(self, w: Any, g: Any) -> Any:
+        """W diag(g)."""
+        shape = [1] * w.ndim
+        shape[self.over] = -1
+        return w * g.reshape(shape)
+
+
+Linear = Callable[[Node, Value, int], Contraction | None]
+"""A front end's table: the linear layer that a node is, over an axis of the value that it reads."""
+
+
+def readers(graph: Graph, value: Value, axis: int, linear: Linear, channels: Channels,
+            twins: Callable[[Value], Hashable]) -> list[Contraction] | None:  # fmt: skip
+    """The linear layers that read a value over an axis, views aside; None where anything else does."""
+    alive = live(graph)
+    found: list[Contraction] = []
+    todo = [(value, axis)]
+    while todo:
+        v, at = todo.pop()
+        if v.kept or v.tainted or len(found) + len(todo) > MAX_WALK:
+            return None
+        for node in dict.fromkeys(v.uses):
+            if node not in alive:
+                continue
+            one = linear(node, v, at)
+            if one is not None:
+                found.append(one)
+                continue
+            below = _view(node, v, at, channels)
+            if below is None:
+                return None
+            todo.append(below)
+    shared = [twins(v) for one in found for v in (one.weight, one.bias) if v is not None]
+    counts = {twins(v): 0 for v in graph.leaves}
+    for v in graph.leaves:
+        counts[twins(v)] += sum(node in alive for node in v.uses)
+    return found if found and all(counts[key] == 1 for key in shared) and len(set(shared)) == len(shared) else None
+
+
+def _view(node: Node, value: Value, axis: int, channels: Channels) -> tuple[Value, int] | None:
+    """A view or copy of a value, and where its axis is in it."""
+    if node.kind not in ("identity", "reshape", "transpose", "unsqueeze", "squeeze", "expand"):
+        return None
+    out, size = node.outputs[0], (value.shape or ())[axis]
+    if not isinstance(size, int) or out.shape is None:
+        return None
+    for at, n in enumerate(out.shape):
+        if n != size:
+            continue
+        want = Centre(at, ((0, size),))
+        try:
+            if back(node, out, want, channels, lambda v: False) == [(value, want.moved(axis))]:
+                return out, at
+        except Blocked:
+            continue
+    return None
+
+
+def leaf_of(value: Value, axes: tuple[int, ...], channels: Channels) -> tuple[Value, tuple[int, ...]] | None:
+    """The constant that a weight is a view of, and where its axes are in it."""
+    for _ in range(MAX_WALK):
+        node = value.producer
+        if node is None:
+            return (value, axes) if value.fixed and value.native is not None and not value.overridable else None
+        if node.kind not in ("identity", "reshape", "transpose", "unsqueeze", "squeeze") or value.shape is None:
+            return None
+        found = []
+        for axis in axes:
+            size = value.shape[axis]
+            want = Centre(axis, ((0, size if isinstance(size, int) else -1),))
+            try:
+                ((_, behind),) = back(node, value, want, channels, lambda v: False)
+            except Blocked:
+                return None
+            if behind.blocks != want.blocks:
+                return None
+            found.append(behind.axis)
+        value, axes = node.inputs[0], tuple(found)
+    return None
+
+
+def contraction(node: Node, weight: Value, over: int, gives: int, bias: Value | None,
+                channels: Channels) -> Contraction | None:  # fmt: skip
+    """The linear layer, if its weight is a constant or a view of one; a bias that is none is taken for no bias."""
+    found = leaf_of(weight, (over, gives), channels)
+    if found is None:
+        return None
+    settled = bias is None or (bias.leaf and bias.fixed and not bias.overridable and bias.native is not None)
+    size = (found[0].shape or ())[found[1][1]]
+    fits = bias is not None and bias.shape is not None and bias.shape[-1:] == (size,)
+    over, gives = found[1]
+    return Contraction(node, found[0], over, gives, bias if settled and fits else None)
+
+
+def elements(expr: Expr, size: int, give: Callable[[Value], Any]) -> Any:
+    """A weight or bias made of constants, in float64."""
+    total = np.zeros(size)
+    for c, factors in expr:
+        term: Any = np.full((), c)
+        for value, exponent in factors:
+            term = term * give(value).reshape(-1) ** exponent
+        total = total + term
+    return total
+
+
+def constant(expr: Expr | None) -> bool:
+    """Whether a weight or bias is made of constants of the graph alone."""
+    values = [v for _, factors in expr or () for v, _ in factors]
+    return bool(values) and all(v.leaf and v.fixed and not v.overridable and v.native is not None for v in values)

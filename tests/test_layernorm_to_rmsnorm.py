@@ -1,0 +1,241 @@
+"""LayerNorm to RMSNorm, exactly, on models of transformers: rulings, errors, and that the certificate sees it all."""
+
+from __future__ import annotations
+
+import copy
+import io
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+import normfuse
+from normfuse.config import Config
+from normfuse.convert import LIMIT, Folder
+from normfuse.frontends import fx_convert
+from normfuse.nn import RMSNorm
+from normfuse.passes.layernorm_to_rmsnorm import Conversion
+from normfuse.report import Report
+from tests.families import cached
+from tests.layernorm_models import CASES, Case, to_onnx
+
+EXACT = Config(layernorm_to_rmsnorm="exact")
+TIED = {"bloom": (7, 8, 1), "mbart": (17, 19, 2), "bert": (0, 8, 0), "clip_vision_hidden": (1, 8, 0)}
+"""Where a program of torch differs from an export to ONNX: the table of an embedding norm is the output layer's too,
+and dead norms are still there."""
+UNTIED = {"gpt2": 0, "opt": 0, "falcon": 0, "starcoder2": 0, "whisper": 1}
+"""Operators where the exporter has made a transposed copy of a tied table."""
+FAST = ("gpt2", "dinov2", "phi", "bloom", "clip_vision_hidden", "convnext", "bert")
+SLOW = [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in CASES]
+
+
+def program(case: Case, dtype: torch.dtype = torch.float32) -> Any:
+    module, args = case.build().to(dtype), case.inputs()
+    args = tuple(a.to(dtype) if a.is_floating_point() else a for a in args)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.export.export(module, args, strict=False)
+
+
+def counts(report: Report) -> tuple[int, int, int]:
+    norms = report.to_dict()["norms"]
+    done = [n for n in norms if n["action"] == "converted"]
+    places = {place for n in done for place in n["conversion"]["operators"]}
+    return len(done), sum(n["kind"] == "layer_norm" for n in norms), len(places)
+
+
+def relative(want: torch.Tensor, got: torch.Tensor) -> float:
+    return float((want.double() - got.double()).norm() / want.double().norm())
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_the_ruling_on_an_exported_program(name: str) -> None:
+    case = CASES[name]
+    source = program(case)
+    with torch.no_grad():
+        want = source.module()(*case.inputs())
+    before = {k: v.clone() for k, v in source.state_dict.items()}
+    result, report = normfuse.optimize(source, EXACT)
+    assert counts(report) == TIED.get(name, (case.converted, case.norms, case.operators))
+    assert all(torch.equal(v, before[k]) for k, v in source.state_dict.items())
+    done = [n for n in report.to_dict()["norms"] if n["action"] == "converted"]
+    for norm in done:
+        proof = norm["conversion"]
+        assert proof["check"]["max_rel"] <= LIMIT
+        assert proof["check"]["constants"] > 10
+        assert proof["derivation"] or proof["operators"] or proof["edits"]
+        assert norm["verified"]
+        assert "rms_norm" in norm["emitted"]
+        error = proof["check"]
+        assert error["error_after"] <= 2 * error["error_before"]
+    assert all(n["conversion"]["reason"] for n in report.to_dict()["norms"] if n["action"] != "converted"
+               and n["kind"] == "layer_norm")  # fmt: skip
+    with torch.no_grad():
+        assert relative(want, result.module()(*case.inputs())) < 1e-5
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_the_ruling_on_an_onnx_model(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    source = cached(f"layernorm-{name}", lambda path: to_onnx(case.build(), case.inputs()).save(path))
+    report = normfuse.rewrite(source, tmp_path / "out.onnx", Config(layernorm_to_rmsnorm="exact", verify="model"))
+    assert counts(report) == (case.converted, case.norms, UNTIED.get(name, case.operators))
+    assert report.model_check is not None
+    assert report.model_check["equal"]
+    onnx.checker.check_model(str(tmp_path / "out.onnx"), full_check=True)
+    data = report.to_dict()
+    assert data["converted"] == case.converted
+    assert all(n["conversion"]["check"]["max_rel"] <= LIMIT for n in data["norms"] if n["action"] == "converted")
+    again = normfuse.optimize(tmp_path / "out.onnx", EXACT)[1]
+    assert again.converted == 0
+
+
+@pytest.mark.parametrize(("name", "dtype", "limit"), [
+    ("gpt2", torch.float64, 1e-12), ("gpt2", torch.bfloat16, 1.6),
+    pytest.param("vit", torch.float64, 1e-12, marks=pytest.mark.slow),
+    pytest.param("vit", torch.bfloat16, 1.6, marks=pytest.mark.slow),
+    pytest.param("dinov2", torch.bfloat16, 1.6, marks=pytest.mark.slow),
+    pytest.param("gpt_neox", torch.bfloat16, 1.6, marks=pytest.mark.slow),
+    pytest.param("clip_vision_pooled", torch.bfloat16, 1.6, marks=pytest.mark.slow),
+    pytest.param("opt", torch.bfloat16, 1.6, marks=pytest.mark.slow),
+])  # fmt: skip
+def test_errors_in_other_types(name: str, dtype: torch.dtype, limit: float) -> None:
+    case = CASES[name]
+    source = program(case, dtype)
+    _, report = normfuse.optimize(source, EXACT)
+    assert counts(report)[0] == case.converted
+    error = next(n for n in report.to_dict()["norms"] if n["action"] == "converted")["conversion"]["check"]
+    if dtype == torch.float64:
+        assert error["error_after"] <= limit
+    else:
+        assert error["error_after"] <= limit * error["error_before"]
+
+
+# -- the certificate sees every edit ----------------------------------------------------------------------------------
+
+
+def _edits(plan: Conversion) -> list[tuple[str, int, int]]:
+    out = [("edit", i, 0) for i in range(len(plan.edits))] + [("operator", i, 0) for i in range(len(plan.operators))]
+    return out + [("fold", i, j) for i, (_, _, found) in enumerate(plan.folds) for j in range(len(found))]
+
+
+def _without(plan: Conversion, which: tuple[str, int, int]) -> None:
+    kind, i, j = which
+    if kind == "edit":
+        del plan.edits[list(plan.edits)[i]]
+    elif kind == "operator":
+        del plan.operators[list(plan.operators)[i]]
+    else:
+        del plan.folds[i][2][j]
+
+
+@pytest.mark.parametrize("name", [
+    "gpt2", "dinov2", "bloom",
+    *(pytest.param(n, marks=pytest.mark.slow) for n in ("vit", "whisper", "clip_vision_pooled", "opt", "phi", "swin")),
+])  # fmt: skip
+def test_leaving_out_any_edit_fails_the_certificate(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = program(CASES[name])
+    run: Callable[..., None] = Folder.run
+    plans: list[Conversion] = []
+
+    def watched(self: Folder, *args: Any) -> None:
+        run(self, *args)
+        plans.append(self.plan)
+        if which is not None:
+            _without(self.plan, which)
+
+    monkeypatch.setattr(Folder, "run", watched)
+    which: tuple[str, int, int] | None = None
+    assert fx_convert.convert_program(source, EXACT)[1].plan is not None
+    edits = _edits(plans[0])
+    assert len(edits) > 8
+    for which in edits:
+        found = fx_convert.convert_program(source, EXACT)[1]
+        assert found.plan is None, which
+        assert all("differ" in r.reason for r in found.records if r.code == "NF304")
+
+
+# -- modules ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [
+    "gpt2", "convnext",
+    *(pytest.param(n, marks=pytest.mark.slow) for n in CASES if n not in ("gpt2", "convnext")),
+])  # fmt: skip
+def test_a_module_stays_an_ordinary_module(name: str) -> None:
+    case = CASES[name]
+    module, args = case.build(), case.inputs()
+    before = {k: v.clone() for k, v in module.state_dict().items()}
+    result, report = normfuse.optimize(module, EXACT, args=args)
+    assert counts(report) == TIED.get(name, (case.converted, case.norms, case.operators))
+    assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
+    assert sum(isinstance(m, RMSNorm) for m in result.modules()) == report.converted
+    with torch.no_grad():
+        want, got = module(*args), result(*args)
+        exact = copy.deepcopy(module).double()(*(a.double() if a.is_floating_point() else a for a in args))
+    assert relative(exact, got) <= 2 * relative(exact, want) + 1e-7
+    assert list(result.state_dict()) == list(module.state_dict())
+    saved = io.BytesIO()
+    torch.save(result, saved)
+    saved.seek(0)
+    loaded = torch.load(saved, weights_only=False)
+    with torch.no_grad():
+        assert torch.equal(loaded(*args), got)
+    result(*args).square().mean().backward()
+    grads = [p.grad for p in result.parameters() if p.requires_grad and p.grad is not None]
+    assert grads
+    assert all(bool(torch.isfinite(g).all()) for g in grads)
+
+
+def test_a_tied_table_stays_tied_or_is_copied_on_request() -> None:
+    case = CASES["gpt2"]
+    module, args = case.build(), case.inputs()
+    tied, report = normfuse.optimize(module, EXACT, args=args)
+    assert counts(report) == (7, 7, 1)
+    inner: Any = tied.model
+    before: Any = module.model
+    assert inner.transformer.wte.weight is inner.lm_head.weight
+    assert torch.equal(inner.lm_head.weight, before.lm_head.weight)
+    copied, report = normfuse.optimize(module, Config(layernorm_to_rmsnorm="exact", untie=True), args=args)
+    assert counts(report) == (7, 7, 0)
+    inner = copied.model
+    assert inner.transformer.wte.weight is not inner.lm_head.weight
+    assert float(inner.transformer.wte.weight.mean(1).abs().max()) < 1e-6
+    with torch.no_grad():
+        assert relative(module(*args), copied(*args)) < 1e-5
+    result, report = normfuse.optimize(program(case), Config(layernorm_to_rmsnorm="exact", untie=True))
+    assert counts(report) == (7, 7, 0)
+    with torch.no_grad():
+        assert relative(module(*args), result.module()(*args)) < 1e-5
+
+
+def test_an_exported_program_with_a_copied_table_saves_and_loads(tmp_path: Path) -> None:
+    case = CASES["gpt2"]
+    result, _ = normfuse.optimize(program(case), Config(layernorm_to_rmsnorm="exact", untie=True))
+    torch.export.save(result, tmp_path / "model.pt2")
+    loaded = torch.export.load(tmp_path / "model.pt2")
+    with torch.no_grad():
+        assert torch.equal(loaded.module()(*case.inputs()), result.module()(*case.inputs()))
+
+
+def test_a_real_model_with_norms_spelled_out(tmp_path: Path) -> None:
+    import importlib.util
+
+    import onnxruntime
+
+    found = importlib.util.find_spec("rapidocr_onnxruntime")
+    if found is None or found.origin is None:
+        pytest.skip("rapidocr-onnxruntime is not installed")
+    source, out = Path(found.origin).parent / "models/ch_PP-OCRv4_rec_infer.onnx", tmp_path / "out.onnx"
+    report = normfuse.rewrite(source, out, EXACT)
+    assert counts(report) == (5, 5, 1)
+    x = np.random.default_rng(0).standard_normal((4, 3, 48, 320)).astype(np.float32)
+    want, got = (onnxruntime.InferenceSession(str(p), providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
+                 for p in (source, out))  # fmt: skip
+    assert np.abs(want - got).max() <= 2e-6
+    assert (want.argmax(-1) == got.argmax(-1)).all()
