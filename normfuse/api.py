@@ -40,6 +40,9 @@ def inspect(model: Any) -> Report:
         with _quiet_collector():
             return _inspect_ir(_read(Path(model))[0])
     kind = _kind(model)
+    if kind == "module":
+        raise InputError(f"a {type(model).__name__} is an nn.Module, whose norms are seen once it is traced: give "
+                         "torch.export.export(module, args)")  # fmt: skip
     if kind in ("fx", "exported"):
         from normfuse.frontends import fx_model
 
@@ -49,14 +52,15 @@ def inspect(model: Any) -> Report:
 
 
 def rewrite(src_path: str | Path, dst_path: str | Path, config: Config | None = None, *, dry_run: bool = False,
-            overwrite: bool = False, in_place: bool = False, external_data: str = "copy",
+            overwrite: bool = False, in_place: bool = False, external_data: str = "copy", calibration: Any = None,
             progress: Progress | None = None) -> Report:  # fmt: skip
     """Read an ONNX model, fuse its norms, check the result and save it; the input is never changed.
 
     `dry_run` writes nothing. `overwrite` allows to replace an existing output, `in_place` that it is the input.
     `progress(what, share)` is called as the work goes on. A model in which nothing is fused is copied byte by byte.
     External data is copied, by the file system and under a name made from its content, or, with
-    `external_data="reference"`, stays where it is, which has to be in the folder of the output or below.
+    `external_data="reference"`, stays where it is, which has to be in the folder of the output or below. `calibration`
+    is for `layernorm_to_rmsnorm="approximate"`: an .npz file, a folder of them, or dicts of arrays by input name.
     Raises `InputError`, `UnsafeModelError` or `UnsupportedError` before anything is written, and `VerificationError`
     when `verify="model"` finds that the results differ; then nothing is written either.
     """
@@ -75,7 +79,7 @@ def rewrite(src_path: str | Path, dst_path: str | Path, config: Config | None = 
         if not dry_run:
             files.check_target(source, target, overwrite, in_place)
         loaded = time.perf_counter()
-        model, report, changed, plain = _rewrite_ir(model, config, progress)
+        model, report, changed, plain = _rewrite_ir(model, config, progress, calibration)
         keep = original if plain else None
         planned = time.perf_counter()
         if config.verify == "model":
@@ -100,12 +104,13 @@ def _copied(progress: Progress, done: int, total: int) -> None:
 
 
 def optimize(model: Any, config: Config | None = None, *, args: Sequence[Any] = (),
-             kwargs: Mapping[str, Any] | None = None) -> tuple[Any, Report]:  # fmt: skip
+             kwargs: Mapping[str, Any] | None = None, calibration: Any = None) -> tuple[Any, Report]:  # fmt: skip
     """Fuse the norms of a model in memory and give back (the same type of model, the report).
 
     Takes what `inspect` takes; for a path it gives back an `onnx_ir.Model`. The model given is not changed. An
     `nn.Module` is taken for `layernorm_to_rmsnorm="exact"`, with `args` and `kwargs` to trace it with: its LayerNorms
-    become RMSNorms in a copy, which is an ordinary module.
+    become RMSNorms in a copy, which is an ordinary module. `calibration`: as for `rewrite`; for torch, tuples of
+    inputs.
     """
     config = config or Config()
     kind = "path" if isinstance(model, (str, Path)) else _kind(model)
@@ -117,7 +122,7 @@ def optimize(model: Any, config: Config | None = None, *, args: Sequence[Any] = 
     if isinstance(model, (str, Path)):
         if config.verify == "model":
             raise UnsupportedError(whole)
-        return _rewrite_ir(_read(Path(model))[0], config, None)[:2]
+        return _rewrite_ir(_read(Path(model))[0], config, None, calibration)[:2]
     if kind in ("fx", "exported"):
         from normfuse.frontends import fx_model
 
@@ -128,10 +133,10 @@ def optimize(model: Any, config: Config | None = None, *, args: Sequence[Any] = 
     if config.verify == "model":
         raise UnsupportedError(whole)
     if kind == "proto":
-        done, report = _rewrite_ir(ir.serde.deserialize_model(model), config, None)[:2]
+        done, report = _rewrite_ir(ir.serde.deserialize_model(model), config, None, calibration)[:2]
         return ir.to_proto(done), report
     source = model.model if kind == "program" else model
-    copy, report = _rewrite_ir(source.clone(), config, None)[:2]
+    copy, report = _rewrite_ir(source.clone(), config, None, calibration)[:2]
     if kind == "program":
         import torch
 
@@ -198,13 +203,14 @@ def _inspect_ir(model: ir.Model) -> Report:
     return _onnx_report(one, rewritten=False)
 
 
-def _rewrite_ir(model: ir.Model, config: Config, progress: Progress | None) -> tuple[ir.Model, Report, bool, bool]:
+def _rewrite_ir(model: ir.Model, config: Config, progress: Progress | None,
+                calibration: Any = None) -> tuple[ir.Model, Report, bool, bool]:  # fmt: skip
     """The model that came of it, the report, whether anything changed, and whether only nodes of the main graph did."""
     from normfuse.frontends import onnx_model
 
     started = time.perf_counter()
     records: list[Record] = []
-    first = None
+    first = approximation = None
     if config.converts:
         from normfuse.frontends.onnx_convert import convert_model
 
@@ -212,6 +218,14 @@ def _rewrite_ir(model: ir.Model, config: Config, progress: Progress | None) -> t
             progress("converting LayerNorms", 0.0)
         first = onnx_model.OnnxModel(model, replace(config, target="onnx"), rewrite=False)
         model, records = convert_model(first, config)
+        if config.layernorm_to_rmsnorm == "approximate":
+            from normfuse.frontends.onnx_approximate import approximate_model
+
+            if progress is not None:
+                progress("calibrating", 0.1)
+            again = onnx_model.OnnxModel(model, replace(config, target="onnx"), rewrite=False)
+            more, approximation = approximate_model(again, config, calibration)
+            records = [r for r in records if r.verdict != "kept"] + more
     converted = time.perf_counter()
     one = onnx_model.OnnxModel(model, config, rewrite=True, progress=progress)
     planned = time.perf_counter()
@@ -223,6 +237,7 @@ def _rewrite_ir(model: ir.Model, config: Config, progress: Progress | None) -> t
     report.nodes_after = one.count()
     report.seconds |= {"recognise": planned - converted, "verify": checked - planned,
                        "rewrite": time.perf_counter() - checked}  # fmt: skip
+    report.approximation = approximation
     if first is not None:
         report.nodes_before = first.nodes_before
         report.seconds["convert"] = converted - started

@@ -91,13 +91,13 @@ def _rewrite(args: argparse.Namespace) -> Outcome:
         raise InputError("no output is given; name a file to write, or use --in-place or --dry-run")
     output, in_place = args.output or args.model, args.in_place or args.output is None
     config = Config(args.layernorm_to_rmsnorm, args.numerics, args.target, args.verify, args.ort_version, args.untie,
-                    args.fold_scale)  # fmt: skip
+                    args.fold_scale, args.norms, args.tolerance)  # fmt: skip
     started = time.perf_counter()
     with progress(not args.quiet) as advance:
         report: Report = normfuse.rewrite(
             args.model, output, config,
             dry_run=args.dry_run, overwrite=args.overwrite, in_place=in_place, external_data=args.external_data,
-            progress=advance,
+            calibration=args.calibration, progress=advance,
         )  # fmt: skip
     seconds = time.perf_counter() - started
     blocks = report_blocks(report, args.model, seconds, args.verbose, args.quiet)
@@ -110,27 +110,12 @@ def _verify(args: argparse.Namespace) -> Outcome:
     from normfuse import verify
     from normfuse.cli_report import comparison_blocks
 
-    inputs = _load_inputs(args.inputs) if args.inputs else None
+    from normfuse.calibrate import load
+
+    inputs = load(args.inputs) if args.inputs else None
     result = verify.compare_models(args.a, args.b, seed=args.seed, inputs=inputs)
     code = DONE if result["equal"] else DIFFERENT
     return Outcome(code, {"schema": SCHEMA} | result, comparison_blocks(result, args.quiet))
-
-
-def _load_inputs(path: str) -> dict[str, Any]:
-    """The arrays of an .npz file by name; pickled objects in it are refused."""
-    import zipfile
-
-    import numpy as np
-
-    advice = "make it with numpy.savez(path, input_name=array, ...)"
-    try:
-        file = np.load(path, allow_pickle=False)
-        if not isinstance(file, np.lib.npyio.NpzFile):
-            raise InputError(f"{path} holds one array without a name; {advice}")
-        with file:
-            return {name: file[name] for name in file.files}
-    except (ValueError, EOFError, zipfile.BadZipFile) as why:
-        raise InputError(f"{path} is not a readable .npz file ({why}); {advice}") from why
 
 
 def _explain(args: argparse.Namespace) -> Outcome:
@@ -229,6 +214,10 @@ def _rewrite_arguments(rewrite: argparse.ArgumentParser) -> None:
     add("output", metavar="OUT", nargs="?", help="the file to write")
     add("--layernorm-to-rmsnorm", choices=get_args(LayerNormToRMSNorm), default=default.layernorm_to_rmsnorm,
         help="turn LayerNorm into RMSNorm by editing the weights ahead of it (off)")  # fmt: skip
+    add("--calibration", metavar="PATH", help="inputs for approximate: an .npz file, or a folder of them")
+    add("--norms", metavar="PATTERNS", default=default.norms, help="which norms to approximate, by name (all)")
+    add("--tolerance", type=float, default=default.tolerance, metavar="X",
+        help="how far an approximated output may be off on inputs held back from calibration (0.05)")  # fmt: skip
     add("--untie", action="store_true", help="copy a weight to be edited that something else reads too")
     add("--fold-scale", action="store_true", help="multiply the weight of each RMSNorm into the layers behind it")
     add("--target", choices=get_args(Target), default=default.target, help="where the result will run (onnx: anywhere)")

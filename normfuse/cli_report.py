@@ -99,9 +99,10 @@ def _verified(results: Iterable[bool | None]) -> str:
 def conversion_blocks(report: Report, verbose: bool) -> list[Block]:
     """What was made of the LayerNorms, and why that is right: the certificate; with `verbose` the proof of each."""
     asked = [n for n in report.norms if n.conversion is not None]
-    done = [n for n in asked if n.action == "converted"]
+    done = [n for n in asked if n.action == "converted" and (n.conversion or {})["verdict"] != "approximate"]
+    rough = _approximation_blocks(report, [n for n in asked if (n.conversion or {})["verdict"] == "approximate"])
     if not done:
-        return []
+        return rough
     places = list(dict.fromkeys(o for n in done for o in (n.conversion or {})["operators"]))
     edits = sum(len((n.conversion or {})["edits"]) for n in done)
     more = f", {len(places)} centring operator{'s'[: len(places) != 1]}" if places else ""
@@ -120,7 +121,31 @@ def conversion_blocks(report: Report, verbose: bool) -> list[Block]:
         for title, key in (("because", "derivation"), ("read by", "readers"), ("edited", "edits"),
                            ("rests on", "value_dependent")):  # fmt: skip
             blocks += [f"  {title} {line}" for line in proof[key]]
-    return blocks
+    return blocks + rough
+
+
+def _approximation_blocks(report: Report, norms: list[NormRecord]) -> list[Block]:
+    """The approximated norms, each with a bar for how much mean its input carries and how far its result is off."""
+    found = report.approximation
+    if found is None:
+        return []
+    rows = []
+    for norm in norms:
+        c = norm.conversion or {}
+        rows.append((norm.name, f"{c['mean_over_rms']:.2f} {bar(c['mean_over_rms'])}", f"{c['naive_error']:.3f}",
+                     f"{c['error']:.3f} {bar(c['error'])}"))  # fmt: skip
+    floor = "" if found.floor is None else f", the original's own noise {found.floor:.1e}"
+    total = (f"approximated {len(norms)} on {found.calibrated} sets of inputs; on {found.held_back} held back the "
+             f"outputs are off by {found.error:.2g} (with the old biases {found.naive:.2g}{floor}; allowed "
+             f"{found.tolerance:g}), 1 - cos {found.cosine:.1e} ({found.naive_cosine:.1e})")  # fmt: skip
+    return [Table(("norm", "mean/rms", "old bias", "off by"), rows), total]
+
+
+def bar(share: float, width: int = 12) -> str:
+    """A bar for a number from 0 to 1, longer ones cut."""
+    eighths = round(min(max(share, 0.0), 1.0) * width * 8)
+    full, rest = divmod(eighths, 8)
+    return "█" * full + (" ▏▎▍▌▋▊▉"[rest] if rest else "")
 
 
 # -- comparison of two models -------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Literal, get_args, get_type_hints
 
-from normfuse.errors import InputError, UnsupportedError
+from normfuse.errors import InputError
 
 LayerNormToRMSNorm = Literal["off", "exact", "approximate"]
 Numerics = Literal["exact", "fast"]
@@ -18,11 +18,15 @@ class Config:
     """Options of a rewrite.
 
     - `layernorm_to_rmsnorm`: turn LayerNorm into RMSNorm; "exact" edits the weights ahead of a norm so that what it
-      reads has mean zero, where this is proved to change nothing else.
+      reads has mean zero, where this is proved to change nothing else; "approximate" moreover takes the other
+      LayerNorms for RMSNorms whose bias is calibrated on given inputs.
     - `untie`: a weight to be edited that somebody else reads, such as a token table that is also the output layer, is
       copied; otherwise it stays, and one centring operator is put instead.
     - `fold_scale`: multiply the weight of each RMSNorm into the linear layers behind it, where nothing else reads it;
       changes roundings.
+    - `norms`: in approximate mode, which LayerNorms may be approximated: shell patterns of their names, with commas.
+    - `tolerance`: in approximate mode, how far an output may be off on held-back inputs (norm of the difference over
+      the norm); beyond it nothing is done, and it is an error.
     - `numerics`: "exact" keeps every rounding of the model; "fast" may compute a norm in float32 where the model
       computes it in a narrower or mixed type.
     - `target`: where the result will run; "onnx" is standard operators and model-local functions, for any runtime;
@@ -33,7 +37,7 @@ class Config:
     - `verify`: "sites" checks each replaced region against its replacement, "model" also runs the whole model
       before and after, "off" trusts the algebra.
 
-    Raises `InputError` for a value that is not one of the choices, `UnsupportedError` for one not available yet.
+    Raises `InputError` for a value that is none of the choices.
     """
 
     layernorm_to_rmsnorm: LayerNormToRMSNorm = "off"
@@ -43,6 +47,8 @@ class Config:
     ort_version: str = ""
     untie: bool = False
     fold_scale: bool = False
+    norms: str = "*"
+    tolerance: float = 0.05
 
     def __post_init__(self) -> None:
         hints = get_type_hints(Config)
@@ -50,9 +56,10 @@ class Config:
             value, known = getattr(self, f.name), get_args(hints[f.name])
             if known and value not in known:
                 raise InputError(f"{f.name}={value!r} is not known; choose one of {', '.join(map(repr, known))}")
-        if self.layernorm_to_rmsnorm == "approximate":
-            mode = self.layernorm_to_rmsnorm
-            raise UnsupportedError(f"layernorm_to_rmsnorm={mode!r} is not available yet; use 'off'")
+        if not self.tolerance > 0:
+            raise InputError(f"tolerance={self.tolerance!r} is not a positive number, such as 0.05")
+        if not self.norms.strip(" ,"):
+            raise InputError(f"norms={self.norms!r} is not a pattern of names, such as '*.output.LayerNorm*'")
         if not isinstance(self.ort_version, str):
             raise InputError(f"ort_version={self.ort_version!r} is not a version; give one such as '1.31'")
 

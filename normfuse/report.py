@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from normfuse.calibrate import Approximation
 
 SCHEMA = 1
 
@@ -65,6 +68,7 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     model_check: dict[str, Any] | None = None
+    approximation: Approximation | None = None
 
     @property
     def fused(self) -> int:
@@ -117,4 +121,6 @@ class Report:
             out |= self.totals()
             if self.model_check is not None:
                 summary["model_check"] = self.model_check
+            if self.approximation is not None:
+                summary["approximation"] = self.approximation.to_dict()
         return out | {"summary": summary}

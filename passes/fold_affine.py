@@ -27,13 +27,15 @@ MAX_WALK = 64
 
 @dataclass(frozen=True, slots=True)
 class Contraction:
-    """A linear layer: over axis `over` of its weight, giving axis `gives`; `bias` is None where it has none."""
+    """A linear layer: over axis `over` of its weight, giving axis `gives`; `bias` is None where it has none, `out` is its
+    result, the bias in it."""
 
     node: Node
     weight: Value
     over: int
     gives: int
     bias: Value | None
+    out: Value
 
     def product(self, w: Any, b: Any) -> Any:
         """W b, summed over everything but the channels of the result."""
@@ -120,8 +122,8 @@ def leaf_of(value: Value, axes: tuple[int, ...], channels: Channels) -> tuple[Va
     return None
 
 
-def contraction(node: Node, weight: Value, over: int, gives: int, bias: Value | None,
-                channels: Channels) -> Contraction | None:  # fmt: skip
+def contraction(node: Node, weight: Value, over: int, gives: int, bias: Value | None, channels: Channels,
+                out: Value | None = None) -> Contraction | None:  # fmt: skip
     """The linear layer, if its weight is a constant or a view of one; a bias that is none is taken for no bias."""
     found = leaf_of(weight, (over, gives), channels)
     if found is None:
@@ -130,7 +132,7 @@ def contraction(node: Node, weight: Value, over: int, gives: int, bias: Value | 
     size = (found[0].shape or ())[found[1][1]]
     fits = bias is not None and bias.shape is not None and bias.shape[-1:] == (size,)
     over, gives = found[1]
-    return Contraction(node, found[0], over, gives, bias if settled and fits else None)
+    return Contraction(node, found[0], over, gives, bias if settled and fits else None, out or node.outputs[0])
 
 
 def elements(expr: Expr, size: int, give: Callable[[Value], Any]) -> Any:

@@ -82,6 +82,12 @@ class Conversion:
     proof: dict[Site, Proof] = field(default_factory=dict)
 
 
+    def witnesses(self) -> list[Value]:
+        """Values inside the graph that have to stay as they were: what layers give into which a bias or weight went.
+        The outputs may hide them: a softmax does not see the bias of the keys."""
+        found = dict.fromkeys(one.out for _, _, linears in self.folds for one in linears)
+        return [v for v in found if v.native is not None and v not in self.values]
+
     def constants(self) -> list[Value]:
         """The constants that are edited, or that an edit reads."""
         found = [*self.edits, *(g for want in self.edits.values() for g in want.scales), *self.zero, *self.uniform]

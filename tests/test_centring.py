@@ -357,7 +357,8 @@ def onnx_net(path: Path, *, quantised: bool = False, overridable: bool = False, 
     """MatMul, bias, LayerNormalization, MatMul at opset 17."""
     rng = np.random.default_rng(0)
     constants = {"w": rng.standard_normal((8, D)) + 0.3, "b": rng.standard_normal(D) + 0.3, "g": rng.random(D) + 0.5,
-                 "beta": rng.standard_normal(D), "v": rng.standard_normal((D, 5)), "c": rng.standard_normal(5)}  # fmt: skip
+                 "beta": rng.standard_normal(D), "v": rng.standard_normal((D, 5)),
+                 "c": rng.standard_normal(5)}  # fmt: skip
     tensors = [numpy_helper.from_array(a.astype(np.float32), n) for n, a in constants.items()]
     nodes = [oh.make_node("MatMul", ["x", "wf" if quantised else "w"], ["h0"]), oh.make_node("Add", ["h0", "b"], ["h"]),
              oh.make_node("LayerNormalization", ["h", "g", "beta"], ["y"], name="norm", axis=-1),

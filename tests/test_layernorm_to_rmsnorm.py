@@ -6,6 +6,7 @@ import copy
 import io
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,12 +132,13 @@ def _without(plan: Conversion, which: tuple[str, int, int]) -> None:
     elif kind == "operator":
         del plan.operators[list(plan.operators)[i]]
     else:
-        del plan.folds[i][2][j]
+        plan.folds[i][2][j] = replace(plan.folds[i][2][j], bias=None)
 
 
 @pytest.mark.parametrize("name", [
-    "gpt2", "dinov2", "bloom",
-    *(pytest.param(n, marks=pytest.mark.slow) for n in ("vit", "whisper", "clip_vision_pooled", "opt", "phi", "swin")),
+    "bloom",
+    *(pytest.param(n, marks=pytest.mark.slow) for n in
+      ("gpt2", "dinov2", "vit", "whisper", "clip_vision_pooled", "opt", "phi", "swin")),
 ])  # fmt: skip
 def test_leaving_out_any_edit_fails_the_certificate(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     source = program(CASES[name])
@@ -205,8 +207,8 @@ def test_a_tied_table_stays_tied_or_is_copied_on_request() -> None:
     assert counts(report) == (7, 7, 0)
     inner = copied.model
     assert inner.transformer.wte.weight is not inner.lm_head.weight
-    assert float(inner.transformer.wte.weight.mean(1).abs().max()) < 1e-6
     with torch.no_grad():
+        assert float(inner.transformer.wte.weight.mean(1).abs().max()) < 1e-6
         assert relative(module(*args), copied(*args)) < 1e-5
     result, report = normfuse.optimize(program(case), Config(layernorm_to_rmsnorm="exact", untie=True))
     assert counts(report) == (7, 7, 0)

@@ -7,7 +7,7 @@ read and dropped after the last node that reads it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +15,9 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_flatten, tree_map
 
+from normfuse.calibrate import Hook
 from normfuse.config import Config
-from normfuse.convert import LIMIT, Certificate, Randomiser, distance, worst
+from normfuse.convert import LIMIT, SEEN, Certificate, Randomiser, distance, worst
 from normfuse.frontends.fx_effects import name_of
 
 if TYPE_CHECKING:
@@ -58,22 +59,26 @@ def _certify(original: fx.GraphModule, result: fx.GraphModule, editor: Editor, w
             return tensor
         return torch.from_numpy(draw(name, tensor.detach().to("cpu", torch.float64).numpy(), attempt))
 
-    def edited(name: str, attempt: int) -> torch.Tensor:
-        if name not in editor.edits.made:
-            return random(name, attempt)
+    def edited(name: str, attempt: int, edits: bool = True) -> torch.Tensor:
+        if name not in editor.edits.made or not edits:
+            return random(editor.edits.copies.get(name, name), attempt)
         return torch.from_numpy(editor.edits.get(name, lambda n: random(n, attempt).double().numpy()).copy())
 
+    names = [v.native.name for v in editor.plan.witnesses()]
+    new = own | {name: own[source] for name, source in editor.edits.copies.items()}
     for attempt in range(2):
-        want = run(original, feeds, own, partial(random, attempt=attempt))
-        if all(bool(torch.isfinite(v).all()) for v in want):
+        want = see(original, feeds, own, partial(random, attempt=attempt), names)
+        if not all(bool(torch.isfinite(v).all()) for v in want):
+            continue
+        unedited = see(result, feeds, new, partial(edited, attempt=attempt, edits=False), names)
+        if not editor.edits.made or worst(want, unedited) > SEEN:
             break
     else:
-        return Certificate(False, message="the model gives no finite result on random constants")
-    again = run(original, feeds, own, partial(random, attempt=attempt))
+        return Certificate(False, message="with random constants the outputs are not finite, or hide the norms")
+    again = see(original, feeds, own, partial(random, attempt=attempt), names)
     if worst(want, again) > 0:
         return Certificate(False, message="the model gives another result when it is run again")
-    new = own | {name: own[source] for name, source in editor.edits.copies.items()}
-    gap = worst(want, run(result, feeds, new, partial(edited, attempt=attempt)))
+    gap = worst(want, see(result, feeds, new, partial(edited, attempt=attempt), names))
     if not gap <= LIMIT:
         return Certificate(False, gap, message=f"with random constants the results differ by {gap:.2g} in float64")
     found = Certificate(True, gap, len(draw.replaced))
@@ -94,47 +99,85 @@ def _key(native: Any) -> str | None:
 
 def run(module: fx.GraphModule, feeds: list[Any], constants: dict[str, torch.Tensor], give: Give,
         wide: bool = True) -> list[torch.Tensor]:  # fmt: skip
-    """The float outputs of a graph in float64, given its inputs in order and a source of constants by name."""
+    """The outputs of a graph, floats in float64, given its inputs in order and a source of constants by name."""
+    return run_all(module, [feeds], constants, give, wide)[0]
+
+
+def see(module: fx.GraphModule, feeds: list[Any], constants: Mapping[str, torch.Tensor], give: Give,
+        names: Sequence[str]) -> list[torch.Tensor]:  # fmt: skip
+    """The outputs in float64, and the results of the nodes of some names."""
+    seen: dict[str, torch.Tensor] = {}
+
+    def keep(name: str) -> Hook:
+        return lambda values: seen.update({name: torch.from_numpy(values[0])})
+
+    outputs = run_all(module, [feeds], constants, give, watch={name: keep(name) for name in names})[0]
+    return outputs + [seen[name] for name in names]
+
+
+def run_all(module: fx.GraphModule, batches: Sequence[list[Any]], constants: Mapping[str, torch.Tensor], give: Give,
+            wide: bool = True, watch: Mapping[str, Hook] | None = None) -> list[list[torch.Tensor]]:  # fmt: skip
+    """The outputs for each of several inputs, which go through the nodes side by side; `watch` has hooks by the name of
+    a node, which see its result for all of them."""
+    hooks = watch or {}
     last: dict[fx.Node, fx.Node] = {}
     for node in module.graph.nodes:
         for operand in node.all_input_nodes:
             last[operand] = node
-    values: dict[fx.Node, Any] = {}
-    waiting = list(feeds)
+    shared: dict[fx.Node, Any] = {}
+    runs: list[dict[fx.Node, Any]] = [{} for _ in batches]
+    waiting = [list(feeds) for feeds in batches]
 
     def widen(v: Any) -> Any:
         if isinstance(v, torch.Tensor) and v.dtype in FLOATS and wide:
             return v.double()
         return torch.float64 if wide and v in FLOATS and isinstance(v, torch.dtype) else v
 
-    def load(node: fx.Node) -> Any:
-        if node not in values:
-            values[node] = widen(give(node.name if node.op == "placeholder" else str(node.target)))
-        return values[node]
+    def see(node: fx.Node) -> None:
+        if node.name in hooks:
+            new = hooks[node.name]([values[node].double().numpy() for values in runs])
+            for values, array in zip(runs, new or (), strict=False):
+                values[node] = torch.from_numpy(array).to(values[node].dtype)
 
     with torch.no_grad():
         for node in module.graph.nodes:
             if node.op == "placeholder":
                 if node.name not in constants:
-                    values[node] = widen(waiting.pop(0))
+                    for values, left in zip(runs, waiting, strict=True):
+                        values[node] = widen(left.pop(0))
+                    see(node)
                 continue
             if node.op == "get_attr":
                 found: Any = module
                 for part in str(node.target).split("."):
                     found = getattr(found, part, None)
                 if not isinstance(found, torch.Tensor):
-                    values[node] = found
+                    shared[node] = found
                 continue
-            args, kwargs = fx.map_arg((node.args, node.kwargs), load)
+            for operand in node.all_input_nodes:
+                if operand not in runs[0] and operand not in shared:
+                    shared[operand] = widen(give(operand.name if operand.op == "placeholder" else str(operand.target)))
+            outputs = []
+            for values in runs:
+                args, kwargs = fx.map_arg((node.args, node.kwargs), partial(_either, values, shared))
+                if node.op == "output":
+                    flat = [v for v in tree_flatten(args)[0] if isinstance(v, torch.Tensor)]
+                    outputs.append([v.double() if v.is_floating_point() else v for v in flat])
+                    continue
+                args, kwargs = tree_map(widen, args), tree_map(widen, dict(kwargs))
+                values[node] = _call(module, node, list(args), kwargs, wide)
             if node.op == "output":
-                outputs = [v for v in tree_flatten(args)[0] if isinstance(v, torch.Tensor)]
-                return [v.double() if v.is_floating_point() else v for v in outputs]
-            args, kwargs = tree_map(widen, args), tree_map(widen, dict(kwargs))
-            values[node] = _call(module, node, list(args), kwargs, wide)
+                return outputs
+            see(node)
             for operand in node.all_input_nodes:
                 if last[operand] is node:
-                    values.pop(operand, None)
-    return []
+                    for values in (*runs, shared):
+                        values.pop(operand, None)
+    return [[] for _ in batches]
+
+
+def _either(values: dict[fx.Node, Any], shared: dict[fx.Node, Any], node: fx.Node) -> Any:
+    return values[node] if node in values else shared[node]
 
 
 def _call(module: fx.GraphModule, node: fx.Node, args: list[Any], kwargs: dict[str, Any], wide: bool) -> Any:

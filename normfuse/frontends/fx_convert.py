@@ -282,10 +282,9 @@ def convert_program(program: Any, config: Config, place: Callable[[Value], bool]
                           level, place, unfit)  # fmt: skip
     if found.module is source:
         return program, found
-    made = _program(program, found.module)
-    signature = made.graph_signature
+    signature = copy.deepcopy(program.graph_signature)
     specs = {spec.arg.name: spec for spec in signature.input_specs}
-    state, constants = dict(made.state_dict), dict(made.constants)
+    state, constants = dict(program.state_dict), dict(program.constants)
     for name, tensor in found.tensors.items():
         spec = specs[found.copies.get(name, name)]
         target = str(spec.target) if name in specs else f"{spec.target}_centred"
@@ -294,7 +293,7 @@ def convert_program(program: Any, config: Config, place: Callable[[Value], bool]
         if name not in specs:
             at = signature.input_specs.index(spec)
             signature.input_specs.insert(at + 1, InputSpec(spec.kind, TensorArgument(name), target, spec.persistent))
-    made._state_dict, made._constants = state, constants
+    made = _program(program, found.module, graph_signature=signature, state_dict=state, constants=constants)
     return made, found
 
 

@@ -88,13 +88,14 @@ def _state(program: Any) -> dict[str, torch.Tensor | None]:
     return out
 
 
-def _program(program: Any, changed: fx.GraphModule) -> Any:
-    """A new exported program with another graph."""
+def _program(program: Any, changed: fx.GraphModule, **others: Any) -> Any:
+    """A new exported program with another graph, and other parts where given."""
+    parts = {"graph_signature": copy.deepcopy(program.graph_signature), "state_dict": program.state_dict,
+             "constants": program.constants, **others}  # fmt: skip
     return torch.export.ExportedProgram(
-        root=changed, graph=changed.graph, graph_signature=copy.deepcopy(program.graph_signature),
-        state_dict=program.state_dict, range_constraints=dict(program.range_constraints),
+        root=changed, graph=changed.graph, range_constraints=dict(program.range_constraints),
         module_call_graph=copy.deepcopy(program.module_call_graph), example_inputs=program.example_inputs,
-        constants=program.constants, verifiers=program.verifiers,
+        verifiers=program.verifiers, **parts,
     )  # fmt: skip
 
 

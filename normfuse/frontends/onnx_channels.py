@@ -100,7 +100,7 @@ def linear(low: Lowering, node: Node, value: Value, axis: int, channels: Channel
     if native.inputs[0] is not value.native or native.inputs[1] is value.native or native.inputs[1] is None:
         return None
     weight, rank, kind = low.value(native.inputs[1]), value.rank or 0, native.op_type
-    bias = low.value(native.inputs[2]) if _has(native, 2) else None
+    bias, out = low.value(native.inputs[2]) if _has(native, 2) else None, node.outputs[0]
     if kind == "MatMul":
         if axis != rank - 1 or weight.rank != 2:
             return None
@@ -108,7 +108,7 @@ def linear(low: Lowering, node: Node, value: Value, axis: int, channels: Channel
         if len(after) == 1 and after[0].kind == "add" and not node.outputs[0].kept:
             others = [v for v in after[0].inputs if v is not node.outputs[0]]
             if len(others) == 1 and others[0].rank == 1 and others[0].shape == (weight.shape or ())[1:]:
-                bias = others[0]
+                bias, out = others[0], after[0].outputs[0]
     elif kind == "Gemm":
         if axis != 1 or attribute(native, "transA", 0) or attribute(native, "alpha", 1.0) != 1.0:
             return None
@@ -121,7 +121,7 @@ def linear(low: Lowering, node: Node, value: Value, axis: int, channels: Channel
         if axis != 1 or attribute(native, "group", 1) != 1 or not plain:
             return None
         over, gives = 1, 0
-    return contraction(node, weight, over, gives, bias, channels)
+    return contraction(node, weight, over, gives, bias, channels, out)
 
 
 # -- rows -------------------------------------------------------------------------------------------------------------

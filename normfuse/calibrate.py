@@ -1,0 +1,291 @@
+"""LayerNorm to RMSNorm, approximately: what is lost is, to first order, a constant, and goes into the bias.
+
+For rows with mean m and deviation s, layer_norm(x) - rms_norm(x) is about -g*m/s: a direction that hardly depends on
+the row where m/s does not. So with g the weight and b the bias,
+
+    b' = mean over rows of layer_norm(x)  -  mean over rows of g * rms_norm(x')
+
+where x is what the norm reads in the original and x' what it reads in the model whose norms before it are converted
+already. Norm by norm, in one pass over the calibration inputs. On inputs held back from that, the outputs are compared
+with the original's: converted with the old biases (naive), calibrated, and the original's own distance to float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from normfuse.convert import Array, distance
+from normfuse.errors import InputError, VerificationError
+
+Hook = Callable[[list[Array]], list[Array] | None]
+"""Sees a value of all batches, and may give others in their place."""
+Batch = Any
+HELD_BACK = 0.25
+
+
+class Runner(Protocol):
+    """A model to be run on batches at once, node by node."""
+
+    def __call__(self, batches: Sequence[Batch], watch: Mapping[str, Hook]) -> list[list[Array]]:
+        """The outputs of each batch; `watch` has hooks by the name of a value."""
+
+
+@dataclass(slots=True)
+class Layer:
+    """One norm on its way: names of its input and result in the original and of its result in the converted model.
+
+    `mean_over_rms` is the mean over rows of |mean(x)|/rms(x); `naive` and `error` are the distances of its result to
+    the original's on held-back inputs, relative to the original's, with the old bias and with the new one.
+    """
+
+    label: str
+    x: str
+    y: str
+    new: str
+    axis: int
+    bias: Array
+    mean_over_rms: float = 0.0
+    naive: float = 0.0
+    error: float = 0.0
+
+
+@dataclass(slots=True)
+class Approximation:
+    """What an approximate conversion costs, on inputs held back from calibration.
+
+    `error`, `naive`: largest distance of an output to the original's, as the norm of the difference over the norm;
+    `cosine`, `naive_cosine`: the largest mean of 1 - cos of the rows of an output; `floor`: the original's own distance
+    to float64.
+    """
+
+    layers: list[Layer] = field(default_factory=list)
+    calibrated: int = 0
+    held_back: int = 0
+    tolerance: float = 0.0
+    error: float = 0.0
+    naive: float = 0.0
+    cosine: float = 0.0
+    naive_cosine: float = 0.0
+    floor: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: the totals; the layers are told with the norms."""
+        return {"error": self.error, "naive_error": self.naive, "cosine": self.cosine,
+                "naive_cosine": self.naive_cosine, "noise_floor": self.floor, "tolerance": self.tolerance,
+                "calibrated": self.calibrated, "held_back": self.held_back}  # fmt: skip
+
+
+def matching(names: Sequence[str], pattern: str) -> list[bool]:
+    """Which names a comma-separated list of shell patterns takes; raises `InputError` where it takes none."""
+    parts = [p.strip() for p in pattern.split(",") if p.strip()]
+    found = [any(fnmatchcase(name, p) for p in parts) for name in names]
+    if names and not any(found):
+        some = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+        raise InputError(f"no LayerNorm is named like {pattern!r}; there are {some}")
+    return found
+
+
+def calibrate(original: Runner, converted: Runner, wide: Runner | None, layers: Sequence[Layer],
+              batches: Sequence[Batch], tolerance: float) -> Approximation:  # fmt: skip
+    """Set the bias of each layer, and measure what the conversion costs.
+
+    `converted` has the layers without a bias: what it computes there gets `Layer.bias` added by the hooks. The last
+    quarter of the batches, one at least, is held back. Raises `VerificationError` where an output is further off than
+    `tolerance`.
+    """
+    kept = max(1, round(HELD_BACK * len(batches)))
+    seen, held = batches[:-kept], batches[-kept:]
+    if not seen:
+        raise InputError("calibration needs at least two sets of inputs: one is held back to measure the error")
+    means: dict[str, Array] = {}
+
+    def statistics(layer: Layer) -> Hook:
+        def hook(values: list[Array]) -> None:
+            rows = [_wide(v) for v in values]
+            ratios = [np.abs(v.mean(layer.axis)) / np.sqrt((v * v).mean(layer.axis) + 1e-30) for v in rows]
+            layer.mean_over_rms = float(np.mean(np.concatenate([r.reshape(-1) for r in ratios])))
+
+        return hook
+
+    def target(layer: Layer) -> Hook:
+        return lambda values: means.update({layer.y: _channel_mean(values, layer.axis)})
+
+    def fit(layer: Layer) -> Hook:
+        def hook(values: list[Array]) -> list[Array]:
+            layer.bias = means[layer.y] - _channel_mean(values, layer.axis)
+            return shifted(values, layer.bias, layer.axis)
+
+        return hook
+
+    old = {layer.label: layer.bias.copy() for layer in layers}
+    watched = [(layer.x, statistics(layer)) for layer in layers] + [(layer.y, target(layer)) for layer in layers]
+    original(seen, _merge(watched))
+    converted(seen, {layer.new: fit(layer) for layer in layers})
+
+    found = Approximation(list(layers), len(seen), len(held), tolerance)
+    truth: dict[str, list[Array]] = {}
+    want = original(held, {layer.y: _keep(truth, layer.y) for layer in layers})
+    for naive in (True, False):
+        after: dict[str, list[Array]] = {}
+        watch = {layer.new: _shift(after, layer, old[layer.label] if naive else layer.bias) for layer in layers}
+        got = converted(held, watch)
+        error = max(distance(a, b) for a, b in zip(want, got, strict=True))
+        cosine = max(_cosine(a, b) for a, b in zip(want, got, strict=True))
+        if naive:
+            found.naive, found.naive_cosine = error, cosine
+        else:
+            found.error, found.cosine = error, cosine
+        for layer in layers:
+            gap = distance([np.concatenate([v.reshape(-1) for v in truth[layer.y]])],
+                           [np.concatenate([v.reshape(-1) for v in after[layer.new]])])  # fmt: skip
+            layer.naive, layer.error = (gap, layer.error) if naive else (layer.naive, gap)
+    if wide is not None:
+        found.floor = max(distance(a, b) for a, b in zip(wide(held, {}), want, strict=True))
+    if not found.error <= tolerance:
+        worst = sorted(layers, key=lambda layer: -layer.error)[:3]
+        names = ", ".join(f"{layer.label} ({layer.error:.2g}, mean/rms {layer.mean_over_rms:.2f})" for layer in worst)
+        raise VerificationError(f"approximated, an output is off by {found.error:.2g} of its size on held-back inputs, "
+                                f"more than the tolerance of {tolerance:g}; the worst norms: {names}; leave some out "
+                                "by name, or allow more; nothing was written")  # fmt: skip
+    return found
+
+
+def _wide(v: Array) -> Array:
+    return v.astype(np.float64)
+
+
+def _channel_mean(values: Sequence[Array], axis: int) -> Array:
+    """The mean over everything but an axis, over all batches."""
+    rows = np.concatenate([np.moveaxis(_wide(v), axis, -1).reshape(-1, v.shape[axis]) for v in values])
+    return np.asarray(rows.mean(axis=0))
+
+
+def shifted(values: Sequence[Array], bias: Array, axis: int) -> list[Array]:
+    """Values plus a bias along an axis, in their own type."""
+    shape = [1] * values[0].ndim
+    shape[axis] = -1
+    return [np.asarray((_wide(v) + bias.reshape(shape)).astype(v.dtype)) for v in values]
+
+
+def _keep(into: dict[str, list[Array]], name: str) -> Hook:
+    return lambda values: into.update({name: [_wide(v) for v in values]})
+
+
+def _shift(into: dict[str, list[Array]], layer: Layer, bias: Array) -> Hook:
+    def hook(values: list[Array]) -> list[Array]:
+        moved = shifted(values, bias, layer.axis)
+        into[layer.new] = [_wide(v) for v in moved]
+        return moved
+
+    return hook
+
+
+def _merge(hooks: Sequence[tuple[str, Hook]]) -> dict[str, Hook]:
+    """Several hooks on one value become one."""
+    found: dict[str, list[Hook]] = {}
+    for name, hook in hooks:
+        found.setdefault(name, []).append(hook)
+
+    def all_of(some: list[Hook]) -> Hook:
+        def hook(values: list[Array]) -> None:
+            for one in some:
+                one(values)
+
+        return hook
+
+    return {name: all_of(some) for name, some in found.items()}
+
+
+def _cosine(want: Sequence[Array], got: Sequence[Array]) -> float:
+    """The largest mean of 1 - cos over the rows of an output."""
+    out = 0.0
+    for a, b in zip(want, got, strict=True):
+        if a.dtype.kind != "f" or a.ndim == 0:
+            continue
+        p, q = (_wide(v).reshape(-1, v.shape[-1]) for v in (a, b))
+        scale = np.linalg.norm(p, axis=1) * np.linalg.norm(q, axis=1)
+        cos = np.where(scale > 0, (p * q).sum(axis=1) / np.where(scale > 0, scale, 1), 1.0)
+        out = max(out, float(np.mean(1 - cos)))
+    return out
+
+
+# -- inputs -----------------------------------------------------------------------------------------------------------
+
+
+def read_batches(path: str | Path) -> list[dict[str, Array]]:
+    """Calibration inputs from an .npz file, or from a folder of them in the order of their names."""
+    where = Path(path)
+    if where.is_dir():
+        files = sorted(where.glob("*.npz"))
+        if not files:
+            raise InputError(f"{where} holds no .npz file; make some with numpy.savez(path, input_name=array, ...)")
+        return [load(f) for f in files]
+    return [load(where)]
+
+
+def load(path: str | Path) -> dict[str, Array]:
+    """The arrays of an .npz file by name; pickled objects in it are refused."""
+    import zipfile
+
+    advice = "make it with numpy.savez(path, input_name=array, ...)"
+    try:
+        file = np.load(path, allow_pickle=False)
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise InputError(f"{path} holds one array without a name; {advice}")
+        with file:
+            return {name: file[name] for name in file.files}
+    except (ValueError, EOFError, zipfile.BadZipFile) as why:
+        raise InputError(f"{path} is not a readable .npz file ({why}); {advice}") from why
+
+
+def named_batches(given: Any, inputs: Mapping[str, tuple[Sequence[Any], Any]]) -> list[dict[str, Array]]:
+    """Calibration inputs by name, checked against a model's: {name: (shape, numpy dtype)}.
+
+    `given`: a path, or dicts of arrays. A single set is split along its first axis, where the model leaves that open.
+    """
+    if given is None:
+        raise InputError("layernorm_to_rmsnorm='approximate' needs calibration inputs: an .npz file, a folder of them, "
+                         "or an iterable")  # fmt: skip
+    batches = read_batches(given) if isinstance(given, (str, Path)) else [dict(b) for b in _each(given)]
+    known = ", ".join(inputs)
+    for i, batch in enumerate(batches):
+        for name in batch:
+            if name not in inputs:
+                raise InputError(f"calibration set {i}: no input is named {name!r}; the model has {known}")
+        for name, (shape, dtype) in inputs.items():
+            if name not in batch:
+                raise InputError(f"calibration set {i}: input {name!r} is missing; the model has {known}")
+            array = np.asarray(batch[name])
+            fits = array.ndim == len(shape) and all(not isinstance(d, int) or d == n for d, n in
+                                                    zip(shape, array.shape, strict=True))  # fmt: skip
+            if not fits:
+                wanted = "x".join(str(d) for d in shape)
+                got = "x".join(map(str, array.shape))
+                raise InputError(f"calibration set {i}: input {name!r} has shape {got}, the model wants {wanted}")
+            batch[name] = array.astype(dtype)
+    return _split(batches, inputs) if len(batches) == 1 else batches
+
+
+def _each(given: Any) -> Iterable[Any]:
+    try:
+        return list(given)
+    except TypeError:
+        raise InputError(f"calibration inputs are an .npz file, a folder of them, or an iterable, not a "
+                         f"{type(given).__name__}") from None  # fmt: skip
+
+
+def _split(batches: list[dict[str, Array]], inputs: Mapping[str, tuple[Sequence[Any], Any]]) -> list[dict[str, Array]]:
+    (batch,) = batches
+    sizes = {a.shape[0] for a in batch.values() if a.ndim}
+    free = all(shape and not isinstance(shape[0], int) for shape, _ in inputs.values())
+    if not free or len(sizes) != 1 or next(iter(sizes)) < 2:
+        return batches
+    n = next(iter(sizes))
+    cut = n - max(1, round(HELD_BACK * n))
+    return [{k: v[:cut] for k, v in batch.items()}, {k: v[cut:] for k, v in batch.items()}]

@@ -1,0 +1,70 @@
+"""Operators for whole ONNX models in the reference evaluator, which has them slow, or not as the standard says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from onnx.reference.op_run import OpRun
+
+from normfuse.verify import Array
+
+
+class Conv(OpRun):
+    """Convolution by windows and one product; the reference loops over positions."""
+
+    op_domain = ""
+
+    def _run(self, x: Array, w: Array, b: Array | None = None, auto_pad: str = "NOTSET",
+             dilations: Iterable[int] | None = None, group: int = 1, kernel_shape: Any = None,
+             pads: Iterable[int] | None = None, strides: Iterable[int] | None = None) -> tuple[Array]:  # fmt: skip
+        n = x.ndim - 2
+        step, apart = list(strides or [1] * n), list(dilations or [1] * n)
+        reach = [(k - 1) * d + 1 for k, d in zip(w.shape[2:], apart, strict=True)]
+        around = list(pads or [0] * 2 * n)
+        if auto_pad.startswith("SAME"):
+            need = [max((-(-s // t) - 1) * t + r - s, 0) for s, t, r in zip(x.shape[2:], step, reach, strict=True)]
+            low = [p // 2 if auto_pad == "SAME_UPPER" else p - p // 2 for p in need]
+            around = low + [p - q for p, q in zip(need, low, strict=True)]
+        x = np.pad(x, [(0, 0), (0, 0), *zip(around[:n], around[n:], strict=True)])
+        axes = tuple(range(2, 2 + n))
+        windows = np.lib.stride_tricks.sliding_window_view(x, reach, axis=axes)
+        windows = windows[(slice(None), slice(None), *(slice(None, None, s) for s in step),
+                           *(slice(None, None, d) for d in apart))]  # fmt: skip
+        parts = []
+        for g in range(group):
+            inputs, outputs = x.shape[1] // group, w.shape[0] // group
+            part = windows[:, g * inputs : (g + 1) * inputs]
+            kernel = w[g * outputs : (g + 1) * outputs]
+            over = [1, *range(2 + n, 2 + 2 * n)]
+            parts.append(np.tensordot(part, kernel, axes=(over, [1, *range(2, 2 + n)])))
+        out = np.moveaxis(np.concatenate(parts, axis=-1), -1, 1)
+        return (out if b is None else out + b.reshape(-1, *[1] * n),)
+
+
+class GatherElements(OpRun):
+    """One element of each row by an index; the reference takes no index that is shorter than the data."""
+
+    op_domain = ""
+
+    def _run(self, data: Array, indices: Array, axis: int = 0) -> tuple[Array]:
+        axis %= data.ndim
+        cut = tuple(slice(None) if a == axis else slice(n) for a, n in enumerate(indices.shape))
+        index = np.where(indices < 0, indices + data.shape[axis], indices)
+        return (np.take_along_axis(data[cut], index, axis),)
+
+
+class Erf(OpRun):
+    """The error function in the type of its operand; the reference computes one element at a time, in float32."""
+
+    op_domain = ""
+
+    def _run(self, x: Array) -> tuple[Array]:
+        import torch
+
+        wide = torch.from_numpy(np.ascontiguousarray(x.astype(np.float64)))
+        return (torch.erf(wide).numpy().astype(x.dtype),)
+
+
+KERNELS: list[Any] = [Conv, GatherElements, Erf]
