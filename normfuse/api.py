@@ -117,7 +117,7 @@ def optimize(model: Any, config: Config | None = None, *, args: Sequence[Any] = 
     if kind == "module":
         from normfuse.frontends.module_convert import convert_module
 
-        return convert_module(model, config, args, kwargs)
+        return convert_module(model, config, args, kwargs, calibration)
     whole = "verify='model' needs files to run; use normfuse.rewrite, or verify='sites'"
     if isinstance(model, (str, Path)):
         if config.verify == "model":
@@ -127,7 +127,7 @@ def optimize(model: Any, config: Config | None = None, *, args: Sequence[Any] = 
         from normfuse.frontends import fx_model
 
         with _quiet_collector():
-            return fx_model.run(model, config, rewrite=True)
+            return fx_model.run(model, config, rewrite=True, calibration=calibration)
     import onnx_ir as ir
 
     if config.verify == "model":
@@ -210,6 +210,7 @@ def _rewrite_ir(model: ir.Model, config: Config, progress: Progress | None,
 
     started = time.perf_counter()
     records: list[Record] = []
+    notes: list[str] = []
     first = approximation = None
     if config.converts:
         from normfuse.frontends.onnx_convert import convert_model
@@ -217,7 +218,7 @@ def _rewrite_ir(model: ir.Model, config: Config, progress: Progress | None,
         if progress is not None:
             progress("converting LayerNorms", 0.0)
         first = onnx_model.OnnxModel(model, replace(config, target="onnx"), rewrite=False)
-        model, records = convert_model(first, config)
+        model, records, notes = convert_model(first, config)
         if config.layernorm_to_rmsnorm == "approximate":
             from normfuse.frontends.onnx_approximate import approximate_model
 
@@ -242,7 +243,8 @@ def _rewrite_ir(model: ir.Model, config: Config, progress: Progress | None,
         report.nodes_before = first.nodes_before
         report.seconds["convert"] = converted - started
         tell(report, [site for p in one.plans for site in p.found.sites], records)
-    other = any(r.verdict != "kept" for r in records)
+        report.notes += notes
+    other = any(r.verdict != "kept" for r in records) or bool(notes)
     plain = not (one.inlined or (first and first.inlined) or any(p.edits() for p in one.plans[1:]) or other)
     return model, report, changed or other, plain
 

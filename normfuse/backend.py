@@ -27,7 +27,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 
 import normfuse
 from normfuse.config import Config
-from normfuse.errors import InputError
+from normfuse.errors import InputError, UnsupportedError
 from normfuse.frontends import fx_model
 from normfuse.frontends.fx_meta import meta_of
 from normfuse.norm import Site
@@ -70,14 +70,30 @@ def rewrite(graph: fx.GraphModule, config: Config, inner: str = "inductor", trai
             return "it is one operator already, and has no neighbour to take in"
         return "no neighbour to take in: Inductor fuses it as well" if inner == "inductor" else None
 
+    if config.converts:
+        _demand_constants(graph, config)
     changed, report = fx_model.run(graph, config, rewrite=True, leave=leave)
     _last[:] = [report]
     _tell(report)
-    if report.fused:
+    if report.fused or report.converted:
+        for node in changed.graph.nodes:
+            if node.op == "get_attr" and hasattr(graph, str(node.target)):  # a weight that was edited
+                setattr(graph, str(node.target), getattr(changed, str(node.target)))
         for name, part in changed.named_children():
             setattr(graph, name, part)
         graph.graph = changed.graph
     return graph
+
+
+def _demand_constants(graph: fx.GraphModule, config: Config) -> None:
+    """Weights can be edited where they are constants of the graph, in frozen inference; say so where they are not."""
+    inputs = [n for n in graph.graph.nodes if n.op == "placeholder" and isinstance(meta_of(n), torch.nn.Parameter)]
+    if inputs or torch.is_grad_enabled() or config.layernorm_to_rmsnorm == "approximate":
+        raise UnsupportedError(
+            "converting LayerNorms edits weights, and here these are inputs of the graph: convert the module first "
+            "(model, report = normfuse.optimize(model, normfuse.Config(layernorm_to_rmsnorm='exact'), args=inputs)), "
+            "or, for frozen inference, set torch._inductor.config.freezing = True and compile under torch.no_grad()"
+        )
 
 
 def _options(options: dict[str, Any], mode: str | None) -> tuple[str, str | None, Config]:

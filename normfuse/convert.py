@@ -131,6 +131,16 @@ class Folder:
         return readers(self.graph, end, axes[0], self.linear, self.channels, self.twins) or [] if len(axes) == 1 else []
 
 
+def folds_note(plan: Conversion) -> list[str]:
+    """What to say of folded biases and weights."""
+    out = []
+    for kind, name in (("bias", "biases"), ("scale", "weights")):
+        n = sum(k == kind for k, _, _ in plan.folds)
+        if n:
+            out.append(f"the {name} of {n} norms went into the linear layers behind them")
+    return out
+
+
 def fold(plan: Conversion, edits: Edits, name: Callable[[Value], str]) -> None:
     """Write the planned folds down as edits of constants: biases first, since they read weights as they are then."""
 

@@ -27,8 +27,8 @@ MAX_WALK = 64
 
 @dataclass(frozen=True, slots=True)
 class Contraction:
-    """A linear layer: over axis `over` of its weight, giving axis `gives`; `bias` is None where it has none, `out` is its
-    result, the bias in it."""
+    """A linear layer over axis `over` of its weight, giving axis `gives`; `bias` is None where it has none, `out` is
+    its result, the bias in it."""
 
     node: Node
     weight: Value

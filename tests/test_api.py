@@ -66,7 +66,11 @@ def test_inspect_of_every_kind(llama: Path) -> None:
         report = normfuse.inspect(model)
         assert len(report.norms) == 5 and report.recipe == "RMSNorm, pre-norm"
     with pytest.raises(normfuse.InputError, match="is not a model that NormFuse reads"):
+        normfuse.inspect(object())
+    with pytest.raises(normfuse.InputError, match=r"is an nn.Module, whose norms are seen once it is traced"):
         normfuse.inspect(torch.nn.Linear(2, 2))
+    with pytest.raises(normfuse.UnsupportedError, match="exact"):
+        normfuse.optimize(torch.nn.Linear(2, 2))
 
 
 def test_report_is_the_contract(llama: Path, tmp_path: Path) -> None:
@@ -179,7 +183,8 @@ def test_the_result_does_not_depend_on_hash_seeds(target: str, tmp_path: Path) -
     ("target", "gpu", normfuse.InputError),
     ("verify", "maybe", normfuse.InputError),
     ("ort_version", 131, normfuse.InputError),
-    ("layernorm_to_rmsnorm", "exact", normfuse.UnsupportedError),
+    ("layernorm_to_rmsnorm", "yes", normfuse.InputError), ("tolerance", 0.0, normfuse.InputError),
+    ("norms", " , ", normfuse.InputError),
 ])  # fmt: skip
 def test_config_says_what_it_knows(option: str, value: object, error: type[Exception]) -> None:
     with pytest.raises(error, match=str(value)):

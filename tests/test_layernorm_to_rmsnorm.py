@@ -241,3 +241,95 @@ def test_a_real_model_with_norms_spelled_out(tmp_path: Path) -> None:
                  for p in (source, out))  # fmt: skip
     assert np.abs(want - got).max() <= 2e-6
     assert (want.argmax(-1) == got.argmax(-1)).all()
+
+
+# -- torch.compile ----------------------------------------------------------------------------------------------------
+
+
+def test_compiled_where_the_weights_are_constants() -> None:
+    case = CASES["gpt_neox"]
+    module, args = case.build(), case.inputs()
+    options: dict[str, Any] = {"layernorm_to_rmsnorm": "exact", "inner": "eager"}
+    torch._dynamo.reset()
+    with torch.no_grad(), torch._inductor.config.patch(freezing=True):
+        compiled = torch.compile(module, backend="normfuse", options=options)
+        assert relative(module(*args), compiled(*args)) < 1e-5
+    report = normfuse.last_report()
+    assert report is not None
+    assert report.converted == case.norms
+    graph = {k: v.clone() for k, v in module.state_dict().items()}
+    assert all(torch.equal(v, graph[k]) for k, v in case.build().state_dict().items())
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_compiled_where_the_weights_are_inputs_it_says_what_to_do(grad: bool) -> None:
+    case = CASES["phi"]
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(case.build(), backend="normfuse", options={"layernorm_to_rmsnorm": "exact"})
+    with torch.set_grad_enabled(grad), pytest.raises(Exception, match="convert the module first"):
+        compiled(*case.inputs())
+
+
+def test_a_converted_module_compiles() -> None:
+    case = CASES["phi"]
+    module, _ = normfuse.optimize(case.build(), EXACT, args=case.inputs())
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(module, backend="normfuse", options={"inner": "aot_eager"})
+    torch.testing.assert_close(compiled(*case.inputs()), module(*case.inputs()))
+
+
+# -- what is left alone, and what else is edited ----------------------------------------------------------------------
+
+
+def test_a_model_without_layer_norms_keeps_every_byte(tmp_path: Path) -> None:
+    from tests.families import cached_export
+
+    source = cached_export("llama", 23, True)
+    plain, exact = tmp_path / "plain.onnx", tmp_path / "exact.onnx"
+    normfuse.rewrite(source, plain)
+    report = normfuse.rewrite(source, exact, EXACT)
+    assert report.converted == 0
+    assert plain.read_bytes() == exact.read_bytes()
+
+
+def test_the_weights_of_rms_norms_are_folded_on_request(tmp_path: Path) -> None:
+    from tests.families import cached_export
+
+    source = cached_export("llama", 18, True)
+    config = Config(fold_scale=True, verify="model", numerics="fast")
+    report = normfuse.rewrite(source, tmp_path / "out.onnx", config)
+    assert report.model_check is not None
+    assert report.model_check["equal"]
+    model = onnx.load(tmp_path / "out.onnx")
+    calls = [n for n in model.graph.node if n.op_type.startswith("rms_norm")]
+    assert len(calls) == 5
+    assert all(len(n.input) == 1 for n in calls)  # no weight is left
+    program, args = program_of_llama()
+    folded, _ = normfuse.optimize(program, Config(fold_scale=True))
+    with torch.no_grad():
+        assert relative(program.module()(*args), folded.module()(*args)) < 1e-5
+
+
+def program_of_llama() -> tuple[Any, tuple[torch.Tensor, ...]]:
+    from tests.families import FAMILIES
+
+    family = FAMILIES["llama"]
+    with torch.no_grad():
+        return torch.export.export(family.build(), family.args(), strict=False), family.args()
+
+
+def test_the_command_line_tells_the_certificate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from normfuse.cli import main
+
+    case = CASES["bloom"]
+    source = cached("layernorm-bloom", lambda path: to_onnx(case.build(), case.inputs()).save(path))
+    args = ["rewrite", str(source), str(tmp_path / "out.onnx"), "--layernorm-to-rmsnorm", "exact", "--overwrite"]
+    assert main(args) == 0
+    text = capsys.readouterr().out
+    assert "LayerNorm to RMSNorm: 8 of 8" in text
+    assert "1 centring operator" in text
+    assert "certificate: equal to" in text
+    assert main([*args, "-v"]) == 0
+    text = capsys.readouterr().out
+    assert "mean taken away along axis" in text
+    assert "because" in text

@@ -13,7 +13,7 @@ from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
 from normfuse.centring import Centre, Links
 from normfuse.config import Config
-from normfuse.convert import Edits, Folder, Record, fold, refusals
+from normfuse.convert import Edits, Folder, Record, fold, folds_note, refusals
 from normfuse.errors import InputError
 from normfuse.frontends import fx_channels as table
 from normfuse.frontends.fx_certify import certify
@@ -28,6 +28,10 @@ from normfuse.plan import Replace
 from normfuse.verify import Array
 
 
+Unfit = Callable[[Site, Site], "str | None"]
+"""Why a norm, as it was found and as its operator has it, cannot be replaced where the conversion is carried out."""
+
+
 @dataclass(slots=True)
 class Converted:
     """A converted graph: the module, the constants that changed or are new by name, and the records."""
@@ -37,6 +41,8 @@ class Converted:
     copies: dict[str, str] = field(default_factory=dict)  # new constant -> the one it is a centred copy of
     records: list[Record] = field(default_factory=list)
     plan: Conversion | None = None
+    notes: list[str] = field(default_factory=list)
+    approximated: dict[Site, Site] = field(default_factory=dict)
 
 
 class Weights:
@@ -105,7 +111,7 @@ class Numbers:
 def convert_graph(source: fx.GraphModule, config: Config, state: Mapping[str, torch.Tensor | None] | None,
                   weights: Weights, inputs: Callable[[], list[Any]], level: str | None = None,
                   place: Callable[[Value], bool] | None = None,
-                  unfit: Callable[[Site, Site], str | None] | None = None) -> Converted:  # fmt: skip
+                  unfit: Unfit | None = None) -> Converted:  # fmt: skip
     """Convert the LayerNorms of a graph module for which it is proved; the module given is not changed.
 
     `weights` are its constants, `inputs` gives tensors for the other placeholders. Raises `InputError` where a weight
@@ -152,7 +158,7 @@ def convert_graph(source: fx.GraphModule, config: Config, state: Mapping[str, to
         failed = [refusals(s, "NF304", check.message) for s in dict.fromkeys([*plan.sites, *plan.folded])]
         return Converted(source, records=records + failed)
     records += [Record.of(plan, s, check, editor.results[s]) for s in plan.sites]
-    return Converted(module, editor.tensors, editor.edits.copies, records, plan)
+    return Converted(module, editor.tensors, editor.edits.copies, records, plan, folds_note(plan))
 
 
 class Editor:
@@ -273,15 +279,20 @@ def _last_placeholder(node: fx.Node) -> fx.Node:
 
 
 def convert_program(program: Any, config: Config, place: Callable[[Value], bool] | None = None,
-                    unfit: Callable[[Site, Site], str | None] | None = None) -> tuple[Any, Converted]:  # fmt: skip
+                    unfit: Unfit | None = None) -> tuple[Any, Converted]:  # fmt: skip
     """Convert an exported program: a new program with edited weights, and what was done."""
     tensors = tensors_of(program)
     level = {"ATEN": "core", "TRAINING": "aten"}.get(program.dialect)
     source = program.graph_module
     found = convert_graph(source, config, _state(program), Weights(source, tensors), lambda: user_inputs(program),
                           level, place, unfit)  # fmt: skip
-    if found.module is source:
-        return program, found
+    return rebuilt(program, found), found
+
+
+def rebuilt(program: Any, found: Converted) -> Any:
+    """An exported program with the graph and the constants of a conversion."""
+    if found.module is program.graph_module:
+        return program
     signature = copy.deepcopy(program.graph_signature)
     specs = {spec.arg.name: spec for spec in signature.input_specs}
     state, constants = dict(program.state_dict), dict(program.constants)
@@ -293,8 +304,7 @@ def convert_program(program: Any, config: Config, place: Callable[[Value], bool]
         if name not in specs:
             at = signature.input_specs.index(spec)
             signature.input_specs.insert(at + 1, InputSpec(spec.kind, TensorArgument(name), target, spec.persistent))
-    made = _program(program, found.module, graph_signature=signature, state_dict=state, constants=constants)
-    return made, found
+    return _program(program, found.module, graph_signature=signature, state_dict=state, constants=constants)
 
 
 def convert_module(module: fx.GraphModule, config: Config) -> tuple[fx.GraphModule, Converted]:

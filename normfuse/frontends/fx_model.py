@@ -35,26 +35,36 @@ Leave = Callable[[Site], str | None]
 _OWN_META = ("val", "example_value", "tensor_meta", "original_aten")
 
 
-def run(model: Any, config: Config, rewrite: bool, leave: Leave | None = None) -> tuple[Any, Report]:
+def run(model: Any, config: Config, rewrite: bool, leave: Leave | None = None,
+        calibration: Any = None) -> tuple[Any, Report]:  # fmt: skip
     """Find the norms of a GraphModule or ExportedProgram and, for a rewrite, fuse them in a copy.
 
     `leave` says of a norm without a neighbour why it had better stay as it is, or None. Gives (a model of the same
     type, the report). Raises `UnsupportedError` for verify="model".
     """
     with _disable_current_modes():  # a backend is called under the tracer's fake mode
-        return _run(model, config, rewrite, leave)
+        return _run(model, config, rewrite, leave, calibration)
 
 
-def _run(model: Any, config: Config, rewrite: bool, leave: Leave | None) -> tuple[Any, Report]:
+def _run(model: Any, config: Config, rewrite: bool, leave: Leave | None, calibration: Any) -> tuple[Any, Report]:
     if config.verify == "model":
         raise UnsupportedError("verify='model' needs files to run; use verify='sites'")
-    exported, records = not isinstance(model, fx.GraphModule), list[Record]()
+    exported, records, cost = not isinstance(model, fx.GraphModule), list[Record](), None
+    notes: list[str] = []
     if rewrite and config.converts:
         from normfuse.frontends import fx_convert
 
         convert = fx_convert.convert_program if exported else fx_convert.convert_module
         model, found = convert(model, config)
-        records = found.records
+        records, notes = found.records, found.notes
+        if config.layernorm_to_rmsnorm == "approximate":
+            from normfuse.frontends.fx_approximate import approximate_program
+
+            if not exported:
+                raise UnsupportedError("approximate conversion takes an exported program or an nn.Module, not a "
+                                       "GraphModule")  # fmt: skip
+            model, more, cost = approximate_program(model, config, calibration)
+            records = [r for r in records if r.verdict != "kept"] + more.records
     source = model.graph_module if exported else model
     state = _state(model) if exported else None
     level = {"ATEN": "core", "TRAINING": "aten"}.get(model.dialect) if exported else None
@@ -65,6 +75,8 @@ def _run(model: Any, config: Config, rewrite: bool, leave: Leave | None) -> tupl
         changed = whole.apply()
         model = _program(model, changed) if exported else changed
     report = whole.report()
+    report.approximation = cost
+    report.notes += notes
     tell(report, [site for part in (whole, *whole.inner.values()) for site in part.plan.found.sites], records)
     report.format = "exported" if exported else "fx"
     return model, report

@@ -17,22 +17,24 @@ from torch import fx, nn
 from normfuse.config import Config
 from normfuse.convert import refusals, tell, worst
 from normfuse.errors import InputError, UnsupportedError
+from normfuse.frontends.fx_approximate import approximate_program
 from normfuse.frontends.fx_convert import Converted, convert_program
 from normfuse.graph import Value
 from normfuse.nn import Centre, RMSNorm
 from normfuse.norm import Site
+from normfuse.passes.layernorm_to_rmsnorm import Conversion
 from normfuse.report import Report
 
 TOLERANCE = 64
 """How far module and converted graph may differ, in roundings of the output's type."""
 
 
-def convert_module(module: nn.Module, config: Config, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None
-                   ) -> tuple[nn.Module, Report]:  # fmt: skip
+def convert_module(module: nn.Module, config: Config, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None,
+                   calibration: Any = None) -> tuple[nn.Module, Report]:  # fmt: skip
     """A copy of a module with its LayerNorms converted where that is proved, and the report.
 
-    `args` and `kwargs` are inputs to trace it with. Raises `InputError` where it cannot be traced with these, or where
-    a weight to be edited holds NaN or infinity.
+    `args` and `kwargs` are inputs to trace it with, `calibration` tuples of inputs for the approximate mode. Raises
+    `InputError` where it cannot be traced with these, or where a weight to be edited holds NaN or infinity.
     """
     started = time.perf_counter()
     if config.layernorm_to_rmsnorm == "off":
@@ -44,7 +46,12 @@ def convert_module(module: nn.Module, config: Config, args: Sequence[Any], kwarg
     program = _trace(out, tuple(args), dict(kwargs or {}))
     places = _Places(program.graph, out)
     new_program, found = convert_program(program, config, places.can_place, places.unfit)
-    if found.plan is not None:
+    cost = None
+    if config.layernorm_to_rmsnorm == "approximate":
+        new_program, more, cost = approximate_program(new_program, config, calibration, places.unfit)
+        found.records = [r for r in found.records if r.verdict != "kept"] + more.records
+        found.approximated, found.tensors = more.approximated, found.tensors | more.tensors
+    if found.plan is not None or found.approximated:
         try:
             _edit(out, program, found, places)
             with torch.no_grad():
@@ -60,6 +67,7 @@ def convert_module(module: nn.Module, config: Config, args: Sequence[Any], kwarg
             found.records = [refusals(r.site, "NF304", failed) if r.verdict != "kept" else r for r in found.records]
             out = copy.deepcopy(module)
     report = _report(new_program, config, found)
+    report.approximation = cost
     for name, m in out.named_modules():
         m.training = modes.get(name, module.training)
     report.seconds = {"total": round(time.perf_counter() - started, 4)}
@@ -108,7 +116,7 @@ class _Places:
 
     def __init__(self, graph: fx.Graph, module: nn.Module) -> None:
         self.module = module
-        self.nodes = {node.name: node for node in graph.nodes}
+        self.nodes: dict[str, fx.Node] = {node.name: node for node in graph.nodes}
         self.calls: dict[str, set[str]] = {}
         for node in graph.nodes:
             for key, (path, _) in (node.meta.get("nn_module_stack") or {}).items():
@@ -178,8 +186,7 @@ def _clean(path: str) -> str:
 
 
 def _edit(module: nn.Module, program: Any, found: Converted, places: _Places) -> None:
-    plan = found.plan
-    assert plan is not None
+    plan = found.plan or Conversion()
     targets = {spec.arg.name: str(spec.target) for spec in program.graph_signature.input_specs if spec.target}
     with torch.no_grad():
         for node in plan.scaled:
@@ -201,8 +208,8 @@ def _edit(module: nn.Module, program: Any, found: Converted, places: _Places) ->
         for node in plan.scaled:
             factor = next(v for v in node.inputs if v.fixed and v not in plan.values)
             _get(module, targets[factor.native.name]).fill_(1.0)
-    for site in plan.sites:
-        inner = plan.inner.get(site, site)
+    norms = {site: plan.inner.get(site, site) for site in plan.sites} | found.approximated
+    for site, inner in norms.items():
         known = places.norm_module(site, inner)
         assert known is not None and isinstance(inner.norm.size, int)  # `unfit` has seen to it
         above, _, last = known[0].rpartition(".")

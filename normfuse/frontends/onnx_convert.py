@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from normfuse.centring import Centre
 from normfuse.config import Config
-from normfuse.convert import Edits, Folder, Record, fold, refusals
+from normfuse.convert import Edits, Folder, Record, fold, folds_note, refusals
 from normfuse.errors import InputError
 from normfuse.frontends import onnx_channels as table
 from normfuse.frontends.onnx import Lowering
@@ -29,8 +29,8 @@ AXES_INPUT = 18
 """From this opset on ReduceMean takes its axes as an input."""
 
 
-def convert_model(one: OnnxModel, config: Config) -> tuple[ir.Model, list[Record]]:
-    """Convert the LayerNorms of a model in place for which it is proved; the model then, and what was done.
+def convert_model(one: OnnxModel, config: Config) -> tuple[ir.Model, list[Record], list[str]]:
+    """Convert the LayerNorms of a model in place for which it is proved; the model then, what was done, notes on it.
 
     Where the certificate fails, the model is another object, as it was before. Raises `InputError` where a weight to
     be edited holds NaN or infinity.
@@ -41,7 +41,8 @@ def convert_model(one: OnnxModel, config: Config) -> tuple[ir.Model, list[Record
     why = table.hazard(low)
     if why is not None:
         kind = "NF305"
-        return one.model, records + [refusals(s, kind, why) for s in plan.found.sites if s.norm.kind == "layer_norm"]
+        records += [refusals(s, kind, why) for s in plan.found.sites if s.norm.kind == "layer_norm"]
+        return one.model, records, []
     means = _Means(one, low, config)
     asked = means.means()
     sites = plan.found.sites
@@ -57,10 +58,10 @@ def convert_model(one: OnnxModel, config: Config) -> tuple[ir.Model, list[Record
         check = certify(original, one.model, editor, config)
         if check is not None and not check.ok:
             failed = [refusals(site, "NF304", check.message) for site in dict.fromkeys([*found.sites, *found.folded])]
-            return original, records + failed + [refusals(s, r.code, r.message) for s, r in found.kept.items()]
+            return original, records + failed + [refusals(s, r.code, r.message) for s, r in found.kept.items()], []
         records += [Record.of(found, site, check, editor.results[site]) for site in found.sites]
     records += [refusals(s, r.code, r.message) for s, r in found.kept.items()]
-    return one.model, records
+    return one.model, records, folds_note(found)
 
 
 class _Means:

@@ -1,0 +1,195 @@
+"""LayerNorm to RMSNorm, approximately: what calibration gains, what is measured, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+import normfuse
+from normfuse.cli import main
+from normfuse.cli_report import bar
+from normfuse.config import Config
+from normfuse.errors import InputError, VerificationError
+from normfuse.nn import RMSNorm
+from tests.families import _silent, cached
+from tests.layernorm_models import Wrapped, to_onnx
+
+VOCABULARY, LENGTH = 500, 12
+LOOSE = Config(layernorm_to_rmsnorm="approximate", tolerance=0.5)
+
+
+def bert(layers: int = 2, width: int = 48, heads: int = 4) -> nn.Module:
+    """A post-norm encoder whose stream carries a mean, as trained ones do: norm biases and output biases not centred, a
+    few large norm weights."""
+    with _silent():
+        torch.manual_seed(0)
+        options: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": width, "num_hidden_layers": layers,
+                                   "num_attention_heads": heads, "intermediate_size": 4 * width,
+                                   "max_position_embeddings": 64, "attn_implementation": "eager"}  # fmt: skip
+        model: Any = transformers.BertModel(transformers.BertConfig(**options), add_pooling_layer=False)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            if name.endswith("LayerNorm.weight"):
+                p.copy_(0.85 + 0.1 * noise)
+                p[torch.randperm(width, generator=generator)[:3]] *= 3
+            elif name.endswith("LayerNorm.bias"):
+                p.copy_(0.04 + 0.15 * noise)
+            elif name.endswith("output.dense.bias"):
+                p.copy_(0.2 + 0.1 * noise)
+            elif p.dim() > 1:
+                p.copy_((0.05 if width > 100 else 0.15) * noise + (0.03 if "word" in name else 0.0))
+    return Wrapped(model, ("input_ids",)).eval()
+
+
+def tokens(sets: int = 8, rows: int = 4) -> np.ndarray[Any, Any]:
+    """Token ids of which some are much more frequent than others."""
+    ids = np.random.default_rng(0).zipf(1.3, (sets, rows, LENGTH)) % (VOCABULARY - 3) + 3
+    return ids.astype(np.int64)
+
+
+@pytest.fixture(scope="module")
+def model() -> Path:
+    return cached("approximate-bert", lambda path: to_onnx(bert(), (torch.from_numpy(tokens()[0]),)).save(path))
+
+
+def names_of(path: Path) -> str:
+    return str(onnx.load(path).graph.input[0].name)
+
+
+def feeds(path: Path) -> list[dict[str, Any]]:
+    return [{names_of(path): ids} for ids in tokens()]
+
+
+def run(path: Path, ids: Any) -> Any:
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return session.run(None, {names_of(path): ids})[0]
+
+
+def test_an_onnx_model_is_calibrated(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.onnx"
+    report = normfuse.rewrite(model, out, LOOSE, calibration=feeds(model))
+    data = report.to_dict()
+    verdicts = [n["conversion"]["verdict"] for n in data["norms"]]
+    assert (verdicts.count("exact"), verdicts.count("approximate")) == (1, 4)
+    cost = data["summary"]["approximation"]
+    assert cost["error"] < cost["naive_error"] / 5
+    assert cost["cosine"] < cost["naive_cosine"] / 10
+    assert 0 < cost["noise_floor"] < 1e-5
+    assert (cost["calibrated"], cost["held_back"]) == (6, 2)
+    rough = [n["conversion"] for n in data["norms"] if n["conversion"]["verdict"] == "approximate"]
+    assert all(0.05 < c["mean_over_rms"] < 1 and c["error"] < c["naive_error"] for c in rough)
+    held = tokens()[-1]
+    want, got = run(model, held), run(out, held)
+    assert np.linalg.norm(want - got) / np.linalg.norm(want) == pytest.approx(cost["error"], rel=0.3)
+    onnx.checker.check_model(str(out), full_check=True)
+
+
+@pytest.mark.slow
+def test_all_norms_of_a_model_of_the_size_of_minilm(tmp_path: Path) -> None:
+    """6 layers of 384: 13 norms, the cosine distance of the embedding ten times smaller than without calibration."""
+    module = bert(6, 384, 12)
+    sets = [(torch.from_numpy(ids),) for ids in tokens(12, 8)]
+    result, report = normfuse.optimize(module, LOOSE, args=sets[0], calibration=sets)
+    cost = report.approximation
+    assert cost is not None
+    assert report.converted == 13
+    assert cost.cosine < cost.naive_cosine / 10
+    fresh = torch.from_numpy(np.random.default_rng(9).zipf(1.3, (8, LENGTH)) % (VOCABULARY - 3) + 3)
+    with torch.no_grad():
+        want, got = (m(fresh).mean(1) for m in (module, result))
+        naive = copy.deepcopy(module)
+        for path, layer in list(naive.named_modules()):
+            if isinstance(layer, nn.LayerNorm):
+                above, _, last = path.rpartition(".")
+                setattr(naive.get_submodule(above), last, RMSNorm.of(layer, 384, layer.eps))
+        dropped = naive(fresh).mean(1)
+
+    def cosine(a: Tensor, b: Tensor) -> float:
+        return float((1 - torch.nn.functional.cosine_similarity(a.double(), b.double())).mean())
+
+    assert cosine(want, got) < cosine(want, dropped) / 10
+
+
+def test_a_module_and_a_program_are_calibrated_alike() -> None:
+    module, sets = bert(), [(torch.from_numpy(ids),) for ids in tokens()]
+    result, report = normfuse.optimize(module, LOOSE, args=sets[0], calibration=sets)
+    assert report.converted == 5
+    assert sum(isinstance(m, RMSNorm) for m in result.modules()) == 5
+    assert list(result.state_dict()) == list(module.state_dict())
+    program, other = normfuse.optimize(torch.export.export(module, sets[0]), LOOSE, calibration=sets)
+    assert report.approximation is not None
+    assert other.approximation is not None
+    assert report.approximation.error == pytest.approx(other.approximation.error)
+    with torch.no_grad():
+        torch.testing.assert_close(result(*sets[-1]), program.module()(*sets[-1]))
+
+
+def test_only_the_norms_that_are_named(model: Path) -> None:
+    labels = [n.name for n in normfuse.inspect(model).norms]
+    config = Config(layernorm_to_rmsnorm="approximate", tolerance=0.5, norms=f"{labels[1]}, *_4")
+    report = normfuse.optimize(model, config, calibration=feeds(model))[1]
+    done = {n.name for n in report.norms if (n.conversion or {}).get("verdict") == "approximate"}
+    assert done == {labels[1], labels[4]}
+
+
+def test_beyond_the_tolerance_nothing_is_written_and_the_worst_are_named(model: Path, tmp_path: Path) -> None:
+    config = Config(layernorm_to_rmsnorm="approximate", tolerance=1e-6)
+    with pytest.raises(VerificationError, match=r"1e-06; the worst norms: node_layer_norm_\d"):
+        normfuse.rewrite(model, tmp_path / "out.onnx", config, calibration=feeds(model))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    (None, "needs calibration inputs"), (3, "not a int"), ([{"nothing": 1}], "no input is named 'nothing'"),
+    ([{}, {}], "is missing"), ("/no/such/folder.npz", "No such file"),
+])  # fmt: skip
+def test_calibration_inputs_that_do_not_fit(given: Any, message: str, model: Path, tmp_path: Path) -> None:
+    with pytest.raises((InputError, OSError), match=message):
+        normfuse.rewrite(model, tmp_path / "out.onnx", LOOSE, calibration=given)
+    assert not list(tmp_path.iterdir())
+
+
+def test_calibration_inputs_of_another_shape_or_too_few(model: Path) -> None:
+    name = names_of(model)
+    with pytest.raises(InputError, match=rf"{name}.*shape 4x3, the model wants 4x12"):
+        normfuse.optimize(model, LOOSE, calibration=[{name: tokens()[0][:, :3]}] * 2)
+    with pytest.raises(InputError, match="at least two sets"):
+        normfuse.optimize(model, LOOSE, calibration=feeds(model)[:1])
+    program = torch.export.export(bert(), (torch.from_numpy(tokens()[0]),))
+    with pytest.raises(InputError, match="4x12 of int64"):
+        normfuse.optimize(program, LOOSE, calibration=[(torch.zeros(4, 12),)] * 2)
+    with pytest.raises(InputError, match="takes 1"):
+        normfuse.optimize(program, LOOSE, calibration=[()] * 2)
+
+
+def test_a_pattern_that_names_no_norm(model: Path) -> None:
+    with pytest.raises(InputError, match=r"no LayerNorm is named like 'nix\*'; there are node_layer_norm"):
+        normfuse.optimize(model, Config(layernorm_to_rmsnorm="approximate", norms="nix*"), calibration=feeds(model))
+
+
+def test_the_command_line(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for i, one in enumerate(feeds(model)):
+        np.savez(tmp_path / f"{i}.npz", **one)
+    args = ["rewrite", str(model), str(tmp_path / "out.onnx"), "--layernorm-to-rmsnorm", "approximate"]
+    assert main([*args, "--calibration", str(tmp_path), "--tolerance", "0.5"]) == 0
+    text = capsys.readouterr().out
+    assert "approximated 4 on 6 sets of inputs; on 2 held back" in text
+    assert "█" in text
+    assert main([*args, "--overwrite", "--json"]) == 2
+    assert "calibration" in json.loads(capsys.readouterr().out)["error"]["message"]
+
+
+def test_a_bar_is_as_long_as_its_share() -> None:
+    assert [bar(x, 2) for x in (0.0, 0.25, 0.5, 0.75, 1.0, 9.0)] == ["", "▌", "█", "█▌", "██", "██"]
