@@ -91,7 +91,7 @@ def _rewrite(args: argparse.Namespace) -> Outcome:
         raise InputError("no output is given; name a file to write, or use --in-place or --dry-run")
     output, in_place = args.output or args.model, args.in_place or args.output is None
     config = Config(args.layernorm_to_rmsnorm, args.numerics, args.target, args.verify, args.ort_version, args.untie,
-                    args.fold_scale, args.norms, args.tolerance)  # fmt: skip
+                    args.fold_scale, args.force, args.norms, args.tolerance)  # fmt: skip
     started = time.perf_counter()
     with progress(not args.quiet) as advance:
         report: Report = normfuse.rewrite(
@@ -219,6 +219,7 @@ def _rewrite_arguments(rewrite: argparse.ArgumentParser) -> None:
     add("--tolerance", type=float, default=default.tolerance, metavar="X",
         help="how far an approximated output may be off on inputs held back from calibration (0.05)")  # fmt: skip
     add("--untie", action="store_true", help="copy a weight to be edited that something else reads too")
+    add("--force", action="store_true", help="convert LayerNorms also where nothing is gained on the target")
     add("--fold-scale", action="store_true", help="multiply the weight of each RMSNorm into the layers behind it")
     add("--target", choices=get_args(Target), default=default.target, help="where the result will run (onnx: anywhere)")
     add("--ort-version", default=default.ort_version, metavar="X.Y",

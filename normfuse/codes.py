@@ -221,4 +221,10 @@ CODES: dict[str, Code] = {
         "at run time.",
         "Convert before quantising, and export in evaluation mode.",
     ),
+    "NF306": Code(
+        "a conversion that gains nothing on the target",
+        "The table of the target has measured that an RMSNorm is no faster there than a LayerNorm. Example: ONNX "
+        "Runtime before 1.27 on the CPU.",
+        "Nothing, or force=True (--force), if the model is meant for more than one runtime.",
+    ),
 }

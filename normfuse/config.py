@@ -24,6 +24,7 @@ class Config:
       copied; otherwise it stays, and one centring operator is put instead.
     - `fold_scale`: multiply the weight of each RMSNorm into the linear layers behind it, where nothing else reads it;
       changes roundings.
+    - `force`: convert LayerNorms also where the target's table says that nothing is gained.
     - `norms`: in approximate mode, which LayerNorms may be approximated: shell patterns of their names, with commas.
     - `tolerance`: in approximate mode, how far an output may be off on held-back inputs (norm of the difference over
       the norm); beyond it nothing is done, and it is an error.
@@ -47,6 +48,7 @@ class Config:
     ort_version: str = ""
     untie: bool = False
     fold_scale: bool = False
+    force: bool = False
     norms: str = "*"
     tolerance: float = 0.05
 

@@ -36,11 +36,11 @@ class Means:
     """What a front end knows and can do.
 
     `channels`: its table of native operators; `span`: (start, end) of a slice along an axis; `uniform`: whether a
-    constant is one number all over; `locked`: why a constant cannot be edited, or None; `place`: whether an operator
-    can stand behind a value; `blind`: whether a node gives the same for a value and for the centred value;
-    `fits`: the front end's veto on a norm, given as it was found and as its operator has it; `twins`: what constants of
-    the same storage have in common; `untie`: a constant with other readers is copied rather than left; `hooks`: an
-    operator changes what every reader of the value sees, not only those that asked.
+    constant is one number all over; `locked`: why a constant cannot be edited, or None; `place`: whether an
+    operator can stand behind a value; `blind`: whether a node gives the same for a value and for the centred value;
+    `fits`: the front end's veto, (code, message), on a norm as it was found and as its operator has it; `twins`:
+    what constants of the same storage have in common; `untie`: a constant with other readers is copied rather than
+    left; `hooks`: an operator changes what every reader of the value sees, not only those that asked.
     """
 
     channels: Channels
@@ -49,7 +49,7 @@ class Means:
     locked: Callable[[Value], str | None]
     place: Callable[[Value], bool]
     blind: Callable[[Node, Value, Centre], bool]
-    fits: Callable[[Site, Site], str | None]
+    fits: Callable[[Site, Site], tuple[str, str] | None]
     twins: Callable[[Value], Hashable] = lambda value: value
     untie: bool = False
     hooks: bool = False
@@ -163,7 +163,7 @@ class _Planner:
             return self._keep(site, "NF301", "its input is a value inside another operator")
         why = self.can.fits(site, inner)
         if why is not None:
-            return self._keep(site, "NF301", why)
+            return self._keep(site, *why)
         self.sites.append(site)
 
     def _keep(self, site: Site, code: str, why: str) -> None:

@@ -68,7 +68,38 @@ def ratio(found: dict[str, Any], a: str, b: str) -> float:
     return float(found["forms"][a]["us"] / found["forms"][b]["us"])
 
 
-CPU = [row for row in ROWS if row.target == "ort-cpu" and row.form != "refuse"]
+CPU = [row for row in ROWS if row.target == "ort-cpu" and row.form != "refuse" and row.what != "conversion"]
+
+
+def gains(row: Row) -> list[float]:
+    """The time of an RMSNorm in parts of that of a LayerNorm, both with their addition, by version, type and shape."""
+    out = []
+    for found in json.loads(RESULT.read_text())["versions"].items():
+        if row.since <= tuple(map(int, found[0].split(".")[:2])) < row.before:
+            us = {(f["kind"], f["type"], f["rows"], f["n"]): f["forms"]["add, norm"]["us"] for f in found[1]}
+            out += [us["rms_norm", *key[1:]] / us[key] for key in us if key[0] == "layer_norm"]
+    return out
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.what == "conversion"], ids=lambda row: row.range)
+def test_a_conversion_pays_where_it_was_measured_to(row: Row) -> None:
+    found = gains(row)
+    assert len(found) >= 4 * len(SHAPES)
+    middle = statistics.median(found)
+    assert middle < 0.8 if row.form == "operator" else middle > 0.9
+    assert f"{min(found):.2g}"[:4] in row.evidence
+    assert f"{max(found):.2f}" in row.evidence
+
+
+def test_a_conversion_that_gains_nothing_is_left_unless_it_is_forced(tmp_path: Path) -> None:
+    from tests.test_centring import onnx_net
+
+    source = onnx_net(tmp_path / "in.onnx")
+    for version, force, converted in (("1.26", False, 0), ("1.26", True, 1), ("1.31", False, 1)):
+        config = normfuse.Config(layernorm_to_rmsnorm="exact", target="ort-cpu", ort_version=version, force=force)
+        report = normfuse.optimize(source, config)[1]
+        assert report.converted == converted
+        assert converted or [r.code for r in report.refusals] == ["NF306"]
 
 
 @pytest.mark.parametrize("row", CPU, ids=lambda row: f"{row.kind} {row.what} {row.form} {row.range}")

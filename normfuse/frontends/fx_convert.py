@@ -130,9 +130,10 @@ def convert_graph(source: fx.GraphModule, config: Config, state: Mapping[str, to
     numbers, emitter = Numbers(weights), Emitter(whole.emitter.level, "fast")
     settled = place or (lambda value: True)
 
-    def fits(site: Site, inner: Site) -> str | None:
+    def fits(site: Site, inner: Site) -> tuple[str, str] | None:
         found = emitter.expressible(low, rms(inner.norm), inner.value)
-        return found[1] if found is not None else unfit(site, inner) if unfit is not None else None
+        why = found[1] if found is not None else unfit(site, inner) if unfit is not None else None
+        return None if why is None else ("NF301", why)
 
     def channels(node: Node, out: Value, want: Centre) -> Links | None:
         return table.channels(low, node, out, want)

@@ -23,6 +23,7 @@ from normfuse.norm import Site
 from normfuse.passes.layernorm_to_rmsnorm import Conversion, Means, convert, rms
 from normfuse.passes.remove_dead import RemoveDead
 from normfuse.plan import Replace
+from normfuse.targets import Table
 from normfuse.verify import Array
 
 AXES_INPUT = 18
@@ -70,7 +71,7 @@ class _Means:
     def __init__(self, one: OnnxModel, low: Lowering, config: Config) -> None:
         self.one, self.low, self.config = one, low, config
         self.known: dict[Value, bool] = {}
-        self.emitter = Emitter(one.opset, fold=False)
+        self.emitter, self.table = Emitter(one.opset, fold=False), Table(config)
         self.used: set[str | None] = {*one.model.graph.initializers, *(v.name for v in low.source.inputs)}
         for node in low.source:
             self.used |= {node.name, *(v.name for v in node.outputs)}
@@ -134,9 +135,12 @@ class _Means:
             return f"the elements of {value.name} are not in the file"
         return None
 
-    def fits(self, site: Site, inner: Site) -> str | None:
+    def fits(self, site: Site, inner: Site) -> tuple[str, str] | None:
+        row = self.table.row(inner.norm, "conversion")
+        if row is not None and row.form == "leave" and not self.config.force:
+            return "NF306", f"{self.table.name}: {row.evidence}"
         found = self.emitter.expressible(rms(inner.norm), inner.value)
-        return None if found is None else found[1]
+        return None if found is None else ("NF301", found[1])
 
 
 class Editor:
