@@ -61,6 +61,7 @@ class _Recogniser:
         self.roots: dict[int, list[Root]] = {}
         self.seeds: dict[int, list[Root]] = {}  # reduction node -> its candidate roots
         self.misses: dict[RootKey, list[tuple[int, int, str, str, str]]] = {}
+        self.taken: set[int] = set()  # the values of the sites
 
     def run(self) -> Recognition:
         for value in self.graph.leaves:
@@ -311,6 +312,8 @@ class _Recogniser:
             try:
                 if fact.layout != identity_layout(fact.root.value) or self._idle(value, fact):
                     continue
+                if value.index in self.taken:  # read through two copies
+                    return
                 found = match(fact)
                 compute, cast = precision(fact)
                 if any(PRECISION.get(d, 0) < 24 for d in (compute, value.dtype or "")) and not exact(found.weight):
@@ -320,6 +323,7 @@ class _Recogniser:
                     first = why
                 continue
             norm = self._norm(value, fact, found, compute, cast)
+            self.taken.add(value.index)
             self.out.sites.append(Site(value, norm, fact, is_op(value, norm), chain_name))
             return
         value, fact = chain[0]

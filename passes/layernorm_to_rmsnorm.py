@@ -20,11 +20,13 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 
 from normfuse.centring import Block, Blocked, Centre, Channels, back, blocks_of, centred
+from normfuse.facts import ONE
 from normfuse.graph import Graph, Node, Value
 from normfuse.norm import Expr, Norm, Refusal, Site, region
 from normfuse.passes.fold_affine import Contraction
 from normfuse.passes.remove_dead import live
 from normfuse.recognise import Recognition
+from normfuse.transfer import identity_layout
 
 Reader = tuple[Node, Value] | Site
 """Who asks: a node for one of its results, or a norm."""
@@ -152,6 +154,8 @@ class _Planner:
 
     def _candidate(self, site: Site) -> None:
         norm = site.norm
+        if site.value.producer not in self.alive:
+            return self._keep(site, "NF301", "no output of the graph depends on it")
         if len(norm.axes) != 1:
             return self._keep(site, "NF301", f"it normalises over {len(norm.axes)} axes at once")
         self._cone(site)
@@ -170,17 +174,30 @@ class _Planner:
         self.out.kept[site] = Refusal(code, site.label, why)
 
     def _cone(self, site: Site) -> None:
-        """The nodes of a norm that nothing outside of it reads cannot tell whether its input is centred."""
-        inside = set(region(site.value, site.norm))
+        """The nodes of a norm that nothing outside of it reads cannot tell whether its input is centred, if they read the
+        input itself, or one copy or cast of it that has other readers."""
+        nodes = region(site.value, site.norm)
+        inside = set(nodes)
         while True:
             leaks = {n for n in inside for v in n.outputs if v is not site.value and
                      (v.kept or any(u not in inside and u in self.alive for u in v.uses))}  # fmt: skip
             if not leaks:
                 break
             inside -= leaks
-        for node in site.norm.x.uses:
-            if node in inside:
-                self.cones.setdefault((node, site.norm.x), []).append(site.norm.axes[0])
+        x = site.norm.x
+        outside = set(nodes) - inside
+        read = {v for n in inside for v in n.inputs if v is x or v.producer in outside}
+        for v in read if len(read) == 1 and all(self._copies(v, site) for v in read) else {x}:
+            for node in v.uses:
+                if node in inside:
+                    self.cones.setdefault((node, v), []).append(site.norm.axes[0])
+
+    def _copies(self, value: Value, site: Site) -> bool:
+        """Whether a value of a norm is its input, in another type at most."""
+        root = site.fact.root
+        fact = self.found.facts.get(value.index, {}).get(root.key()) if root.value is site.norm.x else None
+        return fact is not None and fact.alpha == {ONE: 1.0} and not (fact.beta or fact.kappa or fact.absolute) and (
+            fact.layout == identity_layout(root.value) and value.rank == root.value.rank)  # fmt: skip
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 

@@ -198,6 +198,14 @@ def _addmm(at: At, want: Centre) -> Links:
     return [(w, want.moved((w.rank or 0) - 1)), *_bias(at, at.tensor(0, "input", "self"), want)]
 
 
+def _grouped(at: At, want: Centre) -> Links:
+    """Rows times one matrix of several each: mixtures of experts."""
+    x, w = at.tensor(0, "input", "self", "mat_a"), at.tensor(1, "weight", "mat2", "mat_b")
+    if (x.rank, w.rank, at.rank) != (2, 3, 2) or want.axis != 1 or at.get(3, "bias") is not None:
+        raise at.blocked("has the channels as rows")
+    return [(w, want.moved(2))]
+
+
 def _conv(transposed: bool = False) -> Row:
     def row(at: At, want: Centre) -> Links:
         general = name_of(at.node) == "convolution"
@@ -473,6 +481,7 @@ ROWS: dict[str, Row] = _table(
         "linear": _linear,
         "matmul __matmul__ mm bmm": _matmul,
         "addmm baddbmm": _addmm,
+        "grouped_mm _grouped_mm transformers::grouped_mm_fallback": _grouped,
         "conv1d conv2d conv3d convolution": _conv(),
         "conv_transpose1d conv_transpose2d conv_transpose3d": _conv(transposed=True),
         "embedding": _embedding,
