@@ -290,9 +290,11 @@ def tell(report: Report, sites: Sequence[Site], records: Sequence[Record]) -> No
         was = record_of(record.site)
         names = [record.result] if record.result else _names(record.site)
         known = next((found[name] for name in names if name in found), None)
-        if known is None:
+        if known is None and record.verdict == "kept":
             continue
-        site, norm = known
+        if known is None:  # what it is made of is not recognised as a norm again
+            report.norms.append(was)
+        site, norm = known or (record.site, was)
         norm.conversion = record.to_dict()
         if record.verdict == "kept":
             report.refusals.append(RefusalRecord(record.code, was.name, record.reason))

@@ -169,7 +169,9 @@ class _Recogniser:
                     others = [o for j, o in enumerate(node.inputs) if j != i]
                     scaled = all(o.number is not None or o.index in self.stat or self._parameter(o) for o in others)
                     square = node.kind == "mul" and operand.shape == v.shape
-                    if operand.rank == v.rank and (scaled or square) and operand.index not in self.stat:
+                    squared = node.kind in ("square", "pow") or (square and node.inputs[0] is node.inputs[-1])
+                    whole = squared or operand.index not in self.stat  # what is squared may be a mean over other axes
+                    if operand.rank == v.rank and (scaled or square) and whole:
                         todo.append((operand, over))
 
     def _plant(self, value: Value) -> None:

@@ -22,9 +22,10 @@ from normfuse.passes.fold_affine import Contraction, contraction
 
 RANDOM = frozenset(
     """rand rand_like randn randn_like randint randint_like randperm bernoulli bernoulli_ multinomial normal normal_
-    uniform_ exponential_ native_dropout dropout_ alpha_dropout feature_dropout rrelu""".split()
+    uniform_ exponential_ rrelu""".split()
 )
 CONTRACTIONS = frozenset("linear addmm mm matmul __matmul__ conv1d conv2d conv3d convolution".split())
+DROPOUT = frozenset("dropout dropout_ native_dropout alpha_dropout feature_dropout".split())
 QUANTISED = ("quantized", "quantized_decomposed", "torchao", "torch_ao")
 
 
@@ -80,7 +81,7 @@ def hazard(graph: fx.Graph, module: nn.Module) -> str | None:
             return f"the model is quantised ({node.name}): its scales hold for the values as they are"
         if bare in RANDOM:
             return f"the graph draws random numbers ({node.name}), so that it cannot be compared with itself"
-        if bare == "dropout":
+        if bare in DROPOUT:
             p = node.args[1] if len(node.args) > 1 else node.kwargs.get("p", 0.5)
             train = node.args[2] if len(node.args) > 2 else node.kwargs.get("training", node.kwargs.get("train", True))
             if train is not False and p != 0:
@@ -433,6 +434,24 @@ def _index_select(at: At, want: Centre) -> Links:
     return [(x, want)]
 
 
+def _gather(at: At, want: Centre) -> Links:
+    """Picks along one axis, the same for all channels: the index is one that was spread over them."""
+    x, index = at.tensor(0, "input", "self"), at.get(2, "index", "indices")
+    if at.axis(1, "dim", rank=x.rank or 0) == want.axis or not _spread(index, at.rank - want.axis):
+        raise at.blocked("picks channel by channel")
+    return [(x, want)]
+
+
+def _spread(index: Any, back: int) -> bool:
+    """Whether a node repeats what has size 1 along an axis, the `back`th from behind."""
+    if not isinstance(index, fx.Node) or not isinstance(index.args[0] if index.args else None, fx.Node):
+        return False
+    meta = meta_of(index.args[0])  # type: ignore[arg-type]
+    if name_of(index) not in ("expand", "expand_as", "broadcast_to", "repeat", "tile") or not is_tensor(meta):
+        return False
+    return len(meta.shape) < back or meta.shape[-back] == 1
+
+
 def _index_add(at: At, want: Centre) -> Links:
     x, source = at.tensor(0, "input", "self"), at.tensor(3, "source", "src")
     if at.axis(1, "dim", rank=x.rank or 0) == want.axis:
@@ -492,6 +511,7 @@ ROWS: dict[str, Row] = _table(
         "where masked_fill": _where,
         "index": _index,
         "index_select": _index_select,
+        "gather take_along_dim": _gather,
         "index_add index_add_": _index_add,
         "roll": _same_but("dims", at_index=2, default=0),
         "flip": _same_but("dims", at_index=1),

@@ -350,6 +350,18 @@ def _gather_nd(low: Lowering, node: ir.Node, want: Centre) -> Links:
     return [(data, want.moved(axis))]
 
 
+def _gather_elements(low: Lowering, node: ir.Node, want: Centre) -> Links:
+    data, index = _operand(low, node, 0), node.inputs[1]
+    axis, maker = attribute(node, "axis", 0) % (data.rank or 1), index.producer() if index is not None else None
+    source = low.value(maker.inputs[0]) if maker is not None and maker.op_type in ("Expand", "Tile") else None
+    back = _rank(low, node) - want.axis
+    spread = source is not None and source.shape is not None and (
+        len(source.shape) < back or source.shape[-back] == 1)  # fmt: skip
+    if axis == want.axis or not spread:
+        raise Blocked(f"GatherElements {node.name or ''} picks channel by channel")
+    return [(data, want)]
+
+
 def _scatter_nd(low: Lowering, node: ir.Node, want: Centre) -> Links:
     data, index, updates = (_operand(low, node, i) for i in range(3))
     last = (index.shape or (None,))[-1]
@@ -365,6 +377,7 @@ ROWS: dict[str, Row] = {
     "Conv": _conv(0),
     "ConvTranspose": _conv(1),
     "Gather": _gather,
+    "GatherElements": _gather_elements,
     "GatherND": _gather_nd,
     "ScatterND": _scatter_nd,
     "Concat": _concat,

@@ -55,6 +55,24 @@ class GatherElements(OpRun):
         return (np.take_along_axis(data[cut], index, axis),)
 
 
+class Pad(OpRun):
+    """Padding; a negative width cuts off, which the reference refuses."""
+
+    op_domain = ""
+
+    def _run(self, data: Array, pads: Array, value: Array | None = None, axes: Array | None = None,
+             mode: str = "constant") -> tuple[Array]:  # fmt: skip
+        over = [int(a) % data.ndim for a in (range(data.ndim) if axes is None else np.asarray(axes).reshape(-1))]
+        widths = [(0, 0)] * data.ndim
+        for i, axis in enumerate(over):
+            widths[axis] = int(pads[i]), int(pads[i + len(over)])
+        cut = tuple(slice(max(-a, 0), n - max(-b, 0)) for n, (a, b) in zip(data.shape, widths, strict=True))
+        more: dict[str, Any] = {"constant_values": 0 if value is None else value} if mode == "constant" else {}
+        modes: Any = {"constant": "constant", "reflect": "reflect", "edge": "edge", "wrap": "wrap"}[mode]
+        grown = [(max(a, 0), max(b, 0)) for a, b in widths]
+        return (np.pad(data[cut], grown, modes, **more).astype(data.dtype),)
+
+
 class Erf(OpRun):
     """The error function in the type of its operand; the reference computes one element at a time, in float32."""
 
@@ -67,4 +85,4 @@ class Erf(OpRun):
         return (torch.erf(wide).numpy().astype(x.dtype),)
 
 
-KERNELS: list[Any] = [Conv, GatherElements, Erf]
+KERNELS: list[Any] = [Conv, GatherElements, Pad, Erf]
