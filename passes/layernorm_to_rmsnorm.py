@@ -174,8 +174,8 @@ class _Planner:
         self.out.kept[site] = Refusal(code, site.label, why)
 
     def _cone(self, site: Site) -> None:
-        """The nodes of a norm that nothing outside of it reads cannot tell whether its input is centred, if they read the
-        input itself, or one copy or cast of it that has other readers."""
+        """The nodes of a norm that nothing outside of it reads cannot tell whether its input is centred, if they read
+        the input itself, or one copy or cast of it that has other readers."""
         nodes = region(site.value, site.norm)
         inside = set(nodes)
         while True:

@@ -17,20 +17,33 @@ from tests.kernel_tools import CASES, Found
 pytest.importorskip("triton")
 
 
-@pytest.fixture(scope="module")
-def interpreted() -> dict[str, Found]:
-    """What the cases found in Triton's interpreter."""
-    done = subprocess.run([sys.executable, "-W", "ignore", "-m", "tests.kernel_cases"], cwd=ROOT, capture_output=True,
-                          text=True, env=os.environ | {"TRITON_INTERPRET": "1"}, check=False)  # fmt: skip
+def run(*names: str, **more: str) -> dict[str, Found]:
+    """What cases find in Triton's interpreter."""
+    command = [sys.executable, "-W", "ignore", "-m", "tests.kernel_cases", *names]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {"TRITON_INTERPRET": "1"} | more, check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr
     found: dict[str, Found] = json.loads(done.stdout)
     return found
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, Found]:
+    """What the cases found, a half of the types and sizes."""
+    return run(NORMFUSE_SAMPLE="1")
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_interpreted(name: str, interpreted: dict[str, Found]) -> None:
     print(name, interpreted[name])
     assert "failed" not in interpreted[name], interpreted[name]["failed"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["forward", "backward"])
+def test_interpreted_in_full(name: str) -> None:
+    found = run(name)[name]
+    assert "failed" not in found, found["failed"]
 
 
 @pytest.mark.gpu

@@ -108,7 +108,9 @@ def test_a_reference_out_of_the_folder(tmp_path: Path) -> None:
     onnx.checker.check_model(tmp_path / "out.onnx")
 
 
-@pytest.mark.parametrize("flags", [(), ("-q",), ("--json",)])
+@pytest.mark.parametrize("flags", [
+    (), *(pytest.param(f, marks=pytest.mark.slow) for f in (("-q",), ("--json",))),
+])  # fmt: skip
 def test_a_bar_on_a_terminal_only(flags: tuple[str, ...], tmp_path: Path) -> None:
     source = large(tmp_path, 1)
     code = ("import normfuse.cli_print as p, sys; p.PATIENCE = 0; from normfuse.cli import main; "
