@@ -27,13 +27,19 @@ REDUCTIONS = {"ReduceMean", "ReduceSum", "ReduceL2", "ReduceSumSquare", "GlobalA
 EXPORTERS: tuple[tuple[Exporter, int], ...] = (
     ("dynamo", 18), ("dynamo", 23), ("torchscript", 11), ("torchscript", 17),
 )  # fmt: skip
+def marks(exporter: Exporter, dtype: torch.dtype, i: int, opset: int) -> tuple[pytest.MarkDecorator, ...]:
+    """Of the half types a third by default: torch's exporter takes a second or two each."""
+    return () if exporter != "dynamo" or dtype == SINGLE or i % 3 == opset % 2 else (pytest.mark.slow,)
+
+
 CASES = [
-    pytest.param(exporter, opset, dtype, name, id=f"{exporter}-{opset}-{str(dtype)[6:]}-{name}")
+    pytest.param(exporter, opset, dtype, name, id=f"{exporter}-{opset}-{str(dtype)[6:]}-{name}",
+                 marks=marks(exporter, dtype, i, opset))
     for exporter, opset in EXPORTERS
     for dtype in (SINGLE, HALF, *((BRAIN,) if (exporter, opset) == ("dynamo", 18) else ()))
-    for name in SPELLINGS
+    for i, name in enumerate(SPELLINGS)
     if name not in CANNOT_EXPORT[exporter, opset]
-]
+]  # fmt: skip
 
 
 def exported(exporter: Exporter, opset: int, dtype: torch.dtype, name: str) -> Path:
