@@ -279,11 +279,13 @@ def apply(want: Centre, array: Array, scales: Sequence[Array]) -> Array:
 def tell(report: Report, sites: Sequence[Site], records: Sequence[Record]) -> None:
     """Put what became of each LayerNorm into the report on the converted model, whose norms are at `sites`.
 
-    A converted norm keeps the name, the kind and the formula that it had in the model.
+    A converted norm keeps the name, the kind, the place and the formula that it had in the model.
     """
     from normfuse.api import record_of
+    from normfuse.placement import recipe
 
     found: dict[str | None, tuple[Site, NormRecord]] = {}
+    now = {site: site for site in sites}
     for site, norm in zip(sites, report.norms, strict=True):
         found |= dict.fromkeys(_names(site), (site, norm))
     for record in records:
@@ -295,6 +297,7 @@ def tell(report: Report, sites: Sequence[Site], records: Sequence[Record]) -> No
         if known is None:  # what it is made of is not recognised as a norm again
             report.norms.append(was)
         site, norm = known or (record.site, was)
+        now[site] = record.site
         norm.conversion = record.to_dict()
         if record.verdict == "kept":
             report.refusals.append(RefusalRecord(record.code, was.name, record.reason))
@@ -302,12 +305,14 @@ def tell(report: Report, sites: Sequence[Site], records: Sequence[Record]) -> No
         if norm.action == "refused":  # the operator in its place stays as it is
             report.refusals = [r for r in report.refusals if r.node != site.label]
         norm.emitted = norm.emitted or record.emitted
-        norm.name, norm.kind, norm.fact, norm.form, norm.action = was.name, was.kind, was.fact, was.form, "converted"
-        norm.reason = ""
+        norm.name, norm.kind, norm.fact, norm.form = was.name, was.kind, was.fact, was.form
+        norm.placement, norm.action, norm.reason = was.placement, "converted", ""
         if record.verdict == "approximate":
             norm.verified = None
         if record.check is not None:
             norm.verified = record.check.ok and norm.verified is not False
+    if records:
+        report.recipe = recipe(list(now.values()))
 
 
 def _names(site: Site) -> list[str]:
