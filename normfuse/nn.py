@@ -39,13 +39,28 @@ class RMSNorm(nn.Module):
         """The norm of each row."""
         if self.axis != -1:
             x = x.movedim(self.axis, -1)
-        y = F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
-        y = y if self.bias is None else y + self.bias
+        y = self._plain(x) if _slow(x) else F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+        if self.bias is not None and not (_slow(x) and self.weight is not None):
+            y = y + self.bias
         return y if self.axis == -1 else y.movedim(-1, self.axis)
+
+    def _plain(self, x: Tensor) -> Tensor:
+        """The same in four steps, the bias included where there is a weight."""
+        root = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = torch.rsqrt(root * root * (1 / self.normalized_shape[0]) + self.eps)
+        if self.weight is None:
+            return x * scale
+        return x * scale * self.weight if self.bias is None else torch.addcmul(self.bias, x * scale, self.weight)
 
     def extra_repr(self) -> str:
         """Size and eps."""
         return f"{self.normalized_shape[0]}, eps={self.eps}, bias={self.bias is not None}"
+
+
+def _slow(x: Tensor) -> bool:
+    """Where F.rms_norm takes twice as long as these steps: eager torch on a CPU, which has no kernel for it."""
+    wide = x.dtype in (torch.float32, torch.float64)
+    return wide and x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 class Centre:

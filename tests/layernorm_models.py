@@ -7,7 +7,7 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,7 +43,6 @@ class Case:
     converted: int
     norms: int
     operators: int = 0
-    dynamic: Mapping[str, Any] = field(default_factory=dict)
 
 
 def offset(model: nn.Module, seed: int = 0) -> nn.Module:
