@@ -83,7 +83,7 @@ def rewrite(src_path: str | Path, dst_path: str | Path, config: Config | None = 
         keep = original if plain else None
         planned = time.perf_counter()
         if config.verify == "model":
-            report.model_check = _check_model(source, model, keep) if changed else None
+            report.model_check = _check_model(source, model, keep, config.converts) if changed else None
         if not dry_run:
             if progress is not None:
                 progress("saving", 0.9)
@@ -249,17 +249,17 @@ def _rewrite_ir(model: ir.Model, config: Config, progress: Progress | None,
     return model, report, changed or other, plain
 
 
-def _check_model(source: Path, model: ir.Model, keep: Source | None) -> dict[str, Any]:
+def _check_model(source: Path, model: ir.Model, keep: Source | None, converted: bool) -> dict[str, Any]:
     """Run the input and the result in ONNX Runtime before anything is written where the user asked."""
     import tempfile
 
     from normfuse.io import files
-    from normfuse.verify import compare_models, demand_equal
+    from normfuse.verify import CONVERTED, ROUNDINGS, compare_models, demand_equal
 
     with tempfile.TemporaryDirectory(prefix="normfuse-") as folder:
         candidate = Path(folder) / "candidate.onnx"
         files.write_onnx(model, candidate, keep)
-        found = compare_models(source, candidate)
+        found = compare_models(source, candidate, roundings=CONVERTED if converted else ROUNDINGS)
     demand_equal(found, source)
     return found
 

@@ -58,6 +58,9 @@ class Config:
             value, known = getattr(self, f.name), get_args(hints[f.name])
             if known and value not in known:
                 raise InputError(f"{f.name}={value!r} is not known; choose one of {', '.join(map(repr, known))}")
+        if self.layernorm_to_rmsnorm == "approximate" and self.verify == "model":
+            raise InputError("verify='model' asks for equal outputs, which layernorm_to_rmsnorm='approximate' does not "
+                             "give; its error is measured on held-back inputs, see tolerance")  # fmt: skip
         if not self.tolerance > 0:
             raise InputError(f"tolerance={self.tolerance!r} is not a positive number, such as 0.05")
         if not self.norms.strip(" ,"):

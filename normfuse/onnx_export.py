@@ -31,7 +31,7 @@ OURS = {
 
 
 def export(module: Any, args: tuple[Any, ...] | None, path: str | Path, config: Config | None = None, *,
-           overwrite: bool = False, progress: Callable[[str, float], None] | None = None,
+           overwrite: bool = False, calibration: Any = None, progress: Callable[[str, float], None] | None = None,
            **options: Any) -> Report:  # fmt: skip
     """Export a module by `torch.onnx.export(module, args, dynamo=True, **options)`, fuse its norms, check, and save.
 
@@ -39,6 +39,8 @@ def export(module: Any, args: tuple[Any, ...] | None, path: str | Path, config: 
     (then `args` are only used to verify, and there are no `options`). `options` are those of `torch.onnx.export`, such
     as `kwargs`, `dynamic_shapes`, `opset_version`, `input_names`. The module is left as it is: its mode, and the
     implementation of its experts, which torch's exporter takes in one form only.
+
+    `calibration` is for `layernorm_to_rmsnorm="approximate"`: dicts of arrays by the input names of the ONNX model.
 
     Weights of more than 256 MiB are saved beside `path`, in a file named by its content. With
     `Config(verify="model")` the result is compared with the export as it was, in ONNX Runtime, on `args`.
@@ -63,9 +65,9 @@ def export(module: Any, args: tuple[Any, ...] | None, path: str | Path, config: 
     exported = time.perf_counter()
     assert _kind(program) == "program"
     with _quiet_collector():
-        model, report, *_ = _rewrite_ir(program.model.clone(), config, progress)
+        model, report, *_ = _rewrite_ir(program.model.clone(), config, progress, calibration)
     if config.verify == "model":
-        report.model_check = _compare(program.model, model, args, options.get("kwargs"), target)
+        report.model_check = _compare(program.model, model, args, options.get("kwargs"), target, config.converts)
     if progress is not None:
         progress("saving", 0.9)
     planned = time.perf_counter()
@@ -138,13 +140,13 @@ def _silent() -> Iterator[None]:
 
 
 def _compare(before: ir.Model, after: ir.Model, args: tuple[Any, ...] | None, kwargs: Mapping[str, Any] | None,
-             target: Path) -> dict[str, Any]:  # fmt: skip
+             target: Path, converted: bool) -> dict[str, Any]:  # fmt: skip
     """Run the export and the result in ONNX Runtime, on the arguments where they are the graph's inputs one by one."""
     import torch
     from torch.utils import _pytree
 
     from normfuse.io import files
-    from normfuse.verify import compare_models, demand_equal
+    from normfuse.verify import CONVERTED, ROUNDINGS, compare_models, demand_equal
 
     given = [v for v in _pytree.tree_leaves((args or (), dict(kwargs or {}))) if isinstance(v, torch.Tensor)]
     names = [str(v.name) for v in before.graph.inputs]
@@ -154,6 +156,6 @@ def _compare(before: ir.Model, after: ir.Model, args: tuple[Any, ...] | None, kw
         one, two = Path(folder) / "before.onnx", Path(folder) / "after.onnx"
         files.write_new(before.clone(), one)
         files.write_new(after.clone(), two)
-        found = compare_models(one, two, inputs=inputs)
+        found = compare_models(one, two, inputs=inputs, roundings=CONVERTED if converted else ROUNDINGS)
     demand_equal(found, target)
     return found

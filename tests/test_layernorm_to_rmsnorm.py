@@ -71,7 +71,7 @@ def test_the_ruling_on_an_exported_program(name: str) -> None:
         assert proof["check"]["constants"] > 10
         assert proof["derivation"] or proof["operators"] or proof["edits"]
         assert norm["verified"]
-        assert "rms_norm" in norm["emitted"]
+        assert "norm" in norm["emitted"]
         error = proof["check"]
         assert error["error_after"] <= 2 * error["error_before"]
     assert all(n["conversion"]["reason"] for n in report.to_dict()["norms"] if n["action"] != "converted"
