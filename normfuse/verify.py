@@ -142,8 +142,8 @@ def _close(a: Array, b: Array, tolerance: float) -> bool:
 ROUNDINGS = 64.0
 """How far two models may differ in an output, in roundings of its type at the largest element."""
 CONVERTED = 256.0
-"""The same where LayerNorms were converted: the original is itself far from float64 where a mean is large (seen: 64, the
-conversion 5), and the edited weights are rounded anew."""
+"""The same where LayerNorms were converted: the original is itself far from float64 where a mean is large (seen: 64,
+the conversion 5), and the edited weights are rounded anew."""
 
 
 # -- whole models ------------------------------------------------------------------------------------------------

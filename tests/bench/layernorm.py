@@ -181,7 +181,7 @@ def main() -> None:
              for r in single]  # fmt: skip
     print(table(["shape", *FORMS, *TORCH], cells), flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        whole = models(repeats, Path(folder))
+        whole = models(min(repeats, 15), Path(folder))
     cells = [[r["model"], r["where"], r["converted"], *(f"{v:.2f}" for v in r["ms"].values()), r["ratio"]]
              for r in whole]  # fmt: skip
     print(table(["model", "where", "converted", "before, ms", "after, ms", "ratio"], cells, 2))
