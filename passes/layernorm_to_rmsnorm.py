@@ -151,6 +151,7 @@ class _Planner:
         self.askers: dict[Value, list[Reader]] = {}
         self.operators: dict[Operator, list[Reader]] = {}
         self.again = False
+        self.raw: set[Value] = set()  # values that this round has found must stay as they are
 
     def _candidate(self, site: Site) -> None:
         norm = site.norm
@@ -297,7 +298,10 @@ class _Planner:
             if value.fixed and any(use in self.alive for use in value.uses):
                 twins.setdefault(self.can.twins(value), []).append(value)
         bad = []
-        for value, want in self.state.items():
+        self.raw = set()
+        # the last first: a value that stays as it is makes those it is read from stay in the same round
+        for value in sorted(self.state, key=lambda v: -1 if v.producer is None else v.producer.index, reverse=True):
+            want = self.state[value]
             why = self._reader(value, want)
             if why is None and value.producer is None:
                 others = [v for v in twins.get(self.can.twins(value), ()) if v is not value]
@@ -305,6 +309,7 @@ class _Planner:
                     why = f"its storage is that of {others[0].name} too"
             if why is not None:
                 bad.append((value, why))
+                self.raw.add(value)
         for value, why in bad:
             if self.can.untie and value.producer is None and value.fixed:
                 self.copies.add(value)
@@ -340,7 +345,7 @@ class _Planner:
             blocks = want.within(*span)
         if blocks == ():
             return True
-        if out not in self.state:
+        if out not in self.state or out in self.raw:
             return False
         try:
             links = back(node, out, self.state[out], self.can.channels, self.can.uniform)
@@ -429,6 +434,8 @@ class _Planner:
 
     def _result(self) -> None:
         out = self.out
+        if not self.sites:
+            return
         out.sites, out.values, out.operators = self.sites, dict(self.state), dict(self.operators)
         out.seeds = {v: self.seeds[v] for v, _ in self.operators}
         out.edits = {v: want for v, want in self.state.items() if v.producer is None}
