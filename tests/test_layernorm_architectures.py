@@ -203,3 +203,19 @@ def test_operators_of_the_check_that_the_reference_lacks() -> None:
     want = session.run(None, {"x": x})
     got = ReferenceEvaluator(proto, new_ops=KERNELS).run(None, {"x": x})
     assert all(np.array_equal(a, b) for a, b in zip(want, got, strict=True))
+
+
+@pytest.mark.parametrize(("name", "counts", "reason"), [
+    ("olmo", (5, 5, 0), ""),  # its norms cast to float32 and back
+    ("nemotron", (0, 5, 0), "computes its weight"),  # 1 + weight
+])  # fmt: skip
+def test_modules(name: str, counts: tuple[int, int, int], reason: str) -> None:
+    case = CASES[name]
+    module, args = case.build(), case.inputs()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        want = module(*args)
+        done, report = normfuse.optimize(module, EXACT, args=args)
+        found = outcome_of(report, relative(want.numpy(), done(*args).numpy()))
+    _holds(found, counts)
+    assert all(reason in why for why in found.reasons)

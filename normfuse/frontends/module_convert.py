@@ -19,6 +19,7 @@ from normfuse.convert import refusals, tell, worst
 from normfuse.errors import InputError, UnsupportedError
 from normfuse.frontends.fx_approximate import approximate_program
 from normfuse.frontends.fx_convert import Converted, convert_program
+from normfuse.frontends.fx_effects import is_assert
 from normfuse.graph import Value
 from normfuse.nn import Centre, RMSNorm
 from normfuse.norm import Site
@@ -157,10 +158,19 @@ class _Places:
         for s in (inner, site):
             node, x = s.value.native, s.norm.x.native
             path = self.path(node) if isinstance(node, fx.Node) else ""
-            if path and isinstance(x, fx.Node) and not self.inside(x, path) and all(
-                    not self.inside(user, path) for user in self.nodes.get(node.name, node).users):  # fmt: skip
+            if path and isinstance(x, fx.Node) and not self.inside(x, path) and not self._read_in(s.value, path):
                 return path, s.norm.axes[0] - (s.norm.x.rank or 0)
         return None
+
+    def _read_in(self, value: Value, path: str) -> bool:
+        """Whether a module reads a value, other than to give it out as it is."""
+        for user in self.nodes.get(value.native.name, value.native).users:
+            if self.inside(user, path) and not is_assert(user):
+                copies = [n.outputs[0] for n in value.uses if n.native is not None and n.native.name == user.name and
+                          n.kind in ("cast", "identity") and n.outputs[0].dtype == value.dtype]  # fmt: skip
+                if not copies or self._read_in(copies[0], path):
+                    return True
+        return False
 
     def unfit(self, site: Site, inner: Site) -> str | None:
         """Why a norm cannot be replaced in the module."""
@@ -176,8 +186,15 @@ class _Places:
         if own != expected or {n for n, e in (("weight", norm.weight), ("bias", norm.bias)) if e} != expected:
             return f"its module {path} has other parameters than a weight and a bias"
         exprs = [e for e in (norm.weight, norm.bias) if e is not None]
-        plain = all(len(e) == 1 and e[0][0] == 1.0 and len(e[0][1]) == 1 for e in exprs)
+        plain = all(len(e) == 1 and e[0][0] == 1.0 and len(e[0][1]) == 1 and _stored(e[0][1][0][0]) for e in exprs)
         return None if plain else f"its module {path} computes its weight"
+
+
+def _stored(value: Value) -> bool:
+    """Whether a value is a constant of the module, casts aside."""
+    while value.producer is not None and value.producer.kind in ("cast", "identity"):
+        value = value.producer.inputs[0]
+    return value.producer is None
 
 
 def _clean(path: str) -> str:
