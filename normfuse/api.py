@@ -22,6 +22,7 @@ from normfuse.report import NormRecord, RefusalRecord, Report
 from normfuse.verify import Check
 
 if TYPE_CHECKING:
+    import onnx
     import onnx_ir as ir
 
     from normfuse.frontends.onnx_model import OnnxModel
@@ -128,15 +129,17 @@ def optimize(model: Any, config: Config | None = None, *, args: Sequence[Any] = 
 
         with _quiet_collector():
             return fx_model.run(model, config, rewrite=True, calibration=calibration)
-    import onnx_ir as ir
+    from normfuse.io.data import secure
+    from normfuse.io.files import to_proto
 
     if config.verify == "model":
         raise UnsupportedError(whole)
     if kind == "proto":
-        done, report = _rewrite_ir(ir.serde.deserialize_model(model), config, None, calibration)[:2]
-        return ir.to_proto(done), report
-    source = model.model if kind == "program" else model
-    copy, report = _rewrite_ir(source.clone(), config, None, calibration)[:2]
+        done, report = _rewrite_ir(_of_proto(model), config, None, calibration)[:2]
+        return to_proto(done), report
+    copy = (model.model if kind == "program" else model).clone()
+    secure(copy)
+    copy, report = _rewrite_ir(copy, config, None, calibration)[:2]
     if kind == "program":
         import torch
 
@@ -163,11 +166,15 @@ def _kind(model: Any) -> str:
                      "onnx_ir.Model, ONNXProgram, ExportedProgram or GraphModule")  # fmt: skip
 
 
-def _as_ir(model: Any, kind: str) -> ir.Model:
-    import onnx_ir as ir
+def _of_proto(proto: onnx.ModelProto) -> ir.Model:
+    from normfuse.io import files
 
+    return files.from_proto(proto, Path("the ModelProto"))[0]
+
+
+def _as_ir(model: Any, kind: str) -> ir.Model:
     if kind == "proto":
-        return ir.serde.deserialize_model(model)
+        return _of_proto(model)
     found: ir.Model = model.model if kind == "program" else model
     return found
 

@@ -157,8 +157,13 @@ def compare_models(path_a: str | Path, path_b: str | Path, *, seed: int = 0,
     integers small and not negative, masks all true. An output agrees when no element differs by more than `roundings`
     of its type times the largest element. Returns {"equal", "outputs", "tolerance", "provider"}.
 
-    Raises `InputError` where a model does not load or run, or the two have other inputs or outputs.
+    Raises `InputError` where a model does not load or run, or the two have other inputs or outputs, and
+    `UnsafeModelError` for external data that are outside a model's folder.
     """
+    from normfuse.io.files import read_onnx
+
+    for path in (path_a, path_b):
+        read_onnx(path)
     a, b = session(path_a), session(path_b)
     names = [i.name for i in a.get_inputs()]
     if sorted(names) != sorted(i.name for i in b.get_inputs()):

@@ -395,7 +395,7 @@ def lower(model: ir.Model) -> list[Lowering]:
     for _ in range(MAX_ROUNDS):
         if not first.missing or not any(node.kind in REDUCTIONS for node in first.graph.nodes):
             break
-        inferred = infer(model, first.values)
+        inferred = infer(model, first.values, first.arrays)
         if inferred == first.inferred or not inferred:
             break
         first = Lowering(model.graph, inferred)

@@ -78,7 +78,13 @@ def _cast(node: ir.Node, args: Sequence[Array]) -> Array:
 def _fill(node: ir.Node, args: Sequence[Array]) -> Array:
     value = attribute(node, "value")
     fill = np.zeros(1, np.float32) if value is None else value.numpy().reshape(-1)
-    return np.full([int(d) for d in args[0]], fill[0], fill.dtype)
+    return np.broadcast_to(fill[:1].reshape(()), [int(d) for d in args[0]])  # takes no memory, whatever the size
+
+
+def _range(start: float, stop: float, step: float) -> Array:
+    if not (stop - start) / step <= MAX_ELEMENTS:
+        raise ValueError("too long to be of use")
+    return np.arange(start, stop, step)
 
 
 def _div(node: ir.Node, args: Sequence[Array]) -> Array:
@@ -121,7 +127,7 @@ FOLDS: dict[str, Callable[[ir.Node, Sequence[Array]], Array]] = {
         args[0], np.broadcast_shapes(args[0].shape, tuple(int(d) for d in args[1]))
     ),
     "ConstantOfShape": _fill,
-    "Range": lambda node, args: np.arange(args[0].item(), args[1].item(), args[2].item(), dtype=args[0].dtype),
+    "Range": lambda node, args: _range(*(a.item() for a in args)).astype(args[0].dtype),
     "Where": lambda node, args: np.where(args[0], args[1], args[2]),
     "ReduceProd": lambda node, args: np.prod(
         args[0], _axes(node, args), keepdims=bool(attribute(node, "keepdims", 1))

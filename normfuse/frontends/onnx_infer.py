@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 
@@ -17,10 +18,15 @@ Inferred = dict[str, tuple[Shape | None, str | None]]
 """Value name -> shape and dtype."""
 
 
-def infer(model: ir.Model, known: dict[ir.Value, Value]) -> Inferred:
+LONG = 2**24
+"""The most elements of a vector for `onnx.shape_inference`, which lists those of whatever might be a shape."""
+
+
+def infer(model: ir.Model, known: dict[ir.Value, Value], arrays: dict[ir.Value, Any]) -> Inferred:
     """Shapes and types by `onnx.shape_inference`, weights left out; empty where that fails.
 
-    It is told what is `known` already, because it stops where a shape is computed, and what follows is lost.
+    It is told what is `known` already, because it stops where a shape is computed, and what follows is lost. `arrays`
+    are the constants: with a size among them that no vector has, it does not compute shapes.
     """
     held: list[tuple[ir.Value, Any]] = []
     try:
@@ -45,7 +51,7 @@ def infer(model: ir.Model, known: dict[ir.Value, Value]) -> Inferred:
             else:
                 proto.graph.value_info.append(info)
     try:
-        done = onnx.shape_inference.infer_shapes(proto, data_prop=True)
+        done = onnx.shape_inference.infer_shapes(proto, data_prop=not _long(known, arrays))
     except Exception:  # the C++ checker raises various kinds for graphs it does not understand
         return {}
     out: Inferred = {}
@@ -59,3 +65,12 @@ def infer(model: ir.Model, known: dict[ir.Value, Value]) -> Inferred:
         dtype = DTYPE_NAMES.get(ir.DataType(tensor_type.elem_type)) if tensor_type.elem_type else None
         out[info.name] = (dims, dtype)
     return out
+
+
+def _long(known: dict[ir.Value, Value], arrays: dict[ir.Value, Any]) -> bool:
+    """Whether some size, or a number that may become one, is beyond `LONG`; the ends of slices often are."""
+    if any(isinstance(d, int) and d > LONG for value in known.values() for d in value.shape or ()):
+        return True
+    return any(array.size and array.dtype.kind in "iu" and int(np.max(array)) > LONG
+               and any(node.op_type != "Slice" for node, _ in value.uses())
+               for value, array in arrays.items())  # fmt: skip

@@ -1,16 +1,14 @@
-"""The one place that opens model files.
+"""ONNX models on the disk: read with suspicion, written whole or not at all.
 
-Reading: regular files only, and external data only inside the model's folder (the folder of the file that a link
-resolves to, as in the Hugging Face cache). Writing: to a temporary name in the target's folder, synced, renamed; data
-first, the model last.
+Reading: regular files only; external data by way of `normfuse.io.data`. Writing by way of `normfuse.io.write`: data
+first, under a name made from its content, the model last.
 """
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import hashlib
 import os
-import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
@@ -21,13 +19,21 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
-from normfuse.errors import InputError, UnsafeModelError, UnsupportedError
+from normfuse.errors import InputError, UnsupportedError
+from normfuse.io.data import DataFile, DataFiles, External, secure
+from normfuse.io.message import check_message
+from normfuse.io.write import check_target, copy, extents, line, write, write_bytes
+
+__all__ = [
+    "Source", "check_target", "copy_onnx", "from_proto", "read_onnx", "read_proto", "to_proto", "write_bytes",
+    "write_new", "write_onnx",
+]  # fmt: skip
 
 PROTO_LIMIT = 2**31 - 1
 INLINE, SMALL = 2**28, 1024
 """The most bytes of weights that a new model holds itself, and the tensors too small to lie beside it."""
-CHUNK = 2**26
-ALIGNMENT = 4096
+ALIGNMENT, CHUNK = 4096, 2**20
+ANNOTATIONS = "normfuse.annotations"
 Copied = Callable[[int, int], None]
 
 
@@ -37,7 +43,7 @@ class Source:
 
     proto: onnx.ModelProto
     nodes: list[ir.Node]
-    external: bool
+    external: list[External]
     spliced: bool = False
 
 
@@ -47,22 +53,48 @@ def read_onnx(path: str | os.PathLike[str]) -> tuple[ir.Model, Source]:
     Raises `InputError` for what is not a readable ONNX file, `UnsafeModelError` for external data outside its folder.
     """
     source = Path(path)
+    proto = read_proto(source)
+    model, external = from_proto(proto, source)
+    for tensor in external:
+        tensor.file()
+    return model, Source(proto, list(model.graph), external)
+
+
+def read_proto(source: Path) -> onnx.ModelProto:
+    """The message in a file, as it stands there; `InputError` for what is no ONNX model."""
     data = _bytes(source)
     try:
-        proto = onnx.ModelProto.FromString(data)
+        proto = onnx.load_model_from_string(data)
     except Exception:
         raise InputError(f"{source}: not an ONNX model (the file does not parse; is it complete?)") from None
     if not proto.HasField("graph") or not (proto.graph.node or proto.graph.output or proto.graph.input):
         raise InputError(f"{source}: not an ONNX model (no graph in it)")
+    return proto
+
+
+def from_proto(proto: onnx.ModelProto, source: Path) -> tuple[ir.Model, list[External]]:
+    """The model of a message that is what it says it is, and its external tensors, none of which is looked at yet.
+
+    Raises `InputError` with what is wrong with it.
+    """
+    check_message(proto, str(source))
     try:
         model = ir.serde.deserialize_model(proto)
+    except RecursionError:
+        raise InputError(f"{source}: sub-graphs nested too deeply") from None
     except Exception as why:
-        raise InputError(f"{source}: the graph is not valid ONNX: {_line(why)}") from why
-    external = b"\n\x08location" in data  # the key without which nothing is, as the format writes it
-    if external:
-        for tensor in external_tensors(model):
-            _check_external(tensor, source)
-    return model, Source(proto, list(model.graph), external)
+        raise InputError(f"{source}: the graph is not valid ONNX: {line(why)}") from why
+    model.meta[ANNOTATIONS] = list(proto.graph.quantization_annotation)
+    return model, secure(model, DataFiles(source))
+
+
+def to_proto(model: ir.Model) -> onnx.ModelProto:
+    """The message of a model, with the quantization annotations that `onnx_ir` does not keep."""
+    proto = ir.to_proto(model)
+    known = {v.name for node in model.graph for v in node.outputs} | {v.name for v in model.graph.inputs}
+    known |= set(model.graph.initializers)
+    proto.graph.quantization_annotation.extend(a for a in model.meta.get(ANNOTATIONS, ()) if a.tensor_name in known)
+    return proto
 
 
 def _spliced(model: ir.Model, source: Source) -> onnx.ModelProto:
@@ -117,7 +149,7 @@ def _bytes(source: Path) -> bytes:
     except FileNotFoundError:
         raise InputError(f"{source}: no such file") from None
     except (OSError, ValueError) as why:
-        raise InputError(f"{source}: {_line(why)}") from None
+        raise InputError(f"{source}: {line(why)}") from None
     if stat.S_ISDIR(info.st_mode):
         raise InputError(f"{source}: is a directory; give the .onnx file in it")
     if not stat.S_ISREG(info.st_mode):
@@ -129,64 +161,7 @@ def _bytes(source: Path) -> bytes:
     try:
         return source.read_bytes()
     except OSError as why:
-        raise InputError(f"{source}: {_line(why)}") from None
-
-
-def external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
-    """All tensors of a model whose elements are in another file."""
-    graphs = [model.graph, *model.graph.subgraphs(), *(f.graph for f in model.functions.values())]
-    for graph in graphs:
-        for value in graph.initializers.values():
-            if isinstance(value.const_value, ir.ExternalTensor):
-                yield value.const_value
-        for node in graph:
-            for attr in node.attributes.values():
-                if attr.type == ir.AttributeType.TENSOR and isinstance(attr.value, ir.ExternalTensor):
-                    yield attr.value
-
-
-def _check_external(tensor: ir.ExternalTensor, source: Path) -> None:
-    name, location = tensor.name, str(tensor.location)
-    where = f"{source}: external data of {name!r}"
-    if not location or os.path.isabs(location) or "\\" in location or "\0" in location or ".." in Path(location).parts:
-        raise UnsafeModelError(f"{where} points outside the model's folder: {location!r}")
-    # a link to a model may lie alone, its data where it points to, or among links to all files, as in a model cache
-    folders = [source.parent.resolve(), source.resolve().parent]
-    folder = next((f for f in folders if (f / location).exists()), folders[-1])
-    try:
-        resolved = (folder / location).resolve(strict=True)
-        info = resolved.stat()
-    except FileNotFoundError:
-        raise InputError(f"{where} is missing: {location!r}; put the file next to the model") from None
-    except (OSError, RuntimeError) as why:
-        raise InputError(f"{where}: {_line(why)}") from None
-    if not any(resolved.is_relative_to(f) for f in folders):
-        raise UnsafeModelError(f"{where} points outside the model's folder: {location!r}")
-    if not stat.S_ISREG(info.st_mode):
-        raise UnsafeModelError(f"{where} is not a regular file: {location!r}")
-    offset = tensor.offset or 0
-    length = tensor.length if tensor.length is not None else tensor.nbytes
-    if offset < 0 or length < 0 or offset + length > info.st_size:
-        raise InputError(f"{where} reaches past the end of {location!r}")
-    if any(d < 0 for d in tensor.shape.numpy()) or length != tensor.nbytes:
-        raise InputError(f"{where} has {length} bytes, its type and shape need {tensor.nbytes}")
-    tensor._location, tensor.base_dir = resolved.name, str(resolved.parent)  # onnx_ir reads no links
-
-
-def check_target(source: Path | None, target: Path, overwrite: bool, in_place: bool) -> None:
-    """Raise `InputError` unless `target` may be written."""
-    if not target.parent.is_dir():
-        raise InputError(f"{target}: the folder {str(target.parent)!r} does not exist")
-    if target.is_dir():
-        raise InputError(f"{target}: is a directory; give the name of the output file")
-    if target.exists():
-        if source is not None and os.path.samefile(source, target):
-            if not in_place:
-                raise InputError(f"{target}: is the input itself; choose another name, or allow it with --in-place")
-        elif not overwrite:
-            raise InputError(f"{target}: exists already; choose another name, or replace it with --overwrite")
-    if not os.access(target.parent, os.W_OK):
-        raise InputError(f"{target}: the folder is not writable")
+        raise InputError(f"{source}: {line(why)}") from None
 
 
 def write_onnx(model: ir.Model, target: Path, source: Source | None = None, reference: bool = False,
@@ -198,38 +173,47 @@ def write_onnx(model: ir.Model, target: Path, source: Source | None = None, refe
     otherwise `progress` is called with the bytes copied so far and all that there are.
     """
     tensors = list(external_tensors(model)) if source is None or source.external else []
-    old = [(t, t.location, t.base_dir) for t in tensors]
-    paths = [(Path(t.base_dir) / t.location).resolve() for t in tensors]
-    moved: dict[Path, str] = dict.fromkeys(paths, "")
-    if target.exists() and any(target.samefile(path) for path in moved):
+    files = {tensor: tensor.file() for tensor in tensors}
+    moved = dict.fromkeys(files.values(), "")
+    if target.exists() and any(target.samefile(file.path) for file in moved):
         raise InputError(f"{target}: holds the weights of the input; choose another name")
-    all_bytes, before = sum(path.stat().st_size for path in moved), 0
-    try:
-        for path in moved:
-            if reference:
-                moved[path] = _referenced(path, target)
-                continue
-            advance = None if progress is None else partial(_more, progress, before, all_bytes)
-            moved[path] = _copy_data(path, target, advance)
-            before += path.stat().st_size
-        for tensor, path in zip(tensors, paths, strict=True):
-            tensor._location = moved[path]
-        proto = ir.to_proto(model) if tensors or source is None else _spliced(model, source)
-    finally:
-        for tensor, location, base in old:
-            tensor._location, tensor.base_dir = location, base
-    try:
-        data = proto.SerializeToString()
-    except Exception:
-        raise UnsupportedError(f"{target}: larger than 2 GiB; save the input with external data first") from None
-    write_bytes(data, target)
+    old = [(t, t.location) for t in tensors]
+    total, before = sum(file.size for file in moved), 0
+    with _made() as made:
+        try:
+            for file in moved:
+                if reference:
+                    moved[file] = _referenced(file.path, target)
+                    continue
+                advance = None if progress is None else partial(_more, progress, before, total)
+                moved[file] = _copy_data(file, target, advance, made)
+                before += file.size
+            for tensor, file in files.items():
+                tensor._location = moved[file]
+            proto = to_proto(model) if tensors or source is None else _spliced(model, source)
+        finally:
+            for tensor, location in old:
+                tensor._location = location
+        write_bytes(_serialised(proto, target), target)
+
+
+def external_tensors(model: ir.Model) -> Iterator[External]:
+    """All tensors of a model whose elements are in another file."""
+    for graph in [model.graph, *model.graph.subgraphs(), *(f.graph for f in model.functions.values())]:
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, External):
+                yield value.const_value
+        for node in graph:
+            for attr in node.attributes.values():
+                if attr.type == ir.AttributeType.TENSOR and isinstance(attr.value, External):
+                    yield attr.value
 
 
 def copy_onnx(model: ir.Model, source: Path, target: Path, reference: bool = False,
               progress: Copied | None = None) -> None:  # fmt: skip
     """Save a model that was not changed: the same bytes, unless external data has to get a new name."""
     if next(external_tensors(model), None) is None:
-        write_bytes(source.read_bytes(), target)
+        write_bytes(_bytes(source), target)
     else:
         write_onnx(model, target, None, reference, progress)
 
@@ -244,15 +228,39 @@ def write_new(model: ir.Model, target: Path) -> int:
     if size <= INLINE:
         write_onnx(model, target)
         return size
-    with tempfile.TemporaryDirectory(prefix=".normfuse-", dir=target.parent) as folder:
-        ir.external_data.unload_from_model(model, folder, "data", size_threshold_bytes=SMALL, alignment=ALIGNMENT)
-        written = Path(folder) / "data"
-        name = _named(target, written)
-        _commit(str(written), target.parent / name, lambda: _sync(written))
-        for tensor in external_tensors(model):
-            tensor._location, tensor.base_dir = name, str(target.parent)
-        write_bytes(ir.to_proto(model).SerializeToString(), target)
+    with _made() as made:
+        try:
+            with tempfile.TemporaryDirectory(prefix=".normfuse-", dir=target.parent) as folder:
+                ir.external_data.unload_from_model(model, folder, "data", size_threshold_bytes=SMALL,
+                                                   alignment=ALIGNMENT)  # fmt: skip
+                name = _name_data(Path(folder) / "data", target, made)
+        except OSError as why:
+            raise InputError(f"{target}: its weights cannot be written: {line(why)}") from None
+        for tensor in secure(model, DataFiles(target)):
+            tensor._location = name
+        write_bytes(_serialised(to_proto(model), target), target)
     return size
+
+
+@contextlib.contextmanager
+def _made() -> Iterator[list[Path]]:
+    """A list for the files that are new; they are gone again if it does not come to a model that reads them."""
+    made: list[Path] = []
+    try:
+        yield made
+    except BaseException:
+        for path in made:
+            with contextlib.suppress(OSError):
+                path.unlink()
+        raise
+
+
+def _serialised(proto: onnx.ModelProto, target: Path) -> bytes:
+    try:
+        data: bytes = proto.SerializeToString()
+        return data
+    except Exception:
+        raise UnsupportedError(f"{target}: larger than 2 GiB; save the input with external data first") from None
 
 
 def _referenced(path: Path, target: Path) -> str:
@@ -269,97 +277,44 @@ def _more(progress: Copied, before: int, all_bytes: int, done: int) -> None:
 
 
 def _named(target: Path, data: Path) -> str:
-    """The name of a data file: that of its model, and its content."""
-    with data.open("rb") as f:
-        digest = hashlib.file_digest(f, lambda: hashlib.blake2b(digest_size=16))
+    """The name of a data file: that of its model, and its content: the size, and each chunk that is not all zeros.
+
+    So that holes, which may be terabytes, need not be read, and are the same as zeros that were written.
+    """
+    digest, zeros, after = hashlib.blake2b(digest_size=16), bytes(CHUNK), 0
+    with data.open("rb", buffering=0) as f:
+        digest.update(b"%d" % os.fstat(f.fileno()).st_size)
+        for start, end in extents(f.fileno()):
+            for i in range(max(start // CHUNK, after), -(-end // CHUNK)):
+                f.seek(i * CHUNK)
+                chunk, after = f.read(CHUNK), i + 1
+                if chunk != zeros[: len(chunk)]:
+                    digest.update(b"@%d:" % i + chunk)
     return f"{target.stem}-{digest.hexdigest()}.data"
 
 
-def _copy_data(path: Path, target: Path, advance: Callable[[int], None] | None) -> str:
-    """Copy a data file next to a model, by the file system; the name is that of the content that was written."""
-    handle, temporary = _temporary(target)
-    os.close(handle)
-    try:
-        _copy(path, Path(temporary), advance)
-        name = _named(target, Path(temporary))
-    except OSError as why:
-        Path(temporary).unlink(missing_ok=True)
-        raise InputError(f"{target}: its weights cannot be copied: {_line(why)}") from None
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    _commit(temporary, target.parent / name, lambda: _sync(Path(temporary)))
+def _name_data(data: Path, target: Path, made: list[Path]) -> str:
+    """Give a data file that was written its name."""
+    name = _named(target, data)
+    with data.open("rb") as f:
+        os.fsync(f.fileno())
+    if not (target.parent / name).exists():
+        made.append(target.parent / name)
+    os.replace(data, target.parent / name)
     return name
 
 
-def _copy(path: Path, to: Path, advance: Callable[[int], None] | None) -> None:
-    """The content of a file, in the kernel and without its holes where the system can, else by shutil."""
-    if not hasattr(os, "copy_file_range"):
-        shutil.copyfile(path, to)
-        return
-    with path.open("rb") as source, to.open("r+b") as target:
-        size, at = os.fstat(source.fileno()).st_size, 0
-        os.truncate(to, size)
-        try:
-            while at < size:
-                at = os.lseek(source.fileno(), at, os.SEEK_DATA)
-                end = os.lseek(source.fileno(), at, os.SEEK_HOLE)
-                while at < end:
-                    done = os.copy_file_range(source.fileno(), target.fileno(), min(end - at, CHUNK), at, at)
-                    if not done:
-                        raise OSError(errno.EIO, "the file became shorter while it was copied")
-                    at += done
-                    if advance is not None:
-                        advance(at)
-        except OSError as why:
-            if why.errno == errno.ENXIO:  # a hole reaches to the end
-                return
-            if why.errno not in (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
-                raise
-            shutil.copyfile(path, to)  # file systems that cannot
+def _copy_data(file: DataFile, target: Path, advance: Callable[[int], None] | None, made: list[Path]) -> str:
+    """Copy a data file next to a model, by the file system; the name is that of the content that was written."""
 
+    def named(data: Path) -> str:
+        name = _named(target, data)
+        if not (target.parent / name).exists():
+            made.append(target.parent / name)
+        return name
 
-def _sync(path: Path) -> None:
-    """Have a file on the disk before its name is."""
-    with path.open("rb") as f:
-        os.fsync(f.fileno())
-
-
-def write_bytes(data: bytes, target: Path) -> None:
-    """Write a file whole or not at all."""
-    handle, temporary = _temporary(target)
-
-    def fill() -> None:
-        with os.fdopen(handle, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-
-    _commit(temporary, target, fill)
-
-
-def _temporary(target: Path) -> tuple[int, str]:
+    source = file.open()
     try:
-        return tempfile.mkstemp(prefix=".normfuse-", dir=target.parent)
-    except OSError as why:
-        raise InputError(f"{target}: cannot be written: {_line(why)}") from None
-
-
-def _commit(temporary: str, target: Path, fill: object) -> None:
-    try:
-        fill()  # type: ignore[operator]
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, target)
-    except OSError as why:
-        Path(temporary).unlink(missing_ok=True)
-        raise InputError(f"{target}: cannot be written: {_line(why)}") from None
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _line(why: BaseException) -> str:
-    text = getattr(why, "strerror", None) or str(why) or type(why).__name__
-    return str(text).splitlines()[0][:300]
+        return write(target, lambda handle: copy(source, handle, advance), named).name
+    finally:
+        os.close(source)

@@ -105,11 +105,10 @@ def _called(model: str | Path | onnx.ModelProto, provider: str) -> list[str]:
     """
     import onnx
 
+    from normfuse.io.files import read_proto
+
     if isinstance(model, str | Path):
-        try:
-            model = onnx.load(str(model), load_external_data=False)
-        except Exception as why:
-            raise InputError(f"{model}: not an ONNX model that can be read: {why}") from why
+        model = read_proto(Path(model))
     wanted = {f.name for f in model.functions if f.domain == _DOMAIN and not getattr(f, "overload", "")}
     graphs = [model.graph] if provider == "cuda" else []
     while graphs:

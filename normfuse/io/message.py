@@ -1,0 +1,178 @@
+"""What an ONNX message has to be before anything is made of it: names that mean one thing, data of the stated size."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+
+from normfuse.errors import InputError, UnsupportedError
+
+KEYS = frozenset(("location", "offset", "length", "checksum"))
+MOST_NODES = 2**20
+"""Nodes of a model with its functions inlined: more than any model has, fewer than fill the memory."""
+_Scope = tuple[frozenset[str] | set[str], ...]
+
+
+def check_message(proto: onnx.ModelProto, where: str) -> None:
+    """Raise `InputError` for the first thing that makes the message no model; `where` begins its message."""
+    functions = {(f.domain, f.name, f.overload): f for f in proto.functions}
+    if len(functions) < len(proto.functions):
+        raise InputError(f"{where}: two functions have the same name")
+    if proto.training_info:
+        raise UnsupportedError(f"{where}: holds training graphs, which may read what a rewrite replaces; remove them "
+                               "(training_info) first")  # fmt: skip
+    todo: list[tuple[Any, _Scope]] = [(proto.graph, ()), *((f, ()) for f in proto.functions)]
+    count = 0
+    while todo:
+        graph, outer = todo.pop()
+        count += len(graph.node)
+        if count > MOST_NODES:
+            raise InputError(f"{where}: more than {MOST_NODES:,} nodes")
+        todo += _check_graph(graph, outer, where)
+    if functions:
+        _check_calls(proto.graph, functions, where)
+    for tensor in tensors(proto):
+        _check_tensor(tensor, f"{where}: tensor {str(tensor.name)[:100]!r}")
+
+
+def _check_graph(graph: Any, outer: _Scope, where: str) -> list[tuple[Any, _Scope]]:
+    """Check the names of a graph or function; gives back its sub-graphs and what they may read."""
+    function = isinstance(graph, onnx.FunctionProto)
+    inputs = list(graph.input) if function else [v.name for v in graph.input]
+    outputs = list(graph.output) if function else [v.name for v in graph.output]
+    constants = [] if function else [t.name for t in graph.initializer]
+    if not function and graph.sparse_initializer:
+        name = str(graph.sparse_initializer[0].values.name)[:100]
+        raise UnsupportedError(f"{where}: {name!r} is a sparse initializer; make it an ordinary one first")
+    _distinct(inputs, "inputs", where)
+    _distinct(constants, "initializers", where)
+    known = {*inputs, *constants}
+    inner: list[onnx.GraphProto] = []
+    for node in graph.node:
+        if not node.op_type:
+            raise InputError(f"{where}: node {str(node.name)[:100]!r} has no operator")
+        if not all(isinstance(text, str) for text in (node.name, node.op_type, node.domain, *node.input, *node.output)):
+            raise InputError(f"{where}: node {str(node.name)[:100]} has a name that is not UTF-8")
+        for name in node.output:
+            if name in known:
+                raise InputError(f"{where}: the value {name[:100]!r} is computed twice, the second time by "
+                                 f"{node.op_type} {node.name[:100]!r}")  # fmt: skip
+            if name:
+                known.add(name)
+        for attr in node.attribute:
+            if not isinstance(attr.name, str):
+                raise InputError(f"{where}: an attribute of {node.name[:100]!r} has a name that is not UTF-8")
+            inner += [attr.g] if attr.type == onnx.AttributeProto.GRAPH else attr.graphs
+    scope = (*outer, known)
+    for reader, names in [*((n.op_type, n.input) for n in graph.node), ("the outputs", outputs)]:
+        for name in names:
+            if name and name not in known and not any(name in names for names in outer):
+                raise InputError(f"{where}: nothing computes {str(name)[:100]!r}, which {reader} reads")
+    return [(g, scope) for g in inner]
+
+
+def _distinct(names: Sequence[str], what: str, where: str) -> None:
+    if len(set(names)) < len(names) or not all(isinstance(name, str) for name in names):
+        twice = next((n for n, k in Counter(names).items() if k > 1), "")
+        raise InputError(f"{where}: two {what} are named {str(twice)[:100]!r}" if twice or "" in names else
+                         f"{where}: the name of one of the {what} is not UTF-8")  # fmt: skip
+
+
+def _check_calls(main: onnx.GraphProto, functions: dict[tuple[str, str, str], onnx.FunctionProto], where: str) -> None:
+    """Raise `InputError` where functions call themselves, or become too many nodes when they are inlined."""
+    sizes: dict[tuple[str, str, str], int] = {}
+    calls = {key: [k for n in _nodes(f) for k in [(n.domain, n.op_type, n.overload)]] for key, f in functions.items()}
+    todo = [(key, False) for key in functions]
+    open_: set[tuple[str, str, str]] = set()
+    while todo:
+        key, leaving = todo.pop()
+        if leaving:
+            open_.discard(key)
+            sizes[key] = sum(sizes.get(k, 1) for k in calls[key])
+            if sizes[key] > MOST_NODES:
+                raise InputError(f"{where}: function {key[1][:100]!r} inlined is more than {MOST_NODES:,} nodes")
+        elif key not in sizes:
+            if key in open_:
+                raise InputError(f"{where}: function {key[1][:100]!r} calls itself")
+            open_.add(key)
+            todo += [(key, True), *((k, False) for k in calls[key] if k in functions and k not in sizes)]
+    if sum(sizes.get((n.domain, n.op_type, n.overload), 1) for n in _nodes(main)) > MOST_NODES:
+        raise InputError(f"{where}: with its functions inlined it is more than {MOST_NODES:,} nodes")
+
+
+def _nodes(graph: Any) -> Iterator[onnx.NodeProto]:
+    for node in graph.node:
+        yield node
+        for attr in node.attribute:
+            for inner in [attr.g] if attr.type == onnx.AttributeProto.GRAPH else attr.graphs:
+                yield from _nodes(inner)
+
+
+def _check_tensor(tensor: onnx.TensorProto, name: str) -> None:
+    """Raise `InputError` where the data are not what type and shape say; of data elsewhere, what is said of them."""
+    if any(d < 0 for d in tensor.dims):
+        raise InputError(f"{name} has a negative size: {list(tensor.dims)}")
+    try:
+        dtype = ir.DataType(tensor.data_type)
+    except ValueError:
+        raise InputError(f"{name} has type {tensor.data_type}, which ONNX does not know") from None
+    raw, fields = tensor.HasField("raw_data"), _fields(tensor)
+    if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        keys = [entry.key for entry in tensor.external_data]
+        unknown = [k for k in keys if k not in KEYS and not k.startswith("prepacked_")]  # these are of ONNX Runtime
+        if unknown or len(set(keys)) < len(keys):
+            raise InputError(f"{name}: its external data have {unknown[0][:50]!r}, which ONNX does not know"
+                             if unknown else f"{name}: its external data say something twice")  # fmt: skip
+        if raw or fields:
+            raise InputError(f"{name} has data in the model and in another file")
+        return
+    if raw + len(fields) > 1 or (raw and dtype == ir.DataType.STRING):
+        raise InputError(f"{name} has data in {'two places' if fields else 'a place that is not for strings'}")
+    count = 1
+    for d in tensor.dims:
+        count *= d
+    given = len(tensor.raw_data) if raw else len(getattr(tensor, fields[0])) if fields else 0
+    if dtype == ir.DataType.UNDEFINED and not count * given:
+        return
+    need = -(-count * dtype.bitwidth // 8) if raw else _stored(count, dtype, fields)
+    if given != need:
+        raise InputError(f"{name} has {given} {'bytes' if raw else 'elements'}, its type and shape need {need}")
+
+
+def _fields(tensor: onnx.TensorProto) -> list[str]:
+    return [f for f in ("float_data", "int32_data", "string_data", "int64_data", "double_data", "uint64_data")
+            if len(getattr(tensor, f))]  # fmt: skip
+
+
+def _stored(count: int, dtype: ir.DataType, fields: list[str]) -> int:
+    """How many elements a typed field has to have: complex numbers take two, numbers below a byte share one."""
+    if dtype in (ir.DataType.COMPLEX64, ir.DataType.COMPLEX128):
+        return 2 * count
+    return -(-count * dtype.bitwidth // 8) if dtype != ir.DataType.STRING and dtype.bitwidth < 8 else count
+
+
+def tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """All tensors of a message, in sub-graphs and functions too."""
+    todo: list[Any] = [proto.graph, *proto.functions]
+    kinds = onnx.AttributeProto
+    while todo:
+        graph = todo.pop()
+        if isinstance(graph, onnx.GraphProto):
+            yield from graph.initializer
+        for node in graph.node:
+            for attr in node.attribute:
+                if attr.type == kinds.TENSOR:
+                    yield attr.t
+                elif attr.type == kinds.TENSORS:
+                    yield from attr.tensors
+                elif attr.type == kinds.GRAPH:
+                    todo.append(attr.g)
+                elif attr.type == kinds.GRAPHS:
+                    todo.extend(attr.graphs)
+                elif attr.type in (kinds.SPARSE_TENSOR, kinds.SPARSE_TENSORS):
+                    for sparse in (attr.sparse_tensor, *attr.sparse_tensors):
+                        yield from (sparse.values, sparse.indices)

@@ -1,0 +1,137 @@
+"""The one writer: a file appears whole under its name, or not at all.
+
+The content goes to a temporary name in the same folder, is synced, and is renamed; then the folder is synced. A failure
+at any step leaves what was there before, and no temporary file; a kill may leave a file `.normfuse-*`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from normfuse.errors import InputError
+
+CHUNK = 2**26
+Advance = Callable[[int], None]
+
+
+def check_target(source: Path | None, target: Path, overwrite: bool, in_place: bool) -> None:
+    """Raise `InputError` unless `target` may be written."""
+    try:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            target.lstat()  # says at once if a name cannot be one
+        if not target.parent.is_dir():
+            raise InputError(f"{target}: the folder {str(target.parent)!r} does not exist")
+        if target.is_dir():
+            raise InputError(f"{target}: is a directory; give the name of the output file")
+        exists = target.exists()
+        if exists and source is not None and os.path.samefile(source, target):
+            if not in_place:
+                raise InputError(f"{target}: is the input itself; choose another name, or allow it with --in-place")
+        elif exists and not overwrite:
+            raise InputError(f"{target}: exists already; choose another name, or replace it with --overwrite")
+        if exists and not target.is_file():
+            raise InputError(f"{target}: is not a regular file; choose another name")
+        if not os.access(target.parent, os.W_OK):
+            raise InputError(f"{target}: the folder is not writable")
+    except (OSError, ValueError) as why:  # a name that is too long, has a NUL, or is a ring of links
+        raise InputError(f"{target}: cannot be written: {line(why)}") from None
+
+
+def write_bytes(data: bytes, target: Path) -> None:
+    """Write a file whole or not at all; raises `InputError` where the system does not let it."""
+
+    def fill(handle: int) -> None:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(handle, view[:CHUNK]) :]
+
+    write(target, fill)
+
+
+def write(target: Path, fill: Callable[[int], None], named: Callable[[Path], str] | None = None) -> Path:
+    """Have `fill` write to an open file, and give it its name: that of `target`, or what `named` makes of the content.
+
+    Raises `InputError` where the system does not let it; what else `fill` raises passes through. Either way nothing
+    has changed then.
+    """
+    temporary = ""
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=".normfuse-", dir=target.parent)
+        try:
+            fill(handle)
+            os.fchmod(handle, 0o666 & ~_umask())
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+        if named is not None:
+            target = target.parent / named(Path(temporary))
+        os.replace(temporary, target)
+    except BaseException as why:
+        with contextlib.suppress(OSError):
+            if temporary:
+                os.unlink(temporary)
+        if isinstance(why, OSError):
+            raise InputError(f"{target}: cannot be written: {line(why)}") from None
+        raise
+    sync_folder(target.parent)
+    return target
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder on the disk; not all systems can, and the files are whole without it."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def extents(handle: int) -> Iterator[tuple[int, int]]:
+    """Where an open file has data, as (start, end): without its holes, where the system tells of them."""
+    size, at = os.fstat(handle).st_size, 0
+    while at < size:
+        try:
+            at = os.lseek(handle, at, os.SEEK_DATA)
+            end = os.lseek(handle, at, os.SEEK_HOLE)
+        except (OSError, AttributeError) as why:
+            if getattr(why, "errno", None) == errno.ENXIO:  # a hole reaches to the end
+                return
+            end = size
+        yield at, end
+        at = end
+
+
+def copy(source: int, target: int, advance: Advance | None = None) -> None:
+    """The content of an open file, in the kernel and without its holes where the system can."""
+    os.truncate(target, os.fstat(source).st_size)
+    for at, end in extents(source):
+        while at < end:
+            try:
+                done = os.copy_file_range(source, target, min(end - at, CHUNK), at, at)
+            except (OSError, AttributeError) as why:
+                if getattr(why, "errno", None) not in (None, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+                    raise
+                done = os.pwrite(target, os.pread(source, min(end - at, CHUNK), at), at)  # file systems that cannot
+            if not done:
+                raise OSError(errno.EIO, "the file became shorter while it was copied")
+            at += done
+            if advance is not None:
+                advance(at)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def line(why: BaseException) -> str:
+    """An error of the system or of a library in one line."""
+    text = getattr(why, "strerror", None) or str(why) or type(why).__name__
+    return str(text).splitlines()[0][:300]
