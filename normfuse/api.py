@@ -39,7 +39,7 @@ def inspect(model: Any) -> Report:
     """
     if isinstance(model, (str, Path)):
         with _quiet_collector():
-            return _inspect_ir(_read(Path(model))[0])
+            return _inspect_ir(_read(Path(model))[0], own=True)
     kind = _kind(model)
     if kind == "module":
         raise InputError(f"a {type(model).__name__} is an nn.Module, whose norms are seen once it is traced: give "
@@ -202,10 +202,10 @@ def _quiet_collector() -> Iterator[None]:
             gc.enable()
 
 
-def _inspect_ir(model: ir.Model) -> Report:
+def _inspect_ir(model: ir.Model, own: bool = False) -> Report:
     from normfuse.frontends.onnx_model import OnnxModel
 
-    source = model.clone() if model.functions else model
+    source = model.clone() if model.functions and not own else model
     one = OnnxModel(source, Config(), rewrite=False)
     return _onnx_report(one, rewritten=False)
 
@@ -300,6 +300,7 @@ def build_report(plans: Iterable[Plan], checks: dict[Site, Check], rewritten: bo
                 record.reason = plan.left.get(site, "")
                 check = checks.get(site)
                 record.verified = check.ok if check is not None else None
+                record.proved = check.proved if check is not None else None
                 if check is not None and check.ok:
                     record.error_before, record.error_after = round(check.before, 2), round(check.after, 2)
                 edit = edits.get(site)

@@ -55,7 +55,8 @@ def _totals(report: Report) -> str:
         text = f"found {len(norms)}, fused {report.fused}, converted {report.converted}, refused {report.refused}"
     text += f"; operators {report.nodes_before} -> {report.nodes_after}"
     checked = [n.verified for n in norms if n.verified is not None]
-    return text + (f"; verified {sum(checked)}/{len(checked)}" if checked else "")
+    proved = sum(bool(n.proved) for n in norms)
+    return text + (f"; verified {sum(checked)}/{len(checked)}, {proved} proved" if checked else "")
 
 
 def _norm_table(report: Report, verbose: bool) -> Table:

@@ -20,7 +20,8 @@ class NormRecord:
     LayerNorm that is an RMSNorm now; `conversion` has the verdict and the proof), "kept" (it is one operator
     already), "left" (nothing would be gained, `reason` says why) and "refused". `verified` is None where nothing
     was checked; `error_before` and `error_after` are the largest distances to float64 seen in that check, in units
-    of the type's rounding, of the model's own arithmetic and of what replaced it.
+    of the type's rounding, of the model's own arithmetic and of what replaced it. `proved` says that the region was
+    moreover computed exactly, in integers modulo a prime, and is the norm.
     """
 
     name: str
@@ -37,6 +38,7 @@ class NormRecord:
     cast: str
     action: str = "found"
     verified: bool | None = None
+    proved: bool | None = None
     emitted: str = ""
     reason: str = ""
     error_before: float | None = None
@@ -101,7 +103,7 @@ class Report:
                 del n["conversion"]
         if not self.rewritten:
             for n in norms:
-                for key in ("action", "verified", "emitted", "reason", "error_before", "error_after"):
+                for key in ("action", "verified", "proved", "emitted", "reason", "error_before", "error_after"):
                     del n[key]
         summary: dict[str, Any] = {
             "recipe": self.recipe,

@@ -159,6 +159,8 @@ class _Planner:
             return self._keep(site, "NF301", "no output of the graph depends on it")
         if len(norm.axes) != 1:
             return self._keep(site, "NF301", f"it normalises over {len(norm.axes)} axes at once")
+        if norm.size is None:
+            return self._keep(site, "NF301", "the size of its axis is not known")
         self._cone(site)
         inner = operator_of(site)
         if inner is not site:

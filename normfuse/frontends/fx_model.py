@@ -19,6 +19,7 @@ from normfuse.convert import Record, tell
 from normfuse.errors import UnsupportedError
 from normfuse.frontends import fx_effects
 from normfuse.frontends.fx import Lowering
+from normfuse.field import Prover
 from normfuse.frontends.fx_check import Checker
 from normfuse.frontends.fx_emit import Emitter, emitted, level_of
 from normfuse.frontends.fx_fused import FusedEmitter
@@ -141,11 +142,11 @@ class _Module:
     def check(self) -> None:
         """Compare every replaced region with its replacement; roll back those that differ, and try what is left."""
         started = time.perf_counter()
-        checker = Checker(self.emitter, self.fused, self.config.numerics)
+        checker, prover = Checker(self.emitter, self.fused, self.config.numerics), Prover()
         while True:
             failed = False
             for edit in self.plan.edits():
-                result = checker.check(self.low, edit)
+                result = prover.judge(edit, checker.check(self.low, edit))
                 self.checks |= dict.fromkeys(edit.sites, result)
                 if not result.ok:
                     failed = True

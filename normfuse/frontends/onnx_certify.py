@@ -8,6 +8,7 @@ read and dropped after the last node that reads it, so that the largest one deci
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -22,7 +23,7 @@ from onnx.reference import ReferenceEvaluator
 from normfuse.calibrate import Hook
 from normfuse.config import Config
 from normfuse.convert import LIMIT, SEEN, Certificate, Randomiser, distance, worst
-from normfuse.frontends.onnx_check import DOUBLE, FLOAT_TYPES, OPS, _widen
+from normfuse.frontends.onnx_check import DOUBLE, FLOAT_TYPES, MOST, OPS, _widen
 from normfuse.frontends.onnx_kernels import KERNELS
 from normfuse.verify import Array
 
@@ -257,6 +258,8 @@ def inputs_for(model: ir.Model, size: int, attempt: int = 0) -> dict[str, Array]
             continue
         dims = value.shape.dims if value.shape else ()
         shape = [d if isinstance(d, int) and d > 0 else size if i else 2 for i, d in enumerate(dims)]
+        if math.prod(shape) > MOST:
+            raise ValueError(f"input {value.name!r} is too large: {shape}")
         dtype = value.dtype or ir.DataType.FLOAT
         if dtype in FLOAT_TYPES:
             feeds[value.name or ""] = (rng.standard_normal(shape) + 0.5).astype(dtype.numpy())

@@ -11,14 +11,16 @@ from onnx_ir.passes.common import InlinePass, RemoveUnusedFunctionsPass
 
 from normfuse.config import Config
 from normfuse.errors import InputError, UnsupportedError
+from normfuse.field import Prover
 from normfuse.frontends.onnx import Lowering, lower
-from normfuse.frontends.onnx_check import Checker
+from normfuse.frontends.onnx_check import MOST, Checker
 from normfuse.frontends.onnx_emit import DOMAIN, Emitter, register_functions
 from normfuse.frontends.onnx_fused import FusedEmitter, fused_already
 from normfuse.frontends.onnx_repair import repair
 from normfuse.frontends.onnx_skip import SkipEmitter
 from normfuse.frontends.onnx_region import as_function, rest_of, results_of
 from normfuse.graph import Node, Value
+from normfuse.io.write import line
 from normfuse.passmanager import Abilities, fuse, plan
 from normfuse.plan import Edit, Fused, Plan, Reason, Replace
 from normfuse.norm import Norm, Refusal, Site, region
@@ -65,6 +67,8 @@ class OnnxModel:
         return replace(can, operator=lambda edit: self.fused.unfit(low, edit)) if wide else can
 
     def _expressible(self, norm: Norm, value: Value) -> Reason | None:
+        if (norm.size or 0) > MOST:
+            return "NF202", f"it normalises {norm.size} elements at once, more than {MOST}"
         row = self.table.row(norm)
         if row is not None and row.form == "refuse":
             return "NF203", (f"{self.table.name} has no {norm.kind} of its type ({row.evidence}); use target "
@@ -121,12 +125,12 @@ class OnnxModel:
         try:
             InlinePass(criteria=lambda f: f.domain != DOMAIN)(self.model)
         except Exception as why:
-            raise InputError(f"the model's functions cannot be inlined: {str(why).splitlines()[0]}") from why
+            raise InputError(f"the model's functions cannot be inlined: {line(why)}") from why
         return True
 
     def check(self) -> None:
         """Compare every replaced region with its replacement; roll back those that differ, and try what is left."""
-        checker = Checker(self.opset, self.config.numerics)
+        checker, self.prover = Checker(self.opset, self.config.numerics), Prover()
         for low, one in zip(self.lowerings, self.plans, strict=True):
             while not self._check(checker, low, one):
                 written = {edit.site for edit in one.replace if edit.as_written}
@@ -144,6 +148,7 @@ class OnnxModel:
                 written = Replace(edit.site, as_written=True)
                 one.replace[one.replace.index(edit)] = edit = written
                 result = checker.check(low, edit)
+            result = self.prover.judge(edit, result)
             if result.ok or isinstance(edit, Replace):
                 self.checks |= dict.fromkeys(edit.sites, result)
             if not result.ok:

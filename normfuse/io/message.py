@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import onnx
@@ -25,6 +26,10 @@ def check_message(proto: onnx.ModelProto, where: str) -> None:
     if proto.training_info:
         raise UnsupportedError(f"{where}: holds training graphs, which may read what a rewrite replaces; remove them "
                                "(training_info) first")  # fmt: skip
+    opsets = {entry.domain: entry.version for entry in proto.opset_import}
+    strange = [v for v in opsets.values() if not 0 < v < 2**31]
+    if strange:
+        raise InputError(f"{where}: there is no opset {strange[0]}")
     todo: list[tuple[Any, _Scope]] = [(proto.graph, ()), *((f, ()) for f in proto.functions)]
     count = 0
     while todo:
@@ -32,14 +37,14 @@ def check_message(proto: onnx.ModelProto, where: str) -> None:
         count += len(graph.node)
         if count > MOST_NODES:
             raise InputError(f"{where}: more than {MOST_NODES:,} nodes")
-        todo += _check_graph(graph, outer, where)
+        todo += _check_graph(graph, outer, opsets.get("", opsets.get("ai.onnx", 0)), where)
     if functions:
         _check_calls(proto.graph, functions, where)
     for tensor in tensors(proto):
         _check_tensor(tensor, f"{where}: tensor {str(tensor.name)[:100]!r}")
 
 
-def _check_graph(graph: Any, outer: _Scope, where: str) -> list[tuple[Any, _Scope]]:
+def _check_graph(graph: Any, outer: _Scope, opset: int, where: str) -> list[tuple[Any, _Scope]]:
     """Check the names of a graph or function; gives back its sub-graphs and what they may read."""
     function = isinstance(graph, onnx.FunctionProto)
     inputs = list(graph.input) if function else [v.name for v in graph.input]
@@ -57,6 +62,7 @@ def _check_graph(graph: Any, outer: _Scope, where: str) -> list[tuple[Any, _Scop
             raise InputError(f"{where}: node {str(node.name)[:100]!r} has no operator")
         if not all(isinstance(text, str) for text in (node.name, node.op_type, node.domain, *node.input, *node.output)):
             raise InputError(f"{where}: node {str(node.name)[:100]} has a name that is not UTF-8")
+        _check_operands(node, opset, where)
         for name in node.output:
             if name in known:
                 raise InputError(f"{where}: the value {name[:100]!r} is computed twice, the second time by "
@@ -64,8 +70,6 @@ def _check_graph(graph: Any, outer: _Scope, where: str) -> list[tuple[Any, _Scop
             if name:
                 known.add(name)
         for attr in node.attribute:
-            if not isinstance(attr.name, str):
-                raise InputError(f"{where}: an attribute of {node.name[:100]!r} has a name that is not UTF-8")
             inner += [attr.g] if attr.type == onnx.AttributeProto.GRAPH else attr.graphs
     scope = (*outer, known)
     for reader, names in [*((n.op_type, n.input) for n in graph.node), ("the outputs", outputs)]:
@@ -73,6 +77,41 @@ def _check_graph(graph: Any, outer: _Scope, where: str) -> list[tuple[Any, _Scop
             if name and name not in known and not any(name in names for names in outer):
                 raise InputError(f"{where}: nothing computes {str(name)[:100]!r}, which {reader} reads")
     return [(g, scope) for g in inner]
+
+
+@cache
+def _schema(op: str, opset: int) -> tuple[range, range, frozenset[int], dict[str, int]] | None:
+    """Of an operator of ONNX: how many inputs and outputs, which inputs may be left out, the types of attributes."""
+    try:
+        found = onnx.defs.get_schema(op, opset, "")
+    except Exception:  # not an operator of ONNX: nothing is known of it
+        return None
+    types: dict[str, int] = {name: attr.type for name, attr in found.attributes.items()}  # type: ignore[misc]
+    optional = onnx.defs.OpSchema.FormalParameterOption.Optional
+    free = frozenset(i for i, parameter in enumerate(found.inputs) if parameter.option == optional)
+    return range(found.min_input, found.max_input + 1), range(found.min_output, found.max_output + 1), free, types
+
+
+def _check_operands(node: onnx.NodeProto, opset: int, where: str) -> None:
+    schema = _schema(node.op_type, opset) if node.domain in ("", "ai.onnx") else None
+    what = f"{where}: {node.op_type} {node.name[:100]!r}"
+    if schema is not None:
+        for side, given, allowed in (("inputs", node.input, schema[0]), ("outputs", node.output, schema[1])):
+            if len(given) not in allowed:
+                raise InputError(f"{what} has {len(given)} {side}, and takes {_range(allowed)}")
+        missing = [i for i, name in enumerate(node.input) if not name and i not in schema[2]]
+        if missing:
+            raise InputError(f"{what} lacks its input {missing[0]}")
+    for attr in node.attribute:
+        if not attr.name or not isinstance(attr.name, str) or not attr.type:
+            raise InputError(f"{what} has an attribute without a name or a type")
+        if schema is not None and schema[3].get(attr.name, attr.type) != attr.type:
+            raise InputError(f"{what} has an attribute {attr.name[:50]!r} of another type than ONNX says")
+
+
+def _range(allowed: range) -> str:
+    low, high = allowed.start, allowed.stop - 1
+    return str(low) if low == high else f"{low} to {high}" if high < 2**30 else f"{low} or more"
 
 
 def _distinct(names: Sequence[str], what: str, where: str) -> None:
@@ -136,8 +175,8 @@ def _check_tensor(tensor: onnx.TensorProto, name: str) -> None:
     for d in tensor.dims:
         count *= d
     given = len(tensor.raw_data) if raw else len(getattr(tensor, fields[0])) if fields else 0
-    if dtype == ir.DataType.UNDEFINED and not count * given:
-        return
+    if dtype == ir.DataType.UNDEFINED:
+        raise InputError(f"{name} has no type")
     need = -(-count * dtype.bitwidth // 8) if raw else _stored(count, dtype, fields)
     if given != need:
         raise InputError(f"{name} has {given} {'bytes' if raw else 'elements'}, its type and shape need {need}")
