@@ -7,7 +7,9 @@ import os
 import pty
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -54,18 +56,26 @@ def large(folder: Path, gib: int) -> Path:
     return source
 
 
-def rewritten(source: Path, out: Path, *more: str) -> tuple[dict[str, int], float]:
-    """What the command says, and the GiB of resident memory that it took at most."""
+def told(*command: str) -> tuple[dict[str, Any], float]:
+    """What a command says, and the GiB of resident memory that it took at most."""
     code = ("import resource, sys; from normfuse.cli import main; code = main(sys.argv[1:]); "
             "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr); sys.exit(code)")  # fmt: skip
-    command = [sys.executable, "-c", code, "rewrite", str(source), str(out), "--json", *more]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code, *command, "--json"], capture_output=True, text=True, check=True)
     return json.loads(done.stdout), int(done.stderr.splitlines()[-1]) / 2**20
+
+
+def rewritten(source: Path, out: Path, *more: str) -> tuple[dict[str, Any], float]:
+    return told("rewrite", str(source), str(out), *more)
 
 
 @pytest.mark.parametrize("gib", [3, pytest.param(6, marks=pytest.mark.slow)])
 def test_memory(gib: int, tmp_path: Path) -> None:
     source, out = large(tmp_path, gib), tmp_path / "out.onnx"
+    started = time.monotonic()
+    found, memory = told("inspect", str(source))
+    seconds = time.monotonic() - started
+    print(f"{gib} GiB of weights, inspected: {seconds:.1f} s, {memory:.2f} GiB resident")
+    assert len(found["norms"]) == gib and memory < LIMIT and seconds < 5
     found, memory = rewritten(source, out, "--external-data", "reference")
     print(f"{gib} GiB of weights, referred to: {memory:.2f} GiB resident")
     assert found["fused"] == gib and memory < LIMIT
