@@ -16,7 +16,7 @@ from torch import fx
 
 from normfuse.frontends import fx_effects
 from normfuse.frontends.fx_call import Call, fold
-from normfuse.frontends.fx_meta import MISSING, dtype_of, is_tensor, label, meta_of, shape_of
+from normfuse.frontends.fx_meta import MISSING, Symbol, dtype_of, is_tensor, label, meta_of, shape_of
 from normfuse.frontends.fx_ops import MODULES, OPS
 from normfuse.graph import Graph, Shape, Value
 
@@ -192,8 +192,8 @@ class Lowering:
             self.values[node] = self.number(settled, None)
             return
         inputs = [v for n in node.all_input_nodes if isinstance(v := self.values.get(n), Value)]
-        value = self.graph.value(node.name, () if isinstance(meta, (torch.SymInt, torch.SymFloat)) else None, None,
-                                 native=node)  # fmt: skip
+        shape = () if isinstance(meta, (torch.SymInt, torch.SymFloat, Symbol)) else None
+        value = self.graph.value(node.name, shape, None, native=node)
         self.values[node] = value
         effect = bool(node.users and inputs) or meta is None
         self.graph.node("opaque", inputs, [value], native=node, op=fx_effects.name_of(node) or str(node.target),

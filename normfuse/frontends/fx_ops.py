@@ -14,7 +14,7 @@ from torch import fx, nn
 from normfuse.frontends import fx_norms as norms
 from normfuse.frontends import fx_views as views
 from normfuse.frontends.fx_call import Call, Row, Unfit, axes_of, guarded, shape_of_pair
-from normfuse.frontends.fx_meta import is_tensor, meta_of
+from normfuse.frontends.fx_meta import elsewhere, is_tensor, meta_of
 from normfuse.graph import Value
 
 # -- elementwise ---------------------------------------------------------------------------------------------------
@@ -95,7 +95,7 @@ def _cast(call: Call) -> bool:
     source, meta = call.node.args[0], meta_of(call.node)
     assert isinstance(source, fx.Node)
     before = meta_of(source)
-    if isinstance(meta, torch.Tensor) and isinstance(before, torch.Tensor) and meta.device != before.device:
+    if elsewhere(meta, before):
         return False
     return is_tensor(meta) and call.emit("cast", [x])
 
