@@ -174,7 +174,7 @@ def field(data: Any, key: str, kind: type[Any]) -> Any:
     found = data.get(key) if isinstance(data, dict) else None
     if not isinstance(found, kind) or (kind is int and isinstance(found, bool)):
         raise Malformed(f"{key!r} is missing, or no {kind.__name__}")
-    if kind is str and len(found) > (TEXT if key == "expr_str" else NAME):
+    if kind is str and len(found) > (TEXT if key in ("expr_str", "as_string") else NAME):
         raise Malformed(f"{key!r} is longer than any that torch.export writes")
     return found
 
@@ -286,10 +286,11 @@ class Reader:
         """The whole graph."""
         self.metas = {k: tensor_info(v) for k, v in field(data, "tensor_values", dict).items()}
         for kind in ("sym_int_values", "sym_float_values", "sym_bool_values"):
-            found = {k: scalar(v) for k, v in (data.get(kind) or {}).items()}
+            found = {k: scalar(v) for k, v in field({kind: {}} | data, kind, dict).items()}
             # a flag is plain text: no arithmetic is done with it
             self.metas |= {k: str(v) if kind[4] == "b" and isinstance(v, Symbol) else v for k, v in found.items()}
-        self.metas |= {k: field(v, "class_fqn", str) for k, v in (data.get("custom_obj_values") or {}).items()}
+        objects = field({"custom_obj_values": {}} | data, "custom_obj_values", dict)
+        self.metas |= {k: field(v, "class_fqn", str) for k, v in objects.items()}
         for i, item in enumerate(field(data, "inputs", list)):
             self._input(i, *one(item))
         for item in field(data, "nodes", list):
@@ -429,7 +430,7 @@ class Reader:
         if kind == "as_string":
             return field({kind: value}, kind, str)
         if kind == "as_complex":
-            return complex(real(value.get("real")), real(value.get("imag"))) if isinstance(value, dict) else None
+            return complex(*(real(field(value, part, object)) for part in ("real", "imag")))
         if kind == "as_operator":
             return function(field({kind: value}, kind, str))
         if kind == "as_custom_obj":
