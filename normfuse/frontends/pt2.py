@@ -30,7 +30,7 @@ from normfuse.io.pt2 import NUMBER, Archive
 from normfuse.report import Report
 
 SCHEMA = 8
-"""The major version of torch.export's schema, since torch 2.6 (2.13 writes 8.20)."""
+"""The major version of torch.export's schema (torch 2.13 writes 8.20)."""
 NESTED, NAME, TEXT = 16, 1000, 2**16
 """How deep graphs and arguments may lie in one another, and how long a name or an expression may be."""
 LARGEST = 2**63 - 1
@@ -112,7 +112,7 @@ class Program:
             version = field(field(data, "schema_version", dict), "major", int)
             if version != SCHEMA:
                 raise UnsupportedError(f"{archive.path}: schema version {version} of torch.export is not known, only "
-                                       f"{SCHEMA}; save the program with torch 2.6 or later")  # fmt: skip
+                                       f"{SCHEMA}; save the program by torch 2.13, which writes it")  # fmt: skip
             whole = field(data, "graph_module", dict)
             signature = field(whole, "signature", dict)
             specs = [one(spec) for spec in field(signature, "input_specs", list)]

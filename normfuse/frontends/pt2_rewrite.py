@@ -31,9 +31,9 @@ def rewrite(source: Path, target: Path, config: Config, *, dry_run: bool, overwr
             refer: bool, calibration: Any, progress: Callable[[str, float], None] | None, trust: bool,
             ) -> Report:  # fmt: skip
     """`normfuse.rewrite` of a .pt2; raises `UnsafeModelError` unless it is trusted, before anything of it is loaded."""
-    _check_options(source, target, config, refer, calibration)
     with Archive(source) as archive:
         archive.model()
+    _check_options(source, target, config, refer, calibration)
     if not trust:
         raise UnsafeModelError(f"{source}: loading a .pt2 can run code in it; if you trust its origin, allow it with "
                                "--trust (trust=True in Python)")  # fmt: skip

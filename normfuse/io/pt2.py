@@ -21,7 +21,7 @@ from normfuse.errors import InputError, UnsafeModelError, UnsupportedError
 MEMBERS, DIRECTORY = 2**16, 2**24
 """The most members of an archive, and the bytes of their list."""
 JSON_BYTES, JSON_PARTS = 2**27, 2**22
-"""The most bytes and brackets of a JSON member: a program of 30,000 nodes has a quarter of that."""
+"""The most bytes and brackets of a JSON member; a program has some 2,500 and 35 a node."""
 RATIO, SMALL = 200, 2**20
 """How far a member may expand; one below `SMALL` as far as it likes."""
 NUMBER = 2**16
