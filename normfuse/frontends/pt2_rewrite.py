@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from normfuse.config import Config
 from normfuse.errors import InputError, NormFuseError, UnsafeModelError, UnsupportedError
 from normfuse.frontends import fx_model, pt2
+from normfuse.frontends.pt2_graph import Described, Unknown
 from normfuse.io import files
 from normfuse.io.pt2 import Archive
 from normfuse.report import Report
@@ -99,8 +100,8 @@ def _unknown(source: Path) -> str:
             program = pt2.Program(archive, archive.json(f"models/{archive.model()}.json"), archive.model())
     except NormFuseError:
         return ""
-    modules = [m for m in program.graph_module.modules() if isinstance(m, pt2.Described)]
-    return next((str(n.target) for m in modules for n in m.graph.nodes if isinstance(n.target, pt2.Unknown)), "")
+    modules = [m for m in program.graph_module.modules() if isinstance(m, Described)]
+    return next((str(n.target) for m in modules for n in m.graph.nodes if isinstance(n.target, Unknown)), "")
 
 
 def _compare(source: Path, program: Any, result: Any, roundings: float) -> dict[str, Any]:

@@ -24,8 +24,8 @@ JSON_BYTES, JSON_PARTS = 2**27, 2**22
 """The most bytes and brackets of a JSON member; a program has some 2,500 and 35 a node."""
 RATIO, SMALL = 200, 2**20
 """How far a member may expand; one below `SMALL` as far as it likes."""
-NUMBER = 2**16
-"""Where the bytes of a single number have to end in its member."""
+NUMBER, NUMBERS = 2**12, 10_000
+"""Where the bytes of a single number have to end in its member, and the most numbers that are read."""
 FORMAT, VERSION = b"pt2", b"0"
 
 _SAVE = "give the .pt2 that torch.export.save writes"
