@@ -16,7 +16,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tests.pt2_cases import MODULES, exported, saved
+import normfuse
+from tests.pt2_cases import exported, saved
 
 SEEDS = ("small", "small with free sizes", "lifted eps", "no grad", "condition", "scalars")
 TEXTS = ("", "x", "os.system", "torch.ops.aten.__class__", "torch.ops.aten.mul.Tensor", "torch.ops.aten.view.default",
@@ -28,9 +29,11 @@ JSON = ("models/model.json", "model_constants_config.json", "model_weights_confi
 
 @cache
 def seeds() -> list[bytes]:
-    """Small good files."""
+    """Small good files; the last two hold operators of `normfuse.ops` and of torch's core set."""
+    programs = [exported(name) for name in SEEDS]
+    programs += [normfuse.optimize(programs[0])[0], programs[0].run_decompositions()]
     with tempfile.TemporaryDirectory() as folder:
-        return [saved(exported(name), Path(folder) / "model.pt2").read_bytes() for name in SEEDS if name in MODULES]
+        return [saved(program, Path(folder) / "model.pt2").read_bytes() for program in programs]
 
 
 def mutate(data: bytes, rng: random.Random) -> bytes:

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 
+import normfuse
 from tests.cli_tools import COMMAND, fails, fails_json, run
 from tests.pt2_cases import exported, saved
 from tests.pt2_mutations import mutate, packed, seeds
@@ -354,6 +355,60 @@ def test_constants_beyond_their_bytes(good: Items, offset: Any, tmp_path: Path) 
     path.write_bytes(packed(changed(good, "constants_config.json", edit)))
     code, text = answers(path)
     assert code == 0 and "found 0" in text  # without its eps it is no norm
+
+
+WRONG: tuple[dict[str, Any], ...] = (
+    {"as_string": "x"}, {"as_none": True}, {"as_float": "NaN"}, {"as_float": "Infinity"}, {"as_float": 1e308},
+    {"as_int": 2**62}, {"as_int": -9}, {"as_ints": [5, -9]}, {"as_ints": []}, {"as_bool": True},
+    {"as_scalar_type": 6}, {"as_complex": {"real": 1, "imag": 2}}, {"as_operator": "os.system"}, {"as_tensors": []},
+)  # fmt: skip
+SHAPES: tuple[list[dict[str, Any]], ...] = ([], [{"as_int": 1}], [{"as_int": 0}] * 3, [{"as_int": 17}] * 4)
+
+
+def wrong_parts(data: dict[str, Any]) -> Iterator[str]:
+    """The program with one argument after another of a wrong kind or left out, and one tensor after another of another
+    shape or type; it is put right again after each."""
+    graph = graph_of(data)
+    for node in graph["nodes"]:
+        for i, given in enumerate(node["inputs"]):
+            good = given["arg"]
+            for bad in WRONG:
+                given["arg"] = bad
+                yield f"{node['target']}: {given['name']} is {bad}"
+            given["arg"] = good
+            del node["inputs"][i]
+            yield f"{node['target']}: without {given['name']}"
+            node["inputs"].insert(i, given)
+    for name, meta in graph["tensor_values"].items():
+        sizes, dtype = meta["sizes"], meta["dtype"]
+        for meta["sizes"] in SHAPES:
+            yield f"{name} is {meta['sizes']}"
+        meta["sizes"] = sizes
+        for meta["dtype"] in (5, 6, 8, 12, 13, 29):
+            yield f"{name} is of type {meta['dtype']}"
+        meta["dtype"] = dtype
+
+
+@pytest.mark.parametrize("seed", [
+    "small", "fused", *(pytest.param(n, marks=pytest.mark.slow) for n in ("no grad", "condition", "scalars")),
+])  # fmt: skip
+def test_every_part_that_does_not_fit(seed: str, tmp_path: Path) -> None:
+    program_ = exported("small" if seed == "fused" else seed)
+    path = saved(normfuse.optimize(program_)[0] if seed == "fused" else program_, tmp_path / "model.pt2")
+    with zipfile.ZipFile(path) as z:
+        items = [(i.filename, z.read(i)) for i in z.infolist()]
+    data = program(items)
+    count = 0
+    for what in wrong_parts(data):
+        path.write_bytes(packed(changed(items, JSON, json.dumps(data).encode())))
+        try:
+            normfuse.inspect(path)
+        except normfuse.NormFuseError:
+            pass
+        except Exception as why:
+            raise AssertionError(what) from why
+        count += 1
+    assert count > 300 and len(normfuse.inspect(saved(exported("small"), path)).norms) == 2
 
 
 # -- mutations ----------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ read here; `normfuse.frontends.fx_emit` edits it.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -83,14 +84,15 @@ class Lowering:
 
     def number(self, c: float, dtype: str | None, shape: Shape = ()) -> Value:
         """A constant that an operator implies."""
-        return self.graph.leaf(str(c), shape, dtype, number=c, fixed=True)
+        return self.graph.leaf(str(c), shape, dtype, number=c if math.isfinite(c) else None, fixed=True)
 
     def _leaf(self, node: fx.Node, fixed: bool, number: float | None = None) -> Value:
         meta = meta_of(node)
         shape, dtype = (shape_of(meta), dtype_of(meta)) if is_tensor(meta) else (None, None)
         written = node in self.tainted
+        known = number if number is not None and math.isfinite(number) and not written else None
         value = self.graph.leaf(node.name, shape, dtype, native=node, fixed=fixed and not written, tainted=written,
-                                number=None if written else number)  # fmt: skip
+                                number=known)  # fmt: skip
         self.values[node] = value
         return value
 

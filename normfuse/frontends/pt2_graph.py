@@ -166,7 +166,8 @@ def function(target: str) -> Callable[..., Any]:
     if target.startswith(_HIGHER):
         higher: Mapping[str, Callable[..., Any]] = torch._ops._higher_order_ops
         return higher.get(target.removeprefix(_HIGHER)) or Unknown(target)
-    return _plain().get(target) or Unknown(target)
+    plain = _plain().get(target)
+    return Unknown(target) if plain is None or plain is operator.getitem else plain  # getitem is never written
 
 
 def _plain() -> dict[str, Callable[..., Any]]:
@@ -307,14 +308,16 @@ class Reader:
                 args.append(value)
             else:
                 kwargs[name] = value
+        gap = False  # behind an argument that is left out, none can be given by its position
         for argument in schema or ():
             if argument.name not in given:
                 if not argument.has_default_value():
                     raise Malformed(f"{called} lacks its argument {argument.name!r}")
+                gap = True
                 continue
             value, kind = given.pop(argument.name)
             required = not argument.has_default_value() and not argument.kwarg_only
-            if kind == _POSITIONAL or keyword.iskeyword(argument.name) or (kind is None and required):
+            if not gap and (kind == _POSITIONAL or keyword.iskeyword(argument.name) or (kind is None and required)):
                 args.append(value)
             else:
                 kwargs[argument.name] = value
