@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from normfuse.config import Config
 from normfuse.convert import Record, tell
-from normfuse.errors import InputError, UnsupportedError
+from normfuse.errors import InputError, UnsafeModelError, UnsupportedError
 from normfuse.facts import Atom, formula
 from normfuse.placement import recipe
 from normfuse.plan import Edit, Plan
@@ -34,11 +34,16 @@ Progress = Callable[[str, float], None]
 def inspect(model: Any) -> Report:
     """Find the norms of a model and change nothing.
 
-    `model`: a path to an .onnx file, `onnx.ModelProto`, `onnx_ir.Model`, `torch.onnx.ONNXProgram`,
-    `torch.export.ExportedProgram` or `torch.fx.GraphModule`. Raises `InputError` for what is none of these.
+    `model`: a path to an .onnx or .pt2 file, of which nothing is run, `onnx.ModelProto`, `onnx_ir.Model`,
+    `torch.onnx.ONNXProgram`, `torch.export.ExportedProgram` or `torch.fx.GraphModule`. Raises `InputError` for what is
+    none of these.
     """
     if isinstance(model, (str, Path)):
         with _quiet_collector():
+            if _is_pt2(Path(model)):
+                from normfuse.frontends import pt2
+
+                return pt2.inspect(model)
             return _inspect_ir(_read(Path(model))[0], own=True)
     kind = _kind(model)
     if kind == "module":
@@ -54,14 +59,15 @@ def inspect(model: Any) -> Report:
 
 def rewrite(src_path: str | Path, dst_path: str | Path, config: Config | None = None, *, dry_run: bool = False,
             overwrite: bool = False, in_place: bool = False, external_data: str = "copy", calibration: Any = None,
-            progress: Progress | None = None) -> Report:  # fmt: skip
-    """Read an ONNX model, fuse its norms, check the result and save it; the input is never changed.
+            progress: Progress | None = None, trust: bool = False) -> Report:  # fmt: skip
+    """Read an ONNX model or .pt2 program, fuse its norms, check the result and save it; the input is never changed.
 
     `dry_run` writes nothing. `overwrite` allows to replace an existing output, `in_place` that it is the input.
     `progress(what, share)` is called as the work goes on. A model in which nothing is fused is copied byte by byte.
     External data is copied, by the file system and under a name made from its content, or, with
     `external_data="reference"`, stays where it is, which has to be in the folder of the output or below. `calibration`
-    is for `layernorm_to_rmsnorm="approximate"`: an .npz file, a folder of them, or dicts of arrays by input name.
+    is for `layernorm_to_rmsnorm="approximate"`: an .npz file, a folder of them, or dicts of arrays by input name; for
+    a .pt2, tuples of inputs. A .pt2 becomes a .pt2: loading one can run code in it, so it has to be allowed by `trust`.
     Raises `InputError`, `UnsafeModelError` or `UnsupportedError` before anything is written, and `VerificationError`
     when `verify="model"` finds that the results differ; then nothing is written either.
     """
@@ -74,6 +80,13 @@ def rewrite(src_path: str | Path, dst_path: str | Path, config: Config | None = 
         raise InputError(f"external_data={external_data!r} is not known; choose 'copy' or 'reference'")
     refer = external_data == "reference"
     source, target = Path(src_path), Path(dst_path)
+    if _is_pt2(source):
+        from normfuse.frontends import pt2_rewrite
+
+        return pt2_rewrite.rewrite(source, target, config, dry_run=dry_run, overwrite=overwrite, in_place=in_place,
+                                   refer=refer, calibration=calibration, progress=progress, trust=trust)  # fmt: skip
+    if target.suffix == ".pt2":
+        raise InputError(f"{target}: an ONNX model cannot become a .pt2; give an output that ends in .onnx")
     started = time.perf_counter()
     with _quiet_collector():
         model, original = _read(source)
@@ -123,6 +136,9 @@ def optimize(model: Any, config: Config | None = None, *, args: Sequence[Any] = 
     if isinstance(model, (str, Path)):
         if config.verify == "model":
             raise UnsupportedError(whole)
+        if _is_pt2(Path(model)):
+            raise UnsafeModelError(f"{model}: loading a .pt2 can run code in it; give what torch.export.load makes of "
+                                   "it, or use normfuse.rewrite(..., trust=True)")  # fmt: skip
         return _rewrite_ir(_read(Path(model))[0], config, None, calibration)[:2]
     if kind in ("fx", "exported"):
         from normfuse.frontends import fx_model
@@ -179,11 +195,19 @@ def _as_ir(model: Any, kind: str) -> ir.Model:
     return found
 
 
+def _is_pt2(path: Path) -> bool:
+    from normfuse.io.pt2 import is_zip
+
+    return path.suffix == ".pt2" or is_zip(path)
+
+
 def _read(path: Path) -> tuple[ir.Model, Source]:
     from normfuse.io import files
+    from normfuse.io.pt2 import foreign
 
-    if path.suffix == ".pt2":
-        raise UnsupportedError(f"{path}: .pt2 archives are not read from disk yet; load the program and pass it")
+    other = foreign(path)
+    if other is not None:
+        raise InputError(f"{path}: {other}")
     return files.read_onnx(path)
 
 

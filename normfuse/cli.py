@@ -97,7 +97,7 @@ def _rewrite(args: argparse.Namespace) -> Outcome:
         report: Report = normfuse.rewrite(
             args.model, output, config,
             dry_run=args.dry_run, overwrite=args.overwrite, in_place=in_place, external_data=args.external_data,
-            calibration=args.calibration, progress=advance,
+            calibration=args.calibration, progress=advance, trust=args.trust,
         )  # fmt: skip
     seconds = time.perf_counter() - started
     blocks = report_blocks(report, args.model, seconds, args.verbose, args.quiet)
@@ -193,7 +193,7 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     inspect = command("inspect", _inspect, "show every norm of a model: where it sits, and its formula")
-    inspect.add_argument("model", metavar="MODEL", help="an ONNX file")
+    inspect.add_argument("model", metavar="MODEL", help="an ONNX file, or a .pt2 of torch.export.save, only read")
     _rewrite_arguments(command("rewrite", _rewrite, "fuse the norms of a model, check each, and write the result"))
     verify = command("verify", _verify, "run two models on the same inputs and compare their outputs")
     verify.add_argument("a", metavar="A", help="an ONNX file")
@@ -210,8 +210,8 @@ def _rewrite_arguments(rewrite: argparse.ArgumentParser) -> None:
     """The options of `rewrite`; their names and choices are those of `Config`."""
     default = Config()
     add = rewrite.add_argument
-    add("model", metavar="IN", help="an ONNX file")
-    add("output", metavar="OUT", nargs="?", help="the file to write")
+    add("model", metavar="IN", help="an ONNX file, or a .pt2 of torch.export.save")
+    add("output", metavar="OUT", nargs="?", help="the file to write, of the kind of IN")
     add("--layernorm-to-rmsnorm", choices=get_args(LayerNormToRMSNorm), default=default.layernorm_to_rmsnorm,
         help="turn LayerNorm into RMSNorm by editing the weights ahead of it (off)")  # fmt: skip
     add("--calibration", metavar="PATH", help="inputs for approximate: an .npz file, or a folder of them")
@@ -230,6 +230,7 @@ def _rewrite_arguments(rewrite: argparse.ArgumentParser) -> None:
         help="check each replaced region, or the whole model as well, or nothing (sites)")  # fmt: skip
     add("--external-data", choices=("copy", "reference"), default="copy",
         help="copy weights that lie beside the model, or refer to them where they are (copy)")  # fmt: skip
+    add("--trust", action="store_true", help="load a .pt2, which can run code in it: only from people you trust")
     add("--dry-run", action="store_true", help="do everything but write")
     add("--strict", action="store_true", help="exit with 1 if anything was refused; the output is written all the same")
     add("--overwrite", action="store_true", help="replace OUT if it exists")

@@ -80,7 +80,7 @@ def _times(a: float, c: float) -> float:
     """a * c, exact where c is the float32 reciprocal of the integer a (or the other way round)."""
     product = a * c
     for n, r in ((a, c), (c, a)):
-        if abs(n) > 1 and n == int(n) and abs(abs(product) - 1.0) < 1e-6 and single(1.0 / n) == single(r):
+        if 1 < abs(n) < 2**53 and n == int(n) and abs(abs(product) - 1.0) < 1e-6 and single(1.0 / n) == single(r):
             return math.copysign(1.0, product)
     return product
 
@@ -127,7 +127,13 @@ def power(p: Poly, q: float) -> Poly:
         ((key, c),) = p.items()
         if not whole and (c < 0 or not all(_positive(atom) for atom, _ in key)):
             raise Refused("NF105", "a fractional power of what may be negative")
-        return _expand(tuple((atom, e * q) for atom, e in key), c**q)
+        try:
+            raised = c**q
+        except ArithmeticError:
+            raise Refused("NF105", "a power beyond all numbers") from None
+        if any(abs(e * q) > 1e6 for _, e in key):
+            raise Refused("NF105", "a power beyond all use")
+        return _expand(tuple((atom, e * q) for atom, e in key), raised)
     if 0 < q <= 4 and whole:
         out = p
         for _ in range(int(q) - 1):
@@ -249,7 +255,7 @@ def single(c: float) -> float:
 
 def number(c: float) -> str:
     """The shortest decimal that rounds to c in float32."""
-    if c == int(c) and abs(c) < 1e6:
+    if abs(c) < 1e6 and c == int(c):
         return str(int(c))
     for digits in range(1, 10):
         text = f"{c:.{digits}g}"

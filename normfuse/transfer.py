@@ -191,7 +191,7 @@ def _power(node: Node, f: Fact, q: float) -> Fact:
 
 def _pow(node: Node, facts: list[Fact]) -> Fact:
     q = node.inputs[1].number
-    if q is None or abs(q * 4 - round(q * 4)) > 1e-12:
+    if q is None or not abs(q) <= 1e6 or abs(q * 4 - round(q * 4)) > 1e-12:
         raise Refused("NF105", "the exponent is not a constant multiple of 1/4")
     return _power(node, replace(facts[0], layout=broadcast(facts[0].layout, facts[1].layout)), q)
 

@@ -7,7 +7,7 @@ roundings. In half precision it must moreover round in the same places: see `DIF
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -181,12 +181,18 @@ def compare_models(path_a: str | Path, path_b: str | Path, *, seed: int = 0,
         first, second = a.run(wanted, feeds), b.run(wanted, feeds)
     except Exception as why:
         raise InputError(f"the models do not run on these inputs: {_first_line(why)}") from why
+    return compare_outputs(wanted, first, second, roundings, a.get_providers()[0])
+
+
+def compare_outputs(names: Sequence[str], first: Sequence[Any], second: Sequence[Any], roundings: float,
+                    provider: str) -> dict[str, Any]:  # fmt: skip
+    """What `compare_models` says of two sets of outputs: arrays, and anything else by its text."""
     outputs, equal = [], True
-    for name, x, y in zip(wanted, first, second, strict=True):
+    for name, x, y in zip(names, first, second, strict=True):
         record, same = _compare_output(name, x, y, roundings)
         outputs.append(record)
         equal = equal and same
-    return {"equal": equal, "outputs": outputs, "tolerance": roundings, "provider": a.get_providers()[0]}
+    return {"equal": equal, "outputs": outputs, "tolerance": roundings, "provider": provider}
 
 
 def demand_equal(found: dict[str, Any], where: str | Path) -> None:

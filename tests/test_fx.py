@@ -563,3 +563,17 @@ def test_gradients_flow_through_the_operator() -> None:
     assert reports[0].fused == 1
     for a, b in zip(want, (x.grad, module.w.grad), strict=True):
         assert a is not None and b is not None and (a - b).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("number", [float("inf"), float("-inf"), float("nan"), 1e308, 1e-320])
+def test_numbers_beyond_all_arithmetic(number: float) -> None:
+    """A norm times such a number, to its power, or with it added is read without an error."""
+
+    class Beyond(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            s = x.pow(2).mean(-1, keepdim=True)
+            y = x * torch.rsqrt(s + 1e-5)
+            return y * number, (s * number * number) ** -2, s**number, x / torch.sqrt(s + number), y + number
+
+    report = normfuse.inspect(torch.export.export(Beyond(), (torch.ones(2, 8),)))
+    assert len(report.norms) >= 1

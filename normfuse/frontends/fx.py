@@ -7,6 +7,7 @@ read here; `normfuse.frontends.fx_emit` edits it.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +17,7 @@ from torch import fx
 
 from normfuse.frontends import fx_effects
 from normfuse.frontends.fx_call import Call, fold
-from normfuse.frontends.fx_meta import MISSING, dtype_of, is_tensor, label, meta_of, shape_of
+from normfuse.frontends.fx_meta import MISSING, Symbol, dtype_of, is_tensor, label, meta_of, shape_of
 from normfuse.frontends.fx_ops import MODULES, OPS
 from normfuse.graph import Graph, Shape, Value
 
@@ -83,14 +84,15 @@ class Lowering:
 
     def number(self, c: float, dtype: str | None, shape: Shape = ()) -> Value:
         """A constant that an operator implies."""
-        return self.graph.leaf(str(c), shape, dtype, number=c, fixed=True)
+        return self.graph.leaf(str(c), shape, dtype, number=c if math.isfinite(c) else None, fixed=True)
 
     def _leaf(self, node: fx.Node, fixed: bool, number: float | None = None) -> Value:
         meta = meta_of(node)
         shape, dtype = (shape_of(meta), dtype_of(meta)) if is_tensor(meta) else (None, None)
         written = node in self.tainted
+        known = number if number is not None and math.isfinite(number) and not written else None
         value = self.graph.leaf(node.name, shape, dtype, native=node, fixed=fixed and not written, tainted=written,
-                                number=None if written else number)  # fmt: skip
+                                number=known)  # fmt: skip
         self.values[node] = value
         return value
 
@@ -192,8 +194,8 @@ class Lowering:
             self.values[node] = self.number(settled, None)
             return
         inputs = [v for n in node.all_input_nodes if isinstance(v := self.values.get(n), Value)]
-        value = self.graph.value(node.name, () if isinstance(meta, (torch.SymInt, torch.SymFloat)) else None, None,
-                                 native=node)  # fmt: skip
+        shape = () if isinstance(meta, (torch.SymInt, torch.SymFloat, Symbol)) else None
+        value = self.graph.value(node.name, shape, None, native=node)
         self.values[node] = value
         effect = bool(node.users and inputs) or meta is None
         self.graph.node("opaque", inputs, [value], native=node, op=fx_effects.name_of(node) or str(node.target),

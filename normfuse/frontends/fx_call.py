@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
+from normfuse.frontends.fx_meta import is_tensor, meta_of
 from normfuse.graph import Shape, Value
 
 if TYPE_CHECKING:
@@ -48,6 +49,13 @@ class Call:
         if found is None or found.shape is None:
             raise Unfit
         return found
+
+    def outs(self, count: int) -> tuple[Value | None, ...]:
+        """The results of a node that gives several; raises `Unfit` where it gives another number of them."""
+        metas = meta_of(self.node)
+        if is_tensor(metas) or not isinstance(metas, (tuple, list)) or len(metas) != count:
+            raise Unfit
+        return self.low.outs(self.node)
 
     def emit(self, kind: str, inputs: list[Value], out: Value | None = None, **attrs: Any) -> bool:
         """Append a neutral node."""

@@ -15,6 +15,8 @@ import torch
 from torch import fx
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
+from normfuse.frontends.fx_meta import is_tensor, meta_of
+
 Function = Callable[..., Any]
 
 ASSERTS = frozenset({"_assert_tensor_metadata"})
@@ -36,7 +38,7 @@ _SHARES_FIRST = frozenset(
 
 
 @cache
-def _functions() -> dict[Function, str]:
+def functions() -> dict[Function, str]:
     """torch's own functions -> their names."""
     found: dict[Function, str] = {}
     for module in (operator, torch.Tensor, torch.linalg, torch._C._nn, torch.nn.functional, torch):
@@ -69,7 +71,7 @@ def name_of(node: fx.Node) -> str | None:
         namespace, _, name = target._schema.name.partition("::")
         return name if namespace in ("aten", "prims") else f"{namespace}::{name}"
     try:
-        return _functions().get(target)  # type: ignore[arg-type]
+        return functions().get(target)  # type: ignore[arg-type]
     except TypeError:  # not hashable
         return None
 
@@ -166,7 +168,7 @@ def shared(node: fx.Node) -> list[fx.Node]:
         return []
     if name is None or name in _SHARES_ALL:
         return list(node.all_input_nodes)
-    if name == "getitem" and any(_is_tensor(n) for n in _nodes(node.args[1:])):
+    if name == "getitem" and any(is_tensor(meta_of(n)) for n in _nodes(node.args[1:])):
         return []
     first = _nodes(node.args[:1]) or list(node.all_input_nodes)
     if name in _SHARES_FIRST:
@@ -176,10 +178,6 @@ def shared(node: fx.Node) -> list[fx.Node]:
     if node.op == "call_function" and getattr(operator, name, None) is node.target:
         return first if name in _INPLACE_OPERATORS else []
     return [] if _fresh_packet(name) else first
-
-
-def _is_tensor(node: fx.Node) -> bool:
-    return isinstance(node.meta.get("val", node.meta.get("example_value")), torch.Tensor)
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,23 @@ from torch.fx.passes.shape_prop import TensorMetadata
 from normfuse.graph import Dim, Shape
 
 MISSING = object()
+
+
+class Symbol(str):
+    """A size or a number that a file gives as an expression; equal texts mean equal values."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """What a file says of a tensor that is not there."""
+
+    shape: tuple[int | Symbol, ...]
+    dtype: torch.dtype
+    device: str
+    requires_grad: bool = False
+    layout: torch.layout = torch.strided
+
+
 _PRIMES = (11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71)
 
 
@@ -25,12 +43,12 @@ def meta_of(node: fx.Node) -> Any:
 
 def is_tensor(meta: Any) -> bool:
     """Whether a node's meta describes one tensor."""
-    return isinstance(meta, (torch.Tensor, TensorMetadata))
+    return isinstance(meta, (torch.Tensor, TensorMetadata, TensorInfo))
 
 
 def dim_of(d: Any) -> Dim:
     """The neutral form of one size: an int, or the symbolic expression as text."""
-    if isinstance(d, int):
+    if isinstance(d, (int, Symbol)):
         return d
     exact = d.node.maybe_as_int()
     return str(d) if exact is None else int(exact)
@@ -38,9 +56,16 @@ def dim_of(d: Any) -> Dim:
 
 def shape_of(meta: Any) -> Shape | None:
     """The neutral shape of a tensor's meta; None for what is no plain strided tensor."""
-    if isinstance(meta, torch.Tensor) and (meta.layout != torch.strided or meta.is_quantized):
+    quantized = isinstance(meta, torch.Tensor) and meta.is_quantized
+    if quantized or getattr(meta, "layout", torch.strided) != torch.strided:
         return None
     return tuple(dim_of(d) for d in meta.shape)
+
+
+def elsewhere(a: Any, b: Any) -> bool:
+    """Whether two tensors are on different devices, as far as it is known."""
+    known = [getattr(meta, "device", None) for meta in (a, b)]
+    return None not in known and known[0] != known[1]
 
 
 def dtype_of(meta: Any) -> str:

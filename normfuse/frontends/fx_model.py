@@ -85,7 +85,13 @@ def _run(model: Any, config: Config, rewrite: bool, leave: Leave | None, calibra
 
 def report_on(program: Any, config: Config) -> tuple[Report, list[Site]]:
     """The report on an exported program that is left as it is, and the norms in its order."""
-    whole = _Module(program.graph_module, config, False, _state(program))
+    return report_on_graph(program.graph_module, _state(program), config)
+
+
+def report_on_graph(module: fx.GraphModule, state: Mapping[str, torch.Tensor | None],
+                    config: Config) -> tuple[Report, list[Site]]:  # fmt: skip
+    """The same for the graph of an exported program and its `state`, as `Lowering` takes it."""
+    whole = _Module(module, config, False, state)
     return whole.report(), [site for part in (whole, *whole.inner.values()) for site in part.plan.found.sites]
 
 

@@ -57,9 +57,10 @@ def norm(kind: str, many: bool = False) -> Row:
         if x.shape is None or x.dtype not in (*HALF, "float32", "float64") or not 0 < count <= len(x.shape):
             return False
         if not many:
-            return norm_stages(call, kind, x, weight, bias, count, eps, call.low.out(call.node))
-        outs = call.low.outs(call.node)
-        if outs[0] is None:
+            out = call.low.out(call.node)
+            return out.rank == x.rank and norm_stages(call, kind, x, weight, bias, count, eps, out)
+        outs = call.outs(3 if layer else 2)
+        if outs[0] is None or outs[0].rank != x.rank:
             return False
         norm_stages(call, kind, x, weight, bias, count, eps, outs[0])
         rest = [v for v in outs[1:] if v is not None]
@@ -91,8 +92,16 @@ def fused(name: str) -> Row:
         at: dict[str, Any] = {n: call.get(i, n) for i, n in enumerate(schema)}
         kind = at.get("kind") or ("rms_norm" if "kind" in schema else name.removeprefix("add_"))
         values = {n: call.value(i, n) for i, n in enumerate(schema) if n not in ("eps", "offset", "round_sum")}
-        single = name in ("rms_norm", "layer_norm", "norm_add")
-        outs = (call.low.out(call.node),) if single else call.low.outs(call.node)
+        numbers = {n: call.number(i, n, default=0.0) for i, n in enumerate(schema) if n in ("eps", "offset")}
+        if None in numbers.values():
+            raise Unfit
+        at |= numbers
+        x, residual = values[schema[0]], None if name in ("rms_norm", "layer_norm") else values[schema[1]]
+        outs = (call.low.out(call.node),) if name in ("rms_norm", "layer_norm", "norm_add") else call.outs(2)
+        sources = (x, residual) if name == "qk_norm" else (x,) * len(outs)
+        if any(v is None or v.rank is None or (o is not None and o.rank != v.rank)
+               for v, o in zip(sources, outs, strict=True)):  # fmt: skip
+            raise Unfit
         unrounded = at.get("round_sum") is False
         if any(v is None for v in outs) or (unrounded and at["cast"] == "first"):
             read, given = ([v for v in vs if v is not None] for vs in (values.values(), outs))
@@ -102,16 +111,15 @@ def fused(name: str) -> Row:
         def normed(x: Value, weight: str, bias: str, out: Value | None) -> Value:
             return _fused_stages(call, kind, x, values[weight], values[bias], at, out)
 
-        x, residual = (values[schema[0]], values[schema[1]])
         assert x is not None
         if name in ("rms_norm", "layer_norm"):
             normed(x, "weight", "bias", outs[0])
+        elif residual is None:
+            raise Unfit
         elif name == "qk_norm":
-            assert residual is not None
             normed(x, "q_weight", "q_bias", outs[0])
             normed(residual, "k_weight", "k_bias", outs[1])
         else:
-            assert residual is not None
             s = outs[-1]
             if unrounded:  # the norm reads the sum in float32, s is rounded from it
                 assert s is not None

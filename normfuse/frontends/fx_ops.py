@@ -14,7 +14,7 @@ from torch import fx, nn
 from normfuse.frontends import fx_norms as norms
 from normfuse.frontends import fx_views as views
 from normfuse.frontends.fx_call import Call, Row, Unfit, axes_of, guarded, shape_of_pair
-from normfuse.frontends.fx_meta import is_tensor, meta_of
+from normfuse.frontends.fx_meta import elsewhere, is_tensor, meta_of
 from normfuse.graph import Value
 
 # -- elementwise ---------------------------------------------------------------------------------------------------
@@ -92,10 +92,11 @@ def _relu(call: Call) -> bool:
 def _cast(call: Call) -> bool:
     """to, float, type_as, _to_copy, convert_element_type: what changes is in the result's type."""
     x = call.tensor()
-    source, meta = call.node.args[0], meta_of(call.node)
-    assert isinstance(source, fx.Node)
+    source, meta = call.get(0), meta_of(call.node)
+    if not isinstance(source, fx.Node):
+        return False
     before = meta_of(source)
-    if isinstance(meta, torch.Tensor) and isinstance(before, torch.Tensor) and meta.device != before.device:
+    if elsewhere(meta, before):
         return False
     return is_tensor(meta) and call.emit("cast", [x])
 
@@ -164,7 +165,7 @@ def variance_and_mean(kind: str) -> Row:
     def row(call: Call) -> bool:
         x = call.tensor()
         attrs = _spread(call, x)
-        first, mean = call.low.outs(call.node)
+        first, mean = call.outs(2)
         if first is None or mean is None:
             return False
         call.emit(kind, [x], first, **attrs)
