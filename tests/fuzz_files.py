@@ -1,6 +1,6 @@
-"""Damaged model files: mutated bytes and mutated messages, given to the command line.
+"""Damaged model files: mutated bytes, messages and archives, given to the command line.
 
-python -m tests.fuzz_files [--count 50000] [--seed 0] [--jobs 2] [--replay SEED]
+python -m tests.fuzz_files [--kind onnx|pt2] [--count 50000] [--seed 0] [--jobs 2] [--replay SEED]
 
 Each file is read by `inspect` or `rewrite`, with and without a conversion. The answer has to be a result, or one line
 and exit code 2; within seconds, within memory, and without a part of an output. What fails is printed with its seed.
@@ -22,6 +22,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -207,8 +208,13 @@ def _other(field: Any, value: Any, message: Any, rng: random.Random) -> Any:
 _CORPUS: list[bytes] = []
 
 
-def damaged(seed: int) -> tuple[bytes, list[str]]:
+def damaged(seed: int, kind: str = "onnx") -> tuple[bytes, list[str]]:
     """The file and the command of a seed."""
+    if kind == "pt2":
+        from tests.pt2_mutations import mutate, seeds
+
+        rng = random.Random(seed)
+        return mutate(rng.choice(seeds()), rng), ["inspect"] if rng.random() < 0.9 else ["rewrite"]
     if not _CORPUS:
         _CORPUS.extend(corpus())
     rng = random.Random(seed)
@@ -217,10 +223,10 @@ def damaged(seed: int) -> tuple[bytes, list[str]]:
     return data, rng.choice(COMMANDS)
 
 
-def judge(seed: int, folder: Path, run: Callable[[list[str]], int] = main) -> tuple[str, str]:
-    """What came of a file, as (kind, what is wrong with that or "")."""
-    data, command = damaged(seed)
-    source, target = folder / "in.onnx", folder / "out.onnx"
+def judge(seed: int, folder: Path, kind: str = "onnx", run: Callable[[list[str]], int] = main) -> tuple[str, str]:
+    """What came of a file, as (done or refused, what is wrong with that or "")."""
+    data, command = damaged(seed, kind)
+    source, target = folder / f"in.{kind}", folder / f"out.{kind}"
     source.write_bytes(data)
     (folder / "weights.bin").write_bytes(np.linspace(0.5, 1.5, 64, dtype="f4").tobytes())
     arguments = [command[0], str(source), *([str(target)] if command[0] == "rewrite" else []), *command[1:], "--json"]
@@ -259,9 +265,9 @@ def _wrong(code: int, out: str, err: str, left: list[str], target: Path) -> str:
         return f"more than a line: {err[-200:]}"
     if code and left:
         return f"refused, and yet wrote {left}"
-    if any(name != "out.onnx" and not (name.startswith("out-") and name.endswith(".data")) for name in left):
+    if any(name != target.name and not (name.startswith("out-") and name.endswith(".data")) for name in left):
         return f"left {left}"
-    if code == 0 and target.exists():
+    if code == 0 and target.suffix == ".onnx" and target.exists():
         try:
             onnx.ModelProto.FromString(target.read_bytes())
         except Exception:
@@ -269,7 +275,7 @@ def _wrong(code: int, out: str, err: str, left: list[str], target: Path) -> str:
     return ""
 
 
-def _block(seeds: range) -> list[tuple[int, str, str]]:
+def _block(kind: str, seeds: range) -> list[tuple[int, str, str]]:
     def stop(*_: object) -> None:
         raise TimeoutError(f"no answer in {3 * SECONDS} s")
 
@@ -277,37 +283,41 @@ def _block(seeds: range) -> list[tuple[int, str, str]]:
     resource.setrlimit(resource.RLIMIT_AS, (2**33, resource.getrlimit(resource.RLIMIT_AS)[1]))
     sys.setrecursionlimit(1000)
     with tempfile.TemporaryDirectory() as folder:
-        return [(seed, *judge(seed, Path(folder))) for seed in seeds]
+        return [(seed, *judge(seed, Path(folder), kind)) for seed in seeds]
 
 
-def fuzz(count: int, first: int = 0, jobs: int = 1, block: int = 500) -> tuple[Counter[str], list[tuple[int, str]]]:
+def fuzz(count: int, first: int = 0, jobs: int = 1, block: int = 500,
+         kind: str = "onnx") -> tuple[Counter[str], list[tuple[int, str]]]:  # fmt: skip
     """Judge files by seed in other processes: how many were done and refused, and what is wrong with which."""
     found, wrong = Counter[str](), []
     blocks = [range(s, min(s + block, first + count)) for s in range(first, first + count, block)]
     with get_context("spawn").Pool(jobs, maxtasksperchild=8) as pool:
-        for answers in pool.imap_unordered(_block, blocks):
-            for seed, kind, what in answers:
-                found[kind] += 1
+        for answers in pool.imap_unordered(partial(_block, kind), blocks):
+            for seed, answer, what in answers:
+                found[answer] += 1
                 if what:
                     wrong.append((seed, what))
                     print(f"seed {seed}: {what}", flush=True)
+        pool.close()
+        pool.join()
     return found, sorted(wrong)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kind", choices=("onnx", "pt2"), default="onnx")
     parser.add_argument("--count", type=int, default=50_000)
     parser.add_argument("--seed", type=int, default=0, help="the first of the seeds")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--replay", type=int, help="write the file of one seed to damaged.onnx and show what it does")
+    parser.add_argument("--replay", type=int, help="write the file of one seed and show what it does")
     given = parser.parse_args()
     if given.replay is not None:
-        content, line = damaged(given.replay)
-        Path("damaged.onnx").write_bytes(content)
-        rest = ["damaged-out.onnx", "--overwrite"] if line[0] == "rewrite" else []
-        print("normfuse", *(line := [line[0], "damaged.onnx", *rest, *line[1:], "-v"]))
+        content, line = damaged(given.replay, given.kind)
+        Path(f"damaged.{given.kind}").write_bytes(content)
+        rest = [f"damaged-out.{given.kind}", "--overwrite"] if line[0] == "rewrite" else []
+        print("normfuse", *(line := [line[0], f"damaged.{given.kind}", *rest, *line[1:], "-v"]))
         sys.exit(main(line))
     began = time.monotonic()
-    kinds, bad = fuzz(given.count, given.seed, given.jobs)
+    kinds, bad = fuzz(given.count, given.seed, given.jobs, kind=given.kind)
     print(f"{given.count} files in {time.monotonic() - began:.0f} s: {dict(kinds)}, {len(bad)} wrong")
     sys.exit(bool(bad))
