@@ -340,8 +340,8 @@ def regroup(layout: Layout, shape: tuple[Dim, ...], root: Root) -> Layout:
         dims.pop()
     middle: list[tuple[int, ...]] = []
     while len(dims) > 1:
-        take = 1
-        while take <= len(left) and not spans(tuple(left[:take]), dims[0], root):
+        take = 0 if dims[0] == 1 else 1
+        while take and take <= len(left) and not spans(tuple(left[:take]), dims[0], root):
             take += 1
         if take > len(left):
             raise Refused("NF106", "a reshape that splits or joins rows")

@@ -43,7 +43,7 @@ class Runner:
         self.kills: dict[str, Counter[int]] = defaultdict(Counter)  # what has killed mutants of a function before
         self.functions: dict[tuple[str, str, int], list[FunctionType]] = defaultdict(list)
         for one in gc.get_objects():
-            if isinstance(one, FunctionType):
+            if type(one) is FunctionType:
                 code = one.__code__
                 self.functions[code.co_filename, code.co_name, code.co_firstlineno].append(one)
         sys.stdout.flush()
