@@ -315,7 +315,7 @@ def _matmul(node: Node, facts: list[Fact]) -> Fact:  # sum_k a[.., i, k] b[.., k
     if (related[0] and not related[1] and not b.layout) or SPREAD in la[:-2] + lb[:-2]:
         raise Refused("NF106", "a matrix product with unknown operands")
     product = _mul(node, [replace(a, layout=(inner,)), replace(b, layout=(inner,))])
-    poly = _whole(_reduced(product, (inner,), total=True)).beta
+    poly = _whole(_reduced(product, product.layout, total=True)).beta
     column = SPREAD if column and not related[1] else column
     layout = broadcast(la[:-2], () if one else lb[:-2]) + (rows,) + (() if one else (column,))
     if one:

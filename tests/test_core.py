@@ -13,8 +13,9 @@ from normfuse.facts import (
     formula, formula_poly, free, has, mul, number, power, root_poly, scale, single,
 )  # fmt: skip
 from normfuse.graph import Node, Value
-from normfuse.norm import Norm, exact, match, precision, reads_x
+from normfuse.norm import Norm, exact, is_op, match, precision, reads_x, region
 from normfuse.transfer import RULES, align, broadcast, regroup, spans
+from tests.test_recognise import Build
 
 W: Atom = ("p", 7, "w")
 B: Atom = ("p", 8, "b")
@@ -625,3 +626,77 @@ def test_what_an_operator_reads() -> None:
 
     assert reads_x(norm(F32, "first")) and reads_x(norm(F16, "none")) and not reads_x(norm(F32, "none"))
     assert not reads_x(norm(F16, "last")) and not reads_x(norm(F32, "last"))
+
+
+# -- matrix products --------------------------------------------------------------------------------------------------
+
+COLUMN, FLAT = ((0,), (2,), ()), ((0,), (), (2,))
+
+
+def matrix(layout: Any, alpha: Poly = ZERO, beta: Poly = ZERO, **more: Any) -> Fact:
+    return Fact(LAST, ZERO, alpha, beta, layout, **more)
+
+
+MX = {ONE: 1.0}
+
+
+@pytest.mark.parametrize(("a", "b", "text", "layout"), [
+    (matrix(FLAT, MX), matrix(COLUMN, MX), "64*mean(x^2)", ((0,), (), ())),  # a row with itself
+    (matrix(((2,),), MX), matrix(((2,),), MX), "NF106", None),
+    (matrix(FLAT, MX), matrix(((2,),), beta=MX), "64*mean(x)", ((0,), ())),  # with a vector of ones
+    (matrix(WHOLE, MX), matrix(((2,),), beta={ONE: 0.5}), "32*mean(x)", ROW[:2]),
+    (matrix(WHOLE, MX), matrix(((2,), ()), beta={ONE: 1 / 64}), "mean(x)", ROW),
+    (matrix(WHOLE, MX), matrix(((2,), S), beta={ONE: 1 / 64}), "mean(x)", ((0,), (1,), S)),
+    (matrix(((), (2,)), beta={ONE: 1 / 64}), matrix(COLUMN, MX), "mean(x)", ((0,), (), ())),
+    (matrix((S, (2,)), beta={ONE: 1 / 64}), matrix(COLUMN, MX), "NF106", None),
+    (matrix(WHOLE, MX), matrix(((), (2,), (1,)), MX), "NF106", None),  # rows with rows
+    (matrix(FLAT, MX), matrix(((0,), (2,), (1,)), MX), "NF106", None),
+    (matrix(WHOLE, MX), matrix(COLUMN, MX), "NF106", None),
+    (matrix(WHOLE, MX), matrix(((1,), ()), beta=MX), "NF106", None), (matrix(WHOLE, MX), matrix(((1,),), beta=MX), "NF106", None),
+    (matrix(WHOLE, MX), matrix((), beta=MX), "NF106", None), (matrix(((2,),), MX), matrix(((2,), ()), beta=MX), "NF106", None),
+    (matrix((S, (0,), (2,)), MX), matrix(((2,), ()), beta=MX), "NF106", None),
+    (matrix(WHOLE, MX), matrix((S, (2,), ()), beta=MX), "NF106", None),
+    (matrix(ROW[:2] + ((1,),), MX), matrix(((1,), ()), beta=MX), "NF106", None),
+    (matrix(((0,), (2,), (1,)), MX), matrix(((1,), ()), beta=MX), "NF106", None),
+    (matrix(WHOLE, MX), matrix((S, ()), beta=MX), "64*mean(x)", ROW), (matrix((S, S), beta=MX), matrix(COLUMN, MX), "NF106", None),
+    (matrix(((), S), beta=MX), matrix(COLUMN, MX), "64*mean(x)", ((0,), (), ())),
+    (matrix(((0,), S), beta={MEAN: 1.0}), matrix((S, ()), beta={MEAN: 2.0}), "NF106", None),
+    (matrix(((), ()), beta={MEAN: 1.0}), matrix(((), ()), beta={MEAN: 2.0}), "2*mean(x)^2", ((), ())),
+    (matrix(((0,), ()), beta={MEAN: 1.0}), matrix(((), ()), beta={MEAN: 2.0}), "NF106", None),
+    (matrix(FLAT, {PW: 1.0}), matrix(COLUMN, MX), "NF106", None), (matrix(FLAT, MX, absolute=True), matrix(COLUMN, MX), "NF112",
+                                                                   None),
+])  # fmt: skip
+def test_matrix_product(a: Fact, b: Fact, text: str, layout: Any) -> None:
+    if layout is None:
+        assert refusal(lambda: apply("matmul", a, b)) == text
+        return
+    out = apply("matmul", a, b, dtype="float64")
+    assert (formula(out), out.layout) == (text, layout) and out.types == {"float64"} and not out.trace
+
+
+# -- what a norm is made of -------------------------------------------------------------------------------------------
+
+
+def test_the_nodes_of_a_norm_last_first() -> None:
+    g = Build()
+    native = object()
+    shifted = g.op("add", g.x, g.c(1.0))
+    scaled = g.op("mul", g.w, g.c(2.0))
+    square = g.op("square", shifted)
+    mean = g.mean(square)
+    rstd = g.op("rsqrt", g.op("add", mean, g.c(1e-5)))
+    y = g.op("mul", g.op("mul", shifted, rstd), scaled)
+    (site,) = g.found(y).sites
+    assert [n.kind for n in region(y, site.norm)] == ["mul", "mul", "rsqrt", "add", "mean", "square"]
+    assert site.norm.x is shifted and site.norm.parameters() == [scaled] and not site.is_op and not is_op(y, site.norm)
+    for node in region(y, site.norm):
+        node.native = native
+    assert is_op(y, site.norm)
+    copy = g.op("reshape", g.op("identity", y), shape=("B", "S", 64))
+    assert is_op(copy, site.norm)  # copies and views aside
+    g.graph.nodes[-3].native = None
+    assert not is_op(y, site.norm)
+    for node in region(y, site.norm):
+        node.native = None
+    assert not is_op(y, site.norm)
+    assert region(shifted, site.norm) == []

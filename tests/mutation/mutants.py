@@ -67,7 +67,7 @@ class Source:
             last = node.body[0].lineno - 1 if hasattr(node, "body") else node.end_lineno or node.lineno
             lines = range(node.lineno, max(last, node.lineno) + 1)
         if not isinstance(node, (ast.ClassDef, ast.arguments)):
-            for new in _changes(node, around):
+            for new in _changes(node, around, isinstance(holder, tuple) and isinstance(holder[0], ast.Subscript)):
                 yield self._made(node, new, holder, around, part, lines)
         inside = [*around, node] if isinstance(node, (*FUNCTIONS, ast.ClassDef)) else around
         for name, child in ast.iter_fields(node):
@@ -115,7 +115,7 @@ def _with(node: ast.AST, **fields: object) -> ast.AST:
     return new
 
 
-def _changes(node: ast.AST, around: list[ast.AST]) -> Iterator[ast.AST]:
+def _changes(node: ast.AST, around: list[ast.AST], index: bool) -> Iterator[ast.AST]:
     """What may stand in the place of a node."""
     truth = [ast.Constant(True), ast.Constant(False)]
     match node:
@@ -135,7 +135,8 @@ def _changes(node: ast.AST, around: list[ast.AST]) -> Iterator[ast.AST]:
             yield ast.Constant(not value)
         case ast.Constant(value=int() | float() as value):
             yield ast.Constant(value + 1)
-            yield ast.Constant(value - 1)
+            if not (index and value == 0):  # of a sequence of one element, 0 and -1 are the same
+                yield ast.Constant(value - 1)
         case ast.Name(id=name) if name in NAMES:
             yield _with(node, id=NAMES[name])
         case ast.Slice(lower=lower, upper=upper, step=step):
@@ -163,7 +164,7 @@ def _changes(node: ast.AST, around: list[ast.AST]) -> Iterator[ast.AST]:
             yield ast.Pass()
         case ast.Assign(targets=[ast.Name(id=name)]) if around and _again(around[-1], name):
             yield ast.Pass()
-        case ast.Return(value=ast.expr() as value) if not (isinstance(value, ast.Constant) and value.value is None):
+        case ast.Return(value=ast.expr() as value) if not (isinstance(value, ast.Constant) and value.value in (None, False)):
             yield ast.Return(None)
     if isinstance(node, ast.AugAssign) and type(node.op) in SWAPS:
         yield ast.Pass()
