@@ -312,9 +312,9 @@ def _matmul(node: Node, facts: list[Fact]) -> Fact:  # sum_k a[.., i, k] b[.., k
     related = [bool(f.linear or f.advanced) for f in facts]
     if (all(related) and (rows or column)) or (related[1] and not related[0] and rows):
         raise Refused("NF106", "a matrix product that mixes rows")
-    if (related[0] and not related[1] and not b.layout) or SPREAD in la[:-2] + lb[:-2]:
+    if SPREAD in la[:-2] + lb[:-2]:
         raise Refused("NF106", "a matrix product with unknown operands")
-    product = _mul(node, [replace(a, layout=(inner,)), replace(b, layout=(inner,))])
+    product = _mul(node, [replace(a, layout=(inner,)), replace(b, layout=(other,))])
     poly = _whole(_reduced(product, product.layout, total=True)).beta
     column = SPREAD if column and not related[1] else column
     layout = broadcast(la[:-2], () if one else lb[:-2]) + (rows,) + (() if one else (column,))
