@@ -316,10 +316,7 @@ def _matmul(node: Node, facts: list[Fact]) -> Fact:  # sum_k a[.., i, k] b[.., k
         raise Refused("NF106", "a matrix product with unknown operands")
     product = _mul(node, [replace(a, layout=(inner,)), replace(b, layout=(other,))])
     poly = _whole(_reduced(product, product.layout, total=True)).beta
-    column = SPREAD if column and not related[1] else column
     layout = broadcast(la[:-2], () if one else lb[:-2]) + (rows,) + (() if one else (column,))
-    if one:
-        layout = la[:-1]
     return replace(product, kappa=ZERO, alpha=ZERO, beta=poly, layout=layout, trace=(),
                    types=product.types | {_dtype(node)})  # fmt: skip
 
