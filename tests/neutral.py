@@ -139,7 +139,7 @@ def plain(kind: str, x: Array, axes: tuple[int, ...], eps: float) -> Array:
     """A norm without weight and bias."""
     if kind == "layer_norm":
         x = x - x.mean(axis=axes, keepdims=True)
-    return x / np.sqrt(np.square(x).mean(axis=axes, keepdims=True) + eps)
+    return np.asarray(x / np.sqrt(np.square(x).mean(axis=axes, keepdims=True) + eps))
 
 
 def compare(found: Recognition, graph: Graph, dims: dict[str, int] | None = None) -> int:

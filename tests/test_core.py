@@ -50,7 +50,7 @@ def test_sums_drop_what_cancels_to_rounding_and_no_more() -> None:
 
 
 def test_a_polynomial_has_at_most_so_many_terms() -> None:
-    wide = {((("p", i, "w"), 1.0),): 1.0 for i in range(MAX_TERMS - 1)}
+    wide: Poly = {((("p", i, "w"), 1.0),): 1.0 for i in range(MAX_TERMS - 1)}
     assert MAX_TERMS == 12 and len(add(wide, {ONE: 1.0})) == MAX_TERMS
     assert refusal(add, wide, {ONE: 1.0, MEAN: 1.0}) == "NF100"
 
@@ -128,8 +128,8 @@ def test_a_root_is_scaled_so_that_the_mean_square_counts_once() -> None:
     assert power(four, 0.5) == {((ROOT, 0.5),): 2.0}
     assert power(scale(UNDER, -1.0), -1.0) == {((ROOT, -1.0),): -1.0}
     assert refusal(power, {SQ_MEAN: -1.0, ONE: 1.0}, 0.5) == "NF103"
-    ((((_, depth, items), _),),) = power({MEAN: 3.0, ONE: 2.0}, -1.0)  # without a mean square: by the first term
-    assert depth == 1 and dict(items) == {MEAN: 1.5, ONE: 1.0}
+    ((((atom, _),), _),) = power({MEAN: 3.0, ONE: 2.0}, -1.0).items()  # without a mean square: by the first term
+    assert atom[1] == 1 and root_poly(atom) == {MEAN: 1.5, ONE: 1.0}
 
 
 def test_roots_nest_three_deep_at_most() -> None:
@@ -154,7 +154,8 @@ def test_roots_nest_three_deep_at_most() -> None:
     ({((W, 2.0),): -1.0}, None), ({((M2, 2.0),): 1.0, ONE: 3.0}, 3.0), ({((M1, 1.0), (M2, 1.0)): 1.0}, None),
     ({((M1, 2.0), (M2, 1.0)): 1.0}, 0.0), (RSTD, 0.0), (scale(RSTD, -1), None), (power(VAR, 0.5), 0.0),
     (power({SQ_MEAN: 1.0, MEAN: 1.0}, -1.0), None), ({MEAN: 1.0, ONE: 1.0}, None),
-    ({ONE: 1.0, MEAN: 1.0, SQ_MEAN: 1.0}, None), ({SQ_MEAN: 2.0, PW: -1.0}, None), ({MEAN_SQ: 0.5}, 0.0), ({((M1, 3.0),): 1.0}, None),
+    ({ONE: 1.0, MEAN: 1.0, SQ_MEAN: 1.0}, None), ({SQ_MEAN: 2.0, PW: -1.0}, None), ({MEAN_SQ: 0.5}, 0.0),
+    ({((M1, 3.0),): 1.0}, None),
     ({((M1, 4.0),): 1.0}, None), ({MEAN_SQ: 1.0, PW: 1.0}, None),
 ])  # fmt: skip
 def test_bound(p: Poly, low: float | None) -> None:
@@ -188,8 +189,10 @@ def test_how_far_a_value_is_on_the_way(p: Poly, level: int) -> None:
 
 
 @pytest.mark.parametrize(("c", "text"), [
-    (0.0, "0"), (999999.0, "999999"), (1e6, "1e+06"), (1234567.0, "1234567"), (0.3, "0.3"), (single(1 / 3), "0.33333334"),
-    (1e300, "1e+300"), (-2.5, "-2.5"), (1000001.0, "1000001"), (123456.7, "123456.7"), (-1e6, "-1e+06"), (1018860544.0, "1.01886054e+09"),
+    (0.0, "0"), (999999.0, "999999"), (1e6, "1e+06"), (1234567.0, "1234567"), (0.3, "0.3"),
+    (single(1 / 3), "0.33333334"),
+    (1e300, "1e+300"), (-2.5, "-2.5"), (1000001.0, "1000001"), (123456.7, "123456.7"), (-1e6, "-1e+06"),
+    (1018860544.0, "1.01886054e+09"),
 ])  # fmt: skip
 def test_number(c: float, text: str) -> None:
     assert number(c) == text
@@ -260,12 +263,14 @@ def test_whether_axes_have_a_size(entry: tuple[int, ...], d: Any, fits: bool) ->
 @pytest.mark.parametrize(("value", "layout", "root", "aligned"), [
     (leaf(64), WHOLE, LAST, ((2,),)), (leaf(1), WHOLE, LAST, ((),)), (leaf(), WHOLE, LAST, ()),
     (leaf(1, 64), WHOLE, LAST, ((), (2,))), (leaf(1, 1, 64), WHOLE, LAST, ((), (), (2,))),
-    (leaf(5, 64), WHOLE, LAST, "NF109"), (leaf(5, 64), WHOLE, BOTH, ((1,), (2,))), (leaf(5, 1), WHOLE, BOTH, ((1,), ())),
+    (leaf(5, 64), WHOLE, LAST, "NF109"), (leaf(5, 64), WHOLE, BOTH, ((1,), (2,))),
+    (leaf(5, 1), WHOLE, BOTH, ((1,), ())),
     (leaf(5, 1), WHOLE, LAST, "NF109"), (leaf("B", 1, 1), WHOLE, LAST, "NF109"), (leaf(32), WHOLE, LAST, "NF108"),
     (leaf("N"), WHOLE, LAST, "NF108"), (leaf(8, 1, 1, 1), WHOLE, LAST, "NF108"), (leaf(1, 1, 1, 1), WHOLE, LAST,
                                                                                  ((), (), (), ())),
     (leaf(None), WHOLE, LAST, "NF115"), (leaf(64), ROW, LAST, ((2,),)), (leaf(32), ROW, LAST, "NF108"),
-    (leaf(64), ((0,), ()), LAST, "NF108"), (leaf(64), ((0,), (1,), S), LAST, (S,)), (leaf(3), ((0,), (1,), S), LAST, (S,)),
+    (leaf(64), ((0,), ()), LAST, "NF108"), (leaf(64), ((0,), (1,), S), LAST, (S,)),
+    (leaf(3), ((0,), (1,), S), LAST, (S,)),
     (leaf(5, 64, number=2.0), WHOLE, LAST, ((1,), (2,))), (leaf(7, 64, number=2.0), WHOLE, LAST, "NF109"),
     (leaf(7, number=2.0), WHOLE, LAST, "NF108"), (leaf("B", 5, 64, number=2.0), WHOLE, LAST, WHOLE),
     (leaf(5), ((0,), (1,)), LAST, "NF109"), (leaf(64, 1, 1, 1), WHOLE, LAST, "NF108"),
@@ -289,10 +294,12 @@ def test_broadcast(a: Any, b: Any, both: Any) -> None:
 
 
 @pytest.mark.parametrize(("layout", "shape", "after"), [
-    (WHOLE, ("B", 5, 64), WHOLE), (WHOLE, ("B", 1, 5, 64), ((0,), (), (1,), (2,))), (WHOLE, (1, "B", 5, 64), ((), *WHOLE)),
+    (WHOLE, ("B", 5, 64), WHOLE), (WHOLE, ("B", 1, 5, 64), ((0,), (), (1,), (2,))),
+    (WHOLE, (1, "B", 5, 64), ((), *WHOLE)),
     (WHOLE, ("B", 5, 64, 1), (*WHOLE, ())), (WHOLE, ("n", 64), ((0, 1), (2,))), (WHOLE, ("B", 320), ((0,), (1, 2))),
     (WHOLE, ("n",), ((0, 1, 2),)), (WHOLE, ("B", 320, 1), ((0,), (1, 2), ())), (WHOLE, ("B", 64, 5), "NF106"),
-    (WHOLE, ("B", 10, 32), "NF106"), (ROW, ("B", 5), ((0,), (1,))), (ROW, ("n",), ((0, 1),)), (ROW, (1, "n"), ((), (0, 1))),
+    (WHOLE, ("B", 10, 32), "NF106"), (ROW, ("B", 5), ((0,), (1,))), (ROW, ("n",), ((0, 1),)),
+    (ROW, (1, "n"), ((), (0, 1))),
     (((0,), S), ("n",), "NF107"), (ROW, ("B",), "NF106"), ((), (), ()), ((), (1, 1), ((), ())),
     (((0,), (1,), (2,), (3,)), (2, 12, 5), ((0,), (1, 2), (3,))), (((0,), (1,), (2,), (3,)), (6, 20), ((0, 1), (2, 3))),
     (((0,), (1,), (2,), (3,)), (6, 4, 5), ((0, 1), (2,), (3,))), (((0,), (1,), (2,), (3,)), (24, 5), ((0, 1, 2), (3,))),
@@ -486,7 +493,8 @@ def test_traces_of_elementwise_results() -> None:
     ("mean", x1, (1,), "NF106"), ("mean", x1, (0, 2), "NF106"), ("mean", line({PW: 1.0}), (2,), "NF106"),
     ("mean", line({ONE: 1.0}, {PW: 1.0}), (2,), "NF106"), ("mean", line(ZERO, ZERO, {PW: 1.0}), (2,), "NF106"),
     ("mean", x1, None, "NF114"), ("mean", line({ONE: 1.0}, absolute=True), (2,), "NF112"),
-    ("mean", stat({MEAN: 1.0}, ((0,), (1,), S)), (2,), "mean(x)"), ("sum", stat({MEAN: 1.0}, ((0,), (1,), S)), (2,), "NF107"),
+    ("mean", stat({MEAN: 1.0}, ((0,), (1,), S)), (2,), "mean(x)"),
+    ("sum", stat({MEAN: 1.0}, ((0,), (1,), S)), (2,), "NF107"),
     ("mean", stat({MEAN: 1.0}), (1,), "NF106"), ("mean", replace(x1, layout=((0,), (), (2,))), (1,), "NF121"),
     ("var", x1, (2,), "var(x)"), ("std", x1, (2,), "(var(x))^1/2"), ("vecnorm", x1, (2,), "8*mean(x^2)^1/2"),
     ("var", line({ONE: 2.0}, {ONE: 7.0}), (2,), "4*var(x)"), ("var", line(ZERO, ZERO, {ONE: 1.0}), (2,), "NF112"),
@@ -514,7 +522,9 @@ def test_a_mean_in_two_steps_and_its_types() -> None:
     assert apply("mean", rows, axes=(2,), keepdims=True).beta == {MEAN: 1.0}
 
 
-@pytest.mark.parametrize(("correction", "factor"), [(0, 1.0), (1, 64 / 63), (2, 64 / 62), (63, 64.0), (64, None), (65, None)])
+@pytest.mark.parametrize(("correction", "factor"), [
+    (0, 1.0), (1, 64 / 63), (2, 64 / 62), (63, 64.0), (64, None), (65, None),
+])  # fmt: skip
 def test_an_unbiased_variance(correction: int, factor: float | None) -> None:
     if factor is None:
         assert refusal(lambda: apply("var", x1, axes=(2,), correction=correction)) == "NF110"
@@ -530,13 +540,16 @@ def test_an_unbiased_variance(correction: int, factor: float | None) -> None:
 
 @pytest.mark.parametrize(("kind", "attrs", "fact", "shape", "layout"), [
     ("unsqueeze", {"axes": (0,)}, x1, None, ((), *WHOLE)), ("unsqueeze", {"axes": (-1,)}, x1, None, (*WHOLE, ())),
-    ("unsqueeze", {"axes": (3, 1)}, x1, None, ((0,), (), (1,), (), (2,))), ("squeeze", {"axes": (2,)}, stat(UNDER), None, ROW[:2]),
+    ("unsqueeze", {"axes": (3, 1)}, x1, None, ((0,), (), (1,), (), (2,))),
+    ("squeeze", {"axes": (2,)}, stat(UNDER), None, ROW[:2]),
     ("squeeze", {"axes": (-1,)}, stat(UNDER), None, ROW[:2]), ("squeeze", {"axes": (1,)}, x1, None, "NF107"),
-    ("squeeze", {"axes": (1, 2)}, stat(UNDER), None, "NF107"), ("transpose", {"perm": (2, 0, 1)}, x1, None, ((2,), (0,), (1,))),
+    ("squeeze", {"axes": (1, 2)}, stat(UNDER), None, "NF107"),
+    ("transpose", {"perm": (2, 0, 1)}, x1, None, ((2,), (0,), (1,))),
     ("expand", {}, stat(UNDER), ("B", 5, 64), ((0,), (1,), S)), ("expand", {}, stat(UNDER), ("B", 5, 1), ROW),
     ("expand", {}, stat(UNDER), (7, "B", 5, 64), (S, (0,), (1,), S)), ("expand", {}, x1, ("B", 5, 64), WHOLE),
     ("expand", {}, x1, (1, "B", 5, 64), ((), *WHOLE)), ("expand", {}, x1, (7, "B", 5, 64), "NF108"),
-    ("expand", {}, x1, None, "NF115"), ("reshape", {}, x1, None, "NF115"), ("reshape", {}, x1, ("n", 64), ((0, 1), (2,))),
+    ("expand", {}, x1, None, "NF115"), ("reshape", {}, x1, None, "NF115"),
+    ("reshape", {}, x1, ("n", 64), ((0, 1), (2,))),
     ("reshape", {}, stat(UNDER, ((0,), (1,), S)), ("n", 64), ((0, 1), S)), ("reshape", {}, x1, ("B", 10, 32), "NF106"),
     ("reshape", {}, stat(UNDER, ((0,), (1,), S)), ("B", 5, 64), ((0,), (1,), S)),
     ("reshape", {}, stat(UNDER, ((0,), (1,), S)), ("n", 32), "NF107"),
@@ -613,7 +626,8 @@ UP, DOWN = ("cast", F32), ("cast", F16)
 
 
 @pytest.mark.parametrize(("x", "trace", "types", "want"), [
-    (F32, [("norm", F32)], F32, (F32, "none")), (F32, [("centre", F32), ("norm", F32), ("weight", F32), ("bias", F32)], F32,
+    (F32, [("norm", F32)], F32, (F32, "none")),
+    (F32, [("centre", F32), ("norm", F32), ("weight", F32), ("bias", F32)], F32,
                                                  (F32, "none")),
     (F16, [UP, ("norm", F32)], F32, (F32, "none")), (F16, [UP, ("norm", F32), DOWN], F32, (F32, "last")),
     (F16, [UP, ("norm", F32), ("weight", F32), DOWN], F32, (F32, "last")),
@@ -624,11 +638,13 @@ UP, DOWN = ("cast", F32), ("cast", F16)
     (F16, [UP, ("norm", F32), DOWN, ("weight", F16), UP], F32, None),
     (F16, [UP, ("norm", F32), DOWN, UP, ("cast", F64), ("weight", F64)], F32, None),
     (F16, [UP, ("norm", F32), ("weight", F32), DOWN, ("bias", F16)], F32, None),
-    (F16, [("norm", F16), ("weight", F16)], F16, (F16, "none")), (F16, [("norm", F16), ("weight", F16), ("scale", F16)], F16, None),
+    (F16, [("norm", F16), ("weight", F16)], F16, (F16, "none")),
+    (F16, [("norm", F16), ("weight", F16), ("scale", F16)], F16, None),
     (F16, [("norm", F16), ("weight", F16), ("weight", F16)], F16, None),
     (F32, [("norm", F32), ("weight", F32), ("scale", F32)], F32, (F32, "none")),
     (F16, [UP, ("norm", F32), DOWN, ("norm", F16)], F32, None), (F16, [UP, ("norm", F16)], F16, None),
-    (F16, [UP, ("norm", F32), DOWN, ("centre", F16)], F32, None), (F16, [UP, ("norm", F32), DOWN, ("weight", F32)], F32, None),
+    (F16, [UP, ("norm", F32), DOWN, ("centre", F16)], F32, None),
+    (F16, [UP, ("norm", F32), DOWN, ("weight", F32)], F32, None),
     (F32, [("norm", F32), ("mixed", F32)], F32, None), (F16, [UP, ("norm", F32)], F16, None),
     (BF, [UP, ("norm", F32), DOWN, ("weight", F16)], F32, None), (BF, [UP, ("norm", F32), DOWN], F32, (F32, "last")),
     (F16, [UP, ("cast", F64), ("norm", F64)], F64, (F64, "none")), (F64, [("norm", F64), UP], F64, (F64, "last")),
@@ -678,18 +694,22 @@ MX = {ONE: 1.0}
     (matrix(WHOLE, MX), matrix(((), (2,), (1,)), MX), "NF106", None),  # rows with rows
     (matrix(FLAT, MX), matrix(((0,), (2,), (1,)), MX), "NF106", None),
     (matrix(WHOLE, MX), matrix(COLUMN, MX), "NF106", None),
-    (matrix(WHOLE, MX), matrix(((1,), ()), beta=MX), "NF106", None), (matrix(WHOLE, MX), matrix(((1,),), beta=MX), "NF106", None),
-    (matrix(WHOLE, MX), matrix((), beta=MX), "NF106", None), (matrix(((2,),), MX), matrix(((2,), ()), beta=MX), "NF106", None),
+    (matrix(WHOLE, MX), matrix(((1,), ()), beta=MX), "NF106", None),
+    (matrix(WHOLE, MX), matrix(((1,),), beta=MX), "NF106", None),
+    (matrix(WHOLE, MX), matrix((), beta=MX), "NF106", None),
+    (matrix(((2,),), MX), matrix(((2,), ()), beta=MX), "NF106", None),
     (matrix((S, (0,), (2,)), MX), matrix(((2,), ()), beta=MX), "NF106", None),
     (matrix(WHOLE, MX), matrix((S, (2,), ()), beta=MX), "NF106", None),
-    (matrix(ROW[:2] + ((1,),), MX), matrix(((1,), ()), beta=MX), "NF106", None),
+    (matrix((*ROW[:2], (1,)), MX), matrix(((1,), ()), beta=MX), "NF106", None),
     (matrix(((0,), (2,), (1,)), MX), matrix(((1,), ()), beta=MX), "NF106", None),
-    (matrix(WHOLE, MX), matrix((S, ()), beta=MX), "64*mean(x)", ROW), (matrix((S, S), beta=MX), matrix(COLUMN, MX), "NF106", None),
+    (matrix(WHOLE, MX), matrix((S, ()), beta=MX), "64*mean(x)", ROW),
+    (matrix((S, S), beta=MX), matrix(COLUMN, MX), "NF106", None),
     (matrix(((), S), beta=MX), matrix(COLUMN, MX), "64*mean(x)", ((0,), (), ())),
     (matrix(((0,), S), beta={MEAN: 1.0}), matrix((S, ()), beta={MEAN: 2.0}), "NF106", None),
     (matrix(((), ()), beta={MEAN: 1.0}), matrix(((), ()), beta={MEAN: 2.0}), "2*mean(x)^2", ((), ())),
     (matrix(((0,), ()), beta={MEAN: 1.0}), matrix(((), ()), beta={MEAN: 2.0}), "NF106", None),
-    (matrix(FLAT, {PW: 1.0}), matrix(COLUMN, MX), "NF106", None), (matrix(FLAT, MX, absolute=True), matrix(COLUMN, MX), "NF112",
+    (matrix(FLAT, {PW: 1.0}), matrix(COLUMN, MX), "NF106", None),
+    (matrix(FLAT, MX, absolute=True), matrix(COLUMN, MX), "NF112",
                                                                    None),
 ])  # fmt: skip
 def test_matrix_product(a: Fact, b: Fact, text: str, layout: Any) -> None:

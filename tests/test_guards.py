@@ -39,7 +39,7 @@ class _Off(ast.NodeTransformer):
             return ast.unparse(node.args[0]) == repr(self.code)
         return not isinstance(node, ast.If) and any(map(self._refuses, ast.iter_child_nodes(node)))
 
-    def visit_If(self, node: ast.If) -> ast.AST:  # noqa: N802
+    def visit_If(self, node: ast.If) -> ast.AST:
         if any(map(self._refuses, node.body)):
             self.count += 1
             node.test = ast.copy_location(ast.Constant(False), node.test)

@@ -39,7 +39,7 @@ def explained() -> dict[str, str]:
     return {key: why for why, keys in found.items() for key in keys}
 
 
-def warm(modules: tuple[str, ...] = MODULES, most: float = 2.0) -> Runner:
+def warm(modules: tuple[str, ...] = MODULES) -> Runner:
     """Record the cases."""
     import torch
 
@@ -48,7 +48,8 @@ def warm(modules: tuple[str, ...] = MODULES, most: float = 2.0) -> Runner:
     torch.set_num_threads(1)
     tape = Tape()
     found, slow = record(list(cases(modules)), tape)
-    print(f"{len(found)} cases, {sum(c.seconds for c in found):.0f} s; too slow: {len(slow)}", file=sys.stderr, flush=True)
+    seconds = sum(c.seconds for c in found)
+    print(f"{len(found)} cases, {seconds:.0f} s; too slow: {len(slow)}", file=sys.stderr, flush=True)
     return Runner(found, tape)
 
 

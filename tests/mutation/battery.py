@@ -78,7 +78,7 @@ class Tape:
                     found.append((graph, [t.clone() for t in inputs]))
                     return graph.forward
 
-                torch._dynamo.reset()
+                torch._dynamo.reset()  # type: ignore[no-untyped-call]
                 self.compile(function, backend=keep, **kwargs)(*args)
                 return found
 
@@ -157,7 +157,7 @@ def record(found: list[Case], tape: Tape) -> tuple[list[Case], list[str]]:
             return local
 
         def enter(frame: FrameType, event: str, arg: object) -> Any:
-            return local(frame, event, arg) if frame.f_code.co_filename in core else None  # noqa: B023
+            return local(frame, event, arg) if frame.f_code.co_filename in core else None
 
         old = sys.gettrace()
         sys.settrace(enter)

@@ -164,7 +164,7 @@ def _changes(node: ast.AST, around: list[ast.AST], index: bool) -> Iterator[ast.
             yield ast.Pass()
         case ast.Assign(targets=[ast.Name(id=name)]) if around and _again(around[-1], name):
             yield ast.Pass()
-        case ast.Return(value=ast.expr() as value) if not (isinstance(value, ast.Constant) and value.value in (None, False)):
+        case ast.Return(value=ast.expr() as value) if _text(value) not in ("None", "False"):
             yield ast.Return(None)
     if isinstance(node, ast.AugAssign) and type(node.op) in SWAPS:
         yield ast.Pass()

@@ -14,6 +14,7 @@ from bisect import bisect
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
+from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -86,7 +87,7 @@ class Runner:
             quiet = os.open(os.devnull, os.O_WRONLY)
             os.dup2(quiet, 1)
             os.dup2(quiet, 2)
-            size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+            size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
             signal.signal(signal.SIGPROF, signal.SIG_DFL)
             signal.setitimer(signal.ITIMER_PROF, 5)
@@ -113,7 +114,7 @@ class Runner:
             first = min([scope.lineno, *(d.lineno for d in getattr(scope, "decorator_list", ()))])  # type: ignore[attr-defined]
             assert isinstance(scope, FUNCTIONS)
             new = [c for c in codes(code) if c.co_name == name and c.co_firstlineno == first]
-            old = [f for f in self.functions[module.__file__, name, first]]
+            old = self.functions[module.__file__, name, first]
             assert new and old, f"{name} is not there"
             for function in old:
                 function.__code__ = new[0] if len(new) == 1 else next(
@@ -124,10 +125,9 @@ class Runner:
         for node in ast.walk(mutant.part):
             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id in fresh:
                 was = vars(module)[node.id]
-                for other in list(sys.modules.values()):
-                    if other is not None and getattr(other, "__name__", "").startswith(("normfuse", "tests")):
-                        if vars(other).get(node.id) is was:
-                            setattr(other, node.id, fresh[node.id])
+                for name, other in list(sys.modules.items()):
+                    if name.startswith(("normfuse", "tests")) and vars(other).get(node.id) is was:
+                        setattr(other, node.id, fresh[node.id])
         if isinstance(mutant.part, (ast.ClassDef, ast.FunctionDef)):
             _defaults(vars(module)[mutant.part.name], fresh[mutant.part.name])
 
