@@ -41,5 +41,5 @@ def test_a_sample_is_killed(tmp_path: Path) -> None:
         command += ["--file", file]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    command += ["--tests", "test_mutation", "--share", "0.01"]  # without the tests of the core nothing is killed
+    command += ["--tests", "test_codes", "--share", "0.01"]  # without the tests of the core nothing is killed
     assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=300).returncode == 1
