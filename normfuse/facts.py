@@ -80,7 +80,8 @@ def _times(a: float, c: float) -> float:
     """a * c, exact where c is the float32 reciprocal of the integer a (or the other way round)."""
     product = a * c
     for n, r in ((a, c), (c, a)):
-        if 1 < abs(n) < 2**53 and n == int(n) and abs(abs(product) - 1.0) < 1e-6 and single(1.0 / n) == single(r):
+        near = abs(abs(product) - 1.0) < 1e-6
+        if 1 < abs(n) < 2**53 and n == int(n) and near and single(abs(1.0 / n)) == single(abs(r)):
             return math.copysign(1.0, product)
     return product
 

@@ -112,8 +112,6 @@ def match(fact: Fact) -> Match:
                 raise Refused("NF102", "x is divided by its standard deviation but its mean is not taken away")
     if any(a[0] != "p" for key in bias for a, _ in key):
         raise Refused("NF106", "a statistic is left in the sum")
-    if not weight:
-        raise Refused("NF106", "the weight is zero")
     return Match(kind, eps, weight, bias)
 
 

@@ -312,14 +312,11 @@ def _matmul(node: Node, facts: list[Fact]) -> Fact:  # sum_k a[.., i, k] b[.., k
     related = [bool(f.linear or f.advanced) for f in facts]
     if (all(related) and (rows or column)) or (related[1] and not related[0] and rows):
         raise Refused("NF106", "a matrix product that mixes rows")
-    if (related[0] and not related[1] and not b.layout) or SPREAD in la[:-2] + lb[:-2]:
+    if SPREAD in la[:-2] + lb[:-2]:
         raise Refused("NF106", "a matrix product with unknown operands")
-    product = _mul(node, [replace(a, layout=(inner,)), replace(b, layout=(inner,))])
-    poly = _whole(_reduced(product, (inner,), total=True)).beta
-    column = SPREAD if column and not related[1] else column
+    product = _mul(node, [replace(a, layout=(inner,)), replace(b, layout=(other,))])
+    poly = _whole(_reduced(product, product.layout, total=True)).beta
     layout = broadcast(la[:-2], () if one else lb[:-2]) + (rows,) + (() if one else (column,))
-    if one:
-        layout = la[:-1]
     return replace(product, kappa=ZERO, alpha=ZERO, beta=poly, layout=layout, trace=(),
                    types=product.types | {_dtype(node)})  # fmt: skip
 
@@ -340,8 +337,8 @@ def regroup(layout: Layout, shape: tuple[Dim, ...], root: Root) -> Layout:
         dims.pop()
     middle: list[tuple[int, ...]] = []
     while len(dims) > 1:
-        take = 1
-        while take <= len(left) and not spans(tuple(left[:take]), dims[0], root):
+        take = 0 if dims[0] == 1 else 1
+        while take and take <= len(left) and not spans(tuple(left[:take]), dims[0], root):
             take += 1
         if take > len(left):
             raise Refused("NF106", "a reshape that splits or joins rows")
