@@ -127,10 +127,11 @@ class _Recogniser:
             return
         found: list[Root] = []
         written = False
-        for v, over in self._origins(value, axes):
+        for v, reduced in self._origins(value, axes):
+            over = tuple(a for a in reduced if v.shape is not None and v.shape[a] != 1)
             size = _size(v, over)
             written = written or v.tainted
-            if v.tainted or size == 1 or not over:
+            if v.tainted or not over:
                 continue
             root = next((r for r in self.roots.get(v.index, ()) if r.axes == over), None)
             if root is None:
@@ -192,13 +193,16 @@ class _Recogniser:
                 for key in roots:
                     self._miss(key, node, Refused("NF120", f"{out.name} or a view of it is written in place"))
                 roots = {}
-            for key in sorted(roots, reverse=True)[:MAX_ROOTS]:
+            made = self.facts.setdefault(out.index, {}) if roots else {}
+            for key in sorted(roots, reverse=True):
+                if len(made) == MAX_ROOTS:
+                    break
                 try:
-                    fact = rule(node, self._operands(node, roots[key]))
+                    made[key] = rule(node, self._operands(node, roots[key]))
                 except Refused as why:
                     self._miss(key, node, why)
-                else:
-                    self.facts.setdefault(out.index, {})[key] = fact
+            if not made:
+                self.facts.pop(out.index, None)
         elif rule is None:
             for key in roots:
                 self._miss(key, node, Refused("NF106", f"statistics go into {node.op}, which is not part of a norm"))
@@ -252,7 +256,7 @@ class _Recogniser:
         values = [v for node in self.graph.nodes for v in node.outputs if v.index in self.facts]
         for value in values:
             for key, fact in sorted(self.facts[value.index].items()):
-                if fact.advanced < 3 or not fact.alpha or fact.kappa:
+                if fact.advanced < 3 or not fact.alpha or fact.kappa or fact.absolute:
                     continue
                 whole = fact.layout == identity_layout(fact.root.value)
                 try:

@@ -128,7 +128,7 @@ def _add(node: Node, facts: list[Fact], sign: float = 1.0) -> Fact:  # sums of f
 
 def _mul(node: Node, facts: list[Fact]) -> Fact:  # (a1 x + b1)(a2 x + b2) = a1 a2 x^2 + (a1 b2 + a2 b1) x + b1 b2
     f, g = facts
-    if f.absolute and g.absolute:
+    if f.absolute and g.absolute and (f.alpha, f.beta) == (g.alpha, g.beta):
         return _square(node, [replace(f, absolute=False)])
     _plain(f, g)
     if (f.kappa and g.linear) or (g.kappa and f.linear):
@@ -163,14 +163,14 @@ def _neg(node: Node, facts: list[Fact]) -> Fact:
     return _unary(node, f, scale(f.kappa, -1), scale(f.alpha, -1), scale(f.beta, -1))
 
 
-def _abs(node: Node, facts: list[Fact]) -> Fact:  # |x|, to be squared
+def _abs(node: Node, facts: list[Fact]) -> Fact:  # |v|, to be squared
     f = facts[0]
     if f.partial:
         _plain(f)
     if not f.linear and bound(f.beta) is not None:
         return _same(node, facts)
-    if f.kappa or not f.alpha:
-        raise Refused("NF112", "the absolute value of a statistic that may be negative")
+    if f.kappa:
+        raise Refused("NF112", "the absolute value of a square")
     return replace(f, absolute=True, via=node.inputs[0])
 
 
@@ -180,7 +180,7 @@ def _square(node: Node, facts: list[Fact]) -> Fact:
 
 
 def _power(node: Node, f: Fact, q: float) -> Fact:
-    if f.linear:
+    if f.linear or f.absolute:
         if q == 2.0:
             return _square(node, [f])
         if q == 1.0:
@@ -407,6 +407,7 @@ def _transpose(node: Node, facts: list[Fact]) -> Fact:
 
 def _norm(node: Node, facts: list[Fact]) -> Fact:  # a node that already is a norm: (v - mean v)(var v + eps)^-1/2
     f = facts[0]
+    _plain(f)
     statistic = _whole(_mean(node, [_square(node, facts)])).beta
     beta = f.beta
     if node.kind == "layer_norm":
