@@ -20,7 +20,7 @@ from normfuse.graph import FLOATS, PRECISION, Graph, Node, Value
 from normfuse.norm import NEAR, VIEWS, Expr, Match, Norm, Refusal, Site, exact, is_op, match, precision
 from normfuse.transfer import REDUCTIONS, RULES, SPREAD, align, broadcast, identity_layout, regroup, start
 
-MAX_ROOTS = 6
+MAX_ROOTS = 12
 MAX_WALK = 16
 
 RootKey = tuple[int, tuple[int, ...]]

@@ -160,8 +160,7 @@ class _Generator:
         name = b.pick(*SQUARE) if self.square and b.chance(0.5) else b.pick(*PLAIN)
         fragile = name in FRAGILE
         x = b.pick(*self.given) if fragile else self._source()
-        others = self.given if fragile else self.pool
-        z = b.pick(*[v for v in others if v is not x] or [b.input(self.shape, self.dtype)])
+        z = b.input(self.shape, self.dtype)  # of the pool none is sure to be unrelated to x
         axes = (len(self.shape) - 1,) if name in SQUARE or b.chance(0.5) else self._axes()
         if any(self.shape[a] == 1 for a in axes):
             axes = (len(self.shape) - 1,)

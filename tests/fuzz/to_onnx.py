@@ -46,7 +46,7 @@ class _Writer:
             self.op(op)
         inputs = [_info(v) for v in self.program.inputs]
         outputs = [_info(v) for v in self.program.outputs]
-        stated = [_info(op.out) for op in self.program.ops if op.kind == "loop"]  # of which nothing can be inferred
+        stated = [_info(op.out) for op in self.program.ops if op.branches]  # of which nothing can be inferred
         graph = helper.make_graph(self.nodes, "fuzz", inputs, outputs, list(self.tensors.values()), value_info=stated)
         imports = [helper.make_opsetid("", self.opset)]
         if self.functions:
