@@ -170,16 +170,22 @@ def compare_models(path_a: str | Path, path_b: str | Path, *, seed: int = 0,
     unknown = sorted(set(feeds) - set(names))
     if unknown:
         raise InputError(f"no input is named {unknown[0]!r}; the models have {', '.join(names)}")
+    outputs, equal = compare_outputs(a, b, feeds, roundings)
+    return {"equal": equal, "outputs": outputs, "tolerance": roundings, "provider": a.get_providers()[0]}
+
+
+def compare_outputs(a: Any, b: Any, feeds: dict[str, Array], roundings: float) -> tuple[list[dict[str, Any]], bool]:
+    """Run two sessions on the same inputs: a record for each output, and whether all agree.
+
+    Raises `InputError` where one does not run.
+    """
+    wanted = [o.name for o in a.get_outputs()]
     try:
         first, second = a.run(wanted, feeds), b.run(wanted, feeds)
     except Exception as why:
         raise InputError(f"the models do not run on these inputs: {_first_line(why)}") from why
-    outputs, equal = [], True
-    for name, x, y in zip(wanted, first, second, strict=True):
-        record, same = _compare_output(name, x, y, roundings)
-        outputs.append(record)
-        equal = equal and same
-    return {"equal": equal, "outputs": outputs, "tolerance": roundings, "provider": a.get_providers()[0]}
+    found = [_compare_output(*each, roundings) for each in zip(wanted, first, second, strict=True)]
+    return [record for record, _ in found], all(same for _, same in found)
 
 
 def demand_equal(found: dict[str, Any], where: str | Path) -> None:

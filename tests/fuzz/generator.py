@@ -99,11 +99,13 @@ class _Generator:
             args = (x,)
             carried = b._val(x.shape, x.dtype)
             attrs = {"trips": b.pick(1, 2), "carried": carried}
-        b.ops = inner = []
+        inner: list[Op] = []
+        b.ops = inner
         out = unit() if kind != "loop" else b.op("add", unit(), attrs["carried"])
         branches = [(inner, out)]
         if kind == "if":
-            b.ops = other = []
+            other: list[Op] = []
+            b.ops = other
             branches.append((other, b.op(b.pick("neg", "identity", "tanh"), x)))
         b.ops = outer
         result = b._val(out.shape, out.dtype)

@@ -133,7 +133,8 @@ def _eps_per_row(b: Builder, w: Norm, z: Val) -> tuple[Val, list[Truth]]:
     core, v, _ = _statistic(b, w)
     if np.prod(w.kept) == 1:
         return _eps_vector(b, w, z)
-    return _end(w, core, b.op("add", v, b.const(np.linspace(0.01, 0.5, int(np.prod(w.kept))).reshape(w.kept), v.dtype))), []
+    eps = np.linspace(0.01, 0.5, int(np.prod(w.kept))).reshape(w.kept)
+    return _end(w, core, b.op("add", v, b.const(eps, v.dtype))), []
 
 
 @_miss()

@@ -77,10 +77,10 @@ def _reshape(a: Attrs, x: Array, shape: Array) -> Array:
     return x.reshape([x.shape[i] if d == 0 and not a.get("allowzero") else int(d) for i, d in enumerate(shape)])
 
 
-def _slice(a: Attrs, x: Array, starts: Array, ends: Array, axes: Array | None = None, steps: Array | None = None) -> Array:
+def _slice(a: Attrs, x: Array, starts: Array, ends: Array, axes: Array) -> Array:
     index = [slice(None)] * x.ndim
-    for i, (s, e) in enumerate(zip(starts, ends, strict=True)):
-        index[int(axes[i]) if axes is not None else i] = slice(int(s), int(e), None if steps is None else int(steps[i]))
+    for axis, s, e in zip(axes, starts, ends, strict=True):
+        index[int(axis)] = slice(int(s), int(e))
     return x[tuple(index)]
 
 

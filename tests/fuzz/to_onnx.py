@@ -148,7 +148,7 @@ class _Writer:
             self.axes("ReduceMean", square, axes, 18, out, keepdims=keep)
 
     def _rowdot(self, op: Op, args: list[str], out: str) -> None:
-        letters = "bijk"[: len(op.args[0].shape)]
+        letters = "bijklm"[: len(op.args[0].shape)]
         self.node("Einsum", args, out, equation=f"{letters},{letters}->{letters[:-1]}"
                   if self.chance(0.5) else "...d,...d->...")  # fmt: skip
 
