@@ -126,7 +126,8 @@ def _difference(model: onnx.ModelProto, made: onnx.ModelProto, config: Config, f
         records, equal = compare_outputs(before, after, given, CONVERTED if config.converts else ROUNDINGS)
         if not equal:
             worst = max(records, key=lambda r: r["max_rel"] or 0.0)
-            gap = "in shape or type" if worst["max_rel"] is None else f"by {worst['max_rel']:.2g} of its largest element"
+            share = worst["max_rel"]
+            gap = "in shape or type" if share is None else f"by {share:.2g} of its largest element"
             return Failure("different", "", f"output {worst['name']!r} differs {gap}")
     return None
 

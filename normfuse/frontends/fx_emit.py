@@ -260,7 +260,10 @@ class Maker:
                 total = term
             else:
                 total = self.arithmetic("add", *((total, term) if isinstance(total, fx.Node) else (term, total)))
-        return self.reshape(total, list(width(self.spec))) if _joined(expr, self.spec) else total
+        rank, shape = len(self.spec.x.shape or ()), shape_of_expr(expr) or ()
+        if _joined(expr, self.spec):
+            return self.reshape(total, list(width(self.spec)))
+        return self.reshape(total, list(shape[len(shape) - rank :])) if len(shape) > rank else total
 
     def _typed(self, value: Value, dtype: str, operand: Operands) -> fx.Node:
         base = lossless(value, dtype)
@@ -273,6 +276,7 @@ class Maker:
         if shape == wide or _joined(expr, self.spec):
             return node
         k = len(wide)
+        shape = shape[-len(self.spec.x.shape or ()) :]
         last = (1,) * (k - len(shape)) + shape[len(shape) - min(k, len(shape)) :]
         if len(shape) > k:
             node = self.reshape(node, list(last))

@@ -60,7 +60,7 @@ class OnnxModel:
         self.written: dict[Site, tuple[ir.Function, list[Value]]] = {}
 
     def _abilities(self, low: Lowering) -> Abilities:
-        can = Abilities(self._expressible, functions=True, statistics=self.emitter.native, leave=self._leave,
+        can = Abilities(self._expressible, functions=True, statistics=self.emitter.gives_statistics, leave=self._leave,
                         done=self._done)  # fmt: skip
         wide = self.config.target != "onnx"
         return replace(can, operator=lambda edit: self.fused.unfit(low, edit)) if wide else can

@@ -35,8 +35,12 @@ def main() -> int:
 
 def judge(args: argparse.Namespace) -> int:
     """The run of `graphs`."""
-    tally = runner.run(args.count, args.seed, args.jobs, args.budget,
-                       lambda f: print(f"seed {f['seed']}: {f['front']}: {f['kind']}: {f['message']}", flush=True))  # fmt: skip
+
+
+    def told(failure: dict[str, Any]) -> None:
+        print("seed {seed}: {front}: {kind}: {message}".format(**failure), flush=True)
+
+    tally = runner.run(args.count, args.seed, args.jobs, args.budget, told)
     from tests.fuzz.save import save
 
     for seed in dict.fromkeys(f["seed"] for f in tally.failures[:50]):

@@ -30,7 +30,7 @@ TOLERANCE = 1e-6
 LOOSE = 1e-3
 """The same where 1/N is rounded in the graph, which a mean of 30 deviations amplifies."""
 FX_SHARE, SITES_SHARE, INSPECT_SHARE, RUNTIME_SHARE = 0.4, 0.2, 0.1, 0.03
-NOISE = 1e-9
+NOISE = 1e-6
 """An output below this is what roundings leave of a difference that is zero."""
 # of float64 only so much is asked, because operators hold eps in float32
 ROUNDINGS = {"float16": 2.0**-10, "float32": 2.0**-23, "float64": 2.0**-30}

@@ -18,7 +18,7 @@ from tests.fuzz.program import Builder, Truth, Val
 Miss = Callable[[Builder, Norm, Val], tuple[Val, list[Truth]]]
 MISSES: dict[str, Miss] = {}
 FRAGILE: set[str] = set()
-SQUARE: set[str] = set()
+SQUARE: list[str] = []
 """Misses that need x to have two last axes of one size, and the last one normalised."""
 
 
@@ -27,7 +27,7 @@ def _miss(fragile: bool = False, square: bool = False) -> Callable[[Miss], Miss]
         name = fn.__name__.removeprefix("_")
         MISSES[name] = fn
         FRAGILE.update({name} if fragile else ())
-        SQUARE.update({name} if square else ())
+        SQUARE.extend([name] if square else [])
         return fn
 
     return enter
