@@ -182,8 +182,9 @@ def precision(fact: Fact) -> tuple[str, str]:
 
 
 def exact(weight: Poly) -> bool:
-    """Every factor is a power of two, so that it may move past a rounding."""
-    return all(math.frexp(c)[0] in (0.5, -0.5) for c in weight.values())
+    """Every factor is a power of two, so that it may move past a rounding, and nothing is divided by a parameter."""
+    powers = all(math.frexp(c)[0] in (0.5, -0.5) for c in weight.values())
+    return powers and all(e > 0 for key in weight for _, e in key)
 
 
 def region(value: Value, norm: Norm) -> list[Node]:

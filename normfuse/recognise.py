@@ -323,7 +323,7 @@ class _Recogniser:
                 found = match(fact)
                 compute, cast = precision(fact)
                 if any(PRECISION.get(d, 0) < 24 for d in (compute, value.dtype or "")) and not exact(found.weight):
-                    raise Refused("NF117", "a constant factor would be rounded with the weight")
+                    raise Refused("NF117", "a constant factor or 1/weight would be rounded to a narrow type")
             except Refused as why:
                 if first is None or why.code == "NF117":
                     first = why

@@ -1,7 +1,7 @@
 """The smallest model that still goes wrong: for a bug report, from a model whose rewrite crashes or changes outputs.
 
-First the failure is named, then every cut is tried that may keep it: outputs are dropped, ranges of nodes taken out,
-control flow and functions opened. What a missing node gave becomes an input of the graph. A cut stays if the rewrite
+First the failure is named. Then each norm is tried alone, which finds the one to blame, and every cut that may keep the
+failure: outputs are dropped, ranges of nodes taken out, control flow and functions opened. What a missing node gave becomes an input of the graph. A cut stays if the rewrite
 of what is left goes wrong in the same way.
 """
 
@@ -11,7 +11,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,14 @@ import onnx_ir as ir
 from normfuse.api import optimize
 from normfuse.config import Config
 from normfuse.errors import InputError, NormFuseError, UnsupportedError
+from normfuse.frontends.onnx_model import OnnxModel
 from normfuse.io import files
-from normfuse.verify import CONVERTED, ROUNDINGS, compare_outputs, feeds_for, session
+from normfuse.norm import region
+from normfuse.verify import CONVERTED, EPSILON, ROUNDINGS, distance, feeds_for, session
 
 Progress = Callable[[str, float], None]
+HELD = 2.0**-30
+"""The rounding asked of float64, less than its own: operators hold eps in float32."""
 MAX_TRIES = 4000
 """Rewrites after which the smallest model so far is given back."""
 
@@ -82,6 +86,8 @@ def reduce_model(model: onnx.ModelProto, config: Config | None = None,
                  progress: Progress | None = None) -> tuple[onnx.ModelProto, Reduced] | None:  # fmt: skip
     """The smallest model found whose rewrite fails as that of `model` does, or None where it does not fail."""
     config = config or Config()
+    if config.verify == "model":  # the whole model is compared in any case
+        config = replace(config, verify="sites")
     if config.layernorm_to_rmsnorm == "approximate":
         raise UnsupportedError("an approximate conversion is calibrated on whole inputs; reduce takes off or exact")
     with tempfile.TemporaryDirectory(prefix="normfuse-") as folder, warnings.catch_warnings():
@@ -113,23 +119,53 @@ def _difference(model: onnx.ModelProto, made: onnx.ModelProto, config: Config, f
     paths = folder / "before.onnx", folder / "after.onnx"
     for path, proto in zip(paths, (model, made), strict=True):
         path.write_bytes(proto.SerializeToString())
-    before = session(paths[0])
+    try:
+        before = session(paths[0])
+    except InputError as why:
+        raise InputError(f"the model itself does not run: {str(why).partition(': ')[2]}") from None
     try:
         onnx.checker.check_model(made)
         after = session(paths[1])
     except Exception as why:
         text = (str(why).strip() or type(why).__name__).splitlines()[0]
         return Failure("invalid", "", f"the rewritten model does not load: {text}")
-    feeds = feeds_for(before)
+    feeds, tops = feeds_for(before), dict[int, float]()
     for scale in (1.0, 1e-3, 0.0):
-        given = {k: (v * scale).astype(v.dtype) if np.issubdtype(v.dtype, np.floating) else v for k, v in feeds.items()}
-        records, equal = compare_outputs(before, after, given, CONVERTED if config.converts else ROUNDINGS)
-        if not equal:
-            worst = max(records, key=lambda r: r["max_rel"] or 0.0)
-            share = worst["max_rel"]
-            gap = "in shape or type" if share is None else f"by {share:.2g} of its largest element"
-            return Failure("different", "", f"output {worst['name']!r} differs {gap}")
+        given = {k: (v * scale).astype(v.dtype) if v.dtype.kind == "f" else v for k, v in feeds.items()}
+        for i, (a, b) in enumerate(zip(before.run(None, given), after.run(None, given), strict=True)):
+            name, message = before.get_outputs()[i].name, _apart(a, b, tops.setdefault(i, _top(a)), config)
+            if message:
+                return Failure("different", "", f"output {name!r} {message}")
     return None
+
+
+def _top(x: Any) -> float:
+    if not isinstance(x, np.ndarray) or x.dtype.kind != "f":
+        return 0.0
+    return float(np.max(np.abs(x[np.isfinite(x)]), initial=0.0))
+
+
+def _apart(a: Any, b: Any, top: float, config: Config) -> str:
+    """In what an output and that of the rewrite differ, or nothing; `top` is its largest element on random rows."""
+    if not isinstance(a, np.ndarray) or a.dtype.kind not in "fiub":
+        return "" if repr(a) == repr(b) else "has another value"
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return "has another shape or type"
+    gap = distance(a.astype(np.float64), b.astype(np.float64))
+    unit = max(EPSILON.get(str(a.dtype), 0.0), HELD if a.dtype == np.float64 else 0.0)
+    allowed = (CONVERTED if config.converts else ROUNDINGS) * unit * max(top, _top(a))
+    return "" if gap <= allowed else f"differs by {gap:.2g}, of {max(top, _top(a)):.2g} at most"
+
+
+def _regions(model: onnx.ModelProto, config: Config) -> Iterator[list[str]]:
+    """Of each norm in the main graph, the names of what is computed between its input and its result."""
+    try:
+        found = OnnxModel(ir.serde.deserialize_model(model), config, rewrite=False).plans[0].found
+    except Exception:  # it is the reading that crashes: there are no norms to go by
+        return
+    for site in found.sites:
+        natives = [v.native for node in region(site.value, site.norm) for v in node.outputs]
+        yield [v.name for v in natives if v is not None]
 
 
 # -- cuts ---------------------------------------------------------------------------------------------------------
@@ -145,7 +181,7 @@ class _Search:
         self.failure = failure_of(model, self.config, self.folder)
         if self.failure is None:
             return None
-        best, size = model, _count(model)
+        best, size = self._one_norm(self._kept(model, _inlined)), _count(model)
         while True:
             best = self._once(best)
             if _count(best) >= size or self.tries >= MAX_TRIES:
@@ -155,6 +191,23 @@ class _Search:
         assert found is not None
         norms = [] if found.kind == "crash" else [n.name for n in optimize(best, self.config)[1].norms]
         return best, Reduced(found.kind, found.message, norms, _count(model), _count(best), self.tries)
+
+    def _one_norm(self, model: onnx.ModelProto) -> onnx.ModelProto:
+        """The nodes of the one norm that is to blame, alone or with those next to it; the model if it is not just one."""
+        cutter = _Cutter(model)
+        maker = {name: i for i, node in enumerate(model.graph.node) for name in node.output}
+        readers: dict[str, list[int]] = {}
+        for i, node in enumerate(model.graph.node):
+            for name in _reads(node):
+                readers.setdefault(name, []).append(i)
+        for names in _regions(model, self.config):
+            inner = {maker[name] for name in names if name in maker}
+            beside = {maker[name] for i in inner for name in _reads(model.graph.node[i]) if name in maker}
+            behind = {i for name in names for i in readers.get(name, ())}
+            for keep in (inner, inner | beside | behind):
+                if keep and self._fails(lambda keep=keep: cutter.cut(sorted(keep))):  # type: ignore[misc]
+                    return cutter.cut(sorted(keep))
+        return model
 
     def _once(self, model: onnx.ModelProto) -> onnx.ModelProto:
         """One round of every kind of cut."""

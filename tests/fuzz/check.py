@@ -31,7 +31,7 @@ LOOSE = 1e-3
 """The same where 1/N is rounded in the graph, which a mean of 30 deviations amplifies."""
 FX_SHARE, SITES_SHARE, INSPECT_SHARE, RUNTIME_SHARE = 0.4, 0.2, 0.1, 0.03
 NOISE = 1e-6
-"""An output below this is what roundings leave of a difference that is zero."""
+"""An output below this is what roundings leave of a difference that is zero; with 1/N rounded it may be of order 1."""
 # of float64 only so much is asked, because operators hold eps in float32
 ROUNDINGS = {"float16": 2.0**-10, "float32": 2.0**-23, "float64": 2.0**-30}
 
@@ -184,7 +184,7 @@ class _Trial:
         for kind, given in feeds(self.program):
             wanted = evaluate(self.program, given, flat)
             for value, want, got in zip(self.program.outputs, wanted, run(given), strict=True):
-                gap = distance(want, got)
+                gap = distance(want, got, 1.0 if self.program.loose else NOISE)
                 if not gap <= self.tolerance:
                     self.fail(front, "different", f"{value.name} on {kind} rows is off by {gap:.2g} of its largest")
                     return
@@ -220,8 +220,8 @@ def _gap(want: Array, got: Array) -> float:
     return float(np.max(np.abs(want - found), initial=0.0))
 
 
-def distance(want: Array, got: Array) -> float:
-    """The largest difference relative to the largest element; infinite for another shape or other NaNs."""
+def distance(want: Array, got: Array, floor: float) -> float:
+    """The largest difference relative to the largest element, or the floor; infinite for another shape or NaNs."""
     if want.shape != got.shape:
         return float("inf")
     both = np.isfinite(want) & np.isfinite(got)
@@ -229,15 +229,14 @@ def distance(want: Array, got: Array) -> float:
         return float("inf")
     top = float(np.max(np.abs(want[both]), initial=0.0))
     gap = float(np.max(np.abs(want[both] - got[both]), initial=0.0))
-    return gap / max(top, NOISE)
+    return gap / max(top, floor)
 
 
 def session(model: onnx.ModelProto) -> Any:
-    """A quiet CPU session on one thread that optimises nothing by itself."""
+    """A quiet CPU session on one thread, with the fusions that ONNX Runtime makes by itself."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = 1
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
