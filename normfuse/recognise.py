@@ -322,7 +322,8 @@ class _Recogniser:
                     return
                 found = match(fact)
                 compute, cast = precision(fact)
-                if any(PRECISION.get(d, 0) < 24 for d in (compute, value.dtype or "")) and not exact(found.weight):
+                applied = value.dtype or "" if cast == "first" else compute
+                if min(PRECISION.get(d, 0) for d in (compute, applied)) < 24 and not exact(found.weight):
                     raise Refused("NF117", "a constant factor or 1/weight would be rounded to a narrow type")
             except Refused as why:
                 if first is None or why.code == "NF117":
@@ -346,11 +347,12 @@ class _Recogniser:
         return len({v for v in after.producer.inputs if key in self.facts.get(v.index, ())}) > 1
 
     def _idle(self, value: Value, fact: Fact) -> bool:
-        """Only a copy or a view of a value before it that has the same layout."""
+        """Only a copy, a view or a wider copy of a value before it that has the same layout."""
         node, before = value.producer, None if fact.via is None else self.facts[fact.via.index].get(fact.root.key())
         assert node is not None
+        old, new = PRECISION.get(node.inputs[0].dtype or "", 0), PRECISION.get(value.dtype or "", 0)
         copies = node.kind in VIEWS or node.kind == "identity" or (
-            node.kind == "cast" and node.inputs[0].dtype == value.dtype)  # fmt: skip
+            node.kind == "cast" and (old < new or node.inputs[0].dtype == value.dtype))  # fmt: skip
         return copies and before is not None and before.layout == fact.layout and fact.via is not fact.root.value
 
     def _norm(self, value: Value, fact: Fact, found: Match, compute: str, cast: str) -> Norm:

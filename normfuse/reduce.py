@@ -1,8 +1,8 @@
 """The smallest model that still goes wrong: for a bug report, from a model whose rewrite crashes or changes outputs.
 
 First the failure is named. Then each norm is tried alone, which finds the one to blame, and every cut that may keep the
-failure: outputs are dropped, ranges of nodes taken out, control flow and functions opened. What a missing node gave becomes an input of the graph. A cut stays if the rewrite
-of what is left goes wrong in the same way.
+failure: outputs are dropped, ranges of nodes taken out, control flow and functions opened. What a missing node gave
+becomes an input of the graph. A cut stays if the rewrite of what is left goes wrong in the same way.
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ class _Search:
         return best, Reduced(found.kind, found.message, norms, _count(model), _count(best), self.tries)
 
     def _one_norm(self, model: onnx.ModelProto) -> onnx.ModelProto:
-        """The nodes of the one norm that is to blame, alone or with those next to it; the model if it is not just one."""
+        """The nodes of the one norm that is to blame, alone or with those next to it; the model if there is none."""
         cutter = _Cutter(model)
         maker = {name: i for i, node in enumerate(model.graph.node) for name in node.output}
         readers: dict[str, list[int]] = {}

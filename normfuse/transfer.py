@@ -54,8 +54,11 @@ def align(value: Value, layout: Layout, root: Root) -> Layout:
     for i, d in enumerate(value.shape):
         j = len(layout) - len(value.shape) + i
         entry = layout[j] if j >= 0 else ()
-        if not entry and j in root.axes and len(layout) == root.value.rank:
-            entry = (j,)  # a parameter that scales a statistic before it meets x
+        if not entry and j >= 0 and d != 1:  # a parameter that scales a statistic before it meets x
+            taken = {a for e in (*layout, *out) for a in e}
+            axes = [(a,) for a in root.axes if a not in taken]
+            axes.sort(key=lambda e: e != (j,) or len(layout) != root.value.rank)
+            entry = next((e for e in (*axes, root.axes) if spans(e, d, root)), ())  # a wrong guess does not fit x
         if d == 1:
             out.append(())
         elif entry == SPREAD or (value.number is not None and entry and spans(entry, d, root)):

@@ -25,7 +25,8 @@ def layer(i: int, x: str, centre: bool, miss: bool) -> Steps:
     core = f"c{i}" if centre else x
     mean: Steps = [("ReduceMean", [x], f"m{i}"), ("Sub", [x, f"m{i}"], core)] if centre else []
     return [*mean, ("Mul", [core, core], f"q{i}"), ("ReduceMean", [f"q{i}"], f"v{i}"),
-            ("Add", [f"v{i}", "eps"], f"e{i}"), ("Sqrt", [f"e{i}"], f"r{i}"), ("Div", [x if miss else core, f"r{i}"], f"n{i}"),
+            ("Add", [f"v{i}", "eps"], f"e{i}"), ("Sqrt", [f"e{i}"], f"r{i}"),
+            ("Div", [x if miss else core, f"r{i}"], f"n{i}"),
             ("Mul", [f"n{i}", "w"], f"y{i}"), ("MatMul", [f"y{i}", "W"], f"p{i}"), ("Tanh", [f"p{i}"], f"t{i}"),
             ("Add", [x, f"t{i}"], f"x{i + 1}")]  # fmt: skip
 
