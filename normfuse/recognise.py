@@ -270,12 +270,13 @@ class _Recogniser:
                 groups.setdefault(value.index, set()).add(self._canonical(fact.root))
                 if whole:
                     matches.setdefault(value.index, []).append((fact, found))
+        read = {self._best(found)[0].root.value.index for found in matches.values()}  # by a norm, whole
         final: dict[int, bool] = {}
         steps: dict[int, set[RootKey]] = {}  # the groups in which a value is a norm, or all its readers come to one
         for value in reversed(values):
             own = groups.get(value.index, set())
             ahead = [steps.get(node.outputs[0].index, set()) if node.outputs else set() for node in value.uses]
-            leads = own.intersection(*ahead) if ahead and not value.kept else set()
+            leads = own.intersection(*ahead) if ahead and not value.kept and value.index not in read else set()
             final[value.index] = not leads
             steps[value.index] = leads | {self._canonical(f.root) for f, _ in matches.get(value.index, ())}
         chosen: set[int] = set()
