@@ -223,7 +223,7 @@ class _Recogniser:
                 out.append(Fact(root, ZERO, ZERO, constant(v.number), aligned))
             elif v.overridable and _size(v, tuple(range(v.rank or 0))) == 1:
                 raise Refused("NF122", f"{v.name} may be replaced by the caller, so it is no constant")
-            elif v.index in self.light and self.light[v.index] <= max(len(root.axes), 1) and node.kind != "matmul":
+            elif self._scales(v, root) and node.kind != "matmul":
                 atom: Atom = ("p", v.index, v.name)
                 self.params[v.index] = v
                 out.append(Fact(root, ZERO, ZERO, {((atom, 1.0),): 1.0}, align(v, layout, root)))
@@ -233,6 +233,11 @@ class _Recogniser:
                 name = root.value.name
                 raise Refused("NF106", f"the statistics of {name} meet {v.name}, which is not {name} or a parameter")
         return out
+
+    def _scales(self, value: Value, root: Root) -> bool:
+        """Whether a value may be a parameter of a norm of this root: light enough, and not what the root is made of."""
+        made = any(index == value.index for index, _ in self.facts.get(root.value.index, ()))
+        return self.light.get(value.index, 9) <= max(len(root.axes), 1) and not made
 
     def _miss(self, key: RootKey, node: Node, why: Refused) -> None:
         known = [self.facts[v.index][key] for v in node.inputs if key in self.facts.get(v.index, ())]

@@ -7,6 +7,7 @@ Adding an operator is one row here and one in a front end.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -138,7 +139,9 @@ def _mul(node: Node, facts: list[Fact]) -> Fact:  # (a1 x + b1)(a2 x + b2) = a1 
         raise Refused("NF112", "a power of x above the second")
     other = f if g.linear else g
     events = [e for e, on in (("norm", has(other.beta, "m") or has(other.beta, "T")),
-                              ("weight", has(other.beta, "p"))) if on] or ["scale"]  # fmt: skip
+                              ("weight", has(other.beta, "p"))) if on]  # fmt: skip
+    if not events and not (set(other.beta) == {ONE} and math.frexp(other.beta[ONE])[0] in (0.5, -0.5)):
+        events = ["scale"]  # a power of two rounds nothing
     kappa = add(mul(f.alpha, g.alpha), add(mul(f.kappa, g.beta), mul(f.beta, g.kappa)))
     alpha = add(mul(f.alpha, g.beta), mul(f.beta, g.alpha))
     return _combine(node, f, g, kappa, alpha, mul(f.beta, g.beta), events)

@@ -396,7 +396,8 @@ def lower(model: ir.Model) -> list[Lowering]:
             graph.meta["normfuse.functions"] = model.functions
     first = Lowering(model.graph)
     for _ in range(MAX_ROUNDS):
-        if not first.missing or not any(node.kind in REDUCTIONS for node in first.graph.nodes):
+        wanted = first.graph.notes or any(node.kind in REDUCTIONS for node in first.graph.nodes)
+        if not first.missing or not wanted:
             break
         inferred = infer(model, first.values)
         if inferred == first.inferred or not inferred:
