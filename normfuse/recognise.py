@@ -275,7 +275,21 @@ class _Recogniser:
                 groups.setdefault(value.index, set()).add(self._canonical(fact.root))
                 if whole:
                     matches.setdefault(value.index, []).append((fact, found))
-        read = {self._best(found)[0].root.value.index for found in matches.values()}  # by a norm, whole
+        final = self._final(values, matches, groups, set())
+        read = {self._best(found)[0].root.value.index for i, found in matches.items() if final[i]}
+        if any(not final.get(i, True) for i in read):  # by a norm, whole: a step towards it that stands for itself
+            final = self._final(values, matches, groups, read)
+        chosen: set[int] = set()
+        for value in values:
+            if value.index in matches and final[value.index]:
+                chain = list(self._chain(self._best(matches[value.index])[0], value))
+                if not any(v.index in chosen and f.advanced >= 3 for v, f in chain):
+                    chosen.add(value.index)
+                    self._site(chain)
+
+    def _final(self, values: list[Value], matches: dict[int, list[tuple[Fact, Match]]],
+               groups: dict[int, set[RootKey]], read: set[int]) -> dict[int, bool]:  # fmt: skip
+        """Which values are more than a step towards a norm that all their readers come to."""
         final: dict[int, bool] = {}
         steps: dict[int, set[RootKey]] = {}  # the groups in which a value is a norm, or all its readers come to one
         for value in reversed(values):
@@ -284,13 +298,7 @@ class _Recogniser:
             leads = own.intersection(*ahead) if ahead and not value.kept and value.index not in read else set()
             final[value.index] = not leads
             steps[value.index] = leads | {self._canonical(f.root) for f, _ in matches.get(value.index, ())}
-        chosen: set[int] = set()
-        for value in values:
-            if value.index in matches and final[value.index]:
-                chain = list(self._chain(self._best(matches[value.index])[0], value))
-                if not any(v.index in chosen and f.advanced >= 3 for v, f in chain):
-                    chosen.add(value.index)
-                    self._site(chain)
+        return final
 
     def _best(self, found: list[tuple[Fact, Match]]) -> tuple[Fact, Match]:
         """Of several readings of one value: the oldest root, unless a later one is more than a cast away."""
