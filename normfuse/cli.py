@@ -1,4 +1,4 @@
-"""The command line: `normfuse inspect|rewrite|verify|explain|env`.
+"""The command line: `normfuse inspect|rewrite|reduce|verify|explain|env`.
 
 Exit codes: 0 done; 1 refused under --strict, or a mismatch; 2 bad input; 3 internal error. With --json exactly one
 JSON object goes to stdout, errors too. Heavy imports stand inside functions, so that `--help` is instant.
@@ -13,7 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 from normfuse.config import Config, LayerNormToRMSNorm, Numerics, Target, Verify
@@ -90,8 +90,7 @@ def _rewrite(args: argparse.Namespace) -> Outcome:
     if args.output is None and not (args.in_place or args.dry_run):
         raise InputError("no output is given; name a file to write, or use --in-place or --dry-run")
     output, in_place = args.output or args.model, args.in_place or args.output is None
-    config = Config(args.layernorm_to_rmsnorm, args.numerics, args.target, args.verify, args.ort_version, args.untie,
-                    args.fold_scale, args.force, args.norms, args.tolerance)  # fmt: skip
+    config = replace(_config(args), norms=args.norms, tolerance=args.tolerance)
     started = time.perf_counter()
     with progress(not args.quiet) as advance:
         report: Report = normfuse.rewrite(
@@ -104,6 +103,27 @@ def _rewrite(args: argparse.Namespace) -> Outcome:
     if not args.quiet:
         blocks.append("dry run: nothing was written" if args.dry_run else f"wrote {output}")
     return Outcome(DIFFERENT if args.strict and report.refusals else DONE, report.to_dict(), blocks)
+
+
+def _config(args: argparse.Namespace) -> Config:
+    return Config(args.layernorm_to_rmsnorm, args.numerics, args.target, args.verify, args.ort_version, args.untie,
+                  args.fold_scale, args.force)  # fmt: skip
+
+
+def _reduce(args: argparse.Namespace) -> Outcome:
+    from normfuse.cli_print import progress
+    from normfuse.reduce import reduce
+
+    with progress(not args.quiet) as advance:
+        found = reduce(args.model, args.output, _config(args), overwrite=args.overwrite, progress=advance)
+    if found is None:
+        data = {"schema": SCHEMA, "failure": None}
+        return Outcome(DIFFERENT, data, [f"{args.model}: nothing goes wrong with these options; nothing was written"])
+    lines: list[Block] = [f"{found.failure}: {found.message}"]
+    if args.verbose:
+        lines += [f"norms left: {', '.join(found.norms) or 'none'}", f"{found.tries} models tried"]
+    lines.append(f"nodes {found.nodes_before} -> {found.nodes_after}; wrote {args.output}")
+    return Outcome(DONE, {"schema": SCHEMA} | found.to_dict(), lines[-1:] if args.quiet else lines)
 
 
 def _verify(args: argparse.Namespace) -> Outcome:
@@ -195,6 +215,11 @@ def _parser() -> argparse.ArgumentParser:
     inspect = command("inspect", _inspect, "show every norm of a model: where it sits, and its formula")
     inspect.add_argument("model", metavar="MODEL", help="an ONNX file, or a .pt2 of torch.export.save, only read")
     _rewrite_arguments(command("rewrite", _rewrite, "fuse the norms of a model, check each, and write the result"))
+    shrink = command("reduce", _reduce, "make the smallest model whose rewrite still goes wrong, for a bug report")
+    shrink.add_argument("model", metavar="MODEL", help="an ONNX file whose rewrite crashes or changes its outputs")
+    shrink.add_argument("output", metavar="OUT", help="the file to write")
+    _config_arguments(shrink, ("off", "exact"))
+    shrink.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     verify = command("verify", _verify, "run two models on the same inputs and compare their outputs")
     verify.add_argument("a", metavar="A", help="an ONNX file")
     verify.add_argument("b", metavar="B", help="another, with the same inputs and outputs")
@@ -206,18 +231,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _rewrite_arguments(rewrite: argparse.ArgumentParser) -> None:
-    """The options of `rewrite`; their names and choices are those of `Config`."""
-    default = Config()
-    add = rewrite.add_argument
-    add("model", metavar="IN", help="an ONNX file, or a .pt2 of torch.export.save")
-    add("output", metavar="OUT", nargs="?", help="the file to write, of the kind of IN")
-    add("--layernorm-to-rmsnorm", choices=get_args(LayerNormToRMSNorm), default=default.layernorm_to_rmsnorm,
+def _config_arguments(parser: argparse.ArgumentParser, modes: Sequence[str]) -> None:
+    """The options of a rewrite; their names and choices are those of `Config`."""
+    default, add = Config(), parser.add_argument
+    add("--layernorm-to-rmsnorm", choices=modes, default=default.layernorm_to_rmsnorm,
         help="turn LayerNorm into RMSNorm by editing the weights ahead of it (off)")  # fmt: skip
-    add("--calibration", metavar="PATH", help="inputs for approximate: an .npz file, or a folder of them")
-    add("--norms", metavar="PATTERNS", default=default.norms, help="which norms to approximate, by name (all)")
-    add("--tolerance", type=float, default=default.tolerance, metavar="X",
-        help="how far an approximated output may be off on inputs held back from calibration (0.05)")  # fmt: skip
     add("--untie", action="store_true", help="copy a weight to be edited that something else reads too")
     add("--force", action="store_true", help="convert LayerNorms also where nothing is gained on the target")
     add("--fold-scale", action="store_true", help="multiply the weight of each RMSNorm into the layers behind it")
@@ -228,6 +246,18 @@ def _rewrite_arguments(rewrite: argparse.ArgumentParser) -> None:
         help="exact keeps every rounding of the model; fast may compute in float32 instead (exact)")  # fmt: skip
     add("--verify", choices=get_args(Verify), default=default.verify,
         help="check each replaced region, or the whole model as well, or nothing (sites)")  # fmt: skip
+
+
+def _rewrite_arguments(rewrite: argparse.ArgumentParser) -> None:
+    """The options of `rewrite`."""
+    default, add = Config(), rewrite.add_argument
+    add("model", metavar="IN", help="an ONNX file, or a .pt2 of torch.export.save")
+    add("output", metavar="OUT", nargs="?", help="the file to write, of the kind of IN")
+    _config_arguments(rewrite, get_args(LayerNormToRMSNorm))
+    add("--calibration", metavar="PATH", help="inputs for approximate: an .npz file, or a folder of them")
+    add("--norms", metavar="PATTERNS", default=default.norms, help="which norms to approximate, by name (all)")
+    add("--tolerance", type=float, default=default.tolerance, metavar="X",
+        help="how far an approximated output may be off on inputs held back from calibration (0.05)")  # fmt: skip
     add("--external-data", choices=("copy", "reference"), default="copy",
         help="copy weights that lie beside the model, or refer to them where they are (copy)")  # fmt: skip
     add("--trust", action="store_true", help="load a .pt2, which can run code in it: only from people you trust")

@@ -100,7 +100,7 @@ def match(fact: Fact) -> Match:
     kind, eps = _under(under)
     weight: Poly = {}
     for key, c in fact.alpha.items():
-        weight[tuple(f for f in key if f[0] != atom)] = c
+        weight[tuple(f for f in key if f[0] != atom)] = _whole(c)
     if any(a[0] == "m" for key in weight for a, _ in key):
         raise Refused("NF106", "x is scaled by a mean besides the root")
     bias = fact.beta
@@ -113,6 +113,13 @@ def match(fact: Fact) -> Match:
     if any(a[0] != "p" for key in bias for a, _ in key):
         raise Refused("NF106", "a statistic is left in the sum")
     return Match(kind, eps, weight, bias)
+
+
+def _whole(c: float) -> float:
+    """c, or the power of two that it is but for the roundings of constants in float32."""
+    fraction, exponent = math.frexp(c)
+    near = round(2 * fraction) / 2  # of 0.5 to 1
+    return math.ldexp(near, exponent) if abs(near) in (0.5, 1.0) and abs(fraction - near) <= NEAR / 4 else c
 
 
 def _under(under: Poly) -> tuple[str, float]:
@@ -180,8 +187,9 @@ def precision(fact: Fact) -> tuple[str, str]:
 
 
 def exact(weight: Poly) -> bool:
-    """Every factor is a power of two, so that it may move past a rounding."""
-    return all(math.frexp(c)[0] in (0.5, -0.5) for c in weight.values())
+    """Every factor is a power of two, so that it may move past a rounding, and nothing is divided by a parameter."""
+    powers = all(math.frexp(c)[0] in (0.5, -0.5) for c in weight.values())
+    return powers and all(e > 0 for key in weight for _, e in key)
 
 
 def region(value: Value, norm: Norm) -> list[Node]:

@@ -12,7 +12,7 @@ from normfuse.passes.fuse_norm import FuseNorm, stuck
 from normfuse.passes.latent import Latent
 from normfuse.passes.norm_add import NormAdd
 from normfuse.passes.qk_pair import QKPair
-from normfuse.passes.remove_dead import RemoveDead
+from normfuse.passes.remove_dead import RemoveDead, live
 from normfuse.passes.sandwich import Sandwich
 from normfuse.placement import place
 from normfuse.plan import Abilities as Abilities, Plan
@@ -36,8 +36,11 @@ def passes(config: Config, can: Abilities) -> tuple[Callable[[Plan], None], ...]
 
 def fuse(out: Plan, config: Config, can: Abilities) -> None:
     """Run the passes; a plan may be run again after verification has refused a site or broken a fusion."""
+    alive = live(out.graph)
+    dead = [site for site in out.found.sites if site.value.producer not in alive]
     while True:
         out.clear()
+        out.left |= dict.fromkeys(dead, "nothing reads it")
         for step in passes(config, can):
             step(out)
         failed = stuck(out)

@@ -150,9 +150,9 @@ class Plan:
             self.refuse(edit.site, why)
 
     def free(self) -> list[Site]:
-        """The sites that no edit has taken and nothing has refused."""
-        taken = {site for edit in self.edits() for site in edit.sites}
-        return [site for site in self.found.sites if site not in taken and site not in self.refused]
+        """The sites that no edit has taken, nothing has refused, and which are worth replacing."""
+        gone = {site for edit in self.edits() for site in edit.sites} | self.refused.keys() | self.left.keys()
+        return [site for site in self.found.sites if site not in gone]
 
     def fuse(self, edit: Fused, can: Abilities) -> bool:
         """Take an edit in, unless it has failed before or the front end cannot make it."""

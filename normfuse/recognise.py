@@ -20,7 +20,7 @@ from normfuse.graph import FLOATS, PRECISION, Graph, Node, Value
 from normfuse.norm import NEAR, VIEWS, Expr, Match, Norm, Refusal, Site, exact, is_op, match, precision
 from normfuse.transfer import REDUCTIONS, RULES, SPREAD, align, broadcast, identity_layout, regroup, start
 
-MAX_ROOTS = 6
+MAX_ROOTS = 12
 MAX_WALK = 16
 
 RootKey = tuple[int, tuple[int, ...]]
@@ -127,10 +127,11 @@ class _Recogniser:
             return
         found: list[Root] = []
         written = False
-        for v, over in self._origins(value, axes):
+        for v, reduced in self._origins(value, axes):
+            over = tuple(a for a in reduced if v.shape is not None and v.shape[a] != 1)
             size = _size(v, over)
             written = written or v.tainted
-            if v.tainted or size == 1 or not over:
+            if v.tainted or not over:
                 continue
             root = next((r for r in self.roots.get(v.index, ()) if r.axes == over), None)
             if root is None:
@@ -192,13 +193,16 @@ class _Recogniser:
                 for key in roots:
                     self._miss(key, node, Refused("NF120", f"{out.name} or a view of it is written in place"))
                 roots = {}
-            for key in sorted(roots, reverse=True)[:MAX_ROOTS]:
+            made = self.facts.setdefault(out.index, {}) if roots else {}
+            for key in sorted(roots, reverse=True):
+                if len(made) == MAX_ROOTS:
+                    break
                 try:
-                    fact = rule(node, self._operands(node, roots[key]))
+                    made[key] = rule(node, self._operands(node, roots[key]))
                 except Refused as why:
                     self._miss(key, node, why)
-                else:
-                    self.facts.setdefault(out.index, {})[key] = fact
+            if not made:
+                self.facts.pop(out.index, None)
         elif rule is None:
             for key in roots:
                 self._miss(key, node, Refused("NF106", f"statistics go into {node.op}, which is not part of a norm"))
@@ -219,7 +223,7 @@ class _Recogniser:
                 out.append(Fact(root, ZERO, ZERO, constant(v.number), aligned))
             elif v.overridable and _size(v, tuple(range(v.rank or 0))) == 1:
                 raise Refused("NF122", f"{v.name} may be replaced by the caller, so it is no constant")
-            elif v.index in self.light and self.light[v.index] <= max(len(root.axes), 1) and node.kind != "matmul":
+            elif self._scales(v, root) and node.kind != "matmul":
                 atom: Atom = ("p", v.index, v.name)
                 self.params[v.index] = v
                 out.append(Fact(root, ZERO, ZERO, {((atom, 1.0),): 1.0}, align(v, layout, root)))
@@ -229,6 +233,11 @@ class _Recogniser:
                 name = root.value.name
                 raise Refused("NF106", f"the statistics of {name} meet {v.name}, which is not {name} or a parameter")
         return out
+
+    def _scales(self, value: Value, root: Root) -> bool:
+        """Whether a value may be a parameter of a norm of this root: light enough, and not what the root is made of."""
+        made = any(index == value.index for index, _ in self.facts.get(root.value.index, ()))
+        return self.light.get(value.index, 9) <= max(len(root.axes), 1) and not made
 
     def _miss(self, key: RootKey, node: Node, why: Refused) -> None:
         known = [self.facts[v.index][key] for v in node.inputs if key in self.facts.get(v.index, ())]
@@ -252,7 +261,7 @@ class _Recogniser:
         values = [v for node in self.graph.nodes for v in node.outputs if v.index in self.facts]
         for value in values:
             for key, fact in sorted(self.facts[value.index].items()):
-                if fact.advanced < 3 or not fact.alpha or fact.kappa:
+                if fact.advanced < 3 or not fact.alpha or fact.kappa or fact.absolute:
                     continue
                 whole = fact.layout == identity_layout(fact.root.value)
                 try:
@@ -266,14 +275,10 @@ class _Recogniser:
                 groups.setdefault(value.index, set()).add(self._canonical(fact.root))
                 if whole:
                     matches.setdefault(value.index, []).append((fact, found))
-        final: dict[int, bool] = {}
-        steps: dict[int, set[RootKey]] = {}  # the groups in which a value is a norm, or all its readers come to one
-        for value in reversed(values):
-            own = groups.get(value.index, set())
-            ahead = [steps.get(node.outputs[0].index, set()) if node.outputs else set() for node in value.uses]
-            leads = own.intersection(*ahead) if ahead and not value.kept else set()
-            final[value.index] = not leads
-            steps[value.index] = leads | {self._canonical(f.root) for f, _ in matches.get(value.index, ())}
+        final = self._final(values, matches, groups, set())
+        read = {self._best(found)[0].root.value.index for i, found in matches.items() if final[i]}
+        if any(not final.get(i, True) for i in read):  # by a norm, whole: a step towards it that stands for itself
+            final = self._final(values, matches, groups, read)
         chosen: set[int] = set()
         for value in values:
             if value.index in matches and final[value.index]:
@@ -281,6 +286,19 @@ class _Recogniser:
                 if not any(v.index in chosen and f.advanced >= 3 for v, f in chain):
                     chosen.add(value.index)
                     self._site(chain)
+
+    def _final(self, values: list[Value], matches: dict[int, list[tuple[Fact, Match]]],
+               groups: dict[int, set[RootKey]], read: set[int]) -> dict[int, bool]:  # fmt: skip
+        """Which values are more than a step towards a norm that all their readers come to."""
+        final: dict[int, bool] = {}
+        steps: dict[int, set[RootKey]] = {}  # the groups in which a value is a norm, or all its readers come to one
+        for value in reversed(values):
+            own = groups.get(value.index, set())
+            ahead = [steps.get(node.outputs[0].index, set()) if node.outputs else set() for node in value.uses]
+            leads = own.intersection(*ahead) if ahead and not value.kept and value.index not in read else set()
+            final[value.index] = not leads
+            steps[value.index] = leads | {self._canonical(f.root) for f, _ in matches.get(value.index, ())}
+        return final
 
     def _best(self, found: list[tuple[Fact, Match]]) -> tuple[Fact, Match]:
         """Of several readings of one value: the oldest root, unless a later one is more than a cast away."""
@@ -318,8 +336,9 @@ class _Recogniser:
                     return
                 found = match(fact)
                 compute, cast = precision(fact)
-                if any(PRECISION.get(d, 0) < 24 for d in (compute, value.dtype or "")) and not exact(found.weight):
-                    raise Refused("NF117", "a constant factor would be rounded with the weight")
+                applied = value.dtype or "" if cast == "first" else compute
+                if min(PRECISION.get(d, 0) for d in (compute, applied)) < 24 and not exact(found.weight):
+                    raise Refused("NF117", "a constant factor or 1/weight would be rounded to a narrow type")
             except Refused as why:
                 if first is None or why.code == "NF117":
                     first = why
@@ -342,11 +361,12 @@ class _Recogniser:
         return len({v for v in after.producer.inputs if key in self.facts.get(v.index, ())}) > 1
 
     def _idle(self, value: Value, fact: Fact) -> bool:
-        """Only a copy or a view of a value before it that has the same layout."""
+        """Only a copy, a view or a wider copy of a value before it that has the same layout."""
         node, before = value.producer, None if fact.via is None else self.facts[fact.via.index].get(fact.root.key())
         assert node is not None
+        old, new = PRECISION.get(node.inputs[0].dtype or "", 0), PRECISION.get(value.dtype or "", 0)
         copies = node.kind in VIEWS or node.kind == "identity" or (
-            node.kind == "cast" and node.inputs[0].dtype == value.dtype)  # fmt: skip
+            node.kind == "cast" and (old < new or node.inputs[0].dtype == value.dtype))  # fmt: skip
         return copies and before is not None and before.layout == fact.layout and fact.via is not fact.root.value
 
     def _norm(self, value: Value, fact: Fact, found: Match, compute: str, cast: str) -> Norm:

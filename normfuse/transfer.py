@@ -7,6 +7,7 @@ Adding an operator is one row here and one in a front end.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -54,8 +55,11 @@ def align(value: Value, layout: Layout, root: Root) -> Layout:
     for i, d in enumerate(value.shape):
         j = len(layout) - len(value.shape) + i
         entry = layout[j] if j >= 0 else ()
-        if not entry and j in root.axes and len(layout) == root.value.rank:
-            entry = (j,)  # a parameter that scales a statistic before it meets x
+        if not entry and j >= 0 and d != 1:  # a parameter that scales a statistic before it meets x
+            taken = {a for e in (*layout, *out) for a in e}
+            axes = [(a,) for a in root.axes if a not in taken]
+            axes.sort(key=lambda e: e != (j,) or len(layout) != root.value.rank)
+            entry = next((e for e in (*axes, root.axes) if spans(e, d, root)), ())  # a wrong guess does not fit x
         if d == 1:
             out.append(())
         elif entry == SPREAD or (value.number is not None and entry and spans(entry, d, root)):
@@ -128,14 +132,16 @@ def _add(node: Node, facts: list[Fact], sign: float = 1.0) -> Fact:  # sums of f
 
 def _mul(node: Node, facts: list[Fact]) -> Fact:  # (a1 x + b1)(a2 x + b2) = a1 a2 x^2 + (a1 b2 + a2 b1) x + b1 b2
     f, g = facts
-    if f.absolute and g.absolute:
+    if f.absolute and g.absolute and (f.alpha, f.beta) == (g.alpha, g.beta):
         return _square(node, [replace(f, absolute=False)])
     _plain(f, g)
     if (f.kappa and g.linear) or (g.kappa and f.linear):
         raise Refused("NF112", "a power of x above the second")
     other = f if g.linear else g
     events = [e for e, on in (("norm", has(other.beta, "m") or has(other.beta, "T")),
-                              ("weight", has(other.beta, "p"))) if on] or ["scale"]  # fmt: skip
+                              ("weight", has(other.beta, "p"))) if on]  # fmt: skip
+    if not events and not (set(other.beta) == {ONE} and math.frexp(other.beta[ONE])[0] in (0.5, -0.5)):
+        events = ["scale"]  # a power of two rounds nothing
     kappa = add(mul(f.alpha, g.alpha), add(mul(f.kappa, g.beta), mul(f.beta, g.kappa)))
     alpha = add(mul(f.alpha, g.beta), mul(f.beta, g.alpha))
     return _combine(node, f, g, kappa, alpha, mul(f.beta, g.beta), events)
@@ -163,14 +169,14 @@ def _neg(node: Node, facts: list[Fact]) -> Fact:
     return _unary(node, f, scale(f.kappa, -1), scale(f.alpha, -1), scale(f.beta, -1))
 
 
-def _abs(node: Node, facts: list[Fact]) -> Fact:  # |x|, to be squared
+def _abs(node: Node, facts: list[Fact]) -> Fact:  # |v|, to be squared
     f = facts[0]
     if f.partial:
         _plain(f)
     if not f.linear and bound(f.beta) is not None:
         return _same(node, facts)
-    if f.kappa or not f.alpha:
-        raise Refused("NF112", "the absolute value of a statistic that may be negative")
+    if f.kappa:
+        raise Refused("NF112", "the absolute value of a square")
     return replace(f, absolute=True, via=node.inputs[0])
 
 
@@ -180,7 +186,7 @@ def _square(node: Node, facts: list[Fact]) -> Fact:
 
 
 def _power(node: Node, f: Fact, q: float) -> Fact:
-    if f.linear:
+    if f.linear or f.absolute:
         if q == 2.0:
             return _square(node, [f])
         if q == 1.0:
@@ -404,6 +410,7 @@ def _transpose(node: Node, facts: list[Fact]) -> Fact:
 
 def _norm(node: Node, facts: list[Fact]) -> Fact:  # a node that already is a norm: (v - mean v)(var v + eps)^-1/2
     f = facts[0]
+    _plain(f)
     statistic = _whole(_mean(node, [_square(node, facts)])).beta
     beta = f.beta
     if node.kind == "layer_norm":

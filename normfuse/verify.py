@@ -94,13 +94,13 @@ def compare(region: Callable[[Array, bool], Array], replacement: Callable[[Array
             return Check(False, message=f"shape {got.shape} instead of {want.shape}")
         top = float(np.max(np.abs(want), initial=0.0))
         if not _close(want, got, FLOAT64_TOLERANCE * top):
-            gap = _gap(want, got)
+            gap = distance(want, got)
             return Check(False, message=f"differs in float64 on {name} rows by {gap:.2g} of {top:.2g}")
         with np.errstate(all="ignore"):
             old, new = region(x, False).astype(np.float64), replacement(x, False).astype(np.float64)
         unit = EPSILON.get(out, 2.0**-23)
-        allowed = 2 * _gap(want, old) + 4 * unit * top
-        gap = _gap(want, new)
+        allowed = 2 * distance(want, old) + 4 * unit * top
+        gap = distance(want, new)
         if np.isfinite(old).all() and not gap <= allowed:
             worse, was = _more_rows(region, replacement, shape, dtype, name)  # few rows say little of a largest error
             if not worse <= 2 * was + 4 * unit * top:
@@ -108,7 +108,7 @@ def compare(region: Callable[[Array, bool], Array], replacement: Callable[[Array
                 return Check(False, message=message, same=True)
         differ, count = differ + int(np.sum((old != new) & ~(np.isnan(old) & np.isnan(new)))), count + old.size
         if top and np.isfinite(gap):
-            before, after = max(before, _gap(want, old) / (unit * top)), max(after, gap / (unit * top))
+            before, after = max(before, distance(want, old) / (unit * top)), max(after, gap / (unit * top))
     if exact and out in ("float16", "bfloat16") and differ > DIFFERENT * count:
         return Check(False, message=f"rounds in other places: {differ / count:.0%} of the result differ", same=True)
     return Check(True, before, after, same=True)
@@ -126,11 +126,12 @@ def _more_rows(region: Callable[[Array, bool], Array], replacement: Callable[[Ar
         with np.errstate(all="ignore"):
             want, old, new = (f(x, wide).astype(np.float64) for f, wide in
                               ((region, True), (region, False), (replacement, False)))  # fmt: skip
-        after, before = max(after, _gap(want, new)), max(before, _gap(want, old))
+        after, before = max(after, distance(want, new)), max(before, distance(want, old))
     return after, before
 
 
-def _gap(a: Array, b: Array) -> float:
+def distance(a: Array, b: Array) -> float:
+    """The largest difference of two results; infinite where one has a NaN or another infinity and the other has not."""
     finite = np.isfinite(a) & np.isfinite(b)
     if (np.isnan(a) != np.isnan(b)).any() or (a[~finite] != b[~finite])[~np.isnan(a[~finite])].any():
         return float("inf")
@@ -138,7 +139,7 @@ def _gap(a: Array, b: Array) -> float:
 
 
 def _close(a: Array, b: Array, tolerance: float) -> bool:
-    return _gap(a, b) <= max(tolerance, 1e-300)
+    return distance(a, b) <= max(tolerance, 1e-300)
 
 
 ROUNDINGS = 64.0
@@ -212,7 +213,7 @@ def _compare_output(name: str, x: Any, y: Any, roundings: float) -> tuple[dict[s
     if x.shape != y.shape or x.dtype != y.dtype:
         return record | {"max_abs": None, "max_rel": None}, False
     p, q = x.astype(np.float64), y.astype(np.float64)
-    gap, top = _gap(p, q), float(np.max(np.abs(p[np.isfinite(p)]), initial=0.0))
+    gap, top = distance(p, q), float(np.max(np.abs(p[np.isfinite(p)]), initial=0.0))
     unit = EPSILON.get(str(x.dtype), 0.0)
     return record | {"max_abs": gap, "max_rel": gap / top if top else gap}, gap <= roundings * unit * top
 

@@ -27,7 +27,7 @@ class AddNorm:
 
     def __call__(self, plan: Plan) -> None:
         """Add a `Fused` for each norm of a sum."""
-        done = taken(plan)
+        done = taken(plan) | {site.value for site in plan.found.sites}  # n + n*w is a norm, not an addition
         for site in plan.free():
             s = sum_of(site.norm.x)
             node = summed(s)

@@ -22,5 +22,7 @@ class NormAdd:
         done = taken(plan)
         for site in plan.free():
             pair = added(site.value)
-            if pair is not None and pair[0] not in done:
-                plan.fuse(Fused("norm_add", (site,), (site.norm.x, pair[1]), (pair[0],)), self.can)
+            if pair is None or pair[0] in done:
+                continue
+            if plan.fuse(Fused("norm_add", (site,), (site.norm.x, pair[1]), (pair[0],)), self.can):
+                done.add(pair[0])  # of two norms that are added the first takes the sum

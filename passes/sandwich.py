@@ -27,4 +27,6 @@ class Sandwich:
             second = readers.get(pair[0]) if pair is not None else None
             if pair is None or second is None or pair[0] in done:
                 continue
-            plan.fuse(Fused("norm_add_norm", (site, second), (site.norm.x, pair[1]), (second.value, pair[0])), self.can)
+            outputs = (second.value, pair[0])
+            if plan.fuse(Fused("norm_add_norm", (site, second), (site.norm.x, pair[1]), outputs), self.can):
+                done.update(outputs)

@@ -75,6 +75,8 @@ class Emitter:
                 return "NF202", "the shape of the weight is not known"
             if expr is not None and norm.size is None and shape_of_expr(expr) not in ((), width(norm)):
                 return "NF202", "a weight that has to be reshaped to a size known only at run time"
+            if expr is not None and not (_spreads(expr, norm) or _joined(expr, norm)):
+                return "NF202", "the weight runs over several of the normalised axes as one"
         if norm.compute in HALF and self.numerics == "exact":
             return "NF202", f"it is computed in {norm.compute}, and torch's operator computes in float32"
         return self._surroundings(low, norm, value)
@@ -258,7 +260,10 @@ class Maker:
                 total = term
             else:
                 total = self.arithmetic("add", *((total, term) if isinstance(total, fx.Node) else (term, total)))
-        return total
+        rank, shape = len(self.spec.x.shape or ()), shape_of_expr(expr) or ()
+        if _joined(expr, self.spec):
+            return self.reshape(total, list(width(self.spec)))
+        return self.reshape(total, list(shape[len(shape) - rank :])) if len(shape) > rank else total
 
     def _typed(self, value: Value, dtype: str, operand: Operands) -> fx.Node:
         base = lossless(value, dtype)
@@ -268,9 +273,10 @@ class Maker:
         """A weight or bias in the shape and type that the operator wants."""
         node, shape, wide = self.plain(expr, dtype, operand), shape_of_expr(expr), width(self.spec)
         assert isinstance(node, fx.Node) and shape is not None
-        if shape == wide:
+        if shape == wide or _joined(expr, self.spec):
             return node
         k = len(wide)
+        shape = shape[-len(self.spec.x.shape or ()) :]
         last = (1,) * (k - len(shape)) + shape[len(shape) - min(k, len(shape)) :]
         if len(shape) > k:
             node = self.reshape(node, list(last))
@@ -289,6 +295,20 @@ def shape_of_expr(expr: Expr) -> Shape | None:
         for value, _ in factors:
             found = Value("", shape_of_pair(found, value))
     return found.shape
+
+
+def _spreads(expr: Expr, norm: Norm) -> bool:
+    """Whether a weight or bias broadcasts over the normalised axes as it stands."""
+    shape, wide = shape_of_expr(expr) or (), width(norm)
+    pairs = zip(reversed(shape), (*reversed(wide), *(1 for _ in shape)), strict=False)
+    return all(d in (1, n) for d, n in pairs)
+
+
+def _joined(expr: Expr, norm: Norm) -> bool:
+    """Whether a weight or bias has an element for each of the row, in another shape: its norm reads a view of x."""
+    shape, wide = shape_of_expr(expr) or (), width(norm)
+    known = all(isinstance(d, int) for d in (*shape, *wide))
+    return known and not _spreads(expr, norm) and math.prod(shape) == math.prod(wide)  # type: ignore[arg-type]
 
 
 def is_one(expr: Expr) -> bool:

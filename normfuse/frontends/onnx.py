@@ -147,6 +147,8 @@ class Lowering:
             known = above.values[value] if above is not None else None
             if above is not None and value in above.arrays:
                 self.arrays[value] = above.arrays[value]
+            if above is not None and value in above.sizes:
+                self.sizes[value] = above.sizes[value]
             fixed = known is not None and known.fixed
             found = self._leaf(value, fixed, known.number if known is not None else None)
             if known is not None:
@@ -340,6 +342,7 @@ class Lowering:
         """What is known of the elements of an integer vector, or None; for Shape, of the operand's own shape."""
         if value is None:
             return None
+        self.value(value)
         array = self.arrays.get(value)
         if array is not None and array.dtype.kind in "iu" and array.ndim <= 1:
             return tuple(int(d) for d in array.reshape(-1))
@@ -393,7 +396,8 @@ def lower(model: ir.Model) -> list[Lowering]:
             graph.meta["normfuse.functions"] = model.functions
     first = Lowering(model.graph)
     for _ in range(MAX_ROUNDS):
-        if not first.missing or not any(node.kind in REDUCTIONS for node in first.graph.nodes):
+        wanted = first.graph.notes or any(node.kind in REDUCTIONS for node in first.graph.nodes)
+        if not first.missing or not wanted:
             break
         inferred = infer(model, first.values, first.arrays)
         if inferred == first.inferred or not inferred:

@@ -69,6 +69,10 @@ class Emitter:
         fits = self._trailing(norm) and norm.size is not None
         return fits and not self.spelled and self.opset >= NATIVE[norm.kind][1]
 
+    def gives_statistics(self, norm: Norm) -> bool:
+        """Whether the operator also gives the mean and the reciprocal of the standard deviation: never in float64."""
+        return self.native(norm) and norm.compute in ("float32", "bfloat16")
+
     def form(self, norm: Norm) -> list[str]:
         """The operators that a norm becomes, but for the making of its weight."""
         first, native = reads_x(norm), self.native(norm)

@@ -66,9 +66,10 @@ def function_for(kind: str, weighted: bool, biased: bool, inner: str, stash: str
     value = x if inner == stash else cast(x, stash, "x_cast")
     if kind == "layer_norm":
         value = op("Sub", [value, mean(value, "mean")], "centred")
-    # ONNX Runtime 1.31 takes Pow for the start of its own fusion, and any Mul behind the body for the scale, even one
-    # that is wider than x: without a scale in the body it must not see the pattern.
-    squared = op("Pow", [value, constant(2.0, "two")], "squared") if weighted else op("Mul", [value, value], "squared")
+    # ONNX Runtime 1.31 takes Pow for the start of its own fusion, any Mul behind the body for the scale, even one that
+    # is wider than x, and 1e-5 for an eps that is not a float32: in these cases it must not see the pattern.
+    seen = weighted and stash == "float32"
+    squared = op("Pow", [value, constant(2.0, "two")], "squared") if seen else op("Mul", [value, value], "squared")
     statistic = mean(squared, "variance" if kind == "layer_norm" else "mean_square")
     if opset < 12:
         small = constant(eps, "eps")

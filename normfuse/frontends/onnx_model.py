@@ -59,9 +59,10 @@ class OnnxModel:
         self.plans = [plan(low.graph, config, self._abilities(low), rewrite) for low in self.lowerings]
         self.checks: dict[Site, Check] = {}
         self.moved: dict[ir.Value, ir.Value] = {}
+        self.written: dict[Site, tuple[ir.Function, list[Value]]] = {}
 
     def _abilities(self, low: Lowering) -> Abilities:
-        can = Abilities(self._expressible, functions=True, statistics=self.emitter.native, leave=self._leave,
+        can = Abilities(self._expressible, functions=True, statistics=self.emitter.gives_statistics, leave=self._leave,
                         done=self._done)  # fmt: skip
         wide = self.config.target != "onnx"
         return replace(can, operator=lambda edit: self.fused.unfit(low, edit)) if wide else can
@@ -133,9 +134,25 @@ class OnnxModel:
         checker, self.prover = Checker(self.opset, self.config.numerics), Prover()
         for low, one in zip(self.lowerings, self.plans, strict=True):
             while not self._check(checker, low, one):
-                written = {edit.site for edit in one.replace if edit.as_written}
-                fuse(one, self.config, self._abilities(low))
-                one.replace = [Replace(e.site, as_written=True) if e.site in written else e for e in one.replace]
+                self._again(low, one)
+
+    def _again(self, low: Lowering, one: Plan) -> None:
+        """Plan anew after a failure; what keeps the model's own arithmetic does so again."""
+        written = {edit.site for edit in one.replace if edit.as_written}
+        fuse(one, self.config, self._abilities(low))
+        one.replace = [Replace(e.site, as_written=True) if e.site in written else e for e in one.replace]
+
+    def _write_out(self, low: Lowering, one: Plan) -> bool:
+        """Make the functions of the model's own nodes, as long as these stand unchanged; False where one has none."""
+        for edit in one.replace:
+            if edit.as_written:
+                own = as_function(low, edit.site, self.opset)
+                if own is None:
+                    message = "the region reads what only a whole run knows"
+                    one.fail(edit, Refusal("NF202", edit.site.label, message))
+                    return False
+                self.written[edit.site] = own
+        return True
 
     def _check(self, checker: Checker, low: Lowering, one: Plan) -> bool:
         """Check the edits of a graph; True if none of them failed."""
@@ -159,6 +176,9 @@ class OnnxModel:
     def apply(self) -> bool:
         """Make the edits; True if there were any."""
         self.progress("rewriting", 0.85)
+        for low, one in zip(self.lowerings, self.plans, strict=True):
+            while not self._write_out(low, one):
+                self._again(low, one)
         if not any(one.edits() for one in self.plans):
             return self.repaired > 0
         used: set[str | None] = set(self.model.graph.initializers)
@@ -231,8 +251,7 @@ class OnnxModel:
         if isinstance(edit, Fused):
             return self.fused.emit(edit, params | {v: self._now(v) for v in edit.inputs}, name)
         if edit.as_written:
-            own = as_function(low, edit.site, self.opset)
-            assert own is not None  # the check and `expressible` have seen to it
+            own = self.written[edit.site]
             return self.emitter.call(own[0], [self._now(v) for v in own[1]], name)
         norm, both = edit.site.norm, edit.mean is not None or edit.rstd is not None
         nodes = self.emitter.emit(norm, self._now(norm.x), params, name, statistics=both)

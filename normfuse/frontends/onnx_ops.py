@@ -191,6 +191,7 @@ def skip_norm(kind: str) -> Row:
         slots = dict(enumerate(node.inputs))
         x, skip = low.value(node.inputs[0]), low.value(node.inputs[1])
         if x.shape is None:
+            low.note("NF115", node, f"the shape of {x.name} is not known")
             return low.opaque(node)
         before = slots.get(3 if kind == "rms_norm" else 4)
         if before is not None:

@@ -1,0 +1,242 @@
+"""One graph on trial: every norm found, no near miss taken for one, equal outputs, nothing to do a second time.
+
+What is equal is decided in float64 on rows that are hard on norms, by `program.evaluate`, which knows only the neutral
+description; the product's own checking has no part in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+
+import normfuse
+from normfuse.report import Report
+from tests.fuzz import onnx_eval, to_fx, to_onnx
+from tests.fuzz.generator import generate
+from tests.fuzz.program import Array, Program, evaluate
+
+TOLERANCE = 1e-6
+"""Relative to the largest element of an output: eps is kept in float32, the rest is float64."""
+LOOSE = 1e-3
+"""The same where 1/N is rounded in the graph, which a mean of 30 deviations amplifies."""
+FX_SHARE, SITES_SHARE, INSPECT_SHARE, RUNTIME_SHARE = 0.4, 0.2, 0.1, 0.03
+NOISE = 1e-6
+"""An output below this is what roundings leave of a difference that is zero; with 1/N rounded it may be of order 1."""
+# of float64 only so much is asked, because operators hold eps in float32
+ROUNDINGS = {"float16": 2.0**-10, "float32": 2.0**-23, "float64": 2.0**-30}
+
+Feeds = dict[int, Array]
+
+
+@dataclass(slots=True)
+class Verdict:
+    """What became of one seed: `failures` are (front end, kind, message)."""
+
+    seed: int
+    norms: int = 0
+    found: int = 0
+    misses: int = 0
+    fused: int = 0
+    runs: dict[str, int] = field(default_factory=dict)
+    failures: list[tuple[str, str, str]] = field(default_factory=list)
+    digest: bytes = b""
+
+
+def judge(seed: int, only: str = "") -> Verdict:
+    """Generate the graph of a seed and try it in ONNX and, for a share of the seeds, in torch."""
+    torch.set_num_threads(1)
+    program, rng = generate(seed), random.Random(seed * 2 + 1)
+    verdict = Verdict(seed, misses=len(program.misses))
+    trial = _Trial(program, verdict, rng)
+    torch_too = rng.random() < FX_SHARE
+    for name, wanted in (("onnx", True), ("fx", torch_too)):
+        if only == name or (wanted and not only):
+            verdict.runs[name] = 1
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    getattr(trial, f"in_{name}")()
+            except Exception as why:
+                where = traceback.extract_tb(why.__traceback__)[-1]
+                text = f"{type(why).__name__}: {why} ({where.filename.rpartition('/')[2]}:{where.lineno})"
+                kind = "error" if isinstance(why, normfuse.NormFuseError) else "crash"
+                verdict.failures.append((name, kind, " ".join(text.split())))
+    verdict.digest = trial.digest.digest()
+    return verdict
+
+
+def config(rng: random.Random) -> normfuse.Config:
+    """A configuration: a target, a numerics, and in most cases no verification, so that the algebra is on trial."""
+    target: Any = rng.choice(("onnx", "onnx", "normfuse", "ort-cpu"))
+    return normfuse.Config(target=target, numerics="fast" if rng.random() < 0.2 else "exact", ort_version="1.31",
+                           verify="sites" if rng.random() < SITES_SHARE else "off")  # fmt: skip
+
+
+def feeds(program: Program) -> Iterator[tuple[str, Feeds]]:
+    """Inputs in float64 by kind; a condition is true every other time."""
+    rng = np.random.default_rng(program.seed)
+    for i, kind in enumerate(("random", "offset", "large mean", "tiny", "zero", "spike")):
+        found: Feeds = {}
+        for v in program.inputs:
+            if v.dtype == "bool":
+                found[v.index] = np.array(i % 2 == 0)
+            else:
+                found[v.index] = np.asarray(_rows(kind, rng.standard_normal(v.shape)), v.dtype).astype(np.float64)
+        yield kind, found
+
+
+def _rows(kind: str, normal: Array) -> Array:
+    if kind == "spike":
+        spike = np.zeros(normal.size)
+        spike[::7] = 3.0
+        return spike.reshape(normal.shape)
+    return {"random": normal, "offset": normal + 3.0, "large mean": normal + 30.0, "tiny": normal * 1e-3,
+            "zero": np.zeros(normal.shape)}[kind]  # fmt: skip
+
+
+class _Trial:
+    def __init__(self, program: Program, verdict: Verdict, rng: random.Random) -> None:
+        self.program, self.verdict, self.rng = program, verdict, rng
+        self.config = config(rng)
+        self.digest = hashlib.sha256()
+        self.tolerance = LOOSE if program.loose else TOLERANCE
+
+    def fail(self, front: str, kind: str, message: str) -> None:
+        self.verdict.failures.append((front, kind, message))
+
+    # -- the two front ends ---------------------------------------------------------------------------------------
+
+    def in_onnx(self) -> None:
+        model = to_onnx.write(self.program)
+        before = model.SerializeToString(deterministic=True)
+        made, report = normfuse.optimize(model, self.config)
+        after = made.SerializeToString(deterministic=True)
+        if model.SerializeToString(deterministic=True) != before:
+            self.fail("onnx", "input changed", "optimize changed the model that it was given")
+        self.records("onnx", report)
+        onnx.checker.check_model(made, full_check=True)
+        evaluator = onnx_eval.Model(made)
+        names = {v.index: v.name for v in self.program.inputs}
+        self.compare("onnx", lambda given: evaluator.run({names[i]: a for i, a in given.items()}), flat=False)
+        again, _ = normfuse.optimize(made, self.config)
+        if again.SerializeToString(deterministic=True) != after:
+            self.fail("onnx", "not idempotent", "a second rewrite changed the result")
+        self.digest.update(after)
+        if self.rng.random() < INSPECT_SHARE:
+            seen = normfuse.inspect(model)
+            if [(n.kind, n.axes, n.eps) for n in seen.norms] != [(n.kind, n.axes, n.eps) for n in report.norms]:
+                self.fail("onnx", "inspect differs", "inspect and rewrite found other norms")
+        if self.rng.random() < RUNTIME_SHARE:
+            self.runtime(model, made)
+
+    def in_fx(self) -> None:
+        module = to_fx.write(self.program)
+        before = str(module.graph)
+        made, report = normfuse.optimize(module, self.config)
+        after = str(made.graph)
+        if str(module.graph) != before:
+            self.fail("fx", "input changed", "optimize changed the module that it was given")
+        self.records("fx", report)
+        names = {v.index: v.name for v in self.program.inputs}
+        self.compare("fx", lambda given: to_fx.run(made, {names[i]: a for i, a in given.items()}), flat=True)
+        again, _ = normfuse.optimize(made, self.config)
+        if str(again.graph) != after:
+            self.fail("fx", "not idempotent", "a second rewrite changed the result")
+        self.digest.update(after.encode())
+
+    # -- the demands ------------------------------------------------------------------------------------------------
+
+    def records(self, front: str, report: Report) -> None:
+        """Each true norm is in the report, and nothing else is."""
+        plain = report.to_dict()
+        del plain["summary"]["seconds"]
+        self.digest.update(json.dumps(plain, sort_keys=True).encode())
+        left = [(n.kind, tuple(n.axes), n.eps, n.name) for n in report.norms]
+        for truth in self.program.truths:
+            hit = next((r for r in left if truth.fits(*r[:3])), None)
+            if hit is not None:
+                left.remove(hit)
+            elif truth.least:
+                self.fail(front, "missed", f"{truth.kind} over {truth.axes[0]} eps {truth.eps[0]:.4g} ({truth.how})")
+            self.verdict.norms += truth.least
+            self.verdict.found += min(truth.least, int(hit is not None))
+        left = [r for r in left if not any(truth.fits(*r[:3]) for truth in self.program.truths)]
+        for kind, axes, eps, name in left:
+            near = ", ".join(self.program.misses) or "nothing"
+            self.fail(front, "phantom", f"{name} is no {kind} over {axes} eps {eps:.4g}; near misses: {near}")
+        for refusal in report.refusals:  # 1/N in float32 and a one-pass variance: then the check errs, not the algebra
+            if refusal.code == "NF201" and not (self.program.loose and "large mean" in refusal.message):
+                self.fail(front, "NF201", f"{refusal.node}: {refusal.message}")
+        self.verdict.fused += report.fused
+
+    def compare(self, front: str, run: Callable[[Feeds], list[Array]], flat: bool) -> None:
+        """The outputs are those of the description, on every kind of rows."""
+        for kind, given in feeds(self.program):
+            wanted = evaluate(self.program, given, flat)
+            for value, want, got in zip(self.program.outputs, wanted, run(given), strict=True):
+                gap = distance(want, got, 1.0 if self.program.loose else NOISE)
+                if not gap <= self.tolerance:
+                    self.fail(front, "different", f"{value.name} on {kind} rows is off by {gap:.2g} of its largest")
+                    return
+
+    def runtime(self, model: onnx.ModelProto, made: onnx.ModelProto) -> None:
+        """ONNX Runtime takes the result where it takes the model, and is about as near to float64."""
+        try:
+            old = session(model)
+        except Exception:
+            return
+        new = session(made)
+        self.verdict.runs["runtime"] = 1
+        for kind, given in feeds(self.program):
+            fed = {v.name: np.asarray(given[v.index], v.dtype) for v in self.program.inputs}
+            wanted = evaluate(self.program, given)
+            both = old.run(None, fed), new.run(None, fed)
+            for value, want, a, b in zip(self.program.outputs, wanted, *both, strict=True):
+                top = float(np.max(np.abs(want), initial=0.0))
+                was, now = _gap(want, a), _gap(want, b)
+                if np.isfinite(was) and np.isfinite(top) and not now <= 4 * was + 64 * ROUNDINGS[value.dtype] * top:
+                    self.fail("onnx", "less exact", f"{value.name} on {kind} rows in ONNX Runtime: off by {now:.2g}, "
+                              f"was {was:.2g}, of {top:.2g}")  # fmt: skip
+                    return
+
+
+def _gap(want: Array, got: Array) -> float:
+    found = got.astype(np.float64)
+    if want.shape != found.shape:
+        return float("inf")
+    both = np.isfinite(want) & np.isfinite(found)
+    if not both.all():
+        return 0.0 if (np.isfinite(want) == np.isfinite(found)).all() else float("inf")
+    return float(np.max(np.abs(want - found), initial=0.0))
+
+
+def distance(want: Array, got: Array, floor: float) -> float:
+    """The largest difference relative to the largest element, or the floor; infinite for another shape or NaNs."""
+    if want.shape != got.shape:
+        return float("inf")
+    both = np.isfinite(want) & np.isfinite(got)
+    if not both.all() and not np.array_equal(want[~both], got[~both], equal_nan=True):
+        return float("inf")
+    top = float(np.max(np.abs(want[both]), initial=0.0))
+    gap = float(np.max(np.abs(want[both] - got[both]), initial=0.0))
+    return gap / max(top, floor)
+
+
+def session(model: onnx.ModelProto) -> Any:
+    """A quiet CPU session on one thread, with the fusions that ONNX Runtime makes by itself."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = 1
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
