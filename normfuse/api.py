@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from normfuse.card import card_of
 from normfuse.config import Config
 from normfuse.convert import Record, tell
 from normfuse.errors import InputError, UnsupportedError
@@ -281,12 +282,12 @@ def build_report(plans: Iterable[Plan], checks: dict[Site, Check], rewritten: bo
                  label: Callable[[Edit], str]) -> Report:  # fmt: skip
     """The records of all sites and refusals of a model."""
     report = Report(rewritten=rewritten)
-    sites: list[Site] = []
+    records: dict[Site, NormRecord] = {}
+    plans = list(plans)
     for plan in plans:
         edits = {site: edit for edit in plan.edits() for site in edit.sites}
         for site in plan.found.sites:
-            sites.append(site)
-            record = record_of(site)
+            record = records[site] = record_of(site)
             if rewritten:
                 record.action = ("fused" if site in edits else "left" if site in plan.left else
                                  "refused" if site in plan.refused else "kept")  # fmt: skip
@@ -301,7 +302,9 @@ def build_report(plans: Iterable[Plan], checks: dict[Site, Check], rewritten: bo
             report.norms.append(record)
         refusals = [*plan.found.refusals, *plan.refused.values()]
         report.refusals.extend(RefusalRecord(r.code, r.node, r.message) for r in refusals)
-    report.recipe = recipe(sites)
+    report.recipe = recipe(list(records))
+    if plans:
+        report.card = card_of(plans[0].graph, plans[0].found.sites, records)
     return report
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from normfuse.calibrate import Approximation
+    from normfuse.card import Card
 
 SCHEMA = 1
 
@@ -69,6 +70,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     model_check: dict[str, Any] | None = None
     approximation: Approximation | None = None
+    card: Card | None = None
 
     @property
     def fused(self) -> int:
@@ -114,6 +116,7 @@ class Report:
             "nodes": self.nodes_before,
             "notes": self.notes,
             "seconds": self.seconds,
+            "card": None if self.card is None else self.card.to_dict(),
         }
         out: dict[str, Any] = {"schema": SCHEMA, "norms": norms, "refusals": [asdict(r) for r in self.refusals]}
         if self.rewritten:
