@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -18,7 +18,7 @@ from normfuse.errors import InputError, UnsupportedError
 from normfuse.facts import Atom, formula
 from normfuse.placement import recipe
 from normfuse.plan import Edit, Plan
-from normfuse.norm import Expr, Norm, Site
+from normfuse.norm import Expr, Norm, Site, region
 from normfuse.report import NormRecord, RefusalRecord, Report
 from normfuse.verify import Check
 
@@ -39,7 +39,9 @@ def inspect(model: Any) -> Report:
     """
     if isinstance(model, (str, Path)):
         with _quiet_collector():
-            return _inspect_ir(_read(Path(model))[0])
+            report = _inspect_ir(_read(Path(model))[0])
+        report.source = str(model)
+        return report
     kind = _kind(model)
     if kind == "module":
         raise InputError(f"a {type(model).__name__} is an nn.Module, whose norms are seen once it is traced: give "
@@ -97,6 +99,8 @@ def rewrite(src_path: str | Path, dst_path: str | Path, config: Config | None = 
     report.seconds |= {"load": loaded - started, "save": done - planned, "total": done - started}
     report.seconds = {k: round(v, 4) for k, v in report.seconds.items()}
     assert isinstance(model, ir.Model)
+    report.source, report.target = str(source), "" if dry_run else str(target)
+    report.replay = f"normfuse.rewrite({str(source)!r}, {str(target)!r}, normfuse.{config!r})"
     return report
 
 
@@ -236,12 +240,12 @@ def _rewrite_ir(model: ir.Model, config: Config, progress: Progress | None,
     checked = time.perf_counter()
     changed = one.apply()
     report = _onnx_report(one, rewritten=True)
-    report.nodes_after = one.count()
+    report.nodes_after, report.operators_after = one.count(), one.operators()
     report.seconds |= {"recognise": planned - converted, "verify": checked - planned,
                        "rewrite": time.perf_counter() - checked}  # fmt: skip
     report.approximation = approximation
     if first is not None:
-        report.nodes_before = first.nodes_before
+        report.nodes_before, report.operators_before = first.nodes_before, first.operators_before
         report.seconds["convert"] = converted - started
         tell(report, [site for p in one.plans for site in p.found.sites], records)
         report.notes += notes
@@ -269,7 +273,10 @@ def _check_model(source: Path, model: ir.Model, keep: Source | None, converted: 
 
 
 def _onnx_report(one: OnnxModel, rewritten: bool) -> Report:
-    report = build_report(one.plans, one.checks, rewritten, one.label)
+    from normfuse.frontends.onnx_model import module_of
+
+    report = build_report(one.plans, one.checks, rewritten, one.label, None if rewritten else module_of)
+    report.operators_before = one.operators_before
     report.format, report.opset, report.nodes_before = "onnx", one.opset or None, one.nodes_before
     if one.inlined:
         report.notes.append("model-local functions were inlined")
@@ -278,16 +285,23 @@ def _onnx_report(one: OnnxModel, rewritten: bool) -> Report:
     return report
 
 
-def build_report(plans: Iterable[Plan], checks: dict[Site, Check], rewritten: bool,
-                 label: Callable[[Edit], str]) -> Report:  # fmt: skip
-    """The records of all sites and refusals of a model."""
+def build_report(plans: Sequence[Plan], checks: dict[Site, Check], rewritten: bool,
+                 label: Callable[[Edit], str], module: Callable[[Any], str] | None) -> Report:  # fmt: skip
+    """The records of all sites and refusals of a model.
+
+    `module` gives the module that a native node comes from; None leaves out all that only pages need.
+    """
     report = Report(rewritten=rewritten)
     records: dict[Site, NormRecord] = {}
-    plans = list(plans)
     for plan in plans:
         edits = {site: edit for edit in plan.edits() for site in edit.sites}
         for site in plan.found.sites:
             record = records[site] = record_of(site)
+            if module is not None:
+                nodes = region(site.value, site.norm)
+                record.operators = list({node.native or node: node.op for node in reversed(nodes)}.values())
+                natives = (node.native for node in nodes if node.native is not None)
+                record.module = next(filter(None, map(module, natives)), "")
             if rewritten:
                 record.action = ("fused" if site in edits else "left" if site in plan.left else
                                  "refused" if site in plan.refused else "kept")  # fmt: skip
@@ -303,7 +317,7 @@ def build_report(plans: Iterable[Plan], checks: dict[Site, Check], rewritten: bo
         refusals = [*plan.found.refusals, *plan.refused.values()]
         report.refusals.extend(RefusalRecord(r.code, r.node, r.message) for r in refusals)
     report.recipe = recipe(list(records))
-    if plans:
+    if plans and module is not None:
         report.card = card_of(plans[0].graph, plans[0].found.sites, records)
     return report
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,6 +23,9 @@ class NormRecord:
     already), "left" (nothing would be gained, `reason` says why) and "refused". `verified` is None where nothing
     was checked; `error_before` and `error_after` are the largest distances to float64 seen in that check, in units
     of the type's rounding, of the model's own arithmetic and of what replaced it.
+
+    `module` and `operators`, which are for pages and not for JSON: the module that the exporter kept, and what
+    computes the norm, in order; empty where nobody asked.
     """
 
     name: str
@@ -43,6 +47,8 @@ class NormRecord:
     error_before: float | None = None
     error_after: float | None = None
     conversion: dict[str, Any] | None = None
+    module: str = ""
+    operators: list[str] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -56,7 +62,11 @@ class RefusalRecord:
 
 @dataclass(slots=True)
 class Report:
-    """Result of `inspect`, `rewrite` and `optimize`; `to_dict()` is what `--json` prints."""
+    """Result of `inspect`, `rewrite` and `optimize`; `to_dict()` is what `--json` prints, `to_html()` a page.
+
+    `operators_before` and `operators_after` count operators by type. `source` and `target` are the files, where there
+    are any, and `replay` is the call that does it again.
+    """
 
     norms: list[NormRecord] = field(default_factory=list)
     refusals: list[RefusalRecord] = field(default_factory=list)
@@ -71,6 +81,11 @@ class Report:
     model_check: dict[str, Any] | None = None
     approximation: Approximation | None = None
     card: Card | None = None
+    operators_before: dict[str, int] = field(default_factory=dict)
+    operators_after: dict[str, int] = field(default_factory=dict)
+    source: str = ""
+    target: str = ""
+    replay: str = ""
 
     @property
     def fused(self) -> int:
@@ -99,6 +114,7 @@ class Report:
         """A plain dict, ready for JSON: the same input gives the same dict but for `summary.seconds`."""
         norms = [asdict(n) for n in self.norms]
         for n in norms:
+            del n["module"], n["operators"]
             if n["conversion"] is None:
                 del n["conversion"]
         if not self.rewritten:
@@ -116,14 +132,42 @@ class Report:
             "nodes": self.nodes_before,
             "notes": self.notes,
             "seconds": self.seconds,
-            "card": None if self.card is None else self.card.to_dict(),
+            "operators": self.operators_before,
         }
+        if self.card is not None:
+            summary["card"] = self.card.to_dict()
         out: dict[str, Any] = {"schema": SCHEMA, "norms": norms, "refusals": [asdict(r) for r in self.refusals]}
         if self.rewritten:
-            summary |= self.totals()
+            summary |= self.totals() | {"operators_after": self.operators_after}
             out |= self.totals()
             if self.model_check is not None:
                 summary["model_check"] = self.model_check
             if self.approximation is not None:
                 summary["approximation"] = self.approximation.to_dict()
         return out | {"summary": summary}
+
+    def to_html(self) -> str:
+        """The report as one HTML page that loads nothing and runs nothing.
+
+        What an ONNX model was before a rewrite is read from the file again, if that is still there.
+        """
+        from normfuse.html.rewrite_page import Before, page, prepare
+        from normfuse.html.gallery_page import Entry, gallery
+
+        if not self.rewritten:
+            return gallery([Entry(self.source or "model", self)])
+        same = bool(self.target) and Path(self.source).resolve() == Path(self.target).resolve()
+        before = prepare(self.source) if self.source and not same and Path(self.source).is_file() else Before()
+        return page(self, before)
+
+    def save_html(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write the page whole or not at all.
+
+        Raises `InputError` for a file that is there already, unless `overwrite` allows to replace it and it is an HTML
+        page, and always for a model.
+        """
+        from normfuse.html.page import check, write
+
+        models = [Path(p) for p in (self.source, self.target) if p]
+        check(Path(path), models, overwrite)
+        write(self.to_html(), Path(path), models, overwrite)

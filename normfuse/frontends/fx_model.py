@@ -6,6 +6,7 @@ import copy
 import heapq
 import operator
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,7 +23,7 @@ from normfuse.frontends.fx import Lowering
 from normfuse.frontends.fx_check import Checker
 from normfuse.frontends.fx_emit import Emitter, emitted, level_of
 from normfuse.frontends.fx_fused import FusedEmitter
-from normfuse.frontends.fx_meta import is_tensor, meta_of, order_of
+from normfuse.frontends.fx_meta import is_tensor, meta_of, module_of, order_of
 from normfuse.graph import Node, Value
 from normfuse.passes.remove_dead import live
 from normfuse.passmanager import fuse, plan
@@ -120,7 +121,7 @@ class _Module:
         started = time.perf_counter()
         self.source, self.config, self.rewrite = source, config, rewrite
         self.graph = _copy(source) if rewrite else source.graph
-        self.nodes_before = count(source.graph)
+        self.operators_before = operators(source.graph)
         self.low = Lowering(source, self.graph, state)
         self.emitter = Emitter(level or level_of(self.graph), config.numerics)
         self.fused = FusedEmitter(self.emitter.level, config.numerics)
@@ -244,12 +245,14 @@ class _Module:
 
         parts = [self, *self.inner.values()]
         checks = {site: check for part in parts for site, check in part.checks.items()}
-        out = build_report([part.plan for part in parts], checks, self.rewrite, lambda edit: "")
+        out = build_report([part.plan for part in parts], checks, self.rewrite, lambda edit: "", module_of)
         sites = [(part, site) for part in parts for site in part.plan.found.sites]
         for (part, site), record in zip(sites, out.norms, strict=True):
             record.emitted = part.emitted.get(site, "")
-        out.nodes_before = sum(part.nodes_before for part in parts)
-        out.nodes_after = sum(count(part.graph) for part in parts)
+        out.operators_before = dict(sum((part.operators_before for part in parts), Counter()))
+        out.operators_after = dict(sum((operators(part.graph) for part in parts), Counter()))
+        out.nodes_before = sum(out.operators_before.values())
+        out.nodes_after = sum(out.operators_after.values())
         out.seconds = dict(self.seconds)
         return out
 
@@ -265,10 +268,11 @@ def _copy(source: fx.GraphModule) -> fx.Graph:
     return out
 
 
-def count(graph: fx.Graph) -> int:
-    """The operations of a graph; picking one result of several is none."""
+def operators(graph: fx.Graph) -> Counter[str]:
+    """The operations of a graph by name; picking one result of several is none."""
     calls = (n for n in graph.nodes if n.op in ("call_function", "call_method", "call_module"))
-    return sum(n.target is not operator.getitem or is_tensor(meta_of(n.args[0])) for n in calls)
+    return Counter(fx_effects.name_of(n) or str(n.target) for n in calls
+                   if n.target is not operator.getitem or is_tensor(meta_of(n.args[0])))  # fmt: skip
 
 
 def _sort(graph: fx.Graph) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -49,7 +50,7 @@ class OnnxModel:
         self.emitter = Emitter(self.opset)
         self.progress("reading", 0.0)
         self.lowerings = lower(model)
-        self.nodes_before = self.count()
+        self.nodes_before, self.operators_before = self.count(), self.operators()
         self.progress("recognising", 0.2)
         self.table = Table(config)
         self.fused = (SkipEmitter(self.emitter, self.table) if config.target in PROVIDERS else
@@ -114,6 +115,11 @@ class OnnxModel:
     def count(self) -> int:
         """Nodes of the model, those of sub-graphs included."""
         return sum(len(low.source) for low in self.lowerings)
+
+    def operators(self) -> dict[str, int]:
+        """Nodes of the model by operator, with its domain where that is not ONNX's own."""
+        found = Counter((node.domain, node.op_type) for low in self.lowerings for node in low.source)
+        return {op if domain in ("", "ai.onnx") else f"{domain}.{op}": n for (domain, op), n in found.items()}
 
     def _inline(self) -> bool:
         if all(f.domain == DOMAIN for f in self.model.functions.values()):
@@ -275,3 +281,13 @@ def _unique(name: str, used: set[str | None]) -> str:
         found = f"{name}_{i}"
     used.add(found)
     return found
+
+
+def module_of(node: ir.Node) -> str:
+    """The path of the torch module that a node comes from, where the exporter kept it."""
+    scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
+    found = re.findall(r"'((?:[^'\\]|\\.)*)'", scopes[:100_000])
+    if len(found) > 1:
+        return str(found[-2])
+    places = node.metadata_props.get("namespace", "")[:100_000].split("/")
+    return places[-2].partition(":")[0] if len(places) > 1 else ""

@@ -180,6 +180,8 @@ def check_target(source: Path | None, target: Path, overwrite: bool, in_place: b
     if target.is_dir():
         raise InputError(f"{target}: is a directory; give the name of the output file")
     if target.exists():
+        if not target.is_file():  # a device or a pipe would be replaced by a file
+            raise InputError(f"{target}: is not a regular file; choose another name")
         if source is not None and os.path.samefile(source, target):
             if not in_place:
                 raise InputError(f"{target}: is the input itself; choose another name, or allow it with --in-place")
