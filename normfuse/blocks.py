@@ -144,6 +144,8 @@ class _Finder:
             self.budget -= 1
             seen.add(node)
             todo.extend(node.inputs)
+        if todo:
+            return []
         reached, out = {start}, []
         for node in sorted(seen, key=lambda n: n.index):
             if any(v in reached for v in node.inputs):

@@ -180,14 +180,14 @@ def layers_text(layers: Sequence[int], depth: int) -> str:
     """Layers in words: ``all 12 layers``, ``layers 0-11 but 5 and 11``."""
     if len(layers) == depth:
         return "the only layer" if depth == 1 else f"all {depth} layers"
-    plain = _runs(layers)
-    missing = [i for i in range(layers[0], layers[-1] + 1) if i not in set(layers)]
-    if layers[-1] == depth - 2:  # counted up to the end, the exception reads better
-        missing, end = [*missing, depth - 1], depth - 1
-    else:
-        end = layers[-1]
-    but = f"{layers[0]}-{end} but {_runs(missing)}" if missing else plain
-    return ("layer " if len(layers) == 1 else "layers ") + (but if len(but) < len(plain) else plain)
+    known, end = set(layers), layers[-1]
+    missing = [i for i in range(layers[0], end + 1) if i not in known]
+    if missing and end == depth - 2:  # counted up to the end, the exceptions read better
+        missing.append(depth - 1)
+        end = depth - 1
+    few = missing and 3 * len(missing) <= len(layers)
+    words = f"{layers[0]}-{end} but {_runs(missing)}" if few else _runs(layers)
+    return ("layer " if len(layers) == 1 else "layers ") + words
 
 
 def _runs(layers: Sequence[int]) -> str:

@@ -50,7 +50,7 @@ def run(model: Any, config: Config, rewrite: bool, leave: Leave | None = None,
 def _run(model: Any, config: Config, rewrite: bool, leave: Leave | None, calibration: Any) -> tuple[Any, Report]:
     if config.verify == "model":
         raise UnsupportedError("verify='model' needs files to run; use verify='sites'")
-    exported, records, cost = not isinstance(model, fx.GraphModule), list[Record](), None
+    exported, records, cost, original = not isinstance(model, fx.GraphModule), list[Record](), None, model
     notes: list[str] = []
     if rewrite and config.converts:
         from normfuse.frontends import fx_convert
@@ -80,6 +80,9 @@ def _run(model: Any, config: Config, rewrite: bool, leave: Leave | None, calibra
     report.notes += notes
     tell(report, [site for part in (whole, *whole.inner.values()) for site in part.plan.found.sites], records)
     report.format = "exported" if exported else "fx"
+    if report.converted:
+        state = _state(original) if exported else None
+        report.card = _Module(original.graph_module if exported else original, config, False, state).report().card
     return model, report
 
 

@@ -146,7 +146,7 @@ def size(n: float) -> str:
 
 
 def _recipe(report: Report, before: Before) -> str:
-    card = report.card or (before.report.card if before.report else None)
+    card = before.report.card if before.report else report.card
     return f"<p>{text(report.recipe)}</p>{recipe(card)}" if card is not None and card.norms else ""
 
 
