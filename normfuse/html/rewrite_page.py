@@ -180,7 +180,7 @@ def _sites(report: Report, before: Before) -> str:
 
 def _group(norms: list[NormRecord], steps: list[str], known: dict[str, NormRecord], is_open: bool, most: int) -> str:
     one = norms[0]
-    kind = {"rms_norm": "RMSNorm", "layer_norm": "LayerNorm"}.get(one.kind, one.kind)
+    kind = {"rms_norm": "RMSNorm", "layer_norm": "LayerNorm"}.get(one.kind, text(one.kind))
     tag = f'<span class="tag {TAGS.get(one.action, "")}">{text(one.action)}</span>'
     summary = (f"<strong>{len(norms)} × {kind}, {text(one.placement)}</strong>, width "
                f"{'?' if one.size is None else one.size} {tag}")  # fmt: skip

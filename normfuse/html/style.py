@@ -31,10 +31,11 @@ sup{font-size:.75em;line-height:0}
 pre{margin:0 0 10px;padding:12px;background:var(--soft);border-radius:6px;white-space:pre-wrap}
 .scroll{overflow-x:auto;margin:0 0 10px;max-width:100%}
 table{border-collapse:collapse;width:100%;font-size:.9rem;overflow-wrap:normal}
-.short td{white-space:nowrap}
+.short td{white-space:nowrap}.short td:nth-child(2){white-space:normal;min-width:15ch}
+.card .short td,.card .short th{padding-right:10px}
 th,td{text-align:left;padding:5px 14px 5px 0;border-bottom:1px solid var(--line);vertical-align:top}
 th{color:var(--muted);font-weight:600;white-space:nowrap}
-td .name{display:inline-block;width:max-content;max-width:44ch}td>.tag,.nb{white-space:nowrap}
+td .name{display:inline-block;width:max-content;max-width:54ch}td>.tag,.nb{white-space:nowrap}
 .number{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(138px,1fr));gap:10px;margin:14px 0 0}
 .tile{background:var(--soft);border-radius:8px;padding:10px 12px}
