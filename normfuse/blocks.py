@@ -7,7 +7,7 @@ one with linear layers and an activation is a feed-forward. Branches follow each
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from normfuse.graph import Graph, Node, Value
@@ -24,8 +24,9 @@ SHARP = {"silu": "SiLU", "swish": "SiLU", "gelu": "GELU", "quickgelu": "QuickGEL
 
 @dataclass(slots=True, eq=False)
 class Part:
-    """One summand of a branch: its kind ("attention", "cross_attention", "feed_forward", "linear"), what is in it, and
-    its norms: ahead of everything, inside (each with what it is the norm of, such as "q"), behind everything."""
+    """One summand of a branch: its kind ("attention", "cross_attention", "feed_forward", "convolution", "linear"), what
+    is in it, and its norms: ahead of everything, inside (each with what it is the norm of, such as "q"), behind it.
+    """
 
     kind: str
     nodes: list[Node]
@@ -157,10 +158,14 @@ class _Finder:
         products = [n for n in nodes if is_product(n)]
         if products:
             reached = {start, *(v for n in nodes for v in n.outputs)}
-            first = products[0]
-            return "attention" if len(first.inputs) < 2 or first.inputs[1] in reached else "cross_attention"
-        if not any(n.kind in MIXING for n in nodes):
+            scores = [n for n in products if not any(m is not n and _depends(n, m, set(nodes)) for m in products[:8])]
+            own = any(len(n.inputs) < 2 or n.inputs[1] in reached for n in scores)  # positions may be multiplied, too
+            return "attention" if own else "cross_attention"
+        mixing = [n for n in nodes if n.kind in MIXING]
+        if not mixing:
             return ""
+        if "conv" in _op(mixing[0]):
+            return "convolution"
         return "feed_forward" if any(_activation(n) for n in nodes) else "linear"
 
     # -- norms ----------------------------------------------------------------------------------------------------
@@ -225,17 +230,24 @@ class _Finder:
         return False
 
 
-def _layers(stack: Iterable[Branch]) -> Iterator[Layer]:
-    """A layer ends with its feed-forward, or where a kind would come again."""
+def _layers(stack: Sequence[Branch]) -> Iterator[Layer]:
+    """A layer ends with its feed-forward, or where a kind would come again; one that begins with a feed-forward ends
+    where the same sequence of kinds begins again."""
+    kinds = [tuple(sorted(part.kind for part in branch.parts)) for branch in stack]
+    for n in range(2, len(kinds) // 2 + 1):
+        if "feed_forward" in kinds[0] and len(kinds) % n == 0 and kinds == kinds[:n] * (len(kinds) // n):
+            if len(set(kinds)) > 1:
+                yield from (list(stack[i : i + n]) for i in range(0, len(kinds), n))
+                return
+            break
     layer: Layer = []
-    kinds: set[str] = set()
-    for branch in stack:
-        new = {part.kind for part in branch.parts}
-        if "feed_forward" in kinds or kinds & new:
+    seen: set[str] = set()
+    for branch, kind in zip(stack, kinds, strict=True):
+        if "feed_forward" in seen or seen.intersection(kind):
             yield layer
-            layer, kinds = [], set()
+            layer, seen = [], set()
         layer.append(branch)
-        kinds |= new
+        seen.update(kind)
     if layer:
         yield layer
 
@@ -320,7 +332,7 @@ def _gates(node: Node, inside: set[Node]) -> bool:
 def _name(node: Node, inside: set[Node]) -> str:
     """The activation that a node is, or is the heart of: x * sigmoid(x) is SiLU."""
     op = _op(node)
-    if not _activation(node):
+    if not _activation(node) or not node.inputs:
         return ""
     known = next((name for key, name in SHARP.items() if op.removesuffix("_").startswith(key)), None)
     if known:

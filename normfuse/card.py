@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 OPERATORS = {"rms_norm": "RMSNorm", "layer_norm": "LayerNorm"}
 KINDS = {"attention": "attention", "cross_attention": "cross-attention", "feed_forward": "feed-forward",
-         "linear": "linear"}  # fmt: skip
+         "convolution": "convolution", "linear": "linear"}  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -56,7 +56,8 @@ class NormUse:
             return ", ".join(filter(None, (self.of or "q or k", self.scope)))
         if self.place == "latent":
             return f"latent of {self.of}" if self.of else "latent"
-        return PLACES.get(self.place, self.place)
+        place = "other" if self.part and self.place in ("embedding", "final") else self.place
+        return PLACES.get(place, place)
 
     @property
     def which(self) -> str:
@@ -162,7 +163,7 @@ class Card:
                 text = {"qk": use.scope, "latent": "latent"}.get(use.place, use.where)
                 alike.setdefault((use.operator, text), []).append(use.of)
             for (operator, text), names in alike.items():
-                of = [name for name in names if name]
+                of = list(dict.fromkeys(filter(None, names)))
                 out.append(f"{operator} " + (f"of {' and '.join(of)}, {text}" if of else text))
             out += part.details
         return out

@@ -103,7 +103,7 @@ class Placer:
             if self._branch(x):
                 return "post"
         if adds:
-            if not self._after_norm(x):
+            if not self._after_norm(x) and not self._first_sum(x):
                 return "embedding"
             if x.producer is not None and x.producer in self.adds:
                 return "post_residual"
@@ -125,12 +125,17 @@ class Placer:
     def _after_norm(self, x: Value) -> bool:
         return x in self.fed or x in self.normed
 
-    def _branch(self, x: Value) -> bool:
-        """x comes out of a linear layer (or a branch that ends in one), not off the stream."""
+    def _first_sum(self, x: Value) -> bool:
+        """x is the sum that ends the first branch of a stream, and not a sum of embeddings."""
+        node = x.producer
+        return node in self.adds and any(self._branch(v, added=True) for v in node.inputs)
+
+    def _branch(self, x: Value, added: bool = False) -> bool:
+        """x comes out of a linear layer (or a branch that ends in one), not off the stream; or is `added` to it."""
         value = x
         for _ in range(SHORT_WALK):
             node = value.producer
-            if node is None or value in self.stream:
+            if node is None or (value in self.stream and not (added and value is self.base(x))):
                 return False
             if node.kind in ("linear", "attention", "matmul"):
                 return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from normfuse.card import Card, affine, layers_text
 from normfuse.graph import Graph
 from tests.cli_tools import fails, norm_model, run, saved
 from tests.families import FAMILIES, LAYERS, cached_export, exported_program
+from tests.layernorm_architectures import ARCHITECTURES
 
 ALL = tuple(range(LAYERS))
 
@@ -127,6 +129,25 @@ def test_families_are_told_apart(door: str) -> None:
 @pytest.mark.parametrize("door", ["18", "fx"])
 def test_other_blocks(name: str, formulas: list[str], door: str) -> None:
     assert [found for _, found, _ in blocks(card_of(name, door))] == [formulas]
+
+
+@pytest.mark.parametrize(("kind", "name", "formulas"), [
+    # a post-norm model whose embeddings are not normalised: the first norm stands in the first layer
+    ("decoder", "openai_gpt", [["LayerNorm(x + attention(x))", "LayerNorm(x + feed-forward(x))"]]),
+    # feed-forwards at both ends of a layer; attention multiplies queries with positions as well
+    ("audio", "parakeet", [[pre("feed-forward", "LayerNorm"), pre("attention", "LayerNorm"),
+                            pre("convolution", "LayerNorm"), f"LayerNorm({pre('feed-forward', 'LayerNorm')})"],
+                           [pre("feed-forward", "LayerNorm"), pre("attention", "LayerNorm"),
+                            pre("convolution", "LayerNorm"), pre("feed-forward", "LayerNorm")]]),
+])  # fmt: skip
+def test_unusual_layers(kind: str, name: str, formulas: list[list[str]]) -> None:
+    case = ARCHITECTURES[kind][name]
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.export.export(case.build(), case.inputs(), strict=False)
+    card = normfuse.inspect(program).card
+    assert card is not None
+    assert [found for _, found, _ in blocks(card)] == formulas
 
 
 def test_encoder_and_decoder_are_two_stacks() -> None:

@@ -122,7 +122,7 @@ class _Module:
                  state: Mapping[str, torch.Tensor | None] | None = None, level: str | None = None,
                  leave: Leave | None = None) -> None:  # fmt: skip
         started = time.perf_counter()
-        self.source, self.config, self.rewrite = source, config, rewrite
+        self.source, self.config, self.rewrite, self.compiling = source, config, rewrite, leave is not None
         self.graph = _copy(source) if rewrite else source.graph
         self.operators_before = operators(source.graph)
         self.low = Lowering(source, self.graph, state)
@@ -248,7 +248,8 @@ class _Module:
 
         parts = [self, *self.inner.values()]
         checks = {site: check for part in parts for site, check in part.checks.items()}
-        out = build_report([part.plan for part in parts], checks, self.rewrite, lambda edit: "", module_of)
+        out = build_report([part.plan for part in parts], checks, self.rewrite, lambda edit: "",
+                           None if self.compiling else module_of)  # fmt: skip
         sites = [(part, site) for part in parts for site in part.plan.found.sites]
         for (part, site), record in zip(sites, out.norms, strict=True):
             record.emitted = part.emitted.get(site, "")

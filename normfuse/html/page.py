@@ -39,9 +39,9 @@ def name(value: object) -> str:
     return f'<bdi class="name">{text(value, NAME)}</bdi>'
 
 
-def many(count: int, word: str) -> str:
-    """A number of things: ``1 norm``, ``1,200 norms``."""
-    return f"{count:,} {word}{'s' * (count != 1)}"
+def many(count: int, word: str, rest: str = "") -> str:
+    """A number of things: ``1 norm``, ``1,200 norms``, ``2 kinds of operators``."""
+    return f"{count:,} {word}{'s' * (count != 1)}{rest}"
 
 
 def formula(value: str) -> str:

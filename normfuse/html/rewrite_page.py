@@ -97,13 +97,16 @@ def _verdict(report: Report) -> str:
         words += f"; {sum(checked)} of {len(checked)} checked against the original and equal"
     elif changed:
         words += "; not checked (verify=off)"
+    rough = sum((n.conversion or {}).get("verdict") == "approximate" for n in report.norms)
+    if rough and report.approximation is not None:
+        words += f"; {rough} approximated, which leaves the outputs off by {report.approximation.error:.2g}"
     if report.model_check is not None:
         equal = report.model_check["equal"]
         words += "; the whole model gives equal outputs" if equal else "; the whole model gives other outputs"
     if report.refused:
         words += f"; {report.refused} refused, with the reason below"
     bad = not all(checked) or (report.model_check is not None and not report.model_check["equal"])
-    kind = "bad" if bad else "warn" if report.refused or (changed and not checked) else "good"
+    kind = "bad" if bad else "warn" if report.refused or rough or (changed and not checked) else "good"
     return f'<p class="verdict {kind}">{text(words)}.</p>'
 
 
@@ -232,7 +235,8 @@ def _operators(report: Report) -> str:
     headers = ("operator", "before", "after", "change", "")
     out = table(headers, rows(changed), (1, 2, 3), "operators that changed") if changed else "<p>None changed.</p>"
     if same:
-        out += fold(f"{len(same)} kinds of operators as before", table(headers[:2], [r[:2] for r in rows(same)], (1,)))
+        alike = table(headers[:2], [row[:2] for row in rows(same)], (1,), "operators as before")
+        out += fold(many(len(same), "kind", " of operators as before"), alike)
     return LEGEND + out
 
 

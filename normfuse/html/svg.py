@@ -106,7 +106,7 @@ def _part(out: Drawing, card: Card, part: CardPart, centre: float, box: float, y
     lines = [*part.details]
     height = 12 + ROW * (1 + len(lines)) + (PILL + 2) * len(uses)
     _enter(out, at, centre, y)
-    out.box(centre - box / 2, y, box, height, "ff" if part.kind in ("feed_forward", "linear") else "attention", 7)
+    out.box(centre - box / 2, y, box, height, "attention" if "attention" in part.kind else "ff", 7)
     out.text(centre, y + ROW, KINDS[part.kind], "mid")
     row = y + ROW
     for line in lines:
