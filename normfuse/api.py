@@ -240,12 +240,12 @@ def _rewrite_ir(model: ir.Model, config: Config, progress: Progress | None,
     checked = time.perf_counter()
     changed = one.apply()
     report = _onnx_report(one, rewritten=True)
-    report.nodes_after, report.operators_after = one.count(), one.operators()
+    report.nodes_after = one.count()
     report.seconds |= {"recognise": planned - converted, "verify": checked - planned,
                        "rewrite": time.perf_counter() - checked}  # fmt: skip
     report.approximation = approximation
     if first is not None:
-        report.nodes_before, report.operators_before = first.nodes_before, first.operators_before
+        report.nodes_before = first.nodes_before
         report.seconds["convert"] = converted - started
         tell(report, [site for p in one.plans for site in p.found.sites], records)
         report.notes += notes
@@ -273,10 +273,11 @@ def _check_model(source: Path, model: ir.Model, keep: Source | None, converted: 
 
 
 def _onnx_report(one: OnnxModel, rewritten: bool) -> Report:
-    from normfuse.frontends.onnx_model import module_of
+    from normfuse.frontends.onnx_model import module_of, operators
 
     report = build_report(one.plans, one.checks, rewritten, one.label, None if rewritten else module_of)
-    report.operators_before = one.operators_before
+    if not rewritten:
+        report.operators_before = operators(low.source for low in one.lowerings)
     report.format, report.opset, report.nodes_before = "onnx", one.opset or None, one.nodes_before
     if one.inlined:
         report.notes.append("model-local functions were inlined")

@@ -64,7 +64,8 @@ class RefusalRecord:
 class Report:
     """Result of `inspect`, `rewrite` and `optimize`; `to_dict()` is what `--json` prints, `to_html()` a page.
 
-    `operators_before` and `operators_after` count operators by type. `source` and `target` are the files, where there
+    `operators_before` and `operators_after` count operators by type; after a rewrite of a file they are empty, as is
+    the card, since the page takes them from the files. `source` and `target` are the files, where there
     are any, and `replay` is the call that does it again.
     """
 
@@ -132,13 +133,16 @@ class Report:
             "nodes": self.nodes_before,
             "notes": self.notes,
             "seconds": self.seconds,
-            "operators": self.operators_before,
         }
+        if self.operators_before:
+            summary["operators"] = self.operators_before
         if self.card is not None:
             summary["card"] = self.card.to_dict()
         out: dict[str, Any] = {"schema": SCHEMA, "norms": norms, "refusals": [asdict(r) for r in self.refusals]}
         if self.rewritten:
-            summary |= self.totals() | {"operators_after": self.operators_after}
+            summary |= self.totals()
+            if self.operators_after:
+                summary["operators_after"] = self.operators_after
             out |= self.totals()
             if self.model_check is not None:
                 summary["model_check"] = self.model_check

@@ -108,6 +108,7 @@ def recipe(card: Card) -> str:
 
 def _norms(card: Card) -> str:
     rows = []
+    casts = dict.fromkeys(use.cast for use in card.norms)
     for use in card.norms:
         part = {"feed_forward": "feed-forward", "cross_attention": "cross-attention"}.get(use.part, use.part)
         kind = "rms" if use.operator == "RMSNorm" else "ln"
@@ -115,9 +116,10 @@ def _norms(card: Card) -> str:
             f'<span class="tag {kind}-tag">{use.operator}</span>', text(f"{part}: {use.where}" if part else use.where),
             "" if len(use.layers) in (0, use.depth) else text(use.which), str(use.count),
             "?" if use.width is None else str(use.width), text(number(use.eps)),
-            text(_weight(use)), text(use.cast),
+            text(_weight(use)), text(use.cast) if len(casts) > 1 else "",
         ))  # fmt: skip
     headers = ("norm", "place", "layers", "count", "width", "eps", "weight", "computed in")
-    return table(headers, rows, (3, 4, 5), "norms", short=True)
+    same = f'<p class="muted">all computed in {text(next(iter(casts)))}</p>' if len(casts) == 1 else ""
+    return table(headers, rows, (3, 4, 5), "norms", short=True) + same
 
 

@@ -26,12 +26,13 @@ TAGS = {"fused": "good", "converted": "good", "kept": "", "left": "", "refused":
 
 @dataclass(slots=True)
 class FileFacts:
-    """A file: size and SHA-256; `data` are its weights beside it, by name and size, which are not hashed."""
+    """A file: size, SHA-256, operators by type; `data` are its weights beside it, by name and size, not hashed."""
 
     name: str
     size: int
     digest: str
     data: list[tuple[str, int]] = field(default_factory=list)
+    operators: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -46,20 +47,22 @@ def prepare(path: str | Path) -> Before:
     """Look at a model that is about to be rewritten."""
     from normfuse.api import inspect
 
-    return Before(inspect(path) if Path(path).suffix == ".onnx" else None, file_facts(Path(path)))
+    return Before(None if Path(path).suffix == ".pt2" else inspect(path), file_facts(Path(path)))
 
 
 def file_facts(path: Path) -> FileFacts:
     """Size and hash of a file, and sizes of the files that it refers to."""
+    from normfuse.frontends.onnx_model import operators
     from normfuse.io import files
 
     with path.open("rb") as f:
         found = FileFacts(path.name, path.stat().st_size, hashlib.file_digest(f, "sha256").hexdigest())
-    if path.suffix == ".onnx":
+    if path.suffix != ".pt2":
         try:
-            tensors = files.external_tensors(files.read_onnx(path)[0])
-            beside = {Path(t.base_dir) / t.location for t in tensors}
+            model = files.read_onnx(path)[0]
+            beside = {Path(t.base_dir) / t.location for t in files.external_tensors(model)}
             found.data = sorted((p.name, p.stat().st_size) for p in beside)
+            found.operators = operators([model.graph, *model.graph.subgraphs()])
         except (NormFuseError, OSError):
             pass
     return found
@@ -70,7 +73,7 @@ def page(report: Report, before: Before, command: str = "", latency: dict[str, f
     after = file_facts(Path(report.target)) if report.target and Path(report.target).is_file() else None
     source = before.file.name if before.file else Path(report.source).name if report.source else report.format
     title = f"{source} rewritten by NormFuse"
-    parts = [("norms", "Norms", _sites(report, before)), ("operators", "Operators", _operators(report)),
+    parts = [("norms", "Norms", _sites(report, before)), ("operators", "Operators", _operators(report, before, after)),
              ("errors", "Distance to float64", _errors(report)),
              ("conversion", "LayerNorm to RMSNorm", conversion(report)),
              ("refusals", "Refused", _refusals(report.refusals)),
@@ -218,12 +221,13 @@ def _ulp(value: float | None) -> str:
 # -- operators and errors --------------------------------------------------------------------------------------------
 
 
-def _operators(report: Report) -> str:
-    before, after = report.operators_before, report.operators_after
+def _operators(report: Report, then: Before, now: FileFacts | None) -> str:
+    before = then.report.operators_before if then.report else report.operators_before
+    after = (now.operators if now else {}) or report.operators_after
+    if not before or not after:
+        return ""
     change = {op: after.get(op, 0) - before.get(op, 0) for op in (*before, *after)}
     names = sorted(change, key=lambda op: (-abs(change[op]), -before.get(op, 0), op))
-    if not names:
-        return ""
     largest = max([*before.values(), *after.values()])
 
     def rows(chosen: list[str]) -> list[tuple[str, ...]]:
