@@ -352,9 +352,15 @@ def _name(node: Node, inside: set[Node]) -> str:
             moving = [v for v in user.inputs if not v.fixed and v.number is None]
             if user.kind == "mul" and len(moving) == 2 and any(_sources(v, inside)[0] == ends for v in moving
                                                                if not _sources(v, inside)[1]):  # fmt: skip
-                source = node.inputs[0].producer
-                scaled = op == "sigmoid" and source is not None and source.kind == "mul"
-                return "QuickGELU" if scaled else heart
+                return _scaled(node.inputs[0]) if op == "sigmoid" else heart
             if len(moving) == 1:
                 todo.extend(user.outputs)
     return "tanh" if op == "tanh" else ""
+
+
+def _scaled(value: Value) -> str:
+    """What x * sigmoid(c * x) is called: SiLU for c = 1, QuickGELU for 1.702."""
+    node = value.producer
+    numbers = [v.number for v in node.inputs if v.number is not None] if node is not None and node.kind == "mul" else []
+    c = numbers[0] if numbers else 1.0
+    return "SiLU" if c == 1 else "QuickGELU" if abs(c - 1.702) < 1e-3 else f"x*sigmoid({c:g}*x)"

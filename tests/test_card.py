@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import normfuse
 from normfuse.blocks import find
 from normfuse.card import Card, affine, layers_text
+from normfuse.config import Target
 from normfuse.graph import Graph
 from tests.cli_tools import fails, norm_model, run, saved
 from tests.families import FAMILIES, LAYERS, cached_export, exported_program
@@ -156,6 +157,17 @@ def test_encoder_and_decoder_are_two_stacks() -> None:
     assert [stack.depth for stack in card.stacks] == [LAYERS, LAYERS]
     assert shown == [[pre("attention"), pre("feed-forward")],
                      [pre("attention"), pre("cross-attention"), pre("feed-forward")]]  # fmt: skip
+
+
+@pytest.mark.parametrize("target", ["onnx", "normfuse", "ort-cpu"])
+@pytest.mark.parametrize("name", ["gemma3", "olmo2", "deepseek_v3", "gpt2"])
+def test_a_rewritten_model_has_the_same_blocks(name: str, target: Target, tmp_path: Path) -> None:
+    """Also where one operator does the addition and the norm, or the norms of queries and keys."""
+    source = cached_export(name, 18)
+    normfuse.rewrite(source, tmp_path / "o.onnx", normfuse.Config(target=target, verify="off"))
+    now = normfuse.inspect(tmp_path / "o.onnx").card
+    assert now is not None
+    assert blocks(now) == blocks(card_of(name, "18"))
 
 
 # -- layers that differ -------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ def gallery(entries: Sequence[Entry]) -> str:
     compare = f'<section aria-label="comparison">{_comparison(entries)}</section>' if len(read) > 1 else ""
     cards = "\n".join(_entry(entry, i, len(entries) == 1) for i, entry in enumerate(entries))
     return document(f"{title}: how it normalises" if len(entries) == 1 else f"How {title} normalise",
-                    f'{head}{compare}<div class="gallery">{cards}</div>')  # fmt: skip
+                    f'{head}{compare}<div{" class=gallery" if len(entries) > 1 else ""}>{cards}</div>')  # fmt: skip
 
 
 def _comparison(entries: Sequence[Entry]) -> str:
