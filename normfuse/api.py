@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from normfuse.card import card_of
 from normfuse.config import Config
 from normfuse.convert import Record, tell
 from normfuse.errors import InputError, UnsafeModelError, UnsupportedError
 from normfuse.facts import Atom, formula
 from normfuse.placement import recipe
 from normfuse.plan import Edit, Plan
-from normfuse.norm import Expr, Norm, Site
+from normfuse.norm import Expr, Norm, Site, region
 from normfuse.report import NormRecord, RefusalRecord, Report
 from normfuse.verify import Check
 
@@ -43,8 +44,11 @@ def inspect(model: Any) -> Report:
             if _is_pt2(Path(model)):
                 from normfuse.frontends import pt2
 
-                return pt2.inspect(model)
-            return _inspect_ir(_read(Path(model))[0], own=True)
+                report = pt2.inspect(model)
+            else:
+                report = _inspect_ir(_read(Path(model))[0], own=True)
+        report.source = str(model)
+        return report
     kind = _kind(model)
     if kind == "module":
         raise InputError(f"a {type(model).__name__} is an nn.Module, whose norms are seen once it is traced: give "
@@ -110,6 +114,8 @@ def rewrite(src_path: str | Path, dst_path: str | Path, config: Config | None = 
     report.seconds |= {"load": loaded - started, "save": done - planned, "total": done - started}
     report.seconds = {k: round(v, 4) for k, v in report.seconds.items()}
     assert isinstance(model, ir.Model)
+    report.source, report.target = str(source), "" if dry_run else str(target)
+    report.replay = f"normfuse.rewrite({str(source)!r}, {str(target)!r}, normfuse.{config!r})"
     return report
 
 
@@ -299,7 +305,11 @@ def _check_model(source: Path, model: ir.Model, keep: Source | None, converted: 
 
 
 def _onnx_report(one: OnnxModel, rewritten: bool) -> Report:
-    report = build_report(one.plans, one.checks, rewritten, one.label)
+    from normfuse.frontends.onnx_model import module_of, operators
+
+    report = build_report(one.plans, one.checks, rewritten, one.label, None if rewritten else module_of)
+    if not rewritten:
+        report.operators_before = operators(low.source for low in one.lowerings)
     report.format, report.opset, report.nodes_before = "onnx", one.opset or None, one.nodes_before
     if one.inlined:
         report.notes.append("model-local functions were inlined")
@@ -308,16 +318,23 @@ def _onnx_report(one: OnnxModel, rewritten: bool) -> Report:
     return report
 
 
-def build_report(plans: Iterable[Plan], checks: dict[Site, Check], rewritten: bool,
-                 label: Callable[[Edit], str]) -> Report:  # fmt: skip
-    """The records of all sites and refusals of a model."""
+def build_report(plans: Sequence[Plan], checks: dict[Site, Check], rewritten: bool,
+                 label: Callable[[Edit], str], module: Callable[[Any], str] | None) -> Report:  # fmt: skip
+    """The records of all sites and refusals of a model.
+
+    `module` gives the module that a native node comes from; None leaves out all that only pages need.
+    """
     report = Report(rewritten=rewritten)
-    sites: list[Site] = []
+    records: dict[Site, NormRecord] = {}
     for plan in plans:
         edits = {site: edit for edit in plan.edits() for site in edit.sites}
         for site in plan.found.sites:
-            sites.append(site)
-            record = record_of(site)
+            record = records[site] = record_of(site)
+            if module is not None:
+                nodes = region(site.value, site.norm)
+                record.operators = list({node.native or node: node.op for node in reversed(nodes)}.values())
+                natives = (node.native for node in nodes if node.native is not None)
+                record.module = next(filter(None, map(module, natives)), "")
             if rewritten:
                 record.action = ("fused" if site in edits else "left" if site in plan.left else
                                  "refused" if site in plan.refused else "kept")  # fmt: skip
@@ -333,7 +350,9 @@ def build_report(plans: Iterable[Plan], checks: dict[Site, Check], rewritten: bo
             report.norms.append(record)
         refusals = [*plan.found.refusals, *plan.refused.values()]
         report.refusals.extend(RefusalRecord(r.code, r.node, r.message) for r in refusals)
-    report.recipe = recipe(sites)
+    report.recipe = recipe(list(records))
+    if plans and module is not None:
+        report.card = card_of(plans[0].graph, plans[0].found.sites, records)
     return report
 
 

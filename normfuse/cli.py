@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import shlex
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 from normfuse.config import Config, LayerNormToRMSNorm, Numerics, Target, Verify
@@ -21,6 +23,7 @@ from normfuse.errors import InputError, NormFuseError, VerificationError
 
 if TYPE_CHECKING:
     from normfuse.cli_print import Block
+    from normfuse.html.rewrite_page import Before
     from normfuse.report import Report
 
 DONE, DIFFERENT, BAD_INPUT, INTERNAL, INTERRUPTED = 0, 1, 2, 3, 130
@@ -45,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     as_json, verbose = "--json" in argv, "-v" in argv or "--verbose" in argv
     try:
         args = _parser().parse_args(argv)
+        args.typed = argv
         with _quiet(args.verbose):
             outcome = args.run(args)
         _emit(outcome, as_json)
@@ -73,13 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> Outcome:
-    import normfuse
-    from normfuse.cli_report import report_blocks
+    from normfuse.cli_inspect import inspect_models
 
-    started = time.perf_counter()
-    report: Report = normfuse.inspect(args.model)
-    seconds = time.perf_counter() - started
-    return Outcome(DONE, report.to_dict(), report_blocks(report, args.model, seconds, args.verbose, args.quiet))
+    return inspect_models(args)
 
 
 def _rewrite(args: argparse.Namespace) -> Outcome:
@@ -91,6 +91,7 @@ def _rewrite(args: argparse.Namespace) -> Outcome:
         raise InputError("no output is given; name a file to write, or use --in-place or --dry-run")
     output, in_place = args.output or args.model, args.in_place or args.output is None
     config = replace(_config(args), norms=args.norms, tolerance=args.tolerance)
+    before = _before(args, output) if args.report else None
     started = time.perf_counter()
     with progress(not args.quiet) as advance:
         report: Report = normfuse.rewrite(
@@ -102,6 +103,13 @@ def _rewrite(args: argparse.Namespace) -> Outcome:
     blocks = report_blocks(report, args.model, seconds, args.verbose, args.quiet)
     if not args.quiet:
         blocks.append("dry run: nothing was written" if args.dry_run else f"wrote {output}")
+    if before is not None:
+        from normfuse.html import page, rewrite_page
+
+        made = rewrite_page.page(report, before, shlex.join(["normfuse", *args.typed]))
+        page.write(made, Path(args.report), [Path(args.model), Path(output)], args.overwrite)
+        if not args.quiet:
+            blocks.append(f"wrote {args.report}")
     return Outcome(DIFFERENT if args.strict and report.refusals else DONE, report.to_dict(), blocks)
 
 
@@ -124,6 +132,14 @@ def _reduce(args: argparse.Namespace) -> Outcome:
         lines += [f"norms left: {', '.join(found.norms) or 'none'}", f"{found.tries} models tried"]
     lines.append(f"nodes {found.nodes_before} -> {found.nodes_after}; wrote {args.output}")
     return Outcome(DONE, {"schema": SCHEMA} | found.to_dict(), lines[-1:] if args.quiet else lines)
+
+
+def _before(args: argparse.Namespace, output: str) -> Before:
+    """What the report on a rewrite tells of the input, which may not be there any more afterwards."""
+    from normfuse.html import page, rewrite_page
+
+    page.check(Path(args.report), [Path(args.model), Path(output)], args.overwrite)
+    return rewrite_page.prepare(args.model)
 
 
 def _verify(args: argparse.Namespace) -> Outcome:
@@ -213,7 +229,10 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     inspect = command("inspect", _inspect, "show every norm of a model: where it sits, and its formula")
-    inspect.add_argument("model", metavar="MODEL", help="an ONNX file, or a .pt2 of torch.export.save, only read")
+    inspect.add_argument("models", metavar="MODEL", nargs="+",
+                         help="an ONNX file, or a .pt2 of torch.export.save, only read; of several, a gallery is made")
+    _report_argument(inspect)
+    inspect.add_argument("--overwrite", action="store_true", help="replace the report if it exists")
     _rewrite_arguments(command("rewrite", _rewrite, "fuse the norms of a model, check each, and write the result"))
     shrink = command("reduce", _reduce, "make the smallest model whose rewrite still goes wrong, for a bug report")
     shrink.add_argument("model", metavar="MODEL", help="an ONNX file whose rewrite crashes or changes its outputs")
@@ -229,6 +248,10 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("code", metavar="CODE", nargs="?", help="such as NF101; without it, all are listed")
     command("env", _env, "print the versions of what NormFuse works with, for a bug report")
     return parser
+
+
+def _report_argument(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--report", metavar="FILE.html", help="write a page to look at in a browser, too")
 
 
 def _config_arguments(parser: argparse.ArgumentParser, modes: Sequence[str]) -> None:
@@ -261,9 +284,10 @@ def _rewrite_arguments(rewrite: argparse.ArgumentParser) -> None:
     add("--external-data", choices=("copy", "reference"), default="copy",
         help="copy weights that lie beside the model, or refer to them where they are (copy)")  # fmt: skip
     add("--trust", action="store_true", help="load a .pt2, which can run code in it: only from people you trust")
-    add("--dry-run", action="store_true", help="do everything but write")
+    _report_argument(rewrite)
+    add("--dry-run", action="store_true", help="do everything but write OUT")
     add("--strict", action="store_true", help="exit with 1 if anything was refused; the output is written all the same")
-    add("--overwrite", action="store_true", help="replace OUT if it exists")
+    add("--overwrite", action="store_true", help="replace OUT, and the report, if they exist")
     add("--in-place", action="store_true", help="allow OUT to be IN; OUT may be left out")
 
 

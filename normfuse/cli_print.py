@@ -107,7 +107,9 @@ def _print_rich(blocks: list[Block]) -> None:
     console = Console(highlight=False, markup=False, emoji=False)
     for block in blocks:
         if isinstance(block, str):
-            console.print(Text(clean(block)), soft_wrap=True)
+            line = Text(clean(block))
+            line.highlight_words(("RMSNorm", "LayerNorm"), "cyan")
+            console.print(line, soft_wrap=True)
             continue
         keep = _columns(block)
         grid = table.Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from normfuse.card import Card, layers_text
 from normfuse.cli_print import Block, Table
 from normfuse.report import NormRecord, Report
 
 HEADERS = ("norm", "count", "kind", "size", "placement", "fact", "types", "action", "now", "verified")
+MOST_BLOCKS = 8
 FORMS = {"op": "one operator", "decomposed": "decomposed"}
 
 
@@ -20,6 +22,8 @@ def report_blocks(report: Report, path: str, seconds: float, verbose: bool, quie
     blocks: list[Block] = [_header(report, path)]
     if report.recipe:
         blocks.append(report.recipe)
+    if not report.rewritten and report.card is not None:
+        blocks += card_lines(report.card)
     blocks.append("")
     if report.norms:
         blocks.append(_norm_table(report, verbose))
@@ -34,6 +38,23 @@ def report_blocks(report: Report, path: str, seconds: float, verbose: bool, quie
     if verbose and report.seconds:
         blocks.append("time: " + ", ".join(f"{stage} {t:.3f} s" for stage, t in report.seconds.items()))
     return blocks
+
+
+def card_lines(card: Card) -> list[Block]:
+    """The layers as mathematics: each kind of layer once, and how it differs from the most common kind."""
+    out: list[Block] = []
+    for i, stack in enumerate(card.stacks):
+        for block in stack.blocks[:MOST_BLOCKS]:
+            name = layers_text(block.layers, stack.depth)
+            out += ["", name if len(card.stacks) == 1 else f"stack {i + 1}, {name}"]
+            formulas = [card.formula(branch) for branch in block.branches]
+            width = max(map(len, formulas))
+            for formula, branch in zip(formulas, block.branches, strict=True):
+                out.append(f"  {formula:{width}}  {'; '.join(card.remarks(branch))}".rstrip())
+            out += [f"  {line}" for line in card.differences(block, stack.blocks[0])]
+        if len(stack.blocks) > MOST_BLOCKS:
+            out += ["", f"and {len(stack.blocks) - MOST_BLOCKS} more kinds of layers"]
+    return out
 
 
 def _header(report: Report, path: str) -> str:

@@ -17,10 +17,10 @@ SHORT_WALK, LONG_WALK = 24, 400
 
 def place(graph: Graph, sites: Sequence[Site]) -> None:
     """Set the placement of every site."""
-    _Placer(graph, sites).run()
+    Placer(graph, sites).run()
 
 
-class _Placer:
+class Placer:
     def __init__(self, graph: Graph, sites: Sequence[Site]) -> None:
         self.sites = sites
         self.normed = {site.value: site for site in sites}
@@ -103,7 +103,7 @@ class _Placer:
             if self._branch(x):
                 return "post"
         if adds:
-            if not self._after_norm(x):
+            if not self._after_norm(x) and not self._first_sum(x):
                 return "embedding"
             if x.producer is not None and x.producer in self.adds:
                 return "post_residual"
@@ -125,12 +125,17 @@ class _Placer:
     def _after_norm(self, x: Value) -> bool:
         return x in self.fed or x in self.normed
 
-    def _branch(self, x: Value) -> bool:
-        """x comes out of a linear layer (or a branch that ends in one), not off the stream."""
+    def _first_sum(self, x: Value) -> bool:
+        """x is the sum that ends the first branch of a stream, and not a sum of embeddings."""
+        node = x.producer
+        return node in self.adds and any(self._branch(v, added=True) for v in node.inputs)
+
+    def _branch(self, x: Value, added: bool = False) -> bool:
+        """x comes out of a linear layer (or a branch that ends in one), not off the stream; or is `added` to it."""
         value = x
         for _ in range(SHORT_WALK):
             node = value.producer
-            if node is None or value in self.stream:
+            if node is None or (value in self.stream and not (added and value is self.base(x))):
                 return False
             if node.kind in ("linear", "attention", "matmul"):
                 return True
@@ -158,7 +163,7 @@ class _Placer:
         for node, _ in _forward(y, through, LONG_WALK):
             if node.kind == "attention":
                 return node
-            if node.kind == "matmul" and not any(_weight(v) for v in node.inputs):
+            if node.kind == "matmul" and not any(weight(v) for v in node.inputs):
                 return node
         return None
 
@@ -170,7 +175,21 @@ class _Placer:
         return any(_activated(v) for node in products for v in node.inputs)
 
 
-def _weight(value: Value) -> bool:
+def per_head(site: Site) -> bool:
+    """Whether the norm of a query or key runs over one head, and not over all of them at once.
+
+    A head is as wide as what the product of scores sums over; where an operator keeps that to itself, a tensor with an
+    axis of heads has rank 4.
+    """
+    product, norm = site.attends, site.norm
+    if product is None or product.kind == "attention" or norm.size is None:
+        return (norm.x.rank or 0) > 3
+    shape = product.inputs[0].shape
+    width = shape[-1] if shape else None
+    return norm.size <= width if isinstance(width, int) else (norm.x.rank or 0) > 3
+
+
+def weight(value: Value) -> bool:
     """A constant, or picked out of one: the matrices of the experts that a router chose."""
     for _ in range(SHORT_WALK):
         if value.fixed or value.number is not None:
@@ -246,9 +265,8 @@ def recipe(sites: Sequence[Site]) -> str:
     if "post_residual" in places:
         parts.append("post-norm after the residual")
     if "qk" in places:
-        full = max((s.norm.size or 0 for s in sites if s.placement != "qk"), default=0)
-        widths = {s.norm.size for s in sites if s.placement == "qk"}
-        parts.append("QK-norm " + ("over the full width" if full in widths else "per head"))
+        heads = {per_head(s) for s in sites if s.placement == "qk"}
+        parts.append("QK-norm " + ("per head" if all(heads) else "over the full width"))
     for place_, text in (("latent", "latent norms"), ("gated", "gated norms"), ("embedding", "embedding norm")):
         if place_ in places:
             parts.append(text)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from normfuse.calibrate import Approximation
+    from normfuse.card import Card
 
 SCHEMA = 1
 
@@ -22,6 +24,9 @@ class NormRecord:
     was checked; `error_before` and `error_after` are the largest distances to float64 seen in that check, in units
     of the type's rounding, of the model's own arithmetic and of what replaced it. `proved` says that the region was
     moreover computed exactly, in integers modulo a prime, and is the norm.
+
+    `module` and `operators`, which are for pages and not for JSON: the module that the exporter kept, and what
+    computes the norm, in order; empty where nobody asked.
     """
 
     name: str
@@ -38,12 +43,14 @@ class NormRecord:
     cast: str
     action: str = "found"
     verified: bool | None = None
-    proved: bool | None = None
     emitted: str = ""
     reason: str = ""
     error_before: float | None = None
     error_after: float | None = None
     conversion: dict[str, Any] | None = None
+    module: str = ""
+    operators: list[str] = field(default_factory=list)
+    proved: bool | None = None
 
 
 @dataclass(slots=True)
@@ -57,7 +64,12 @@ class RefusalRecord:
 
 @dataclass(slots=True)
 class Report:
-    """Result of `inspect`, `rewrite` and `optimize`; `to_dict()` is what `--json` prints."""
+    """Result of `inspect`, `rewrite` and `optimize`; `to_dict()` is what `--json` prints, `to_html()` a page.
+
+    `operators_before` and `operators_after` count operators by type; after a rewrite of a file they are empty, as is
+    the card, since the page takes them from the files. `source` and `target` are the files, where there
+    are any, and `replay` is the call that does it again.
+    """
 
     norms: list[NormRecord] = field(default_factory=list)
     refusals: list[RefusalRecord] = field(default_factory=list)
@@ -71,6 +83,12 @@ class Report:
     notes: list[str] = field(default_factory=list)
     model_check: dict[str, Any] | None = None
     approximation: Approximation | None = None
+    card: Card | None = None
+    operators_before: dict[str, int] = field(default_factory=dict)
+    operators_after: dict[str, int] = field(default_factory=dict)
+    source: str = ""
+    target: str = ""
+    replay: str = ""
 
     @property
     def fused(self) -> int:
@@ -99,6 +117,7 @@ class Report:
         """A plain dict, ready for JSON: the same input gives the same dict but for `summary.seconds`."""
         norms = [asdict(n) for n in self.norms]
         for n in norms:
+            del n["module"], n["operators"]
             if n["conversion"] is None:
                 del n["conversion"]
         if not self.rewritten:
@@ -117,12 +136,44 @@ class Report:
             "notes": self.notes,
             "seconds": self.seconds,
         }
+        if self.operators_before:
+            summary["operators"] = self.operators_before
+        if self.card is not None:
+            summary["card"] = self.card.to_dict()
         out: dict[str, Any] = {"schema": SCHEMA, "norms": norms, "refusals": [asdict(r) for r in self.refusals]}
         if self.rewritten:
             summary |= self.totals()
+            if self.operators_after:
+                summary["operators_after"] = self.operators_after
             out |= self.totals()
             if self.model_check is not None:
                 summary["model_check"] = self.model_check
             if self.approximation is not None:
                 summary["approximation"] = self.approximation.to_dict()
         return out | {"summary": summary}
+
+    def to_html(self) -> str:
+        """The report as one HTML page that loads nothing and runs nothing.
+
+        What an ONNX model was before a rewrite is read from the file again, if that is still there.
+        """
+        from normfuse.html.rewrite_page import Before, page, prepare
+        from normfuse.html.gallery_page import Entry, gallery
+
+        if not self.rewritten:
+            return gallery([Entry(self.source or "model", self)])
+        same = bool(self.target) and Path(self.source).resolve() == Path(self.target).resolve()
+        before = prepare(self.source) if self.source and not same and Path(self.source).is_file() else Before()
+        return page(self, before)
+
+    def save_html(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write the page whole or not at all.
+
+        Raises `InputError` for a file that is there already, unless `overwrite` allows to replace it and it is an HTML
+        page, and always for a model.
+        """
+        from normfuse.html.page import check, write
+
+        models = [Path(p) for p in (self.source, self.target) if p]
+        check(Path(path), models, overwrite)
+        write(self.to_html(), Path(path), models, overwrite)

@@ -171,7 +171,8 @@ def test_output_that_cannot_be_written(model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "argv",
     [
-        [], ["nonsense"], ["inspect"], ["inspect", "a", "b"], ["rewrite", "a"], ["rewrite", "a", "b", "--target", "x"],
+        [], ["nonsense"], ["inspect"], ["inspect", "a", "--report"], ["rewrite", "a"],
+        ["rewrite", "a", "b", "--target", "x"],
         ["rewrite", "a", "b", "--no-such"], ["verify", "a"], ["verify", "a", "b", "--seed", "x"], ["explain", "NF9"],
         ["inspect", "a", "-q", "-v"], ["inspect", ""], ["rewrite", "a", ""], ["explain", "\x1b[31m"],
         ["rewrite", "a", "b", "--layernorm-to-rmsnorm", "approximate"], ["rewrite", "a", "b", "--target", "ort-cuda"],

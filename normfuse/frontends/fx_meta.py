@@ -75,14 +75,19 @@ def dtype_of(meta: Any) -> str:
 
 def label(node: fx.Node) -> str:
     """What to call a node in a message: the path of its module, where known, and its name."""
+    path = module_of(node)
+    return f"{path}/{node.name}" if path else node.name
+
+
+def module_of(node: fx.Node) -> str:
+    """The path of the module that a node comes from, where the tracer kept it."""
     stack = node.meta.get("nn_module_stack")
     if not stack:
-        return node.name
+        return ""
     entry = next(reversed(stack.values()))
     path = entry[0] if isinstance(entry, tuple) else str(entry)
     path = re.sub(r"^L\['self'\]\.?|_modules\b|['\"]", "", path)
-    path = re.sub(r"\[(\w+)\]", r".\1", path).replace("..", ".").strip(".")
-    return f"{path}/{node.name}" if path else node.name
+    return re.sub(r"\[(\w+)\]", r".\1", path).replace("..", ".").strip(".")
 
 
 def size_of(d: Any, symbols: dict[str, int] | None = None) -> int:

@@ -6,6 +6,7 @@ import copy
 import heapq
 import operator
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,7 +24,7 @@ from normfuse.field import Prover
 from normfuse.frontends.fx_check import Checker
 from normfuse.frontends.fx_emit import Emitter, emitted, level_of
 from normfuse.frontends.fx_fused import FusedEmitter
-from normfuse.frontends.fx_meta import is_tensor, meta_of, order_of
+from normfuse.frontends.fx_meta import is_tensor, meta_of, module_of, order_of
 from normfuse.graph import Node, Value
 from normfuse.passes.remove_dead import live
 from normfuse.passmanager import fuse, plan
@@ -50,7 +51,7 @@ def run(model: Any, config: Config, rewrite: bool, leave: Leave | None = None,
 def _run(model: Any, config: Config, rewrite: bool, leave: Leave | None, calibration: Any) -> tuple[Any, Report]:
     if config.verify == "model":
         raise UnsupportedError("verify='model' needs files to run; use verify='sites'")
-    exported, records, cost = not isinstance(model, fx.GraphModule), list[Record](), None
+    exported, records, cost, original = not isinstance(model, fx.GraphModule), list[Record](), None, model
     notes: list[str] = []
     if rewrite and config.converts:
         from normfuse.frontends import fx_convert
@@ -80,6 +81,9 @@ def _run(model: Any, config: Config, rewrite: bool, leave: Leave | None, calibra
     report.notes += notes
     tell(report, [site for part in (whole, *whole.inner.values()) for site in part.plan.found.sites], records)
     report.format = "exported" if exported else "fx"
+    if report.converted:
+        state = _state(original) if exported else None
+        report.card = _Module(original.graph_module if exported else original, config, False, state).report().card
     return model, report
 
 
@@ -125,9 +129,9 @@ class _Module:
                  state: Mapping[str, torch.Tensor | None] | None = None, level: str | None = None,
                  leave: Leave | None = None) -> None:  # fmt: skip
         started = time.perf_counter()
-        self.source, self.config, self.rewrite = source, config, rewrite
+        self.source, self.config, self.rewrite, self.compiling = source, config, rewrite, leave is not None
         self.graph = _copy(source) if rewrite else source.graph
-        self.nodes_before = count(source.graph)
+        self.operators_before = operators(source.graph)
         self.low = Lowering(source, self.graph, state)
         self.emitter = Emitter(level or level_of(self.graph), config.numerics)
         self.fused = FusedEmitter(self.emitter.level, config.numerics)
@@ -251,12 +255,15 @@ class _Module:
 
         parts = [self, *self.inner.values()]
         checks = {site: check for part in parts for site, check in part.checks.items()}
-        out = build_report([part.plan for part in parts], checks, self.rewrite, lambda edit: "")
+        out = build_report([part.plan for part in parts], checks, self.rewrite, lambda edit: "",
+                           None if self.compiling else module_of)  # fmt: skip
         sites = [(part, site) for part in parts for site in part.plan.found.sites]
         for (part, site), record in zip(sites, out.norms, strict=True):
             record.emitted = part.emitted.get(site, "")
-        out.nodes_before = sum(part.nodes_before for part in parts)
-        out.nodes_after = sum(count(part.graph) for part in parts)
+        out.operators_before = dict(sum((part.operators_before for part in parts), Counter()))
+        out.operators_after = dict(sum((operators(part.graph) for part in parts), Counter()))
+        out.nodes_before = sum(out.operators_before.values())
+        out.nodes_after = sum(out.operators_after.values())
         out.seconds = dict(self.seconds)
         return out
 
@@ -272,10 +279,11 @@ def _copy(source: fx.GraphModule) -> fx.Graph:
     return out
 
 
-def count(graph: fx.Graph) -> int:
-    """The operations of a graph; picking one result of several is none."""
+def operators(graph: fx.Graph) -> Counter[str]:
+    """The operations of a graph by name; picking one result of several is none."""
     calls = (n for n in graph.nodes if n.op in ("call_function", "call_method", "call_module"))
-    return sum(n.target is not operator.getitem or is_tensor(meta_of(n.args[0])) for n in calls)
+    return Counter(fx_effects.name_of(n) or str(n.target) for n in calls
+                   if n.target is not operator.getitem or is_tensor(meta_of(n.args[0])))  # fmt: skip
 
 
 def _sort(graph: fx.Graph) -> None:

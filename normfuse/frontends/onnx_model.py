@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import onnx_ir as ir
@@ -299,3 +300,19 @@ def _unique(name: str, used: set[str | None]) -> str:
         found = f"{name}_{i}"
     used.add(found)
     return found
+
+
+def operators(graphs: Iterable[ir.Graph]) -> dict[str, int]:
+    """The nodes of graphs by operator, with its domain where that is not ONNX's own."""
+    found = Counter((node.domain, node.op_type) for graph in graphs for node in graph)
+    return {op if domain in ("", "ai.onnx") else f"{domain}.{op}": n for (domain, op), n in found.items()}
+
+
+def module_of(node: ir.Node) -> str:
+    """The path of the torch module that a node comes from, where the exporter kept it."""
+    scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
+    found = re.findall(r"'((?:[^'\\]|\\.)*)'", scopes[:100_000])
+    if len(found) > 1:
+        return str(found[-2])
+    places = node.metadata_props.get("namespace", "")[:100_000].split("/")
+    return places[-2].partition(":")[0] if len(places) > 1 else ""

@@ -1,0 +1,308 @@
+"""The report on a rewrite as a page: what was done to each norm, why that is right, and how to do it again."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from normfuse.codes import CODES
+from normfuse.errors import NormFuseError
+from normfuse.html import svg
+from normfuse.html.conversion import conversion
+from normfuse.html.gallery_page import recipe
+from normfuse.html.page import document, fold, formula, items, many, name, section, table, text
+from normfuse.report import NormRecord, RefusalRecord, Report
+
+PACKAGES = ("normfuse", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy")
+MOST_SITES, MOST_REFUSED = 1000, 200
+"""Rows of norms on a page, and of refusals under one code."""
+MOST_GROUPS = 200
+OPEN = 2
+"""Groups of norms that are unfolded from the start."""
+TAGS = {"fused": "good", "converted": "good", "kept": "", "left": "", "refused": "warn"}
+
+
+@dataclass(slots=True)
+class FileFacts:
+    """A file: size, SHA-256, operators by type; `data` are its weights beside it, by name and size, not hashed."""
+
+    name: str
+    size: int
+    digest: str
+    data: list[tuple[str, int]] = field(default_factory=list)
+    operators: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Before:
+    """What a model was before the rewrite: the report of `inspect`, and the file."""
+
+    report: Report | None = None
+    file: FileFacts | None = None
+
+
+def prepare(path: str | Path) -> Before:
+    """Look at a model that is about to be rewritten."""
+    from normfuse.api import inspect
+
+    return Before(None if Path(path).suffix == ".pt2" else inspect(path), file_facts(Path(path)))
+
+
+def file_facts(path: Path) -> FileFacts:
+    """Size and hash of a file, and sizes of the files that it refers to."""
+    from normfuse.frontends.onnx_model import operators
+    from normfuse.io import files
+
+    with path.open("rb") as f:
+        found = FileFacts(path.name, path.stat().st_size, hashlib.file_digest(f, "sha256").hexdigest())
+    if path.suffix != ".pt2":
+        try:
+            model = files.read_onnx(path)[0]
+            beside = {Path(t.base_dir) / t.location for t in files.external_tensors(model)}
+            found.data = sorted((p.name, p.stat().st_size) for p in beside)
+            found.operators = operators([model.graph, *model.graph.subgraphs()])
+        except (NormFuseError, OSError):
+            pass
+    return found
+
+
+def page(report: Report, before: Before, command: str = "", latency: dict[str, float] | None = None) -> str:
+    """The page. `command` is what was typed, `latency` milliseconds by the name of what was timed, where measured."""
+    after = file_facts(Path(report.target)) if report.target and Path(report.target).is_file() else None
+    source = before.file.name if before.file else Path(report.source).name if report.source else report.format
+    title = f"{source} rewritten by NormFuse"
+    parts = [("norms", "Norms", _sites(report, before)), ("operators", "Operators", _operators(report, before, after)),
+             ("errors", "Distance to float64", _errors(report)),
+             ("conversion", "LayerNorm to RMSNorm", conversion(report)),
+             ("refusals", "Refused", _refusals(report.refusals)),
+             ("recipe", "Recipe", _recipe(report, before)),
+             ("again", "Files, versions, and how to do it again", _again(report, before.file, after, command)),
+             ]  # fmt: skip
+    shown = [part for part in parts if part[2]]
+    links = " ".join(f'<a href="#{key}">{label}</a>' for key, label, _ in shown)
+    head = (f'<header><p class="kicker">NormFuse rewrite report</p><h1>{name(source)}</h1>'
+            f"<section aria-label=\"result\">{_verdict(report)}{_tiles(report, before.file, after, latency)}"
+            f'{"".join(f"<p class=muted>{text(note)}</p>" for note in report.notes)}</section></header>')  # fmt: skip
+    body = "\n".join(section(key, label, content) for key, label, content in shown)
+    return document(title, f'{head}<nav aria-label="sections">{links}</nav>{body}')
+
+
+# -- the top ---------------------------------------------------------------------------------------------------------
+
+
+def _verdict(report: Report) -> str:
+    found, changed = len(report.norms), report.fused + report.converted
+    checked = [n.verified for n in report.norms if n.verified is not None]
+    words = f"{changed} of {found} norms replaced" if changed else "Nothing was replaced"
+    if checked:
+        words += f"; {sum(checked)} of {len(checked)} checked against the original and equal"
+    elif changed:
+        words += "; not checked (verify=off)"
+    rough = sum((n.conversion or {}).get("verdict") == "approximate" for n in report.norms)
+    if rough and report.approximation is not None:
+        words += f"; {rough} approximated, which leaves the outputs off by {report.approximation.error:.2g}"
+    if report.model_check is not None:
+        equal = report.model_check["equal"]
+        words += "; the whole model gives equal outputs" if equal else "; the whole model gives other outputs"
+    if report.refused:
+        words += f"; {report.refused} refused, with the reason below"
+    bad = not all(checked) or (report.model_check is not None and not report.model_check["equal"])
+    kind = "bad" if bad else "warn" if report.refused or rough or (changed and not checked) else "good"
+    return f'<p class="verdict {kind}">{text(words)}.</p>'
+
+
+def _tiles(report: Report, old: FileFacts | None, new: FileFacts | None, latency: dict[str, float] | None) -> str:
+    count = {action: sum(n.action == action for n in report.norms) for action in TAGS}
+    pairs = [(str(len(report.norms)), "norms found")]
+    pairs += [(str(count[a]), words) for a, words in (("fused", "fused"), ("converted", "converted to RMSNorm"),
+              ("kept", "one operator already"), ("left", "left: nothing to gain")) if count[a]]  # fmt: skip
+    if report.refused:
+        pairs.append((str(report.refused), "refused"))
+    pairs.append((_change(report.nodes_before, report.nodes_after), "operators" + _share(report)))
+    if old and new:
+        pairs.append((f"{size(_whole(old))} → {size(_whole(new))}", "file" + " and weights" * bool(old.data)))
+    pairs += [(f"{ms:.3g} ms", text(what)) for what, ms in (latency or {}).items()]
+    return '<div class="tiles">' + "".join(
+        f'<div class="tile"><b>{value}</b><span>{words}</span></div>' for value, words in pairs) + "</div>"  # fmt: skip
+
+
+def _change(a: int, b: int) -> str:
+    return f"{a:,} → {b:,}"
+
+
+def _share(report: Report) -> str:
+    if not report.nodes_before or report.nodes_before == report.nodes_after:
+        return ""
+    return f", {100 * (report.nodes_after / report.nodes_before - 1):+.0f} %".replace("-", "−")
+
+
+def _whole(file: FileFacts) -> int:
+    return file.size + sum(n for _, n in file.data)
+
+
+def size(n: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if n < 1024 or unit == "GiB":
+            return f"{n:.0f} {unit}" if unit == "B" or n >= 100 else f"{n:.1f} {unit}"
+        n /= 1024
+    return ""
+
+
+def _recipe(report: Report, before: Before) -> str:
+    card = before.report.card if before.report else report.card
+    return f"<p>{text(report.recipe)}</p>{recipe(card)}" if card is not None and card.norms else ""
+
+
+# -- norms -----------------------------------------------------------------------------------------------------------
+
+
+def _sites(report: Report, before: Before) -> str:
+    if not report.norms:
+        return "<p>This model has no LayerNorm and no RMSNorm that NormFuse recognises.</p>"
+    known: dict[str, NormRecord] = {}
+    for norm in before.report.norms if before.report else ():
+        known.setdefault(norm.name, norm)
+    groups: dict[tuple[object, ...], list[NormRecord]] = {}
+    steps: dict[tuple[object, ...], list[str]] = {}
+    for norm in report.norms:
+        was = norm if norm.operators else known.get(norm.name, norm)
+        key: tuple[object, ...] = (
+            norm.kind, norm.placement, norm.size, norm.fact, norm.cast, norm.action, norm.emitted, norm.reason,
+            *was.operators,
+        )  # fmt: skip
+        groups.setdefault(key, []).append(norm)
+        steps.setdefault(key, was.operators)
+    out, left = [], MOST_SITES
+    for i, (key, norms) in enumerate(list(groups.items())[:MOST_GROUPS]):
+        out.append(_group(norms, steps[key], known, i < OPEN, max(left, 0)))
+        left -= len(norms)
+    if len(groups) > MOST_GROUPS:
+        out.append(f'<p class="muted">{len(groups) - MOST_GROUPS} more groups are left out; --json has all norms.</p>')
+    return "\n".join(out)
+
+
+def _group(norms: list[NormRecord], steps: list[str], known: dict[str, NormRecord], is_open: bool, most: int) -> str:
+    one = norms[0]
+    kind = {"rms_norm": "RMSNorm", "layer_norm": "LayerNorm"}.get(one.kind, text(one.kind))
+    tag = f'<span class="tag {TAGS.get(one.action, "")}">{text(one.action)}</span>'
+    summary = (f"<strong>{len(norms)} × {kind}, {text(one.placement)}</strong>, width "
+               f"{'?' if one.size is None else one.size} {tag}")  # fmt: skip
+    was = _chips(steps) if steps else text("one operator" if one.form == "op" else "decomposed")
+    now = _chips(one.emitted.split(", "), " new") if one.emitted else '<span class="muted">as it was</span>'
+    facts = [("formula", formula(one.fact)), ("roundings", text(one.cast))]
+    if one.reason:
+        facts.append(("why", text(one.reason)))
+    size_ = f", {many(len(steps), 'operator')}" if steps else ""
+    sides = (f'<div class="sides"><div><p class="muted">before{size_}</p>{was}</div>'
+             f'<span class="arrow" aria-hidden="true">→</span>'
+             f'<div><p class="muted">now</p>{now}</div></div>')  # fmt: skip
+    rows = []
+    for norm in norms:
+        source = norm.module or getattr(known.get(norm.name), "module", "")
+        named = [name(value) if value else "" for value in (norm.name, source, norm.weight, norm.bias)]
+        checked = "" if norm.verified is None else "yes" if norm.verified else "no"
+        rows.append((*named, checked, _ulp(norm.error_before), _ulp(norm.error_after)))
+    headers = ("norm", "module", "weight", "bias", "verified", "error before", "error now")
+    listed = table(headers, rows, (5, 6), "norms of this kind", most)
+    return fold(summary, items(facts) + sides + (fold(many(len(norms), "norm"), listed, len(norms) <= 4)), is_open)
+
+
+def _chips(names: Iterable[str], mark: str = "") -> str:
+    return '<div class="ops">' + "".join(f'<span class="op{mark}">{text(n, 60)}</span>' for n in names) + "</div>"
+
+
+def _ulp(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+# -- operators and errors --------------------------------------------------------------------------------------------
+
+
+def _operators(report: Report, then: Before, now: FileFacts | None) -> str:
+    before = then.report.operators_before if then.report else report.operators_before
+    after = (now.operators if now else {}) or report.operators_after
+    if not before or not after:
+        return ""
+    change = {op: after.get(op, 0) - before.get(op, 0) for op in (*before, *after)}
+    names = sorted(change, key=lambda op: (-abs(change[op]), -before.get(op, 0), op))
+    largest = max([*before.values(), *after.values()])
+
+    def rows(chosen: list[str]) -> list[tuple[str, ...]]:
+        return [(text(op, 60), f"{before.get(op, 0):,}", f"{after.get(op, 0):,}",
+                 f"{change[op]:+,}".replace("-", "−"),
+                 svg.bars(before.get(op, 0), after.get(op, 0), largest)) for op in chosen]  # fmt: skip
+
+    changed, same = [op for op in names if change[op]], [op for op in names if not change[op]]
+    headers = ("operator", "before", "after", "change", "")
+    out = table(headers, rows(changed), (1, 2, 3), "operators that changed") if changed else "<p>None changed.</p>"
+    if same:
+        alike = table(headers[:2], [row[:2] for row in rows(same)], (1,), "operators as before")
+        out += fold(many(len(same), "kind", " of operators as before"), alike)
+    return LEGEND + out
+
+
+LEGEND = '<p class="muted"><span class="key before"></span>before <span class="key after"></span>now</p>'
+
+
+def _errors(report: Report) -> str:
+    norms = [n for n in report.norms if n.error_before is not None and n.error_after is not None]
+    if not norms:
+        return ""
+    old, new = [n.error_before for n in norms], [n.error_after for n in norms]
+    worst_old, worst_new = max(v or 0 for v in old), max(v or 0 for v in new)
+    words = (f"Each norm and its replacement were run on random and adversarial rows, in the model's own types and in "
+             f"float64. The largest distance to float64 is {worst_new:.2f} units in the last place of the largest "
+             f"element now; the model's own arithmetic had {worst_old:.2f}.")  # fmt: skip
+    plot = svg.dots([("before", old), ("after", new)], "ulp", f"distance to float64 of {len(norms)} norms: at most "
+                    f"{worst_old:.2f} before, {worst_new:.2f} now")  # fmt: skip
+    return f'<p>{text(words)}</p>{LEGEND}<div class="scroll" tabindex="0" role="region" aria-label="plot">{plot}</div>'
+
+
+# -- refusals --------------------------------------------------------------------------------------------------------
+
+
+def _refusals(refusals: list[RefusalRecord]) -> str:
+    groups: dict[str, list[RefusalRecord]] = {}
+    for refusal in refusals:
+        groups.setdefault(refusal.code, []).append(refusal)
+    out: list[str] = []
+    for code, found in sorted(groups.items()):
+        entry = CODES.get(code)
+        title = entry.title if entry else ""
+        rows = [(name(r.node), text(r.message)) for r in found]
+        told = f"<p>{text(entry.text)}</p><p><strong>What to change:</strong> {text(entry.fix)}</p>" if entry else ""
+        body = told + table(("node", "the nearest miss"), rows, label=f"refused with {code}", most=MOST_REFUSED)
+        out.append(fold(f"<strong>{text(code)}</strong> {text(title)} <span class=\"muted\">{len(found)}</span>", body,
+                        len(out) < OPEN))  # fmt: skip
+    return "\n".join(out)
+
+
+# -- the end ---------------------------------------------------------------------------------------------------------
+
+
+def _again(report: Report, old: FileFacts | None, new: FileFacts | None, command: str) -> str:
+    from normfuse.cli_env import version
+
+    out = ""
+    if command or report.replay:
+        out += f"<h3>Command</h3><pre>{text(command or report.replay, 4000)}</pre>"
+    files: list[tuple[str, str]] = []
+    for role, file in (("input", old), ("output", new)):
+        if file is not None:
+            beside = "".join(f"<br>{name(n)}, {size(b)}, weights beside it, not hashed" for n, b in file.data[:20])
+            more = f"<br>and {len(file.data) - 20} more files" if len(file.data) > 20 else ""
+            digest = f"SHA-256 <code>{file.digest}</code>"
+            files.append((role, f"{name(file.name)}, {file.size:,} bytes<br>{digest}{beside}{more}"))
+    if not new:
+        files.append(("output", "nothing was written" if not report.target else text(report.target)))
+    out += f"<h3>Files</h3>{items(files)}" if files and report.source else ""
+    versions = [(p, text(v)) for p in PACKAGES if (v := version(p))]
+    out += f"<h3>Versions</h3>{items(versions)}"
+    if report.opset is not None:
+        out += f'<p class="muted">ONNX opset {report.opset}</p>'
+    if report.seconds:
+        out += f"<h3>Seconds</h3>{items((text(k), f'{v:.3f}') for k, v in report.seconds.items())}"
+    return out
