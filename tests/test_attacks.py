@@ -24,7 +24,7 @@ from normfuse.io.data import MAPPED
 from normfuse.io.files import external_tensors, read_onnx
 from tests.attacks import ATTACKS, SECRET, outer
 from tests.cli_tools import fails, fails_json, norm_model, run, saved
-from tests.fuzz_files import fuzz
+from tests.fuzz.files import fuzz
 
 SECONDS, MEBIBYTES = 10, 512
 COMMANDS = {
@@ -219,7 +219,7 @@ def test_ordinary_paths(path: str, places: tuple[Path, Path]) -> None:
 
 @pytest.mark.fuzz
 def test_damaged_files() -> None:
-    """`python -m tests.fuzz_files` is the long form."""
+    """`python -m tests.fuzz onnx` is the long form."""
     found, wrong = fuzz(600, first=1_000_000, block=600)
     assert wrong == []
     assert found["done"] > 100 and found["refused"] > 200

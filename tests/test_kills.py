@@ -14,7 +14,7 @@ import pytest
 from normfuse.errors import InputError
 from normfuse.io import files
 from tests.cli_tools import norm_model
-from tests.kills import CASES, FAULTS, Faulty, faults, kills, output, prepared, rewrite, state
+from tests.fuzz.kills import CASES, FAULTS, Faulty, faults, kills, output, prepared, rewrite, state
 
 
 @pytest.mark.parametrize("name", CASES)

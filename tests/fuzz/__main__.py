@@ -1,7 +1,12 @@
-"""Random graphs on trial: `python -m tests.fuzz graphs --count 2000 --seed 0 --jobs 2`, `--replay SEED` for one.
+"""NormFuse on trial: random graphs, damaged files, writing that is broken off.
 
-Every failure is a line with its seed, and is saved, reduced where that can be done, in the folder of `--save`. Exit
-codes: 0 nothing failed, 1 something did.
+    python -m tests.fuzz graphs [--count 100000] [--replay SEED]     random graphs, by two front ends, against float64
+    python -m tests.fuzz onnx|pt2 [--count 50000] [--replay SEED]    damaged files, given to the command line
+    python -m tests.fuzz kills [--count 1000]                        kill -9, and a fault at every call that writes
+    python -m tests.fuzz all [--budget SECONDS] [--json FILE]        all of them, each with its share of the time
+
+Every failure is a line with its seed; of graphs it is saved, reduced where that can be done, in the folder of `--save`.
+Exit codes: 0 nothing failed, 1 something did.
 """
 
 from __future__ import annotations
@@ -9,47 +14,87 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tests.fuzz import runner
+from tests.fuzz import files, kills, runner
 
 
 def main() -> int:
     if sys.argv[1:] == ["--worker"]:
         runner.work()
         return 0
-    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
-    commands = parser.add_subparsers(required=True)
-    graphs = commands.add_parser("graphs", help="judge random graphs")
-    graphs.add_argument("--count", type=int, default=2000, help="how many (2000)")
-    graphs.add_argument("--seed", type=int, default=0, help="the first seed (0)")
-    graphs.add_argument("--jobs", type=int, default=1, help="processes at a time (1)")
-    graphs.add_argument("--budget", type=float, default=float("inf"), help="begin nothing after so many seconds")
-    graphs.add_argument("--replay", type=int, metavar="SEED", help="show one graph and what becomes of it")
-    graphs.add_argument("--save", type=Path, default=Path("build/fuzz"), help="where failures go (build/fuzz)")
-    graphs.add_argument("--json", type=Path, metavar="FILE", help="write the sum-up there")
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("what", choices=(*COUNTS, "all"))
+    parser.add_argument("--count", type=int, help=f"how many ({', '.join(f'{k} {n}' for k, n in COUNTS.items())})")
+    parser.add_argument("--seed", type=int, default=0, help="the first seed (0)")
+    parser.add_argument("--jobs", type=int, default=2, help="processes at a time (2)")
+    parser.add_argument("--budget", type=float, default=float("inf"), help="begin nothing after so many seconds")
+    parser.add_argument("--replay", type=int, metavar="SEED", help="show one and what becomes of it")
+    parser.add_argument("--save", type=Path, default=Path("build/fuzz"), help="where failures go (build/fuzz)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the sum-up there")
     args = parser.parse_args()
-    return replay(args.replay) if args.replay is not None else judge(args)
+    if args.replay is not None:
+        return replay(args.replay) if args.what == "graphs" else files.replay(args.replay, args.what)
+    found, until = {}, time.monotonic() + args.budget
+    shares = SHARES if args.what == "all" else {args.what: 1.0}
+    for what, share in shares.items():
+        print(f"{what}:", flush=True)
+        seconds = min(args.budget * share, until - time.monotonic())
+        found[what] = RUNS[what](args, args.count or COUNTS[what], seconds)
+    if args.json is not None:
+        args.json.write_text(json.dumps(found | {"date": date.today().isoformat()}, indent=2) + "\n")
+    return int(any(part["failures"] for part in found.values()))
 
 
-def judge(args: argparse.Namespace) -> int:
-    """The run of `graphs`."""
+def damaged(what: str, args: argparse.Namespace, count: int, seconds: float) -> dict[str, Any]:
+    """Damaged files of one kind."""
+    began = time.monotonic()
+    kinds, wrong = files.fuzz(count, args.seed, args.jobs, kind=what, budget=seconds)
+    data = {"files": kinds.total(), "done": kinds["done"], "refused": kinds["refused"],
+            "failures": [{"seed": seed, "message": message} for seed, message in wrong],
+            "seconds": round(time.monotonic() - began, 1)}  # fmt: skip
+    print(f"{data['files']} files in {data['seconds']:.0f} s: {data['done']} done, {data['refused']} refused, "
+          f"{len(wrong)} wrong", flush=True)  # fmt: skip
+    return data
 
+
+def broken(args: argparse.Namespace, count: int, seconds: float) -> dict[str, Any]:
+    """Writing that is broken off."""
+    began, failures = time.monotonic(), []
+    calls, found = 0, Counter[str]()
+    try:
+        calls = sum(len(kills.faults(name)) for name in kills.CASES)
+        found = kills.kills(count, args.seed)
+    except AssertionError as why:
+        failures.append({"message": str(why)})
+    data = {"faults": calls, "kills": dict(found), "failures": failures,
+            "seconds": round(time.monotonic() - began, 1)}  # fmt: skip
+    print(f"a fault at each of {calls} calls that write; killed {count} times: {dict(found)}; "
+          f"{len(failures)} failures; {data['seconds']:.0f} s", flush=True)  # fmt: skip
+    return data
+
+
+def judge(args: argparse.Namespace, count: int, seconds: float) -> dict[str, Any]:
+    """Random graphs."""
 
     def told(failure: dict[str, Any]) -> None:
         print("seed {seed}: {front}: {kind}: {message}".format(**failure), flush=True)
 
-    tally = runner.run(args.count, args.seed, args.jobs, args.budget, told)
+    tally = runner.run(count, args.seed, args.jobs, seconds, told)
     from tests.fuzz.save import save
 
     for seed in dict.fromkeys(f["seed"] for f in tally.failures[:50]):
         print(f"seed {seed}: {save(seed, args.save)}")
     data = tally.to_dict()
-    print(table(data))
-    if args.json is not None:
-        args.json.write_text(json.dumps(data, indent=2) + "\n")
-    return 1 if tally.failures else 0
+    print(table(data), flush=True)
+    return data
 
 
 def table(data: dict[str, Any]) -> str:
@@ -94,6 +139,14 @@ def replay(seed: int) -> int:
     failures = [*check.judge(seed, "onnx").failures, *check.judge(seed, "fx").failures]
     print(*(f"\nfailed: {': '.join(f)}" for f in failures) if failures else ["\nnothing failed"])
     return 1 if failures else 0
+
+
+COUNTS = {"graphs": 100_000, "onnx": 50_000, "pt2": 5_000, "kills": 1_000}
+SHARES = {"kills": 0.1, "pt2": 0.1, "onnx": 0.2, "graphs": 0.6}
+"""How much of the time each may take; the cheap ones first."""
+RUNS: dict[str, Callable[[argparse.Namespace, int, float], dict[str, Any]]] = {
+    "graphs": judge, "onnx": partial(damaged, "onnx"), "pt2": partial(damaged, "pt2"), "kills": broken,
+}  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,14 +1,11 @@
 """Writing that is broken off: kill -9 at random moments, and a fault at every call that writes.
 
-python -m tests.kills [--count 1000] [--seed 0]
-
 Whatever happens, what stands under the output's name is the old model or the new one, whole and with its own weights,
 or nothing.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import errno
 import io
@@ -210,13 +207,3 @@ def _start(case: Case) -> int:
 
 def _wait(child: int) -> None:
     os.waitpid(child, 0)
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    for one in CASES:
-        print(f"{one}: a fault at each of {len(faults(one))} calls that write: the output whole, or as it was")
-    print(dict(kills(given.count, given.seed)))

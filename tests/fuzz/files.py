@@ -1,14 +1,11 @@
 """Damaged model files: mutated bytes, messages and archives, given to the command line.
 
-python -m tests.fuzz_files [--kind onnx|pt2] [--count 50000] [--seed 0] [--jobs 2] [--replay SEED]
-
 Each file is read by `inspect` or `rewrite`, with and without a conversion. The answer has to be a result, or one line
 and exit code 2; within seconds, within memory, and without a part of an output. What fails is printed with its seed.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import json
@@ -287,9 +284,9 @@ def _block(kind: str, seeds: range) -> list[tuple[int, str, str]]:
 
 
 def fuzz(count: int, first: int = 0, jobs: int = 1, block: int = 500,
-         kind: str = "onnx") -> tuple[Counter[str], list[tuple[int, str]]]:  # fmt: skip
+         kind: str = "onnx", budget: float = float("inf")) -> tuple[Counter[str], list[tuple[int, str]]]:  # fmt: skip
     """Judge files by seed in other processes: how many were done and refused, and what is wrong with which."""
-    found, wrong = Counter[str](), []
+    found, wrong, until = Counter[str](), [], time.monotonic() + budget
     blocks = [range(s, min(s + block, first + count)) for s in range(first, first + count, block)]
     with get_context("spawn").Pool(jobs, maxtasksperchild=8) as pool:
         for answers in pool.imap_unordered(partial(_block, kind), blocks):
@@ -298,26 +295,17 @@ def fuzz(count: int, first: int = 0, jobs: int = 1, block: int = 500,
                 if what:
                     wrong.append((seed, what))
                     print(f"seed {seed}: {what}", flush=True)
+            if time.monotonic() > until:
+                return found, sorted(wrong)
         pool.close()
         pool.join()
     return found, sorted(wrong)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kind", choices=("onnx", "pt2"), default="onnx")
-    parser.add_argument("--count", type=int, default=50_000)
-    parser.add_argument("--seed", type=int, default=0, help="the first of the seeds")
-    parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--replay", type=int, help="write the file of one seed and show what it does")
-    given = parser.parse_args()
-    if given.replay is not None:
-        content, line = damaged(given.replay, given.kind)
-        Path(f"damaged.{given.kind}").write_bytes(content)
-        rest = [f"damaged-out.{given.kind}", "--overwrite"] if line[0] == "rewrite" else []
-        print("normfuse", *(line := [line[0], f"damaged.{given.kind}", *rest, *line[1:], "-v"]))
-        sys.exit(main(line))
-    began = time.monotonic()
-    kinds, bad = fuzz(given.count, given.seed, given.jobs, kind=given.kind)
-    print(f"{given.count} files in {time.monotonic() - began:.0f} s: {dict(kinds)}, {len(bad)} wrong")
-    sys.exit(bool(bad))
+def replay(seed: int, kind: str) -> int:
+    """Write the file of one seed here, and show what it does."""
+    content, line = damaged(seed, kind)
+    Path(f"damaged.{kind}").write_bytes(content)
+    rest = [f"damaged-out.{kind}", "--overwrite"] if line[0] == "rewrite" else []
+    print("normfuse", *(line := [line[0], f"damaged.{kind}", *rest, *line[1:], "-v"]))
+    return main(line)
