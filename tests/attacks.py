@@ -336,6 +336,27 @@ def strings_outside(inside: Path, outside: Path) -> onnx.ModelProto:
     return model
 
 
+@attack
+def key_that_is_not_utf8(inside: Path, outside: Path) -> bytes:
+    (inside / "weights.bin").write_bytes(bytes(256))
+    data: bytes = weight("weights.bin", offset=0).SerializeToString()
+    return data.replace(b"offset", b"\xff\xfeset!")
+
+
+@attack
+def location_that_is_not_utf8(inside: Path, outside: Path) -> bytes:
+    data: bytes = weight("weights.bin").SerializeToString()
+    return data.replace(b"weights.bin", b"\xff\xfe/weight.")
+
+
+@attack
+def device_without_a_configuration(inside: Path, outside: Path) -> onnx.ModelProto:
+    model = norm_model()
+    model.ir_version = 11
+    model.graph.node[0].device_configurations.add()
+    return model
+
+
 # --- graphs that are none -----------------------------------------------------------------------------------
 
 

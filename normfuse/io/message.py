@@ -102,6 +102,8 @@ def _check_operands(node: onnx.NodeProto, opset: int, where: str) -> None:
         missing = [i for i, name in enumerate(node.input) if not name and i not in schema[2]]
         if missing:
             raise InputError(f"{what} lacks its input {missing[0]}")
+    if any(not device.configuration_id for device in node.device_configurations):
+        raise InputError(f"{what} is for a device without a configuration")
     for attr in node.attribute:
         if not attr.name or not isinstance(attr.name, str) or not attr.type:
             raise InputError(f"{what} has an attribute without a name or a type")
@@ -162,10 +164,12 @@ def _check_tensor(tensor: onnx.TensorProto, name: str) -> None:
     raw, fields = tensor.HasField("raw_data"), _fields(tensor)
     if tensor.data_location == onnx.TensorProto.EXTERNAL:
         keys = [entry.key for entry in tensor.external_data]
-        unknown = [k for k in keys if k not in KEYS and not k.startswith("prepacked_")]  # these are of ONNX Runtime
+        unknown = [k for k in keys if k not in KEYS and not str(k).startswith("prepacked_")]  # of ONNX Runtime
         if unknown or len(set(keys)) < len(keys):
             raise InputError(f"{name}: its external data have {unknown[0][:50]!r}, which ONNX does not know"
                              if unknown else f"{name}: its external data say something twice")  # fmt: skip
+        if not all(isinstance(entry.value, str) for entry in tensor.external_data):
+            raise InputError(f"{name}: its external data have a value that is not UTF-8")
         if raw or fields:
             raise InputError(f"{name} has data in the model and in another file")
         return
