@@ -161,6 +161,8 @@ def precision(fact: Fact) -> tuple[str, str]:
                 if affine or promoted or PRECISION.get(dtype, 0) <= PRECISION.get(back, 99):
                     raise Refused("NF117", "the result is cast twice")
                 promoted = dtype  # for a wider weight after the cast back: Llama's in float32 on bfloat16 x
+            elif PRECISION.get(dtype, 0) > PRECISION.get(compute, 99):
+                raise Refused("NF117", "a wider copy of a norm is not rounded back")
             else:
                 back = dtype
             continue

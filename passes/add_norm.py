@@ -27,11 +27,13 @@ class AddNorm:
 
     def __call__(self, plan: Plan) -> None:
         """Add a `Fused` for each norm of a sum."""
+        # an operator that gives a sum and its norm keeps it
+        operators = {site.value.producer.native for site in plan.found.sites if site.is_op and site.value.producer}
         done = taken(plan) | {site.value for site in plan.found.sites}  # n + n*w is a norm, not an addition
         for site in plan.free():
             s = sum_of(site.norm.x)
             node = summed(s)
-            if node is None or s in done:
+            if node is None or s in done or node.native in operators:
                 continue
             wide = unrounded(site, s)
             if wide is not None and plan.fuse(wide, self.can):

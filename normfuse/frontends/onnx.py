@@ -66,6 +66,7 @@ class Lowering:
         self.call: ir.Node | None = None
         self.controlled: list[ir.Graph] = []
         self.missing = False
+        self.stuck = False  # some operator that has a row was left opaque
         for value in source.inputs:
             self._leaf(value, fixed=False)
         for value in source.initializers.values():
@@ -208,6 +209,7 @@ class Lowering:
 
     def opaque(self, node: ir.Node, kind: str = "opaque") -> None:
         """A node about which the core assumes nothing."""
+        self.stuck = self.stuck or (kind == "opaque" and node.op_type in OPS)
         inputs = self.inputs(node)
         outputs = [self.bind(v, None, None) for v in node.outputs]
         origin = self.call or node
@@ -396,7 +398,7 @@ def lower(model: ir.Model) -> list[Lowering]:
             graph.meta["normfuse.functions"] = model.functions
     first = Lowering(model.graph)
     for _ in range(MAX_ROUNDS):
-        wanted = first.graph.notes or any(node.kind in REDUCTIONS for node in first.graph.nodes)
+        wanted = first.stuck or first.controlled or any(node.kind in REDUCTIONS for node in first.graph.nodes)
         if not first.missing or not wanted:
             break
         inferred = infer(model, first.values, first.arrays)

@@ -27,6 +27,8 @@ from tests.fuzz.program import Array, Program, evaluate
 
 TOLERANCE = 1e-6
 """Relative to the largest element of an output: eps is kept in float32, the rest is float64."""
+CHAINED = 1e-4
+"""The same for several norms in a row: one of a nearly constant row amplifies the rounding of a folded weight before."""
 LOOSE = 1e-3
 """The same where 1/N is rounded in the graph, which a mean of 30 deviations amplifies."""
 FX_SHARE, SITES_SHARE, INSPECT_SHARE, RUNTIME_SHARE = 0.4, 0.2, 0.1, 0.03
@@ -109,7 +111,8 @@ class _Trial:
         self.program, self.verdict, self.rng = program, verdict, rng
         self.config = config(rng)
         self.digest = hashlib.sha256()
-        self.tolerance = LOOSE if program.loose else TOLERANCE
+        single = len(program.truths) + len(program.misses) < 2
+        self.tolerance = LOOSE if program.loose else TOLERANCE if single else CHAINED
 
     def fail(self, front: str, kind: str, message: str) -> None:
         self.verdict.failures.append((front, kind, message))
