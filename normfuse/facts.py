@@ -320,7 +320,6 @@ def formula(fact: Fact, x: str = "x", name: Namer = lambda atom: str(atom[2])) -
     """The fact as mathematics, such as ``w*x*(mean(x^2) + 1e-06)^-1/2``."""
     terms: list[tuple[float, str]] = []
     rest = fact.beta
-    var = f"|{x}|" if fact.absolute else x
     for key in sorted(fact.kappa):
         terms.append((fact.kappa[key], _monomial(key, fact.kappa[key], x, name, f"{x}^2")))
     for key in sorted(fact.alpha):
@@ -330,8 +329,8 @@ def formula(fact: Fact, x: str = "x", name: Namer = lambda atom: str(atom[2])) -
             rest = {k: v for k, v in rest.items() if k != shifted}
             terms.append((c, _monomial(key, c, x, name, f"({x} - mean({x}))")))
         else:
-            terms.append((c, _monomial(key, c, x, name, var)))
+            terms.append((c, _monomial(key, c, x, name, x)))
     if rest:
         text = formula_poly(rest, x, name)
         terms.append((-1.0, text[1:]) if text.startswith("-") else (1.0, text))
-    return _join(terms)
+    return f"|{_join(terms)}|" if fact.absolute else _join(terms)

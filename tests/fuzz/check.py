@@ -28,7 +28,7 @@ from tests.fuzz.program import Array, Program, evaluate
 TOLERANCE = 1e-6
 """Relative to the largest element of an output: eps is kept in float32, the rest is float64."""
 CHAINED = 1e-4
-"""The same for norms in a row: one of a nearly constant row amplifies the rounding of a folded weight before it."""
+"""The same for several norms in a row: a nearly constant row amplifies the rounding of a folded weight before."""
 LOOSE = 1e-3
 """The same where 1/N is rounded in the graph, which a mean of 30 deviations amplifies."""
 FX_SHARE, SITES_SHARE, INSPECT_SHARE, RUNTIME_SHARE = 0.4, 0.2, 0.1, 0.03

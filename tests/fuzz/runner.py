@@ -100,9 +100,8 @@ class _Worker:
         return found
 
     def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(timeout=60)
+        with self.process:  # closes both ends and waits
+            pass
 
 
 def _blocks(count: int, seed: int, deadline: float) -> Iterator[tuple[int, int, int]]:
