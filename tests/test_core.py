@@ -283,6 +283,18 @@ def test_align(value: Value, layout: Any, root: Root, aligned: Any) -> None:
         assert align(value, layout, root) == aligned
 
 
+def test_align_takes_the_axis_at_its_own_place_first() -> None:
+    """Of two normalised axes of one size, a vector beside the statistics means the last."""
+    square = Root(Value("u", ("B", 8, 8), "float32"), (1, 2), 64)
+    assert align(leaf(8), ((0,), (), ()), square) == ((2,),)
+    assert align(leaf(8, 1), ((0,), (), ()), square) == ((1,), ())
+
+
+def test_a_power_beyond_all_numbers() -> None:
+    assert refusal(power, {ONE: 1e300}, 4.0) == "NF105"
+    assert refusal(power, {((M1, 1e6),): 1.0}, 4.0) == "NF105"
+
+
 @pytest.mark.parametrize(("a", "b", "both"), [
     (WHOLE, ROW, WHOLE), (ROW, WHOLE, WHOLE), (WHOLE, (), WHOLE), ((), WHOLE, WHOLE), (((2,),), WHOLE, WHOLE),
     (WHOLE, ((2,),), WHOLE), (((1,),), WHOLE, "NF107"), (((0,), ()), WHOLE, "NF107"), ((S,), WHOLE, WHOLE),
@@ -648,6 +660,7 @@ UP, DOWN = ("cast", F32), ("cast", F16)
     (F32, [("norm", F32), ("mixed", F32)], F32, None), (F16, [UP, ("norm", F32)], F16, None),
     (BF, [UP, ("norm", F32), DOWN, ("weight", F16)], F32, None), (BF, [UP, ("norm", F32), DOWN], F32, (F32, "last")),
     (F16, [UP, ("cast", F64), ("norm", F64)], F64, (F64, "none")), (F64, [("norm", F64), UP], F64, (F64, "last")),
+    (F32, [("norm", F32), ("cast", F64)], F32, None),
 ])  # fmt: skip
 def test_precision(x: str, trace: Any, types: str, want: Any) -> None:
     root = Root(Value("x", (4,), x), (0,), 4)
