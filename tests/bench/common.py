@@ -37,15 +37,16 @@ def _cpu() -> str:
     return platform.processor() or platform.machine()
 
 
-def turns(jobs: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+def turns(jobs: Mapping[str, Callable[[], object]], repeats: int,
+          clock: Callable[[], float] = time.perf_counter) -> dict[str, list[float]]:  # fmt: skip
     """Seconds of each job, the jobs taking turns so that a busy machine disturbs all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     for _ in range(repeats):
         for name, job in jobs.items():
             gc.collect()  # what the job before left is not this one's to clear
-            started = time.perf_counter()
+            started = clock()
             job()
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(clock() - started)
     return seconds
 
 
