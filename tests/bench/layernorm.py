@@ -1,11 +1,11 @@
 """What turning LayerNorm into RMSNorm gains, or costs, on the CPU: single norms, and whole models before and after.
 
-python -m tests.bench.layernorm [--out FILE.json] [--quick]
+python -m tests.bench.layernorm [--out FILE.json] [--quick] [--models]
 
 Norms: chains of 12 residual norms in ONNX Runtime, LayerNormalization against RMSNormalization (bias folded away),
 RMSNormalization and an Add (bias kept), and the model-local function that stands for it below opset 23; in torch,
 eager, F.layer_norm against F.rms_norm with and without a bias. Models: exported by torch, as they are and after
-`layernorm_to_rmsnorm="exact"`, in ONNX Runtime at opset 23 and 18, and as modules in torch, eager and by Inductor; there
+`layernorm_to_rmsnorm="exact"`, in ONNX Runtime at opset 23 and 18, and as modules in torch, eager and by Inductor; all
 on one thread, and the clock counts processor time.
 """
 
