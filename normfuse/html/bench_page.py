@@ -29,10 +29,10 @@ def bench_page(found: dict[str, Any]) -> str:
     cells = [
         (letter, name(Path(model["path"]).name), provider, *(ms(run["milliseconds"][k]) for k in
          ("min", "q1", "median", "q3")), str(run["rounds"]), share(run), size(run),
-         "library" if model["operators"] else "") for letter, model, provider, run in rows
+         "NormFuse's library" if model["operators"] else "") for letter, model, provider, run in rows
     ]  # fmt: skip
     headers = ("", "model", "provider", "least ms", "lower quartile", "median", "upper quartile", "rounds", "in norms",
-               "memory", "norms by NormFuse's")  # fmt: skip
+               "memory", "norms by")  # fmt: skip
     legend = ('<p class="muted">Half of the rounds lie within the box, the line in it is the median, the line to its '
               "left ends at the fastest round. Memory: how much a fresh process grows at its peak, in resident "
               "memory, as it loads the model and runs it on the CPU.</p>")  # fmt: skip
