@@ -1,4 +1,4 @@
-"""The command line: `normfuse inspect|rewrite|reduce|verify|explain|env`.
+"""The command line: `normfuse inspect|rewrite|reduce|verify|bench|explain|env`.
 
 Exit codes: 0 done; 1 refused under --strict, or a mismatch; 2 bad input; 3 internal error. With --json exactly one
 JSON object goes to stdout, errors too. Heavy imports stand inside functions, so that `--help` is instant.
@@ -154,6 +154,12 @@ def _verify(args: argparse.Namespace) -> Outcome:
     return Outcome(code, {"schema": SCHEMA} | result, comparison_blocks(result, args.quiet))
 
 
+def _bench(args: argparse.Namespace) -> Outcome:
+    from normfuse.cli_bench import bench_models
+
+    return bench_models(args)
+
+
 def _explain(args: argparse.Namespace) -> Outcome:
     from normfuse.cli_print import Table
     from normfuse.codes import CODES
@@ -244,10 +250,25 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("b", metavar="B", help="another, with the same inputs and outputs")
     verify.add_argument("--inputs", metavar="FILE.npz", help="arrays by input name, in place of random ones")
     verify.add_argument("--seed", type=int, default=0, help="seed of the random inputs (0)")
+    _bench_arguments(command("bench", _bench, "time a model in ONNX Runtime, or two in turns"))
     explain = command("explain", _explain, "tell what a refusal code means and what to do about it")
     explain.add_argument("code", metavar="CODE", nargs="?", help="such as NF101; without it, all are listed")
     command("env", _env, "print the versions of what NormFuse works with, for a bug report")
     return parser
+
+
+def _bench_arguments(bench: argparse.ArgumentParser) -> None:
+    """The options of `bench`."""
+    add = bench.add_argument
+    add("a", metavar="A", help="an ONNX file")
+    add("b", metavar="B", nargs="?", help="another with the same inputs: both run in turns")
+    add("--size", metavar="NAME=N", action="append", default=[], help="a size that the model leaves open (2)")
+    add("--inputs", metavar="FILE.npz", help="arrays by input name, in place of random ones")
+    add("--threads", type=int, default=0, metavar="N", help="threads of an operator (what ONNX Runtime takes)")
+    add("--rounds", type=int, metavar="N", help="rounds to measure, 3 or more (as many as take 5 seconds, at least 11)")
+    add("--no-library", action="store_true", help="run the functions of a --target normfuse model by their bodies")
+    _report_argument(bench)
+    add("--overwrite", action="store_true", help="replace the report if it exists")
 
 
 def _report_argument(command: argparse.ArgumentParser) -> None:

@@ -24,7 +24,7 @@ def environment() -> dict[str, Any]:
     found: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
     found |= {name.replace("-", "_"): version(name) for name in PACKAGES}
     found["onnxruntime"] = _onnxruntime()
-    found["onnxruntime_providers"] = _providers() if found["onnxruntime"] else []
+    found["onnxruntime_providers"] = sessions_have() if found["onnxruntime"] else []
     found["onnxruntime_operators"] = _operators()
     found["triton"] = version("triton")
     found["gpu"] = _gpu()
@@ -44,7 +44,7 @@ def _operators() -> str | None:
     return f"{len(normfuse.ort.names())} ({normfuse.ort.instructions()})" if normfuse.ort.library_path() else None
 
 
-def _providers() -> list[str]:
+def sessions_have() -> list[str]:
     """The providers of a session on a tiny model; one whose libraries are missing is offered but never given."""
     try:
         import onnxruntime as ort

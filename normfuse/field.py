@@ -60,7 +60,7 @@ class Prover:
         if key not in self.done:
             try:
                 self.done[key] = _Proof(site).run()
-            except Unsuited:
+            except (Unsuited, ValueError):  # or sizes that were cut down and do not fit any more
                 self.done[key] = None
         return self.done[key]
 
@@ -164,7 +164,7 @@ class _Proof:
                         continue
                     values[node.outputs[0]] = self._compute(node, [self._value(v, values) for v in node.inputs])
                 want, got = self._formula(values), values[self.site.value]
-                return bool((np.broadcast_to(want, got.shape) == got).all()) if want.size == got.size else False
+                return want.size == got.size and bool((want.reshape(got.shape) == got).all())
             except NoSquare:
                 continue
         raise Unsuited

@@ -7,7 +7,7 @@ roundings. In half precision it must moreover round in the same places: see `DIF
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -174,14 +174,14 @@ def compare_models(path_a: str | Path, path_b: str | Path, *, seed: int = 0,
     wanted = [o.name for o in a.get_outputs()]
     if sorted(wanted) != sorted(o.name for o in b.get_outputs()):
         raise InputError(f"the models have other outputs: {wanted} and {[o.name for o in b.get_outputs()]}")
-    feeds = feeds_for(a, seed) | (inputs or {})
+    feeds = feeds_for(a, seed, given=inputs)
     unknown = sorted(set(feeds) - set(names))
     if unknown:
         raise InputError(f"no input is named {unknown[0]!r}; the models have {', '.join(names)}")
     try:
         first, second = a.run(wanted, feeds), b.run(wanted, feeds)
     except Exception as why:
-        raise InputError(f"the models do not run on these inputs: {_first_line(why)}") from why
+        raise InputError(f"the models do not run on these inputs: {first_line(why)}") from why
     return compare_outputs(wanted, first, second, roundings, a.get_providers()[0])
 
 
@@ -232,15 +232,18 @@ def session(path: str | Path) -> Any:
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as why:
-        raise InputError(f"{path}: ONNX Runtime does not load it: {_first_line(why)}") from why
+        raise InputError(f"{path}: ONNX Runtime does not load it: {first_line(why)}") from why
 
 
-def feeds_for(runtime: Any, seed: int = 0) -> dict[str, Array]:
-    """Random inputs for a session: each symbolic size becomes 2, the same symbol the same size."""
+def feeds_for(runtime: Any, seed: int = 0, sizes: Mapping[str, int] | None = None,
+              given: Mapping[str, Array] | None = None) -> dict[str, Array]:  # fmt: skip
+    """Random inputs for a session, but for those given: a symbolic size is taken from `sizes`, or else 2."""
     rng = np.random.default_rng(seed)
-    feeds: dict[str, Array] = {}
+    feeds: dict[str, Array] = dict(given or {})
     for info in runtime.get_inputs():
-        shape = [d if isinstance(d, int) and d > 0 else 2 for d in info.shape]
+        if info.name in feeds:
+            continue
+        shape = [d if isinstance(d, int) and d > 0 else (sizes or {}).get(str(d), 2) for d in info.shape]
         kind = info.type.removeprefix("tensor(").removesuffix(")")
         if kind in ("float", "double", "float16", "bfloat16"):
             dtype = numpy_dtype({"float": "float32", "double": "float64"}.get(kind, kind))
@@ -254,5 +257,6 @@ def feeds_for(runtime: Any, seed: int = 0) -> dict[str, Array]:
     return feeds
 
 
-def _first_line(why: BaseException) -> str:
+def first_line(why: BaseException) -> str:
+    """The first line of what another library says went wrong."""
     return (str(why).strip() or type(why).__name__).splitlines()[0][:300]

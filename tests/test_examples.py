@@ -28,6 +28,67 @@ def test_compile(more: list[str]) -> None:
     assert done.stdout.splitlines()[2:] == shown[1].splitlines()[2:]
 
 
+def example(name: str, *argv: object) -> str:
+    """What an example of transformers prints; it says nothing on stderr."""
+    pytest.importorskip("transformers")
+    path = EXAMPLES / f"{name}.py"
+    done = subprocess.run([sys.executable, str(path), *map(str, argv)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return done.stdout
+
+
+def test_export() -> None:
+    pytest.importorskip("onnxruntime")
+    out = example("export")
+    assert "9 norms (RMSNorm, pre-norm, QK-norm per head), 9 fused; operators" in out
+    assert "equal True" in out
+    found = re.findall(r"tokens (\S+): largest difference to torch (\S+), largest logit (\S+)", out)
+    assert [shape for shape, *_ in found] == ["2x16", "1x5"]
+    assert all(float(error) < 1e-5 * float(value) for _, error, value in found)
+
+
+def test_convert_exact() -> None:
+    out = example("convert_exact")
+    assert re.findall(r"(\S+): 7 of 7 LayerNorms converted; now 7 RMSNorm\n", out) == ["ViT", "GPT-2"]
+    errors = [float(e) for e in re.findall(r"largest distance to float64 (\S+) of", out)]
+    assert len(errors) == 4 and 0 < max(errors) < 1e-5
+
+
+def test_approximate() -> None:
+    out = example("approximate")
+    assert "4 of 5 LayerNorms: approximate, 1 of 5 LayerNorms: exact" in out
+    found = re.search(r"hidden states off by (\S+); with the old biases by (\S+)", out)
+    assert found is not None and 0 < 2 * float(found[1]) < float(found[2])
+    new = re.search(r"the same tokens backwards: off by (\S+)", out)
+    assert new is not None and 0 < float(new[1]) < 0.2
+
+
+def test_onnxruntime_operators() -> None:
+    ort = pytest.importorskip("normfuse.ort")
+    pytest.importorskip("onnxruntime")
+    out = example("onnxruntime_operators")
+    assert "25 norms: RMSNorm, sandwich, QK-norm per head" in out
+    assert "4 qk_norm, 8 norm_add_norm" in out
+    if ort.library_path() is None:
+        assert "the library is missing" in out
+        return
+    found = re.search(r"largest difference (\S+), largest value (\S+)", out)
+    assert found is not None and float(found[1]) < 1e-5 * float(found[2])
+
+
+def test_gallery(tmp_path: Path) -> None:
+    path = tmp_path / "gallery.html"
+    out = example("gallery", path)
+    recipes = {"Llama": "pre-norm", "Qwen3": "QK-norm per head", "DeepseekV3": "latent norms", "GptOss": "pre-norm",
+               "Gemma3": "sandwich", "Olmo2": "post-norm inside the residual", "GPT2": "LayerNorm"}  # fmt: skip
+    lines = out.splitlines()
+    shown = {name: lines[i + 1] for i, line in enumerate(lines) for name in recipes if f"/{name}.pt2: exported" in line}
+    assert shown.keys() == recipes.keys() and all(recipe in shown[name] for name, recipe in recipes.items())
+    page = path.read_text(encoding="utf-8")
+    assert "How 7 models normalise" in page and page.count("<svg") >= 7
+
+
 def test_demo(tmp_path: Path) -> None:
     if importlib.util.find_spec("rapidocr_onnxruntime") is None:
         pytest.skip("the demo's model is in the package rapidocr-onnxruntime")

@@ -6,6 +6,7 @@ import copy
 import heapq
 import operator
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -115,10 +116,12 @@ def _program(program: Any, changed: fx.GraphModule, **others: Any) -> Any:
     """A new exported program with another graph, and other parts where given."""
     parts = {"graph_signature": copy.deepcopy(program.graph_signature), "state_dict": program.state_dict,
              "constants": program.constants, **others}  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own copying of its tree specs
+        calls = copy.deepcopy(program.module_call_graph)
     return torch.export.ExportedProgram(
         root=changed, graph=changed.graph, range_constraints=dict(program.range_constraints),
-        module_call_graph=copy.deepcopy(program.module_call_graph), example_inputs=program.example_inputs,
-        verifiers=program.verifiers, **parts,
+        module_call_graph=calls, example_inputs=program.example_inputs, verifiers=program.verifiers, **parts,
     )  # fmt: skip
 
 

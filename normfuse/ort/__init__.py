@@ -61,7 +61,7 @@ def register(options: Any, model: str | Path | onnx.ModelProto | None = None, pr
                                f"this is {version}: update it, or load the model without them")  # fmt: skip
     found = names(provider)
     if model is not None or provider == "cuda":
-        wanted = found if model is None else [n for n in _called(model, provider) if n in set(found)]
+        wanted = found if model is None else [n for n in called(model, provider) if n in set(found)]
         options.add_session_config_entry(_ENTRY, " ".join(wanted))
     try:
         options.register_custom_ops_library(str(path))
@@ -98,7 +98,7 @@ def _library() -> ctypes.CDLL | None:
     return None if path is None else ctypes.CDLL(str(path))
 
 
-def _called(model: str | Path | onnx.ModelProto, provider: str) -> list[str]:
+def called(model: str | Path | onnx.ModelProto, provider: str = "cpu") -> list[str]:
     """The functions of a model that may have operators: those of an exported torch program have overloads.
 
     CUDA kernels normalise trailing axes, so that a function called with others keeps its body there.

@@ -12,15 +12,14 @@ library of operators loaded, where this installation has one. --provider cuda me
 from __future__ import annotations
 
 import argparse
-import gc
 import importlib.util
 import logging
 import statistics
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ import torch
 
 import normfuse
 from normfuse import ort as library
+from normfuse.bench import PROVIDERS, open_session, spread, turns
 from tests.bench.common import save, table
 from tests.bench.peers import onnxscript_ort, onnxsim
 from tests.families import FAMILIES, VOCABULARY, Family, cached, digest, export_onnx
@@ -41,7 +41,6 @@ SEQUENCES = (1, 512)
 LIMIT = 1.02
 OCR = "models/ch_PP-OCRv4_rec_infer.onnx"
 TYPES = {"fp32": torch.float32, "fp16": torch.float16}
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 _GATED = {
     "hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
@@ -127,13 +126,8 @@ def contenders(provider: str) -> dict[str, Tool]:
 
 
 def session(path: Path, threads: int, provider: str, operators: bool) -> ort.InferenceSession:
-    """A session as users make it; with `operators`, the library is loaded."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = threads, 4
-    options.add_session_config_entry("session.force_spinning_stop", "1")  # or it takes a core from the next one's turn
-    if operators:
-        library.register(options, path, provider)
-    made = ort.InferenceSession(str(path), options, providers=[PROVIDERS[provider]])
+    """A session as `normfuse bench` makes it; with `operators`, the library is loaded."""
+    made = open_session(path, provider, threads, operators)
     assert made.get_providers()[0] == PROVIDERS[provider]
     return made
 
@@ -174,20 +168,13 @@ def race(job: Job, files: Files, threads: int, provider: str, seconds: float) ->
     for label, inputs in job.inputs.items():
         first = {name: s.run(None, inputs)[0] for name, s in sessions.items()}
         top = float(np.abs(first["input"].astype(np.float64)).max())
-        times: dict[str, list[float]] = {name: [] for name in sessions}
-        names, end = list(sessions), time.perf_counter() + seconds
-        gc.collect()
-        while len(times["input"]) < 7 or time.perf_counter() < end:
-            for name in names:
-                started = time.perf_counter()
-                sessions[name].run(None, inputs)
-                times[name].append((time.perf_counter() - started) * 1e3)
-            names = names[1:] + names[:1]
+        times = dict(zip(sessions, turns([partial(s.run, None, inputs) for s in sessions.values()], seconds=seconds),
+                         strict=True))  # fmt: skip
         results = {}
         for name, found in times.items():
-            low, middle, high = statistics.quantiles(found[1:], n=4)
+            one = spread(found)
             gap = float(np.abs(first[name].astype(np.float64) - first["input"].astype(np.float64)).max())
-            results[name] = {"ms": round(middle, 4), "q1": round(low, 4), "q3": round(high, 4),
+            results[name] = {"ms": round(one["median"], 4), "q1": round(one["q1"], 4), "q3": round(one["q3"], 4),
                              "difference": float(f"{gap / top:.2g}")}  # fmt: skip
         results |= {name: results[same] for name, same in files.same.items()}
         best = min(r["ms"] for name, r in results.items() if "normfuse" not in name)

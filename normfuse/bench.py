@@ -1,0 +1,352 @@
+"""Latency, memory and share of norms of one ONNX model, or of two in turns, in ONNX Runtime.
+
+Each round runs every model once, in rotating order and in one process, so that a busy machine disturbs all alike; the
+ratio of two models is told with the quartiles of its value round by round. Threads of a session stop between turns:
+spinning ones would take a core from the next model. A time includes copying inputs to the device and outputs back.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from normfuse.errors import InputError, NormFuseError, UnsupportedError
+from normfuse.verify import Array, feeds_for, first_line
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+SCHEMA = 1
+WARM_UP, LEAST, MOST, SECONDS = 3, 11, 2000, 5.0
+"""Rounds that do not count; without a given number, as many rounds as take so long, within these bounds."""
+PROFILED = 5
+"""Runs that the share of norms is taken from."""
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+NORMS = frozenset(
+    """LayerNormalization RMSNormalization SimplifiedLayerNormalization SkipLayerNormalization
+    SkipSimplifiedLayerNormalization EmbedLayerNormalization""".split()
+)
+CONTROL = ("If", "Loop", "Scan")
+
+clock = time.perf_counter
+
+
+@dataclass(frozen=True, slots=True)
+class How:
+    """How models are run: `threads` 0 is what ONNX Runtime takes; `sizes` by symbol, 2 where none is given.
+
+    `inputs` is an .npz file of arrays by name, in place of random ones. `library`: load our operators for models that
+    have functions of domain normfuse.
+    """
+
+    threads: int = 0
+    rounds: int | None = None
+    sizes: dict[str, int] = field(default_factory=dict)
+    inputs: str | None = None
+    library: bool = True
+
+
+def bench(paths: Sequence[str], how: How, progress: Callable[[str, float], None] | None = None) -> dict[str, Any]:
+    """Measure one model, or two against each other, on each provider that this machine has.
+
+    Returns {"schema", "onnxruntime", "threads", "inputs", "models", "ratio", "notes"}; of each model by provider
+    milliseconds {"min", "q1", "median", "q3"}, `norm_share` and `memory_bytes` (None: not known). Raises `InputError`
+    for models and inputs that do not go together, `UnsupportedError` without ONNX Runtime, and `UnsafeModelError`.
+    """
+    from normfuse.cli_env import sessions_have
+    from normfuse.io.files import read_onnx
+
+    runtime = _runtime()
+    for path in paths:
+        _refuse_foreign(path)
+        read_onnx(path)
+    tell = progress or (lambda stage, share: None)
+    ours = [_ours(path) if how.library else False for path in paths]
+    feeds, notes = _feeds(paths, ours, how)
+    models: list[dict[str, Any]] = [{"path": p, "operators": o, "providers": {}}
+                                    for p, o in zip(paths, ours, strict=True)]  # fmt: skip
+    ratio: dict[str, Any] = {}
+    there = sessions_have()
+    for name in (name for name, provider in PROVIDERS.items() if provider in there):
+        sessions = [open_session(p, name, how.threads, o) for p, o in zip(paths, ours, strict=True)]
+        if any(s.get_providers()[0] != PROVIDERS[name] for s in sessions):
+            notes.append(f"{name}: ONNX Runtime does not run it there")
+            continue
+        jobs = [_job(path, session, feeds) for path, session in zip(paths, sessions, strict=True)]
+        times = turns(jobs, how.rounds, stage=partial(tell, f"measuring on {name}"))
+        del sessions, jobs
+        for model, one in zip(models, times, strict=True):
+            model["providers"][name] = {"milliseconds": spread(one), "rounds": len(one), "norm_share": None,
+                                        "memory_bytes": None}  # fmt: skip
+        if len(paths) == 2:
+            ratio[name] = compare(*times)
+    for i, (model, own) in enumerate(zip(models, ours, strict=True)):
+        tell("profiling", i / len(models))
+        model["providers"]["cpu"]["norm_share"] = norm_share(model["path"], feeds, how.threads, own)
+        tell("measuring memory", (i + 0.5) / len(models))
+        model["providers"]["cpu"]["memory_bytes"] = memory(model["path"], replace(how, library=own))
+    inputs = {name: {"shape": list(a.shape), "dtype": str(a.dtype)} for name, a in feeds.items()}
+    return {"schema": SCHEMA, "onnxruntime": runtime.__version__, "threads": how.threads, "inputs": inputs,
+            "models": models, "ratio": ratio or None, "notes": notes}  # fmt: skip
+
+
+# -- time ----------------------------------------------------------------------------------------------------------
+
+
+def turns(jobs: Sequence[Callable[[], object]], rounds: int | None = None, seconds: float = SECONDS,
+          stage: Callable[[float], None] = lambda share: None) -> list[list[float]]:  # fmt: skip
+    """Milliseconds of each job round by round, each round beginning with another job.
+
+    Without a number of rounds, as many as take so many seconds, but at least 11.
+    """
+    times: list[list[float]] = [[] for _ in jobs]
+    order = list(range(len(jobs)))
+    for job in [*jobs] * WARM_UP:
+        job()
+    on = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    start = clock()
+    try:
+        while (done := len(times[0])) < (rounds or LEAST) or (not rounds and done < MOST and clock() - start < seconds):
+            for i in order:
+                begun = clock()
+                jobs[i]()
+                times[i].append((clock() - begun) * 1e3)
+            order = order[1:] + order[:1]
+            stage((done + 1) / rounds if rounds else min((clock() - start) / seconds, 1.0))
+    finally:
+        if on:
+            gc.enable()
+    return times
+
+
+def spread(times: Sequence[float]) -> dict[str, float]:
+    """Least, quartiles and median."""
+    low, middle, high = statistics.quantiles(times, n=4, method="inclusive")
+    return {"min": min(times), "q1": low, "median": middle, "q3": high}
+
+
+def compare(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
+    """The ratio of the medians, the quartiles of the ratio round by round, and whether 1 lies between those."""
+    low, _, high = statistics.quantiles([y / x for x, y in zip(a, b, strict=True)], n=4, method="inclusive")
+    return {"median": statistics.median(b) / statistics.median(a), "q1": low, "q3": high,
+            "within_noise": low <= 1.0 <= high}  # fmt: skip
+
+
+# -- sessions and inputs -------------------------------------------------------------------------------------------
+
+
+def _runtime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError:
+        raise UnsupportedError("this needs ONNX Runtime: pip install 'normfuse[cpu]' or 'normfuse[gpu]'") from None
+    return onnxruntime
+
+
+def _refuse_foreign(path: str) -> None:
+    from normfuse.io.pt2 import foreign, is_zip
+
+    if is_zip(Path(path)):
+        raise InputError(f"{path}: bench runs ONNX models, and this is a .pt2; export it with torch.onnx.export")
+    other = foreign(Path(path))
+    if other is not None:
+        raise InputError(f"{path}: {other}")
+
+
+def _ours(path: str) -> bool:
+    """Whether the model has functions that our library, which is there, has kernels for."""
+    from normfuse import ort
+
+    return not set(ort.names()).isdisjoint(ort.called(path))
+
+
+def options_for(path: str | Path, provider: str, threads: int, operators: bool) -> Any:
+    """Options of a session whose threads stop between runs; with `operators`, our library is loaded."""
+    from normfuse.ort import register
+
+    options = _runtime().SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 4
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    if operators:
+        register(options, path, provider)
+    return options
+
+
+def open_session(path: str | Path, provider: str, threads: int, operators: bool, options: Any = None) -> Any:
+    """A session on a provider. Raises `InputError` for a model that ONNX Runtime does not load."""
+    options = options or options_for(path, provider, threads, operators)
+    wanted = dict.fromkeys([PROVIDERS[provider], PROVIDERS["cpu"]])
+    try:
+        return _runtime().InferenceSession(str(path), options, providers=list(wanted))
+    except Exception as why:
+        raise InputError(f"{path}: ONNX Runtime does not load it: {first_line(why)}") from why
+
+
+def _job(path: str, session: Any, feeds: dict[str, Array]) -> Callable[[], object]:
+    """A run of a session, which was tried once."""
+    try:
+        session.run(None, feeds)
+    except Exception as why:
+        sizes = {d: n for i in session.get_inputs() for d, n in zip(i.shape, feeds[i.name].shape, strict=False)
+                 if isinstance(d, str)}  # fmt: skip
+        taken = ", ".join(f"{name}={n}" for name, n in sizes.items())
+        advice = f"with {taken}: give other sizes with --size NAME=N" if sizes else "on these: give --inputs"
+        raise InputError(f"{path} does not run {advice}; {first_line(why)}") from why
+    return lambda: session.run(None, feeds)
+
+
+def _feeds(paths: Sequence[str], ours: Sequence[bool], how: How) -> tuple[dict[str, Array], list[str]]:
+    """Inputs that all models take, and what to say about them."""
+    sessions = [open_session(p, "cpu", how.threads, o) for p, o in zip(paths, ours, strict=True)]
+    first = sessions[0]
+    names = [[i.name for i in s.get_inputs()] for s in sessions]
+    if sorted(names[0]) != sorted(names[-1]):
+        raise InputError(f"the models have other inputs: {names[0]} and {names[-1]}")
+    dims = [d for i in first.get_inputs() for d in i.shape]
+    symbols = list(dict.fromkeys(d for d in dims if isinstance(d, str)))
+    unknown = sorted(set(how.sizes) - set(symbols))
+    if unknown:
+        has = f"has {', '.join(symbols)}" if symbols else "has none that is open"
+        raise InputError(f"no size of an input is named {unknown[0]!r}; the model {has}")
+    feeds = make_feeds(first, how)
+    notes = []
+    left = [s for s in symbols if s not in how.sizes]
+    if left and not how.inputs:
+        notes.append(f"sizes not given are 2: {', '.join(left)}; give them with --size NAME=N")
+    if None in dims and not how.inputs:
+        notes.append("sizes without a name are 2; give inputs with --inputs FILE.npz")
+    return feeds, notes
+
+
+def make_feeds(session: Any, how: How) -> dict[str, Array]:
+    """Inputs from a file, random ones where it has none. Raises `InputError` for a name that the model lacks."""
+    from normfuse.calibrate import load
+
+    given = load(how.inputs) if how.inputs else {}
+    names = [i.name for i in session.get_inputs()]
+    unknown = sorted(set(given) - set(names))
+    if unknown:
+        raise InputError(f"no input is named {unknown[0]!r}; the model has {', '.join(names)}")
+    return feeds_for(session, sizes=how.sizes, given=given)
+
+
+# -- the share of norms --------------------------------------------------------------------------------------------
+
+
+def norm_share(path: str, feeds: dict[str, Array], threads: int, operators: bool) -> float | None:
+    """The share of the time of all operators, on the CPU, that those of norms take; None where it is not known.
+
+    Norm operators count whole, those that take in an addition too, and so do calls of our functions. Of a decomposed
+    norm, the operators of its region count, by name: where ONNX Runtime runs none of them under its name, nobody knows.
+    """
+    options = options_for(path, "cpu", threads, operators)
+    with tempfile.TemporaryDirectory(prefix="normfuse-") as folder:
+        options.enable_profiling, options.profile_file_prefix = True, str(Path(folder) / "run")
+        events = _events(open_session(path, "cpu", threads, operators, options), feeds)
+    regions, functions = norms_of(path)
+    timed: list[tuple[str, str, float]]
+    timed = [(re.sub(r"_kernel_time$", "", e["name"]), e["args"].get("op_name", ""), e["dur"]) for e in events
+             if e.get("cat") == "Node" and e["name"].endswith("_kernel_time")]  # fmt: skip
+    timed = [(re.sub(r"(/+\w*Fusion\w*/)+$", "", name), op, took) for name, op, took in timed if op not in CONTROL]
+    timed = timed[len(timed) // (PROFILED + 1) :]  # the first run allocates
+    seen = {name for name, _, _ in timed}
+    inlined = tuple(f"_inlfunc_{function}" for function in functions)
+    if regions is None or not timed or any(seen.isdisjoint(region) for region in regions):
+        return None
+    parts = frozenset().union(*regions)
+    ours: list[float] = [took for name, op, took in timed
+            if op in NORMS or op in functions or name in parts or name.startswith(inlined)]  # fmt: skip
+    return sum(ours) / max(sum(took for _, _, took in timed), 1.0)
+
+
+def _events(session: Any, feeds: dict[str, Array]) -> list[dict[str, Any]]:
+    """The profile of some runs."""
+    for _ in range(PROFILED + 1):
+        session.run(None, feeds)
+    found: list[dict[str, Any]] = json.loads(Path(session.end_profiling()).read_text("utf-8", "replace"))
+    return found
+
+
+def norms_of(path: str) -> tuple[list[frozenset[str]] | None, frozenset[str]]:
+    """What ONNX Runtime calls the operators of each decomposed norm (None: cannot be read), and our functions."""
+    from normfuse.config import Config
+    from normfuse.frontends.onnx_emit import DOMAIN
+    from normfuse.frontends.onnx_model import OnnxModel
+    from normfuse.io.files import read_onnx
+    from normfuse.norm import region
+
+    try:
+        model = read_onnx(path)[0]
+        one = OnnxModel(model, Config(), rewrite=False)
+    except NormFuseError:
+        return None, frozenset()
+    names = {node: node.name or f"{node.op_type}_{i}" for i, node in enumerate(model.graph)}
+
+    def called(node: ir.Node) -> str:
+        return names.get(node, node.name or "")
+
+    regions = []
+    for found in (p.found for p in one.plans):
+        for site in found.sites:
+            natives = {n.native for n in region(site.value, site.norm) if n.native is not None}
+            own = any(n.op_type in NORMS or n.domain == DOMAIN for n in natives)
+            regions += [] if own else [frozenset(map(called, natives))]
+    return regions, frozenset(f.name for f in model.functions.values() if f.domain == DOMAIN)
+
+
+# -- memory --------------------------------------------------------------------------------------------------------
+
+
+def memory(path: str, how: How) -> int | None:
+    """By how many bytes a fresh process grows at its peak, in resident memory, as it loads the model and runs it.
+
+    None where the system does not tell (anything but Linux) or the process fails.
+    """
+    root = str(Path(__file__).resolve().parents[1])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
+    asked = json.dumps({"path": path, "how": asdict(how)})
+    done = subprocess.run([sys.executable, "-P", "-m", "normfuse.bench"], input=asked, capture_output=True, text=True,
+                          env=environment, check=False)  # fmt: skip
+    found = done.stdout.split()
+    return int(found[-1]) if done.returncode == 0 and found and found[-1].isdigit() else None
+
+
+def _child(asked: Mapping[str, Any]) -> None:
+    """Load and run a model, and print the growth."""
+    from normfuse.cli_env import sessions_have
+
+    how = How(**asked["how"])
+    sessions_have()  # the code of ONNX Runtime itself does not count
+    options = options_for(asked["path"], "cpu", how.threads, how.library)
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts anew
+    before = _status("VmRSS")
+    session = open_session(asked["path"], "cpu", how.threads, how.library, options)
+    feeds = make_feeds(session, how)
+    for _ in range(WARM_UP):
+        session.run(None, feeds)
+    print(max(_status("VmHWM") - before, 0))
+
+
+def _status(key: str) -> int:
+    """A line of the status of this process, in bytes."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) * 1024
+
+
+if __name__ == "__main__":
+    _child(json.load(sys.stdin))

@@ -1,0 +1,323 @@
+"""`normfuse bench`: what it tells, in turns and with a clock of our own, and what it says of bad input."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+import normfuse
+import normfuse.ort
+from normfuse import bench, cli_bench
+from tests.cli_tools import COMMAND, EVIL, fails, fails_json, norm_model, run, saved
+from tests.test_report_html import Page
+
+pytest.importorskip("onnxruntime")
+QUICK = ("--rounds", "5", "--threads", "1")
+
+
+class Clock:
+    """Stands still but for what advances it."""
+
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def takes(self, *seconds: float) -> Callable[[], None]:
+        """A job that takes these times, one after the other, over and over."""
+        calls = 0
+
+        def job() -> None:
+            nonlocal calls
+            self.now += seconds[calls % len(seconds)]
+            calls += 1
+
+        return job
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(bench, "clock", made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved(norm_model(), tmp_path_factory.mktemp("bench") / "model.onnx")
+
+
+@pytest.fixture(scope="module")
+def fused(model: Path) -> Path:
+    path = model.with_name("fused.onnx")
+    normfuse.rewrite(model, path, normfuse.Config(target="normfuse"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def open_model(model: Path) -> Path:
+    """relu(x[batch, sequence, 8] + table[sequence]) with a table of 6 rows: only sequence=6 fits."""
+    x, y = (helper.make_tensor_value_info(v, TensorProto.FLOAT, ["batch", "sequence", 8]) for v in "xy")
+    table = onnx.numpy_helper.from_array(np.ones((6, 8), np.float32), "table")
+    nodes = [helper.make_node("Add", ["x", "table"], ["sum"]), helper.make_node("Relu", ["sum"], ["y"])]
+    graph = helper.make_graph(nodes, "g", [x], [y], initializer=[table])
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    return saved(made, model.with_name("open.onnx"))
+
+
+def replaced(monkeypatch: pytest.MonkeyPatch, clock: Clock, seconds: dict[Path, float]) -> None:
+    """Make each run of a model take so long by the clock."""
+    opened = bench.open_session
+
+    class Slowed:
+        def __init__(self, path: Any, *more: Any) -> None:
+            self.real, self.path = opened(path, *more), Path(path)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.real, name)
+
+        def run(self, names: Any, feeds: Any) -> Any:
+            clock.now += seconds[self.path]
+            return self.real.run(names, feeds)
+
+    monkeypatch.setattr(bench, "open_session", Slowed)
+
+
+# -- time -------------------------------------------------------------------------------------------------------------
+
+
+def test_jobs_take_turns_and_each_begins_a_round() -> None:
+    calls: list[str] = []
+    times = bench.turns([lambda: calls.append("a"), lambda: calls.append("b")], rounds=4)
+    assert [len(one) for one in times] == [4, 4]
+    assert "".join(calls[2 * bench.WARM_UP :]) == "abbaabba"
+
+
+def test_warm_up_does_not_count(clock: Clock) -> None:
+    cold = [9.0] * bench.WARM_UP
+    (times,) = bench.turns([clock.takes(*cold, 0.001, 0.001, 0.001, 0.001)], rounds=4)
+    assert times == pytest.approx([1.0] * 4)
+
+
+def test_rounds_follow_the_time_they_take(clock: Clock) -> None:
+    assert len(bench.turns([clock.takes(10.0)])[0]) == bench.LEAST
+    assert len(bench.turns([clock.takes(0.1)])[0]) == pytest.approx(bench.SECONDS / 0.1, abs=1)
+    assert len(bench.turns([clock.takes(1e-9)])[0]) == bench.MOST
+
+
+def test_progress_ends_at_one(clock: Clock) -> None:
+    for rounds in (None, 7):
+        told: list[float] = []
+        bench.turns([clock.takes(1.0)], rounds, stage=told.append)
+        assert told == sorted(told) and told[-1] == 1.0
+
+
+def test_spread_and_ratio() -> None:
+    assert bench.spread([5.0, 1.0, 2.0, 4.0, 3.0]) == {"min": 1.0, "q1": 2.0, "median": 3.0, "q3": 4.0}
+    # a machine that slows down tenfold in the middle changes both alike
+    a = [1.0, 1.0, 10.0, 10.0, 1.0]
+    found = bench.compare(a, [x * 0.5 for x in a])
+    assert found == {"median": 0.5, "q1": 0.5, "q3": 0.5, "within_noise": False}
+    assert bench.compare([1.0, 1.0, 1.0, 1.0], [0.9, 1.1, 0.95, 1.05])["within_noise"] is True
+    assert bench.compare([1.0, 1.0, 1.0, 1.0], [1.1, 1.2, 1.1, 1.2])["within_noise"] is False
+
+
+def test_a_model_twice_as_slow_is_told_as_two(model: Path, fused: Path, clock: Clock,
+                                              monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    replaced(monkeypatch, clock, {model: 0.010, fused: 0.020})
+    code, out, err = run("bench", model, fused, *QUICK)
+    assert (code, err) == (0, "")
+    assert "cpu: B takes 2.00 of A (2.00-2.00)" in out.splitlines()
+    assert [line.split()[0] for line in out.splitlines() if "model.onnx" in line or "fused.onnx" in line] == ["A", "B"]
+    row = next(line for line in out.splitlines() if line.startswith("B"))
+    assert "cpu" in row and "20  " in row and "20 to 20" in row
+
+
+def test_two_alike_are_within_noise(model: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    replaced(monkeypatch, clock, {model: 0.010})
+    assert run("bench", model, model, *QUICK, "-q")[1] == (
+        "cpu: B takes 1.00 of A (1.00-1.00); the difference is within noise\n")
+
+
+# -- what it tells ----------------------------------------------------------------------------------------------------
+
+
+def test_json_is_all_that_goes_to_stdout(model: Path, fused: Path) -> None:
+    argv = [*COMMAND, "bench", str(model), str(fused), *QUICK, "--json"]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    data = json.loads(done.stdout)
+    assert data["schema"] == 1 and data["threads"] == 1
+    assert data["inputs"] == {"x": {"shape": [2, 5, 64], "dtype": "float32"}}
+    assert [m["path"] for m in data["models"]] == [str(model), str(fused)]
+    for one in data["models"]:
+        found = one["providers"]["cpu"]
+        t = found["milliseconds"]
+        assert 0 < t["min"] <= t["q1"] <= t["median"] <= t["q3"]
+        assert found["rounds"] == 5
+        assert found["norm_share"] == 1.0  # the model is a norm and nothing else
+    a, b = (m["providers"]["cpu"]["milliseconds"]["median"] for m in data["models"])
+    ratio = data["ratio"]["cpu"]
+    assert ratio["median"] == pytest.approx(b / a) and ratio["q1"] <= ratio["q3"]
+
+
+def test_one_model_has_no_ratio(model: Path) -> None:
+    data = json.loads(run("bench", model, *QUICK, "--json")[1])
+    assert len(data["models"]) == 1 and data["ratio"] is None
+    text = run("bench", model, *QUICK)[1]
+    assert "takes" not in text and "x 2x5x64 float32" in text and "1 thread;" in text
+    assert run("bench", model, *QUICK, "-q")[1].startswith("cpu: ")
+
+
+@pytest.mark.skipif(not normfuse.ort.names(), reason="installed without a C compiler")
+def test_the_library_is_loaded_for_its_functions_unless_told_otherwise(model: Path, fused: Path) -> None:
+    for more, expected in (((), [False, True]), (("--no-library",), [False, False])):
+        data = json.loads(run("bench", model, fused, *QUICK, "--json", *more)[1])
+        assert [m["operators"] for m in data["models"]] == expected
+        assert [m["providers"]["cpu"]["norm_share"] for m in data["models"]] == [1.0, 1.0]
+    assert "NormFuse's library" in run("bench", fused, *QUICK)[1]
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_share_of_norms_leaves_out_the_rest(tmp_path: Path, named: bool) -> None:
+    proto = norm_model()
+    proto.graph.node[-1].output[0] = "normed_y"
+    rest = [helper.make_node("Sin", ["normed_y"], ["s"], name="Sin_rest"),
+            helper.make_node("Erf", ["s"], ["y"], name="Erf_rest")]  # fmt: skip
+    proto.graph.node.extend(rest)
+    if not named:
+        for node in proto.graph.node:
+            node.name = ""
+    path = saved(proto, tmp_path / "more.onnx")
+    regions, functions = bench.norms_of(str(path))
+    mul, erf = ("Mul_y", "Erf_rest") if named else ("Mul_5", "Erf_7")
+    assert regions is not None and len(regions) == 1 and not functions
+    assert mul in regions[0] and erf not in regions[0]
+    share = json.loads(run("bench", path, *QUICK, "--json")[1])["models"][0]["providers"]["cpu"]["norm_share"]
+    assert 0.1 < share < 0.99
+
+
+def test_share_is_not_known_where_names_are_lost(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "norms_of", lambda path: ([frozenset({"elsewhere"})], frozenset[str]()))
+    assert "not known" in run("bench", model, *QUICK)[1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
+def test_memory_grows_with_the_weights(model: Path, tmp_path: Path) -> None:
+    proto = norm_model()
+    big = onnx.numpy_helper.from_array(np.ones((2**22,), np.float32), "big")  # 16 MiB
+    proto.graph.initializer.append(big)
+    proto.graph.node.append(helper.make_node("Relu", ["big"], ["more"]))
+    proto.graph.output.append(helper.make_tensor_value_info("more", TensorProto.FLOAT, [2**22]))
+    path = saved(proto, tmp_path / "big.onnx")
+    small, large = (bench.memory(str(p), bench.How(threads=1)) for p in (model, path))
+    assert small is not None and large is not None
+    assert large - small > 16 * 2**20
+    assert bench.memory(str(tmp_path / "missing.onnx"), bench.How()) is None
+
+
+def test_report(model: Path, fused: Path, tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    out = run("bench", model, fused, *QUICK, "--report", path)[1]
+    assert f"wrote {path}" in out
+    source = path.read_text(encoding="utf-8")
+    page = Page(source)
+    verdict = next(line for line in out.splitlines() if line.startswith("cpu: "))
+    assert verdict in page.text and "model.onnx" in page.text and "fused.onnx" in page.text
+    assert source.count('class="bar-before"') == source.count('class="bar-after"') == 1
+    assert "--overwrite" in fails(run("bench", model, *QUICK, "--report", path))
+    assert run("bench", model, *QUICK, "--report", path, "--overwrite")[0] == 0
+    assert "takes" not in Page(path.read_text(encoding="utf-8")).text
+    assert "model" in fails(run("bench", model, "--report", model, "--overwrite"))
+
+
+def test_hostile_names_stay_text(tmp_path: Path) -> None:
+    path = saved(norm_model(EVIL), tmp_path / "a<script>.onnx")
+    code, out, _ = run("bench", path, *QUICK, "--report", tmp_path / "r.html")
+    assert code == 0 and not set("\x1b\x07\u202e\r") & set(out)
+    Page((tmp_path / "r.html").read_text(encoding="utf-8"))
+
+
+def test_nothing_is_left_behind_when_interrupted(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        assert any(tmp_path.iterdir())  # the profile's folder is there
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(bench, "PROFILED", 1)
+    monkeypatch.setattr(bench, "_events", interrupt)
+    assert run("bench", model, *QUICK)[0] == 130
+    assert not any(tmp_path.iterdir())
+
+
+# -- inputs -----------------------------------------------------------------------------------------------------------
+
+
+def test_sizes_and_inputs(open_model: Path, tmp_path: Path) -> None:
+    data = json.loads(run("bench", open_model, *QUICK, "--json", "--size", "batch=3", "--size", "sequence=6")[1])
+    assert data["inputs"]["x"]["shape"] == [3, 6, 8] and data["notes"] == []
+    assert "sizes not given are 2: batch" in run("bench", open_model, *QUICK, "--size", "sequence=6")[1]
+    np.savez(tmp_path / "inputs.npz", x=np.zeros((5, 6, 8), np.float32))
+    data = json.loads(run("bench", open_model, *QUICK, "--json", "--inputs", tmp_path / "inputs.npz")[1])
+    assert data["inputs"]["x"]["shape"] == [5, 6, 8] and data["notes"] == []
+
+
+def test_sizes_that_do_not_fit_name_the_option(open_model: Path) -> None:
+    message = fails(run("bench", open_model, *QUICK))
+    assert "batch=2, sequence=2" in message and "--size NAME=N" in message
+    message = fails_json(run("bench", open_model, *QUICK, "--json", "--size", "sequnce=6"), "InputError")
+    assert "'sequnce'" in message and "batch, sequence" in message
+
+
+def test_inputs_that_cannot_be_drawn_can_be_given(tmp_path: Path) -> None:
+    x, y = (helper.make_tensor_value_info(v, TensorProto.STRING, [2]) for v in "xy")
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "g", [x], [y])
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    path = saved(made, tmp_path / "words.onnx")
+    np.savez(tmp_path / "words.npz", x=np.array(["a", "b"]))
+    for argv in (["bench", path, *QUICK], ["verify", path, path]):
+        assert "'x'" in fails(run(*argv)) and run(*argv, "--inputs", tmp_path / "words.npz")[0] == 0
+
+
+def test_bad_input(model: Path, open_model: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "wrong.npz", z=np.zeros(3, np.float32))
+    np.savez(tmp_path / "shape.npz", x=np.zeros((1, 2), np.float32))
+    (tmp_path / "text.onnx").write_text("no model")
+    for argv, word in (
+        ([tmp_path / "missing.onnx"], "missing.onnx"),
+        ([tmp_path / "text.onnx"], "text.onnx"),
+        ([model, tmp_path / "missing.onnx"], "missing.onnx"),
+        ([model, "--inputs", tmp_path / "wrong.npz"], "'z'"),
+        ([model, "--inputs", tmp_path / "shape.npz"], "--inputs"),
+        ([model, "--inputs", tmp_path / "none.npz"], "none.npz"),
+        ([model, "--size", "batch"], "batch=4"),
+        ([model, "--size", "batch=0"], "batch=0"),
+        ([model, "--size", "batch=-1"], "batch=-1"),
+        ([model, "--rounds", "2"], "3 rounds"),
+        ([model, "--threads", "-1"], "--threads"),
+        ([model, saved(norm_model("other_"), tmp_path / "other.onnx")], "other inputs"),
+    ):  # fmt: skip
+        assert word in fails(run("bench", *argv)), argv
+    assert fails_json(run("bench", "missing.onnx", "--json"))
+
+
+def test_provider_that_no_session_gets_is_left_out(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("normfuse.cli_env.sessions_have", lambda: ["CPUExecutionProvider", "CUDAExecutionProvider"])
+    opened = bench.open_session
+    monkeypatch.setattr(bench, "open_session", lambda path, provider, *more: opened(path, "cpu", *more))
+    data = json.loads(run("bench", model, *QUICK, "--json")[1])
+    assert list(data["models"][0]["providers"]) == ["cpu"]
+    assert data["notes"] == ["cuda: ONNX Runtime does not run it there"]
+
+
+def test_numbers_are_short() -> None:
+    assert [cli_bench.ms(v) for v in (0.012345, 1.2345, 123.45, 12345.6)] == ["0.0123", "1.23", "123", "12346"]
