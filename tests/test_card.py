@@ -127,11 +127,12 @@ def test_families_are_told_apart(door: str) -> None:
     ("falcon", ["x + attention(LayerNorm(x)) + feed-forward(LayerNorm(x))"]),  # added in place by torch
     ("cohere", ["x + attention(LayerNorm(x)) + feed-forward(LayerNorm(x))"]),  # added one after the other
 ])  # fmt: skip
-@pytest.mark.parametrize("door", ["18", "fx"])
+@pytest.mark.parametrize("door", ["18", pytest.param("fx", marks=pytest.mark.slow)])
 def test_other_blocks(name: str, formulas: list[str], door: str) -> None:
     assert [found for _, found, _ in blocks(card_of(name, door))] == [formulas]
 
 
+@pytest.mark.slow  # each is exported anew
 @pytest.mark.parametrize(("kind", "name", "formulas"), [
     # a post-norm model whose embeddings are not normalised: the first norm stands in the first layer
     ("decoder", "openai_gpt", [["LayerNorm(x + attention(x))", "LayerNorm(x + feed-forward(x))"]]),

@@ -48,6 +48,7 @@ def test_export() -> None:
     assert all(float(error) < 1e-5 * float(value) for _, error, value in found)
 
 
+@pytest.mark.slow
 def test_convert_exact() -> None:
     out = example("convert_exact")
     assert re.findall(r"(\S+): 7 of 7 LayerNorms converted; now 7 RMSNorm\n", out) == ["ViT", "GPT-2"]
@@ -55,6 +56,7 @@ def test_convert_exact() -> None:
     assert len(errors) == 4 and 0 < max(errors) < 1e-5
 
 
+@pytest.mark.slow
 def test_approximate() -> None:
     out = example("approximate")
     assert "4 of 5 LayerNorms: approximate, 1 of 5 LayerNorms: exact" in out
@@ -77,6 +79,7 @@ def test_onnxruntime_operators() -> None:
     assert found is not None and float(found[1]) < 1e-5 * float(found[2])
 
 
+@pytest.mark.slow  # a minute of exports
 def test_gallery(tmp_path: Path) -> None:
     path = tmp_path / "gallery.html"
     out = example("gallery", path)
