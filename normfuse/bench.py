@@ -22,8 +22,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from normfuse.errors import InputError, NormFuseError, UnsupportedError
-from normfuse.verify import Array, feeds_for, first_line
+from normfuse.errors import InputError, NormFuseError, UnsupportedError, first_line
+from normfuse.verify import Array, feeds_for
 
 if TYPE_CHECKING:
     import onnx_ir as ir

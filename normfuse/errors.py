@@ -19,3 +19,9 @@ class UnsupportedError(NormFuseError):
 
 class VerificationError(NormFuseError):
     """Two models, or a region and its replacement, do not compute the same."""
+
+
+def first_line(why: BaseException) -> str:
+    """An error of the system or of a library in one line."""
+    text = getattr(why, "strerror", None) or str(why).strip() or type(why).__name__
+    return str(text).splitlines()[0][:300]

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from normfuse.errors import InputError, UnsupportedError, VerificationError
+from normfuse.errors import InputError, UnsupportedError, VerificationError, first_line
 
 Array = np.ndarray[Any, Any]
 EPSILON = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
@@ -255,8 +255,3 @@ def feeds_for(runtime: Any, seed: int = 0, sizes: Mapping[str, int] | None = Non
         else:
             raise UnsupportedError(f"input {info.name!r} has type {info.type}; give it with inputs")
     return feeds
-
-
-def first_line(why: BaseException) -> str:
-    """The first line of what another library says went wrong."""
-    return (str(why).strip() or type(why).__name__).splitlines()[0][:300]

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, RemoveUnusedFunctionsPass
 
 from normfuse.config import Config
-from normfuse.errors import InputError, UnsupportedError
+from normfuse.errors import InputError, UnsupportedError, first_line
 from normfuse.field import Prover
 from normfuse.frontends.onnx import Lowering, lower
 from normfuse.frontends.onnx_check import MOST, Checker
@@ -21,7 +21,6 @@ from normfuse.frontends.onnx_repair import repair
 from normfuse.frontends.onnx_skip import SkipEmitter
 from normfuse.frontends.onnx_region import as_function, rest_of, results_of
 from normfuse.graph import Node, Value
-from normfuse.io.write import line
 from normfuse.passmanager import Abilities, fuse, plan
 from normfuse.plan import Edit, Fused, Plan, Reason, Replace
 from normfuse.norm import Norm, Refusal, Site, region
@@ -127,7 +126,7 @@ class OnnxModel:
         try:
             InlinePass(criteria=lambda f: f.domain != DOMAIN)(self.model)
         except Exception as why:
-            raise InputError(f"the model's functions cannot be inlined: {line(why)}") from why
+            raise InputError(f"the model's functions cannot be inlined: {first_line(why)}") from why
         return True
 
     def check(self) -> None:

@@ -17,7 +17,7 @@ import torch.export
 from torch.utils._pytree import tree_leaves
 
 from normfuse.config import Config
-from normfuse.errors import InputError, NormFuseError, UnsafeModelError, UnsupportedError
+from normfuse.errors import InputError, NormFuseError, UnsafeModelError, UnsupportedError, first_line
 from normfuse.frontends import fx_model, pt2
 from normfuse.frontends.pt2_graph import Described, Unknown
 from normfuse.io import files
@@ -90,7 +90,7 @@ def _load(source: Path) -> torch.export.ExportedProgram:
         return torch.export.load(source)
     except Exception as why:
         unknown = _unknown(source)
-        text = f"it calls {unknown}, which no library registers that is imported here" if unknown else _line(why)
+        text = f"it calls {unknown}, which no library registers that is imported here" if unknown else first_line(why)
         raise InputError(f"{source}: torch.export.load does not load it: {text}") from why
 
 
@@ -117,7 +117,7 @@ def _compare(source: Path, program: Any, result: Any, roundings: float) -> dict[
                 torch.manual_seed(0)
                 outputs.append([_array(v) for v in tree_leaves(one.module()(*args, **kwargs))])
         except Exception as why:
-            raise InputError(f"{source}: the program does not run on its example inputs: {_line(why)}") from why
+            raise InputError(f"{source}: the program does not run on its example inputs: {first_line(why)}") from why
     names = [str(name) for name in program.graph_signature.user_outputs]
     if len(names) != len(outputs[0]):
         names = [f"output {i}" for i in range(len(outputs[0]))]
@@ -146,7 +146,7 @@ def _save(program: torch.export.ExportedProgram, target: Path) -> None:
     except NormFuseError:
         raise
     except Exception as why:
-        raise UnsupportedError(f"{target}: torch.export.save does not save the result: {_line(why)}") from why
+        raise UnsupportedError(f"{target}: torch.export.save does not save the result: {first_line(why)}") from why
 
 
 def _write(target: Path, fill: Callable[[Any], object]) -> None:
@@ -157,7 +157,3 @@ def _write(target: Path, fill: Callable[[Any], object]) -> None:
             fill(f)
 
     write(target, filled)
-
-
-def _line(why: BaseException) -> str:
-    return (str(why).strip() or type(why).__name__).splitlines()[0][:300]

@@ -19,8 +19,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from normfuse.errors import InputError, UnsafeModelError
-from normfuse.io.write import line
+from normfuse.errors import InputError, UnsafeModelError, first_line
 
 MAPPED = 16
 """Files that are mapped at a time: a model may have thousands, a process has some thousand descriptors."""
@@ -44,7 +43,7 @@ class DataFile:
         try:
             handle = _open_beneath(self.folder, self.path)
         except OSError as why:
-            raise UnsafeModelError(f"{self.path}: changed while it was read: {line(why)}") from None
+            raise UnsafeModelError(f"{self.path}: changed while it was read: {first_line(why)}") from None
         if _identity(os.fstat(handle)) != self.identity:
             os.close(handle)
             raise UnsafeModelError(f"{self.path}: changed while it was read")
@@ -84,7 +83,7 @@ class DataFiles:
         except FileNotFoundError:
             raise InputError(f"{where} is missing: {location[:200]!r}; put the file next to the model") from None
         except (OSError, RuntimeError, ValueError) as why:
-            raise InputError(f"{where}: {line(why)}: {location[:200]!r}") from None
+            raise InputError(f"{where}: {first_line(why)}: {location[:200]!r}") from None
         try:
             info = os.fstat(handle)
         finally:

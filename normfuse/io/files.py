@@ -19,10 +19,10 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
-from normfuse.errors import InputError, UnsupportedError
+from normfuse.errors import InputError, UnsupportedError, first_line
 from normfuse.io.data import DataFile, DataFiles, External, secure
 from normfuse.io.message import check_message
-from normfuse.io.write import check_target, copy, extents, line, write, write_bytes
+from normfuse.io.write import check_target, copy, extents, write, write_bytes
 
 __all__ = [
     "Source", "check_target", "copy_onnx", "from_proto", "read_onnx", "read_proto", "to_proto", "write_bytes",
@@ -83,7 +83,7 @@ def from_proto(proto: onnx.ModelProto, source: Path) -> tuple[ir.Model, list[Ext
     except RecursionError:
         raise InputError(f"{source}: sub-graphs nested too deeply") from None
     except Exception as why:
-        raise InputError(f"{source}: the graph is not valid ONNX: {line(why)}") from why
+        raise InputError(f"{source}: the graph is not valid ONNX: {first_line(why)}") from why
     model.meta[ANNOTATIONS] = list(proto.graph.quantization_annotation)
     return model, secure(model, DataFiles(source))
 
@@ -149,7 +149,7 @@ def _bytes(source: Path) -> bytes:
     except FileNotFoundError:
         raise InputError(f"{source}: no such file") from None
     except (OSError, ValueError) as why:
-        raise InputError(f"{source}: {line(why)}") from None
+        raise InputError(f"{source}: {first_line(why)}") from None
     if stat.S_ISDIR(info.st_mode):
         raise InputError(f"{source}: is a directory; give the .onnx file in it")
     if not stat.S_ISREG(info.st_mode):
@@ -161,7 +161,7 @@ def _bytes(source: Path) -> bytes:
     try:
         return source.read_bytes()
     except OSError as why:
-        raise InputError(f"{source}: {line(why)}") from None
+        raise InputError(f"{source}: {first_line(why)}") from None
 
 
 def write_onnx(model: ir.Model, target: Path, source: Source | None = None, reference: bool = False,
@@ -235,7 +235,7 @@ def write_new(model: ir.Model, target: Path) -> int:
                                                    alignment=ALIGNMENT)  # fmt: skip
                 name = _name_data(Path(folder) / "data", target, made)
         except OSError as why:
-            raise InputError(f"{target}: its weights cannot be written: {line(why)}") from None
+            raise InputError(f"{target}: its weights cannot be written: {first_line(why)}") from None
         for tensor in secure(model, DataFiles(target)):
             tensor._location = name
         write_bytes(_serialised(to_proto(model), target), target)

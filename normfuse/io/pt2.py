@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
-from normfuse.errors import InputError, UnsafeModelError, UnsupportedError
+from normfuse.errors import InputError, UnsafeModelError, UnsupportedError, first_line
 
 MEMBERS, DIRECTORY = 2**16, 2**24
 """The most members of an archive, and the bytes of their list."""
@@ -82,12 +82,12 @@ class Archive:
         except FileNotFoundError:
             self.wrong("no such file")
         except (OSError, ValueError) as why:
-            self.wrong(_line(why))
+            self.wrong(first_line(why))
         try:
             self._open(info.st_size)
         except (zipfile.BadZipFile, OSError, ValueError, EOFError, struct.error, NotImplementedError) as why:
             self._file.close()
-            self.wrong(f"not a readable zip archive: {_line(why)}")
+            self.wrong(f"not a readable zip archive: {first_line(why)}")
         except BaseException:
             self._file.close()
             raise
@@ -204,7 +204,7 @@ class Archive:
                     self.wrong(f"{name} is not as long as the zip directory says")
                 return data
         except (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, RuntimeError, struct.error) as why:
-            self.wrong(f"{name} cannot be read: {_line(why)}")
+            self.wrong(f"{name} cannot be read: {first_line(why)}")
 
     def json(self, name: str) -> dict[str, Any]:
         """A member that is a JSON object."""
@@ -220,7 +220,7 @@ class Archive:
         except RecursionError:
             self.unsafe(f"{name} is nested too deeply")
         except ValueError as why:
-            self.wrong(f"{name} is not JSON: {_line(why)}")
+            self.wrong(f"{name} is not JSON: {first_line(why)}")
         if not isinstance(found, dict):
             self.wrong(f"{name} is not a JSON object")
         return found
@@ -234,8 +234,3 @@ class Archive:
             self.wrong("an AOTInductor package, which is compiled code; give the program it was made from")
         held = f"its programs are {', '.join(sorted(names))[:99]}" if names else "it holds none"
         self.wrong(f"no program named 'model' is in the archive; {held}")
-
-
-def _line(why: BaseException) -> str:
-    text = getattr(why, "strerror", None) or str(why) or type(why).__name__
-    return str(text).splitlines()[0][:200]

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from normfuse.errors import InputError
+from normfuse.errors import InputError, first_line
 
 CHUNK = 2**26
 Advance = Callable[[int], None]
@@ -39,7 +39,7 @@ def check_target(source: Path | None, target: Path, overwrite: bool, in_place: b
         if not os.access(target.parent, os.W_OK):
             raise InputError(f"{target}: the folder is not writable")
     except (OSError, ValueError) as why:  # a name that is too long, has a NUL, or is a ring of links
-        raise InputError(f"{target}: cannot be written: {line(why)}") from None
+        raise InputError(f"{target}: cannot be written: {first_line(why)}") from None
 
 
 def write_bytes(data: bytes, target: Path) -> None:
@@ -76,7 +76,7 @@ def write(target: Path, fill: Callable[[int], None], named: Callable[[Path], str
             if temporary:
                 os.unlink(temporary)
         if isinstance(why, OSError):
-            raise InputError(f"{target}: cannot be written: {line(why)}") from None
+            raise InputError(f"{target}: cannot be written: {first_line(why)}") from None
         raise
     sync_folder(target.parent)
     return target
@@ -129,9 +129,3 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def line(why: BaseException) -> str:
-    """An error of the system or of a library in one line."""
-    text = getattr(why, "strerror", None) or str(why) or type(why).__name__
-    return str(text).splitlines()[0][:300]
