@@ -23,7 +23,7 @@ from normfuse.frontends.onnx_region import as_function, rest_of, results_of
 from normfuse.graph import Node, Value
 from normfuse.passmanager import Abilities, fuse, plan
 from normfuse.plan import Edit, Fused, Plan, Reason, Replace
-from normfuse.norm import Norm, Refusal, Site, region
+from normfuse.norm import VIEWS, Norm, Refusal, Site, region
 from normfuse.targets import PROVIDERS, Row, Table
 from normfuse.verify import Check
 
@@ -77,16 +77,16 @@ class OnnxModel:
         return self.emitter.expressible(norm, value)
 
     def _done(self, site: Site) -> bool:
-        """Whether a norm stands there already in the several nodes that it would get."""
+        """Whether a norm stands there already in the several nodes that it would get, behind a view or copy of x."""
         if site.is_op or site.value.native is None:
             return False
-        seen, natives = {site.norm.x}, dict[ir.Node | None, None]()
+        form, seen, natives = self.emitter.form(site.norm), {site.norm.x}, dict[ir.Node | None, bool]()
         for node in reversed(region(site.value, site.norm)):
             if not seen.isdisjoint(node.inputs):
                 seen.update(node.outputs)
-                natives[node.native] = None
+                natives[node.native] = natives.get(node.native, True) and node.kind in (*VIEWS, "identity")
         found = [None if node is None else self.emitter.name_of(node) for node in natives]
-        return found == self.emitter.form(site.norm)
+        return found[-len(form):] == form and all(list(natives.values())[:-len(form)])
 
     def _leave(self, site: Site) -> str | None:
         row = self.table.row(site.norm)

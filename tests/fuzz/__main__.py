@@ -106,6 +106,7 @@ def table(data: dict[str, Any]) -> str:
         ("true norms found", f"{data['found']} of {data['norms']} ({data['found'] / max(data['norms'], 1):.4%})"),
         ("fused", str(data["fused"])),
         ("near misses", str(data["near_misses"])),
+        ("outputs compared", f"{data['compared']}; {data['blind']} of them may be off by a tenth by roundings alone"),
         ("blocks with two hash seeds", str(data["blocks_twice"])),
         ("failures", ", ".join(f"{k} {n}" for k, n in data["failed"].items()) or "none"),
         ("time", f"{seconds:.0f} s, {1000 * seconds / graphs:.1f} ms a graph"),

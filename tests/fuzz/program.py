@@ -222,28 +222,53 @@ KERNELS: dict[str, Callable[..., Any]] = {
 """What each kind of operation computes."""
 
 
-def evaluate(program: Program, feeds: Mapping[int, Array], flat: bool = False) -> list[Array]:
+@dataclass(slots=True)
+class Noise:
+    """Roundings by chance: each result off by up to `values` of itself, each constant by up to `constants`.
+
+    Whole numbers, powers of two and exponents stay as they are: whoever folds them rounds nothing. What becomes of the
+    outputs tells how far two right ways to compute them may be apart, whatever amplifies the roundings on the way.
+    """
+
+    rng: np.random.Generator
+    values: float
+    constants: float
+
+    def value(self, a: Array) -> Array:
+        return a * (1.0 + self.values * self.rng.uniform(-1, 1, a.shape)) if a.dtype == np.float64 else a
+
+    def constant(self, a: Array) -> Array:
+        kept = (a == np.trunc(a)) | (np.frexp(np.abs(a))[0] == 0.5)
+        return np.where(kept, a, a * (1.0 + self.constants * self.rng.uniform(-1, 1, a.shape)))
+
+
+def evaluate(program: Program, feeds: Mapping[int, Array], flat: bool = False, noise: Noise | None = None) -> list[Array]:
     """The outputs for inputs by index, in float64; `flat`: an if is its first branch, a loop one turn."""
     env: dict[int, Array] = dict(feeds)
     with np.errstate(all="ignore"):
-        _run(program.ops, env, flat)
+        _run(program.ops, env, flat, noise)
     return [env[v.index] for v in program.outputs]
 
 
-def _run(ops: list[Op], env: dict[int, Array], flat: bool) -> None:
+def _run(ops: list[Op], env: dict[int, Array], flat: bool, noise: Noise | None) -> None:
     for op in ops:
         args = [env[v.index] if v.data is None else v.data for v in op.args]
+        if noise is not None and op.kind != "pow":
+            args = [a if v.data is None else noise.constant(a) for v, a in zip(op.args, args, strict=True)]
         if op.branches:
-            env[op.out.index] = _controlled(op, args, env, flat)
-        else:
+            env[op.out.index] = _controlled(op, args, env, flat, noise)
+        elif noise is None:
             env[op.out.index] = KERNELS[op.kind](op, *args)
+        else:
+            attrs = op.attrs | {"eps": float(noise.constant(np.float64(op.attrs["eps"])))} if "eps" in op.attrs else op.attrs
+            env[op.out.index] = noise.value(KERNELS[op.kind](replace(op, attrs=attrs), *args))
 
 
-def _controlled(op: Op, args: list[Array], env: dict[int, Array], flat: bool) -> Array:
+def _controlled(op: Op, args: list[Array], env: dict[int, Array], flat: bool, noise: Noise | None) -> Array:
     ops, last = op.branches[op.kind == "if" and not flat and not bool(args[0])]
     for _ in range(1 if flat else op.attrs.get("trips", 1)):
         if op.kind == "loop":
             env[op.attrs["carried"].index] = args[0]
-        _run(ops, env, flat)
+        _run(ops, env, flat, noise)
         args = [env[last.index]]
     return env[last.index]

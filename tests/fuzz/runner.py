@@ -32,6 +32,8 @@ class Tally:
     fused: int = 0
     with_miss: int = 0
     misses: int = 0
+    compared: int = 0
+    blind: int = 0
     runs: Counter[str] = field(default_factory=Counter)
     failures: list[dict[str, Any]] = field(default_factory=list)
     blocks_twice: int = 0
@@ -39,7 +41,7 @@ class Tally:
     seconds: float = 0.0
 
     def add(self, block: dict[str, Any]) -> None:
-        for name in ("graphs", "norms", "found", "fused", "with_miss", "misses"):
+        for name in ("graphs", "norms", "found", "fused", "with_miss", "misses", "compared", "blind"):
             setattr(self, name, getattr(self, name) + block[name])
         self.runs.update(block["runs"])
         self.failures += block["failures"]
@@ -49,7 +51,8 @@ class Tally:
         kinds = Counter(f"{f['front']} {f['kind']}" for f in self.failures)
         return {
             "graphs": self.graphs, "norms": self.norms, "found": self.found, "fused": self.fused,
-            "with_near_miss": self.with_miss, "near_misses": self.misses, "runs": dict(sorted(self.runs.items())),
+            "with_near_miss": self.with_miss, "near_misses": self.misses, "compared": self.compared,
+            "blind": self.blind, "runs": dict(sorted(self.runs.items())),
             "failed": dict(sorted(kinds.items())), "failures": self.failures, "blocks_twice": self.blocks_twice,
             "digest": self.digest, "seconds": round(self.seconds, 1),
         }  # fmt: skip
@@ -73,7 +76,8 @@ def work() -> None:
             digest.update(verdict.digest)
             tally.add({
                 "graphs": 1, "norms": verdict.norms, "found": verdict.found, "fused": verdict.fused,
-                "with_miss": int(verdict.misses > 0), "misses": verdict.misses, "runs": verdict.runs,
+                "with_miss": int(verdict.misses > 0), "misses": verdict.misses, "compared": verdict.compared,
+                "blind": verdict.blind, "runs": verdict.runs,
                 "failures": [{"seed": seed, "front": front, "kind": kind, "message": message}
                              for front, kind, message in verdict.failures],
             })  # fmt: skip
