@@ -57,9 +57,10 @@ def large(folder: Path, gib: int) -> Path:
 
 
 def told(*command: str) -> tuple[dict[str, Any], float]:
-    """What a command says, and the GiB of resident memory that it took at most."""
-    code = ("import re, sys; from normfuse.cli import main; code = main(sys.argv[1:]); "  # ru_maxrss: the parent's too
-            "print(re.search(r'VmHWM:\\s+(\\d+) kB', open('/proc/self/status').read())[1], file=sys.stderr); sys.exit(code)")
+    """What a command says, and the GiB of resident memory that it took at most (ru_maxrss has the parent's in it)."""
+    code = ("import re, sys; from normfuse.cli import main; code = main(sys.argv[1:]); "
+            "peak = re.search(r'VmHWM:\\s+(\\d+) kB', open('/proc/self/status').read())[1]; "
+            "print(peak, file=sys.stderr); sys.exit(code)")  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code, *command, "--json"], capture_output=True, text=True, check=True)
     return json.loads(done.stdout), int(done.stderr.splitlines()[-1]) / 2**20
 

@@ -190,7 +190,7 @@ class Emitter:
                 return given
             if as_it_is:
                 return self._cast(nodes, given, dtype, f"{name}/cast")
-        folded = _evaluate(expr, norm) if self.fold and not self.spelled else None
+        folded = evaluate(expr, norm) if self.fold and not self.spelled else None
         if folded is not None:
             return self.constant(folded, dtype, "folded")
         total: ir.Value | None = None
@@ -258,7 +258,7 @@ def _reaches(value: Value, norm: Norm) -> bool:
     return all(d == 1 or (i + offset in norm.axes and d == x[i + offset]) for i, d in enumerate(value.shape))
 
 
-def _evaluate(expr: Expr, norm: Norm) -> np.ndarray[Any, Any] | None:
+def evaluate(expr: Expr, norm: Norm) -> np.ndarray[Any, Any] | None:
     """The elements of a weight made of initializers, in float64, spread over the normalised shape."""
     total = np.zeros(_width(norm))
     for c, factors in expr:

@@ -15,7 +15,7 @@ from normfuse.errors import InputError, UnsupportedError, first_line
 from normfuse.field import Prover
 from normfuse.frontends.onnx import Lowering, lower
 from normfuse.frontends.onnx_check import MOST, Checker
-from normfuse.frontends.onnx_emit import DOMAIN, Emitter, register_functions
+from normfuse.frontends.onnx_emit import DOMAIN, Emitter, evaluate, register_functions
 from normfuse.frontends.onnx_fused import FusedEmitter, fused_already
 from normfuse.frontends.onnx_repair import repair
 from normfuse.frontends.onnx_skip import SkipEmitter
@@ -92,6 +92,10 @@ class OnnxModel:
         row = self.table.row(site.norm)
         if row is not None and row.form == "leave" and not site.is_op:
             return f"{self.table.name}: {row.evidence}"
+        terms = site.norm.weight or ()
+        weight = evaluate(terms, site.norm) if len(terms) > 1 else None
+        if weight is not None and not weight.any():  # norms that cancel, which only their constants tell
+            return "its weight is zero"
         return fused_already(site)
 
     def label(self, edit: Edit) -> str:

@@ -187,26 +187,17 @@ class _Trial:
         for kind, given in feeds(self.program):
             wanted, made = evaluate(self.program, given, flat), run(given)
             gaps = [distance(want, got) for want, got in zip(wanted, made, strict=True)]
-            tops = [_top(want) for want in wanted]
+            tops = [top(want) for want in wanted]
             self.verdict.compared += len(gaps)
-            if all(gap <= TOLERANCE * top for gap, top in zip(gaps, tops, strict=True)):
+            if all(gap <= TOLERANCE * most for gap, most in zip(gaps, tops, strict=True)):
                 continue
-            spread = self.spread(given, wanted, flat, DOUBLE, SINGLE)
-            for value, gap, top, by_chance in zip(self.program.outputs, gaps, tops, spread, strict=True):
-                self.verdict.blind += MARGIN * by_chance > BLIND * top
-                if not gap <= TOLERANCE * top + MARGIN * by_chance:
-                    self.fail(front, "different", f"{value.name} on {kind} rows is off by {gap:.2g} of {top:.2g}, "
+            chances = spread(self.program, given, wanted, flat, DOUBLE, SINGLE)
+            for value, gap, most, by_chance in zip(self.program.outputs, gaps, tops, chances, strict=True):
+                self.verdict.blind += MARGIN * by_chance > BLIND * most
+                if not gap <= TOLERANCE * most + MARGIN * by_chance:
+                    self.fail(front, "different", f"{value.name} on {kind} rows is off by {gap:.2g} of {most:.2g}, "
                               f"by roundings {by_chance:.2g}")  # fmt: skip
                     return
-
-    def spread(self, given: Feeds, wanted: list[Array], flat: bool, values: float, constants: float) -> list[float]:
-        """How far off each output gets by roundings by chance."""
-        noise = Noise(np.random.default_rng(self.program.seed), values, constants)
-        found = [0.0] * len(wanted)
-        for _ in range(SAMPLES):
-            off = [distance(a, b) for a, b in zip(wanted, evaluate(self.program, given, flat, noise), strict=True)]
-            found = [max(a, b) for a, b in zip(found, off, strict=True)]
-        return found
 
     def runtime(self, model: onnx.ModelProto, made: onnx.ModelProto) -> None:
         """ONNX Runtime takes the result where it takes the model, and is about as near to float64."""
@@ -221,17 +212,29 @@ class _Trial:
         for kind, given in feeds(self.program):
             fed = {v.name: np.asarray(given[v.index], v.dtype) for v in self.program.inputs}
             wanted = evaluate(self.program, given)
-            spread = self.spread(given, wanted, False, rounding, rounding)
+            chances = spread(self.program, given, wanted, False, rounding, rounding)
             both = old.run(None, fed), new.run(None, fed)
-            for value, want, by_chance, a, b in zip(self.program.outputs, wanted, spread, *both, strict=True):
+            for value, want, by_chance, a, b in zip(self.program.outputs, wanted, chances, *both, strict=True):
                 was, now = _gap(want, a), _gap(want, b)
                 if np.isfinite(was) and not now <= 4 * was + MARGIN * by_chance:
                     self.fail("onnx", "less exact", f"{value.name} on {kind} rows in ONNX Runtime: off by {now:.2g}, "
-                              f"was {was:.2g}, by roundings {by_chance:.2g}, of {_top(want):.2g}")  # fmt: skip
+                              f"was {was:.2g}, by roundings {by_chance:.2g}, of {top(want):.2g}")  # fmt: skip
                     return
 
 
-def _top(a: Array) -> float:
+def spread(program: Program, given: Feeds, wanted: list[Array], flat: bool, values: float,
+           constants: float) -> list[float]:  # fmt: skip
+    """How far off each output gets by roundings by chance."""
+    noise = Noise(np.random.default_rng(program.seed), values, constants)
+    found = [0.0] * len(wanted)
+    for _ in range(SAMPLES):
+        off = [distance(a, b) for a, b in zip(wanted, evaluate(program, given, flat, noise), strict=True)]
+        found = [max(a, b) for a, b in zip(found, off, strict=True)]
+    return found
+
+
+def top(a: Array) -> float:
+    """The largest element that is finite."""
     return float(np.max(np.abs(a[np.isfinite(a)]), initial=0.0))
 
 

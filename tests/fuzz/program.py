@@ -242,7 +242,8 @@ class Noise:
         return np.where(kept, a, a * (1.0 + self.constants * self.rng.uniform(-1, 1, a.shape)))
 
 
-def evaluate(program: Program, feeds: Mapping[int, Array], flat: bool = False, noise: Noise | None = None) -> list[Array]:
+def evaluate(program: Program, feeds: Mapping[int, Array], flat: bool = False,
+             noise: Noise | None = None) -> list[Array]:  # fmt: skip
     """The outputs for inputs by index, in float64; `flat`: an if is its first branch, a loop one turn."""
     env: dict[int, Array] = dict(feeds)
     with np.errstate(all="ignore"):
@@ -260,7 +261,7 @@ def _run(ops: list[Op], env: dict[int, Array], flat: bool, noise: Noise | None) 
         elif noise is None:
             env[op.out.index] = KERNELS[op.kind](op, *args)
         else:
-            attrs = op.attrs | {"eps": float(noise.constant(np.float64(op.attrs["eps"])))} if "eps" in op.attrs else op.attrs
+            attrs = {k: float(noise.constant(np.array(v))) if k == "eps" else v for k, v in op.attrs.items()}
             env[op.out.index] = noise.value(KERNELS[op.kind](replace(op, attrs=attrs), *args))
 
 
