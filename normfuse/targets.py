@@ -121,7 +121,8 @@ class Table:
     @property
     def name(self) -> str:
         """The runtime, in words."""
-        return f"ONNX Runtime {_dotted(self.version)} on {PROVIDERS.get(self.target, 'any provider')}"
+        where = PROVIDERS.get(self.target)
+        return f"target {self.target!r}" if where is None else f"ONNX Runtime {_dotted(self.version)} on {where}"
 
     def row(self, norm: Norm, what: str = "norm") -> Row | None:
         """The row for a norm; None where the target has none, so that "operator" is meant."""

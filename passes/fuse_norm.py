@@ -20,7 +20,7 @@ from normfuse.facts import MEAN
 from normfuse.graph import Graph, Node, Value
 from normfuse.norm import Refusal, Site, region
 from normfuse.passes.remove_dead import live
-from normfuse.plan import Abilities, Fused, Plan, Reason, Replace
+from normfuse.plan import Abilities, Edit, Fused, Plan, Reason, Replace
 from normfuse.transfer import REDUCTIONS
 
 
@@ -69,14 +69,14 @@ class FuseNorm:
                 return chosen
             for edit in stuck:
                 i = chosen.index(edit)
-                wider = self._with_statistics(plan, edit, alive)
+                wider = self._with_statistics(plan, edit, alive, [*plan.fused, *chosen])
                 if wider is not None:
                     chosen[i] = wider
                 else:
                     plan.refuse(edit.site, Refusal("NF116", edit.site.label, _reader(plan.graph, edit.site, alive)))
                     del chosen[i]
 
-    def _with_statistics(self, plan: Plan, edit: Replace, alive: set[Node]) -> Replace | None:
+    def _with_statistics(self, plan: Plan, edit: Replace, alive: set[Node], edits: list[Edit]) -> Replace | None:
         """The replacement that also gives the mean and the standard deviation that are read outside the norm."""
         site, norm = edit.site, edit.site.norm
         if edit.as_written or edit.mean or edit.rstd or norm.kind != "layer_norm" or not self.can.statistics(norm):
@@ -85,13 +85,16 @@ class FuseNorm:
         powers = {factor for monomial in site.fact.alpha for factor in monomial if factor[0][0] == "T"}
         last = site.value.producer
         assert last is not None
+        before = live(plan.graph)
+        dead = [node for node in plan.graph.nodes if node not in before]  # they stay, and what they read
+        staying = live(plan.graph, edits, dead) if dead else alive
         found: dict[str, Value] = {}
         for node in region_and_readers(plan, site, alive):
             for value in node.outputs:
                 fact = plan.found.facts.get(value.index, {}).get(key)
                 if fact is None or fact.linear or fact.layout != reduced or value.dtype != norm.compute:
                     continue
-                if any(use.index < last.index for use in value.uses if use in alive):
+                if any(use.index < last.index for use in value.uses if use in staying):
                     continue  # it is read before the operator could stand
                 if fact.beta == {MEAN: 1.0}:
                     found["mean"] = value

@@ -5,19 +5,20 @@ Nodes that were dead before stay: they are the model's own business.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from normfuse.graph import Graph, Node
 from normfuse.plan import Edit, Plan
 
 
-def live(graph: Graph, replaced: Sequence[Edit] = ()) -> set[Node]:
-    """The nodes that an output or a kept value depends on, once the replacements are made."""
+def live(graph: Graph, replaced: Sequence[Edit] = (), also: Iterable[Node] = ()) -> set[Node]:
+    """The nodes that an output, a kept value or a node of `also` depends on, once the replacements are made."""
     instead = {value: inputs for edit in replaced for value, inputs in edit.computes().items()}
     todo = [value for node in graph.nodes for value in node.outputs if value.kept]
-    todo += [value for node in graph.nodes if node.attrs.get("effect") for value in node.inputs]
-    seen, alive = set(todo), {node for node in graph.nodes if node.attrs.get("effect")}
+    start = {*also, *(node for node in graph.nodes if node.attrs.get("effect"))}
+    todo += [value for node in start for value in node.inputs]
+    seen, alive = set(todo), start
     while todo:
         value = todo.pop()
         if value in instead:
@@ -41,5 +42,6 @@ class RemoveDead:
     def __call__(self, plan: Plan) -> None:
         """Mark each node that was live before the replacements and is not after them."""
         if edits := plan.edits():
-            before, after = live(plan.graph), live(plan.graph, edits)
+            before = live(plan.graph)
+            after = live(plan.graph, edits, [node for node in plan.graph.nodes if node not in before])
             plan.remove.extend(node for node in plan.graph.nodes if node in before and node not in after)

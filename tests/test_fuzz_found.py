@@ -71,6 +71,10 @@ MODELS: dict[str, tuple[str, str, str, list[tuple[str, list[int]]]]] = {
     "a factor of a power of two between two float16 weights": (
         F16, F16, "q = Mul(x, x) m = ReduceMean<axes = [-1]>(q) e = Add(m, eps16) s = Sqrt(e) n = Div(x, s)"
         " h = Mul(n, half16) y = Mul(h, w16)", [("rms_norm", [-1])]),
+    "a dead end inside a norm whose mean is read": (
+        F32, F32, "mu = ReduceMean<axes = [-1]>(x) c = Sub(x, mu) dead = Tanh(c) q = Mul(c, c)"
+        " v = ReduceMean<axes = [-1]>(q) e = Add(v, eps) s = Sqrt(e) n = Div(c, s) y = Add(n, mu)",
+        [("layer_norm", [-1])]),
     "norms that cancel": (
         F32, F32, RMS.format(x="x", y="n") + " m_ = Neg(n) k = Add(m_, b) t = Transpose<perm = [0, 1, 2]>(n)"
         " y = Add(t, k)", [("rms_norm", [-1])] * 2),

@@ -213,8 +213,8 @@ def _made_proto(made: list[ir.Node], boundary: list[Value], emitter: Emitter, ed
 def _finish(nodes: list[onnx.NodeProto], inputs: list[str], outputs: list[str], opset: int,
             functions: list[onnx.FunctionProto]) -> Model:  # fmt: skip
     """The model in its own types and the same in float64."""
-    imports = [onnx.helper.make_opsetid("", opset), onnx.helper.make_opsetid(DOMAIN, 1),
-               onnx.helper.make_opsetid("com.microsoft", 1)]  # fmt: skip
+    others = {DOMAIN, "com.microsoft", *(node.domain for node in nodes)} - {""}
+    imports = [onnx.helper.make_opsetid("", opset), *(onnx.helper.make_opsetid(d, 1) for d in sorted(others))]
     graph = onnx.helper.make_graph(
         nodes, "g", [onnx.helper.make_tensor_value_info(n, 1, None) for n in sorted(set(inputs))],
         [onnx.helper.make_tensor_value_info(n, 1, None) for n in outputs],

@@ -64,7 +64,7 @@ class OnnxModel:
     def _abilities(self, low: Lowering) -> Abilities:
         can = Abilities(self._expressible, functions=True, statistics=self.emitter.gives_statistics, leave=self._leave,
                         done=self._done)  # fmt: skip
-        wide = self.config.target != "onnx"
+        wide = self.config.target == "normfuse" or self.config.target in PROVIDERS
         return replace(can, operator=lambda edit: self.fused.unfit(low, edit)) if wide else can
 
     def _expressible(self, norm: Norm, value: Value) -> Reason | None:

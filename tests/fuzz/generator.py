@@ -149,7 +149,7 @@ class _Generator:
         b, writer = self.b, norms.Norm(self.b, parts.core, axes)
         if b.chance(0.5):
             scale = (parts.truth.eps[0] / parts.truth.eps[1]) ** 0.5
-            truth = Truth(parts.truth.kind, parts.truth.axes, (), "shares the statistic")
+            truth = Truth(parts.truth.kind, parts.truth.axes, (), "shares the statistic", size=parts.truth.size)
             more = norms.Parts(parts.x, parts.core, parts.statistic, parts.factor, truth, parts.wide, [])
             out = norms.finish(b, writer, more, scale)
             self.truths.append(truth)

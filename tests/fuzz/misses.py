@@ -69,7 +69,7 @@ def _true(b: Builder, w: Norm, core: Val, v: Val, kind: str, factor: float = 1.0
     e, added = w.plus(v, w.eps(v.dtype))
     root, inverse = w.root(e)
     n = w.scaled(core, root, inverse)
-    return (w.affine(n) if affine else n), Truth(kind, (w.ends,), (added / factor,), "in a near miss")
+    return (w.affine(n) if affine else n), Truth(kind, (w.ends,), (added / factor,), "in a near miss", size=w.size)
 
 
 # -- eps ------------------------------------------------------------------------------------------------------------

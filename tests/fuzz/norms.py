@@ -265,7 +265,7 @@ def write(b: Builder, x: Val, axes: tuple[int, ...], kind: str) -> tuple[Val, Pa
     if b.chance(0.08):
         times = float(b.pick(2.0, 4.0, 0.5))
         statistic, factor = b.op("mul", statistic, b.number(times, wide)), factor * times
-    truth = Truth(kind, (writer.ends,), (), order + " " + wide)
+    truth = Truth(kind, (writer.ends,), (), order + " " + wide, size=writer.size)
     parts = Parts(x, core, statistic, factor, truth, wide, [*inner, statistic])
     truth.how += f" scale {scale:g}" if scale != 1 else ""
     result = finish(b, writer, parts, scale)
@@ -304,7 +304,7 @@ def operator(b: Builder, x: Val) -> tuple[Val, Truth]:
     params = [b.const(0.4 + np.array([b.rng.random() for _ in range(writer.size)]).reshape(shape), x.dtype)
               for _ in range(b.pick(1, 2) if kind == "layer_norm" else 1)]  # fmt: skip
     out = b.op(kind, x, *params, shape=x.shape, count=count, eps=eps)
-    return out, Truth(kind, (writer.ends,), (eps,), "operator")
+    return out, Truth(kind, (writer.ends,), (eps,), "operator", size=writer.size)
 
 
 View = tuple[Val, tuple[int, ...], Callable[[Val], Val], tuple[tuple[int, ...], ...]]

@@ -61,7 +61,7 @@ class Truth:
     """A norm that is in the graph: its kind, its axes from the end (any of these), its eps (any of these).
 
     `least` records of it have to be in a report. There may be more, where several read the quotient: n + b and n * w
-    are two norms, and so are n and -n.
+    are two norms, and so are n and -n. Over last axes a view of x may have other axes, of as many elements, `size`.
     """
 
     kind: str
@@ -69,16 +69,22 @@ class Truth:
     eps: tuple[float, ...]
     how: str
     least: int = 1
+    size: int = 0
 
-    def fits(self, kind: str, axes: Sequence[int], eps: float) -> bool:
+    def fits(self, kind: str, axes: Sequence[int], eps: float, size: int | None) -> bool:
+        seen = tuple(axes) in self.axes or (size == self.size and all(map(_last, (axes, self.axes[0]))))
         near = any(abs(eps - e) <= EPS_TOLERANCE * e + 1e-12 for e in self.eps)
-        return kind == self.kind and tuple(axes) in self.axes and near
+        return kind == self.kind and seen and near
 
     def over(self, shape: Shape) -> Truth:
         """The same, with axes of size 1 taken or left."""
         rank = len(shape)
         some = {tuple(a for a in axes if shape[a + rank] != 1) for axes in self.axes if len(axes) <= rank}
         return replace(self, axes=(*self.axes, *sorted(some)))
+
+
+def _last(axes: Sequence[int]) -> bool:
+    return sorted(axes) == list(range(-len(axes), 0))
 
 
 @dataclass(slots=True)
