@@ -136,6 +136,15 @@ def test_onnx_runtime_takes_the_eps_of_a_function_in_other_types(kind: str, numb
     np.testing.assert_allclose(got, want, rtol=5e-3 if kind == "float16" else 1e-6)
 
 
+@pytest.mark.parametrize("kind", ["float", "float16", "bfloat16", "double"])
+def test_an_eps_in_the_type_of_x_is_rounded_in_the_check_too(kind: str) -> None:
+    text = ('<ir_version: 10, opset_import: ["" : 23]> g (KIND[2,64] x, KIND[64] w) => (KIND[2,64] y)'
+            " <float c = {1e-5}, int64[1] last = {-1}> { eps = CastLike(c, x) q = Mul(x, x) m = ReduceMean(q, last)"
+            " e = Add(m, eps) s = Sqrt(e) n = Div(x, s) y = Mul(n, w) }")  # fmt: skip
+    _, report = normfuse.optimize(onnx.parser.parse_model(text.replace("KIND", kind)))
+    assert [(n.action, n.verified) for n in report.norms] == [("fused", True)]
+
+
 def _joined(x: Tensor, w: Tensor) -> Tensor:
     h = x.reshape(2, 24)
     n = h * torch.rsqrt((h * h).mean(-1, keepdim=True) + 0.01) * w

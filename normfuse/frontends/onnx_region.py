@@ -67,7 +67,7 @@ def region(low: Lowering, edit: Edit, sizes: dict[Dim, int] | None = None) -> Re
         node, known = value.producer(), low.values.get(value)
         if value in low.arrays:
             out.constants[value] = low.arrays[value]
-        elif known is not None and known.number is not None and known.leaf:
+        elif known is not None and known.number is not None and (known.leaf or _like(node)):
             dims = [d for d in known.shape or () if isinstance(d, int)]
             out.constants[value] = np.full(dims, known.number, known.dtype)
         elif node is None:
@@ -91,6 +91,11 @@ def region(low: Lowering, edit: Edit, sizes: dict[Dim, int] | None = None) -> Re
             return None
     out.nodes, out.boundary = _ordered(found, set(boundary)), list(boundary.values())
     return out
+
+
+def _like(node: ir.Node | None) -> bool:
+    """A number in the type of another operand: in float64 its rounding would be lost."""
+    return node is not None and node.op_type == "CastLike"
 
 
 def _sizes(view: Value, sizes: dict[Dim, int]) -> Array | None:
