@@ -42,6 +42,10 @@ def __getattr__(name: str) -> Any:
         from normfuse import backend
 
         return getattr(backend, name)
+    if name in ("nn", "ops", "ort"):
+        from importlib import import_module
+
+        return import_module(f"normfuse.{name}")
     if name == "export":
         from normfuse.onnx_export import export
 
