@@ -18,6 +18,7 @@ import torch
 
 import normfuse
 from normfuse.cli import main
+from normfuse.graph import KINDS
 from tests.families import cached_export
 
 ROOT = Path(__file__).parents[1]
@@ -129,6 +130,14 @@ def test_what_the_pages_mention_is_there() -> None:
     for page, text in PAGES.items():
         for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
             assert ((ROOT if page == "README.md" else ROOT / "docs") / link).exists(), (page, link)
+
+
+def test_the_picture_names_what_is_there() -> None:
+    picture = (ROOT / "docs/architecture.svg").read_text(encoding="utf-8")
+    for name in re.findall(r"[\w/*]+(?:\.py|\*)|\w+/(?=[\s<:;,])", picture.partition("</defs>")[2]):
+        places = [ROOT, ROOT / "normfuse", ROOT / "normfuse/frontends"]
+        assert any(list(place.glob(name)) for place in places), name
+    assert f"{len(KINDS)} kinds of node" in picture
 
 
 def test_the_two_commands_are_there() -> None:
