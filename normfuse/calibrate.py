@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from normfuse.convert import Array, distance
+from normfuse.convert import Array, normwise
 from normfuse.errors import InputError, VerificationError
 
 Hook = Callable[[list[Array]], list[Array] | None]
@@ -135,18 +135,18 @@ def calibrate(original: Runner, converted: Runner, wide: Runner | None, layers: 
         after: dict[str, list[Array]] = {}
         watch = {layer.new: _shift(after, layer, old[layer.label] if naive else layer.bias) for layer in layers}
         got = converted(held, watch)
-        error = max(distance(a, b) for a, b in zip(want, got, strict=True))
+        error = max(normwise(a, b) for a, b in zip(want, got, strict=True))
         cosine = max(_cosine(a, b) for a, b in zip(want, got, strict=True))
         if naive:
             found.naive, found.naive_cosine = error, cosine
         else:
             found.error, found.cosine = error, cosine
         for layer in layers:
-            gap = distance([np.concatenate([v.reshape(-1) for v in truth[layer.y]])],
+            gap = normwise([np.concatenate([v.reshape(-1) for v in truth[layer.y]])],
                            [np.concatenate([v.reshape(-1) for v in after[layer.new]])])  # fmt: skip
             layer.naive, layer.error = (gap, layer.error) if naive else (layer.naive, gap)
     if wide is not None:
-        found.floor = max(distance(a, b) for a, b in zip(wide(held, {}), want, strict=True))
+        found.floor = max(normwise(a, b) for a, b in zip(wide(held, {}), want, strict=True))
     if not found.error <= tolerance:
         worst = sorted(layers, key=lambda layer: -layer.error)[:3]
         names = ", ".join(f"{layer.label} ({layer.error:.2g}, mean/rms {layer.mean_over_rms:.2f})" for layer in worst)

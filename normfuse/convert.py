@@ -239,7 +239,7 @@ def worst(want: Sequence[Any], got: Sequence[Any]) -> float:
     return max(gaps, default=0.0)
 
 
-def distance(want: Sequence[Any], got: Sequence[Any]) -> float:
+def normwise(want: Sequence[Any], got: Sequence[Any]) -> float:
     """The largest distance of two outputs, each as the norm of the difference relative to the norm: steadier than the
     largest element where outputs are few."""
     pairs = [(np.asarray(a), np.asarray(b)) for a, b in zip(want, got, strict=True)]

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from normfuse.calibrate import Hook
 from normfuse.config import Config
-from normfuse.convert import LIMIT, SEEN, Certificate, Randomiser, distance, worst
+from normfuse.convert import LIMIT, SEEN, Certificate, Randomiser, normwise, worst
 from normfuse.frontends.fx_effects import name_of
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def _certify(original: fx.GraphModule, result: fx.GraphModule, editor: Editor, w
         now = own | editor.tensors
         before = run(original, feeds, own, lambda name: own[name], wide=False)
         after = run(result, feeds, now, lambda name: now[name], wide=False)
-        found.before, found.after = distance(exact, before), distance(exact, after)
+        found.before, found.after = normwise(exact, before), normwise(exact, after)
     return found
 
 

@@ -22,7 +22,7 @@ from onnx.reference import ReferenceEvaluator
 
 from normfuse.calibrate import Hook
 from normfuse.config import Config
-from normfuse.convert import LIMIT, SEEN, Certificate, Randomiser, distance, worst
+from normfuse.convert import LIMIT, SEEN, Certificate, Randomiser, normwise, worst
 from normfuse.frontends.onnx_check import DOUBLE, FLOAT_TYPES, MOST, OPS, _widen
 from normfuse.frontends.onnx_kernels import KERNELS
 from normfuse.verify import Array
@@ -75,7 +75,7 @@ def _certify(original: ir.Model, result: ir.Model, editor: Editor, size: int) ->
     if sum(v.size for v in before.constants.values()) <= MAX_ERROR_SIZE:
         exact = list(before.run(feeds, before.own).values())
         programs = Program(original, False), Program(result, False)
-        found.before, found.after = (distance(exact, list(p.run(feeds, p.own).values())) for p in programs)
+        found.before, found.after = (normwise(exact, list(p.run(feeds, p.own).values())) for p in programs)
     return found
 
 
