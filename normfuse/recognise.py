@@ -20,7 +20,7 @@ from normfuse.graph import FLOATS, PRECISION, Graph, Node, Value
 from normfuse.norm import NEAR, VIEWS, Expr, Match, Norm, Refusal, Site, exact, is_op, match, precision
 from normfuse.transfer import REDUCTIONS, RULES, SPREAD, align, broadcast, identity_layout, regroup, start
 
-MAX_ROOTS = 12
+MAX_ROOTS = 32
 MAX_WALK = 16
 
 RootKey = tuple[int, tuple[int, ...]]
@@ -237,6 +237,7 @@ class _Recogniser:
     def _scales(self, value: Value, root: Root) -> bool:
         """Whether a value may be a parameter of a norm of this root: light enough, and not what the root is made of."""
         made = any(index == value.index for index, _ in self.facts.get(root.value.index, ()))
+        made = made or (value.shape == root.value.shape and _akin(value, root.value))
         return self.light.get(value.index, 9) <= max(len(root.axes), 1) and not made
 
     def _miss(self, key: RootKey, node: Node, why: Refused) -> None:
@@ -276,16 +277,25 @@ class _Recogniser:
                 if whole:
                     matches.setdefault(value.index, []).append((fact, found))
         final = self._final(values, matches, groups, set())
-        read = {self._best(found)[0].root.value.index for i, found in matches.items() if final[i]}
+        chains = self._chosen(values, matches, final)
+        read = {chain[0][1].root.value.index for chain in chains}
         if any(not final.get(i, True) for i in read):  # by a norm, whole: a step towards it that stands for itself
-            final = self._final(values, matches, groups, read)
+            chains = self._chosen(values, matches, self._final(values, matches, groups, read))
+        for chain in chains:
+            self._site(chain)
+
+    def _chosen(self, values: list[Value], matches: dict[int, list[tuple[Fact, Match]]],
+                final: dict[int, bool]) -> list[list[tuple[Value, Fact]]]:  # fmt: skip
+        """The chains of the values that are norms in their own right, and no view or copy of one that is."""
         chosen: set[int] = set()
+        out = []
         for value in values:
             if value.index in matches and final[value.index]:
                 chain = list(self._chain(self._best(matches[value.index])[0], value))
                 if not any(v.index in chosen and f.advanced >= 3 for v, f in chain):
                     chosen.add(value.index)
-                    self._site(chain)
+                    out.append(chain)
+        return out
 
     def _final(self, values: list[Value], matches: dict[int, list[tuple[Fact, Match]]],
                groups: dict[int, set[RootKey]], read: set[int]) -> dict[int, bool]:  # fmt: skip
@@ -415,6 +425,22 @@ class _Recogniser:
 
 def _label(value: Value) -> str:
     return value.producer.name if value.producer is not None and value.producer.name else value.name
+
+
+def _akin(a: Value, b: Value) -> bool:
+    """Whether two values of one shape are made of a third that has it too, so that neither is a parameter."""
+    return any(v.shape == a.shape and not v.fixed for v in _before(a) & _before(b))
+
+
+def _before(value: Value) -> set[Value]:
+    """A value and all that it is computed from."""
+    todo, seen = [value], {value}
+    while todo:
+        node = todo.pop().producer
+        new = [v for v in (node.inputs if node is not None else ()) if v not in seen]
+        seen.update(new)
+        todo += new
+    return seen
 
 
 def _size(value: Value, axes: tuple[int, ...]) -> int | None:

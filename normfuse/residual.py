@@ -26,17 +26,27 @@ def sum_of(x: Value) -> Value:
     return source if x.shape and source.shape and x.shape[-1] == source.shape[-1] else x
 
 
-def added(value: Value) -> tuple[Value, Value] | None:
-    """(the sum, the other summand), where the only reader of a value, copies aside, is a residual addition."""
+def added(value: Value, x: Value) -> tuple[Value, Value] | None:
+    """(the sum, the other summand), where the only reader of a norm of x, copies aside, is a residual addition.
+
+    Where the other summand is a copy of x, it is x: what reads the one may not be told apart from what reads the other.
+    """
     while len(value.uses) == 1 and not value.kept:
         node = value.uses[0]
         if summed(node.outputs[0]) is node:
             a, b = node.inputs
-            return node.outputs[0], b if a is value else a
+            other = b if a is value else a
+            return node.outputs[0], x if _origin(other) is _origin(x) else other
         if not copies(node):
             break
         value = node.outputs[0]
     return None
+
+
+def _origin(value: Value) -> Value:
+    while value.producer is not None and copies(value.producer) and not value.tainted:
+        value = value.producer.inputs[0]
+    return value
 
 
 def copies(node: Node) -> bool:
