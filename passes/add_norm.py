@@ -29,7 +29,8 @@ class AddNorm:
         """Add a `Fused` for each norm of a sum."""
         # an operator that gives a sum and its norm keeps it
         operators = {site.value.producer.native for site in plan.found.sites if site.is_op and site.value.producer}
-        done = taken(plan) | {site.value for site in plan.found.sites}  # n + n*w is a norm, not an addition
+        norms = {v for site in plan.found.sites for v in (site.value, sum_of(site.value))}
+        done = taken(plan) | norms  # n + n*w is a norm, not an addition
         for site in plan.free():
             s = sum_of(site.norm.x)
             node = summed(s)
