@@ -75,6 +75,22 @@ MODELS: dict[str, tuple[str, str, str, list[tuple[str, list[int]]]]] = {
         F32, F32, "mu = ReduceMean<axes = [-1]>(x) c = Sub(x, mu) dead = Tanh(c) q = Mul(c, c)"
         " v = ReduceMean<axes = [-1]>(q) e = Add(v, eps) s = Sqrt(e) n = Div(c, s) y = Add(n, mu)",
         [("layer_norm", [-1])]),
+    "the residual of a norm over all axes is no bias": (
+        "float[3,8]", "float[3,8]", "m0 = ReduceMean<axes = [0, 1]>(x) k = Sub(x, m0) q = Mul(k, k)"
+        " m = ReduceMean<axes = [0, 1]>(q) e = Add(m, eps) s = Sqrt(e) n = Div(k, s) t = Tanh(n)"
+        " m1 = ReduceMean<axes = [0, 1]>(t) c = Sub(t, m1) q1 = Mul(c, c) v = ReduceMean<axes = [0, 1]>(q1)"
+        " e1 = Add(v, eps) s1 = Sqrt(e1) n1 = Div(c, s1) y = Add(n1, x)",
+        [("layer_norm", [-2, -1])] * 2),
+    "a view of a norm of a norm reads nothing": (
+        F32, F32, "u = Unsqueeze(x, two) " + RMS.format(x="u", y="n") + " r = Squeeze(n, two) g = Neg(r)"
+        " mu = ReduceMean<axes = [0, 2]>(g) c = Sub(g, mu) q1 = Mul(c, c) v = ReduceMean<axes = [0, 2]>(q1)"
+        " e1 = Add(v, eps) s1 = Sqrt(e1) z = Div(c, s1) z4 = Unsqueeze(z, two) q2 = Mul(z4, z4)"
+        " t = Squeeze(q2, two) y = Add(t, z)",
+        [("rms_norm", [-1]), ("layer_norm", [-3, -1])]),
+    "a copy of x as the residual": (
+        F32, F32, "i = Identity(x) mu = ReduceMean<axes = [-1]>(i) c = Sub(i, mu) q = Mul(c, c)"
+        " v = ReduceMean<axes = [-1]>(q) e = Add(v, eps) s = Sqrt(e) n = Div(c, s) y = Add(n, i)",
+        [("layer_norm", [-1])]),
     "norms that cancel": (
         F32, F32, RMS.format(x="x", y="n") + " m_ = Neg(n) k = Add(m_, b) t = Transpose<perm = [0, 1, 2]>(n)"
         " y = Add(t, k)", [("rms_norm", [-1])] * 2),
@@ -92,7 +108,7 @@ def model(name: str) -> onnx.ModelProto:
     constants: dict[str, Any] = {
         "w": w.astype("f4"), "b": w.astype("f4"), "w64": w, "w16": w.astype("f2"), "eps": np.float32(0.01),
         "eps16": np.float16(0.01), "eps64": np.float64(0.01), "half16": np.float16(-0.5),
-        "one": np.array([1]), "kept": np.array([2, 3, 1]),
+        "one": np.array([1]), "two": np.array([2]), "kept": np.array([2, 3, 1]),
     }  # fmt: skip
     used = set(re.findall(r"\w+", body))
     tensors = (onnx.numpy_helper.from_array(np.asarray(a), n) for n, a in constants.items() if n in used)
@@ -110,6 +126,8 @@ def test_found_by_fuzzing(name: str, target: Any) -> None:
         assert report.norms[0].action == "kept"
     if target == "normfuse" and name == "two norms that are added":
         assert sum("norm_add" in n.emitted for n in report.norms) == 1
+    if name == "the residual of a norm over all axes is no bias":
+        assert report.norms[-1].bias is None
     onnx.checker.check_model(after, full_check=True)
     shape = [d.dim_value for d in before.graph.input[0].type.tensor_type.shape.dim]
     for scale in (1.0, 1e-3, 0.0):
@@ -134,6 +152,12 @@ def test_onnx_runtime_takes_the_eps_of_a_function_in_other_types(kind: str, numb
     feeds = {"x": (1e-2 * np.random.default_rng(0).standard_normal((2, 3, 8))).astype(dtype)}
     want, got = (session(m).run(None, feeds)[0] for m in (before, after))
     np.testing.assert_allclose(got, want, rtol=5e-3 if kind == "float16" else 1e-6)
+
+
+def test_a_norm_is_added_to_a_copy_of_what_it_reads() -> None:
+    _, report = normfuse.optimize(model("a copy of x as the residual"), Config(target="normfuse"))
+    assert [(n.action, n.verified) for n in report.norms] == [("fused", True)]
+    assert "norm_add" in report.norms[0].emitted
 
 
 @pytest.mark.parametrize("kind", ["float", "float16", "bfloat16", "double"])
@@ -163,11 +187,21 @@ def _sum_of_parts(x: Tensor, w: Tensor) -> Tensor:
     return F.layer_norm(s, (6,), None, None, 0.1)
 
 
-@pytest.mark.parametrize("function", [_joined, _wide_bias, _sum_of_parts])
+def _view_of_a_sum_of_parts(x: Tensor, w: Tensor) -> Tensor:
+    h = x.reshape(8, 6)
+    d = h - h.mean(-1, keepdim=True)
+    v = h.var(-1, keepdim=True, correction=0)
+    n = d * torch.rsqrt(v + 0.2)
+    s = (n * w[:6] + n).reshape(2, 4, 6)
+    return F.layer_norm(s, (6,), None, None, 0.1) + (d / (v + 0.01).sqrt()).reshape(2, 4, 6)
+
+
+@pytest.mark.parametrize("function", [_view_of_a_sum_of_parts, _joined, _wide_bias, _sum_of_parts])
 def test_found_by_fuzzing_in_torch(function: Callable[[Tensor, Tensor], Tensor]) -> None:
     x, w = torch.randn(2, 4, 6), torch.nn.Parameter(torch.randn(24))
     program = torch.export.export(_Module(function, w), (x,))
     after, report = normfuse.optimize(program, Config(verify="off"))
+    assert str(normfuse.optimize(after, Config(verify="off"))[0].graph) == str(after.graph)
     assert report.norms and all(n.action in ("fused", "kept") for n in report.norms)
     with torch.no_grad():
         torch.testing.assert_close(after.module()(x), function(x, w), rtol=1e-5, atol=1e-5)
