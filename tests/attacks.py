@@ -413,6 +413,25 @@ def node_that_reads_itself(inside: Path, outside: Path) -> onnx.ModelProto:
     return wrap([helper.make_node("Add", ["x", "y"], ["y"])], [], [2, 4])
 
 
+@attack
+def cast_to_nothing(inside: Path, outside: Path) -> onnx.ModelProto:
+    return wrap([onnx.NodeProto(op_type="Cast", input=["x"], output=["y"])], [], [2, 4])
+
+
+@attack
+def external_tensor_without_a_type(inside: Path, outside: Path) -> onnx.ModelProto:
+    (inside / "weights.bin").write_bytes(bytes(64))
+    tensor = TensorProto(name="w", dims=[8], data_location=TensorProto.EXTERNAL)
+    tensor.external_data.add(key="location", value="weights.bin")
+    return wrap([helper.make_node("Mul", ["x", "w"], ["y"])], [tensor], [2, 8])
+
+
+@attack
+def tensor_of_155_axes(inside: Path, outside: Path) -> onnx.ModelProto:
+    tensor = TensorProto(name="w", dims=[1] * 155, data_type=TensorProto.FLOAT, float_data=[1.0])
+    return wrap([helper.make_node("Mul", ["x", "w"], ["y"])], [tensor], [2, 4])
+
+
 def _field(number: int, content: bytes) -> bytes:
     """A length-delimited field of the wire format."""
     size, out = len(content), bytearray([number << 3 | 2])

@@ -13,6 +13,8 @@ import onnx_ir as ir
 from normfuse.errors import InputError, UnsupportedError
 
 KEYS = frozenset(("location", "offset", "length", "checksum"))
+MOST_AXES = 64
+"""Of a tensor: numpy has no more."""
 MOST_NODES = 2**20
 """Nodes of a model with its functions inlined: more than any model has, fewer than fill the memory."""
 _Scope = tuple[frozenset[str] | set[str], ...]
@@ -80,16 +82,19 @@ def _check_graph(graph: Any, outer: _Scope, opset: int, where: str) -> list[tupl
 
 
 @cache
-def _schema(op: str, opset: int) -> tuple[range, range, frozenset[int], dict[str, int]] | None:
-    """Of an operator of ONNX: how many inputs and outputs, which inputs may be left out, the types of attributes."""
+def _schema(op: str, opset: int) -> tuple[range, range, frozenset[int], dict[str, int], frozenset[str]] | None:
+    """Of an operator of ONNX: how many inputs and outputs, which inputs may be left out, the types of attributes, and
+    which of them it has to have."""
     try:
         found = onnx.defs.get_schema(op, opset, "")
     except Exception:  # not an operator of ONNX: nothing is known of it
         return None
     types: dict[str, int] = {name: attr.type for name, attr in found.attributes.items()}  # type: ignore[misc]
+    needed = frozenset(name for name, attr in found.attributes.items() if attr.required)
     optional = onnx.defs.OpSchema.FormalParameterOption.Optional
     free = frozenset(i for i, parameter in enumerate(found.inputs) if parameter.option == optional)
-    return range(found.min_input, found.max_input + 1), range(found.min_output, found.max_output + 1), free, types
+    outputs = range(found.min_output, found.max_output + 1)
+    return range(found.min_input, found.max_input + 1), outputs, free, types, needed
 
 
 def _check_operands(node: onnx.NodeProto, opset: int, where: str) -> None:
@@ -102,6 +107,9 @@ def _check_operands(node: onnx.NodeProto, opset: int, where: str) -> None:
         missing = [i for i, name in enumerate(node.input) if not name and i not in schema[2]]
         if missing:
             raise InputError(f"{what} lacks its input {missing[0]}")
+        lacking = sorted(schema[4] - {attr.name for attr in node.attribute})
+        if lacking:
+            raise InputError(f"{what} lacks its attribute {lacking[0]!r}")
     if any(not device.configuration_id for device in node.device_configurations):
         raise InputError(f"{what} is for a device without a configuration")
     for attr in node.attribute:
@@ -161,6 +169,10 @@ def _check_tensor(tensor: onnx.TensorProto, name: str) -> None:
         dtype = ir.DataType(tensor.data_type)
     except ValueError:
         raise InputError(f"{name} has type {tensor.data_type}, which ONNX does not know") from None
+    if dtype == ir.DataType.UNDEFINED:
+        raise InputError(f"{name} has no type")
+    if len(tensor.dims) > MOST_AXES:
+        raise InputError(f"{name} has {len(tensor.dims)} axes, more than {MOST_AXES}")
     raw, fields = tensor.HasField("raw_data"), _fields(tensor)
     if tensor.data_location == onnx.TensorProto.EXTERNAL:
         keys = [entry.key for entry in tensor.external_data]
@@ -179,8 +191,6 @@ def _check_tensor(tensor: onnx.TensorProto, name: str) -> None:
     for d in tensor.dims:
         count *= d
     given = len(tensor.raw_data) if raw else len(getattr(tensor, fields[0])) if fields else 0
-    if dtype == ir.DataType.UNDEFINED:
-        raise InputError(f"{name} has no type")
     need = -(-count * dtype.bitwidth // 8) if raw else _stored(count, dtype, fields)
     if given != need:
         raise InputError(f"{name} has {given} {'bytes' if raw else 'elements'}, its type and shape need {need}")
