@@ -38,6 +38,14 @@ def example(name: str, *argv: object) -> str:
     return done.stdout
 
 
+def test_train() -> None:
+    out = example("train", 6)
+    found = [(float(a), float(b)) for a, b in re.findall(r"^ +\d+  (\S+)  (\S+)$", out, re.MULTILINE)]
+    assert len(found) == 6 and all(a == pytest.approx(b, rel=1e-4) for a, b in found)
+    assert found[-1][1] < found[0][1]
+    assert "5 norms, 4 in fused operators:" in out and "normfuse.add_layer_norm" in out
+
+
 def test_export() -> None:
     pytest.importorskip("onnxruntime")
     out = example("export")
