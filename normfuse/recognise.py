@@ -414,6 +414,9 @@ class _Recogniser:
 
 
 def _label(value: Value) -> str:
+    """What made a value, by name: not a copy behind it, which may stand outside of the norm's module."""
+    while value.producer is not None and value.producer.kind == "identity" and value.producer.inputs[0].producer:
+        value = value.producer.inputs[0]
     return value.producer.name if value.producer is not None and value.producer.name else value.name
 
 

@@ -68,6 +68,22 @@ def test_families(name: str, dynamic: bool, decomposed: bool) -> None:
     assert told(report) == told(normfuse.inspect(torch.export.load(path)))
 
 
+def test_a_norm_that_is_an_output_has_the_name_of_its_module(tmp_path: Path) -> None:
+    class Copied(nn.Module):
+        """Gives out a copy of its norm, as models of transformers do."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.LayerNorm(16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = torch.ops.aten.alias(self.norm(x))
+            return out
+
+    path = saved(torch.export.export(Copied(), (X,)), tmp_path / "model.pt2")
+    assert [norm.name for norm in normfuse.inspect(path).norms] == ["norm/layer_norm"]
+
+
 def test_nothing_is_loaded_to_inspect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = saved(exported("small with free sizes"), tmp_path / "model.pt2")
 
