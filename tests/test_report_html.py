@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 import normfuse
+from normfuse import bench, cli_bench
 from normfuse.card import Card
 from normfuse.codes import CODES
 from normfuse.errors import InputError
@@ -26,16 +28,17 @@ from normfuse.report import NormRecord, RefusalRecord, Report
 from tests.bench.llama_layers import cached_llama
 from tests.cli_tools import EVIL, fails, norm_model, run, saved
 from tests.families import FAMILIES, cached_export, exported_program
+from tests.pt2_cases import exported, saved as saved_program
 
 ATTACKS = ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "</title></style><svg onload=alert(1)>",
            "javascript:alert(1)", "&lt;b&gt;", "</bdi><a href=http://example.org>", EVIL, "\ud800", "\x00",
            "]]><!--", "'onclick=alert(1) x='"]  # fmt: skip
 HOSTILE = "".join(ATTACKS[:6])
-VOID = {"meta", "br", "rect", "polyline", "polygon", "circle"}
+VOID = {"meta", "br", "rect", "line", "polyline", "polygon", "circle"}
 TAGS = VOID | set("""html head title style body main header section article nav h1 h2 h3 p a code pre span bdi strong b
     div table thead tbody tr th td dl dt dd details summary figure figcaption sup svg text""".split())
 ATTRIBUTES = set("""lang charset name content http-equiv id class href tabindex role aria-label aria-labelledby
-    aria-hidden open scope width height viewbox x y rx r cx cy points""".split())
+    aria-hidden open scope data-label width height viewbox x y x1 y1 x2 y2 rx r cx cy points""".split())
 
 
 class Page(HTMLParser):
@@ -165,8 +168,9 @@ def test_the_report_on_a_rewrite(tmp_path: Path) -> None:
     code, out, _ = run("rewrite", source, target, "--verify", "model", "--report", tmp_path / "r.html")
     assert code == 0 and out.endswith(f"wrote {target}\nwrote {tmp_path / 'r.html'}\n")
     text = read(tmp_path / "r.html").text
-    for words in ("13 of 13 norms replaced; 13 of 13 checked against the original and equal; the whole model gives "
-                  "equal outputs", "198 → 120 operators, −39 %", "w·x·(mean(x 2 ) + 1e-06) −1/2",
+    for words in ("13 of 13 norms replaced; 13 of 13 checked against the original and equal, 13 proved in exact "
+                  "arithmetic; the whole model gives equal outputs",
+                  "198 → 120 operators, −39 %", "w·x·(mean(x 2 ) + 1e-06) −1/2",
                   "before , 7 operators Pow ReduceMean Add Sqrt Reciprocal Mul Mul", "now function normfuse.rms_norm",
                   "model.model.layers.1.post_attention_layernorm", "ReduceMean 13 0 −13", "normfuse.rms_norm 0 13 +13",
                   "x + RMSNorm(attention(RMSNorm(x)))", f"normfuse rewrite {source} {target} --verify model --report",
@@ -200,6 +204,92 @@ def test_the_report_on_an_exported_program(tmp_path: Path) -> None:
     for words in ("model.model.layers.0.self_attn.k_norm", "x + RMSNorm(attention(x))", "RMSNorm · q, full width",
                   "pow mean add rsqrt mul", "rsqrt 9 0 −9"):  # fmt: skip
         assert words in text, words
+
+
+@pytest.mark.parametrize("convert", [False, True])
+def test_the_report_on_a_model_in_memory(convert: bool) -> None:
+    """What is there no more when the page is made: operators, modules and the recipe of the model before."""
+    before = normfuse.inspect(cached_export("gpt2" if convert else "gemma3", 18))
+    config = normfuse.Config(layernorm_to_rmsnorm="exact" if convert else "off", force=convert)
+    _, report = normfuse.optimize(onnx.load(cached_export("gpt2" if convert else "gemma3", 18)), config)
+    assert report.card is not None and before.card is not None and report.card.to_dict() == before.card.to_dict()
+    assert report.operators_before == before.operators_before
+    assert [(n.operators, n.module) for n in report.norms] == [(n.operators, n.module) for n in before.norms]
+    text = Page(report.to_html()).text
+    words = ("ONNX model", "LayerNormalization 5 0 −5", "before, 1 operator LayerNormalization → now",
+             "x + attention(LayerNorm(x))") if convert else \
+            ("ONNX model", "ReduceMean 13 0 −13", "before, 7 operators Pow", "model.model.layers.0.self_attn.q_norm",
+             "x + RMSNorm(attention(RMSNorm(x)))")  # fmt: skip
+    assert all(part in text for part in words)
+
+
+def test_the_report_on_a_module() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.LayerNorm(16), torch.nn.Linear(16, 4))
+    config = normfuse.Config(layernorm_to_rmsnorm="exact", force=True)
+    _, report = normfuse.optimize(model, config, args=(torch.randn(2, 16),))
+    assert report.converted == 1 and report.operators_before == {"linear": 2, "layer_norm": 1}
+    assert report.nodes_before == 3
+    text = Page(report.to_html()).text
+    for words in ("PyTorch module", "before, 1 operator layer_norm → now normfuse.nn.RMSNorm", "LayerNorm",
+                  "layer_norm 1 0 −1"):  # fmt: skip
+        assert words in text, words
+
+
+def test_the_report_on_a_pt2(tmp_path: Path) -> None:
+    source, target = saved_program(exported("small"), tmp_path / "a.pt2"), tmp_path / "b.pt2"
+    assert run("rewrite", source, target, "--trust", "--report", tmp_path / "r.html")[0] == 0
+    text = read(tmp_path / "r.html").text
+    for file in (source, target):
+        assert hashlib.sha256(file.read_bytes()).hexdigest() in text
+    assert f"a.pt2 , {source.stat().st_size:,} bytes" in text and "rsqrt 1 0 −1" in text
+    report = normfuse.rewrite(source, target, overwrite=True, trust=True)
+    assert report.replay.endswith(", trust=True)") and report.source == str(source) and report.target == str(target)
+
+
+def test_a_dropout_ahead_of_a_norm_is_no_part_of_it() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Dropout(), torch.nn.LayerNorm(16)).eval()
+    (norm,) = normfuse.inspect(torch.export.export(model, (torch.randn(2, 16),))).norms
+    assert norm.operators == ["layer_norm"] and norm.module == "2"
+
+
+def test_latency_in_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(bench, "SECONDS", 0.05)
+    monkeypatch.setattr(bench, "memory", lambda *_: None)
+    path, target, shown = saved(norm_model(), tmp_path / "m.onnx"), tmp_path / "o.onnx", tmp_path / "r.html"
+    code, out, _ = run("rewrite", path, target, "--report", shown)
+    assert code == 0 and f"Not measured: run normfuse rewrite with --bench , or normfuse bench {path} {target}" in \
+        read(shown).text  # fmt: skip
+    code, out, _ = run("rewrite", path, target, "--report", shown, "--overwrite", "--bench", "--json")
+    found = json.loads(out)["summary"]["latency"]
+    assert code == 0 and [m["path"] for m in found["models"]] == [str(path), str(target)]
+    text = read(shown).text
+    ratio = found["ratio"]["cpu"]
+    assert f"cpu: the result takes {ratio['median']:.2f} of the original" in text
+    a, b = (cli_bench.ms(m["providers"]["cpu"]["milliseconds"]["median"]) for m in found["models"])
+    assert f"{a} → {b} ms median latency, cpu" in text and f"before, cpu, {a} ms" in text
+    assert f"a copy, {found['copy_gb_per_s']:.3g} GB/s" in text and "Not measured" not in text
+    code, out, _ = run("rewrite", path, target, "--overwrite", "--bench")
+    assert "cpu: B takes" in out and "GB/s" in out
+
+
+def test_what_cannot_be_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    path, target = saved(norm_model(), tmp_path / "m.onnx"), tmp_path / "o.onnx"
+    program = saved_program(exported("small"), tmp_path / "a.pt2")
+    for words, message in (
+        ([path, target, "--bench", "--dry-run"], "--dry-run"),
+        ([path, "--bench", "--in-place"], "--in-place"),
+        ([path, target, "--size", "n=2"], "--bench"),
+        ([path, target, "--bench", "--size", "n"], "--size n"),
+        ([program, tmp_path / "b.pt2", "--bench", "--trust"], "bench runs ONNX models"),
+    ):  # fmt: skip
+        assert message in fails(run("rewrite", *words))
+        assert not target.exists()
+    code, out, _ = run("rewrite", path, target, "--bench", "--size", "nothing=2", "--report", tmp_path / "r.html")
+    assert code == 0 and target.exists() and "the latency was not measured: no size of an input" in out
+    assert "the latency was not measured: no size of an input" in read(tmp_path / "r.html").text
 
 
 def test_refusals_say_what_to_change(tmp_path: Path) -> None:

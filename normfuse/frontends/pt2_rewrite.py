@@ -66,6 +66,8 @@ def rewrite(source: Path, target: Path, config: Config, *, dry_run: bool, overwr
     done = time.perf_counter()
     report.seconds |= {"load": loaded - started, "save": done - planned, "total": done - started}
     report.seconds = {k: round(v, 4) for k, v in report.seconds.items()}
+    report.source, report.target = str(source), "" if dry_run else str(target)
+    report.replay = f"normfuse.rewrite({str(source)!r}, {str(target)!r}, normfuse.{config!r}, trust=True)"
     return report
 
 

@@ -74,5 +74,4 @@ def _approximated(report: Report, norms: list[tuple[NormRecord, dict[str, Any]]]
 
 
 def _plot(title: str, drawing: str) -> str:
-    box = f'<div class="scroll" tabindex="0" role="region" aria-label="plot">{drawing}</div>'
-    return f"<figure><figcaption>{title}</figcaption>{box}</figure>"
+    return f"<figure><figcaption>{title}</figcaption>{drawing}</figure>"
