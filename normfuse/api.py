@@ -71,9 +71,9 @@ def rewrite(src_path: str | Path, dst_path: str | Path, config: Config | None = 
     External data is copied, by the file system and under a name made from its content, or, with
     `external_data="reference"`, stays where it is, which has to be in the folder of the output or below. `calibration`
     is for `layernorm_to_rmsnorm="approximate"`: an .npz file, a folder of them, or dicts of arrays by input name; for
-    a .pt2, tuples of inputs. A .pt2 becomes a .pt2: loading one can run code in it, so it has to be allowed by `trust`.
-    Raises `InputError`, `UnsafeModelError` or `UnsupportedError` before anything is written, and `VerificationError`
-    when `verify="model"` finds that the results differ; then nothing is written either.
+    a .pt2, a file, a folder, or tuples of inputs. A .pt2 becomes a .pt2: loading one can run code in it, so it has to
+    be allowed by `trust`. Raises `InputError`, `UnsafeModelError` or `UnsupportedError` before anything is written, and
+    `VerificationError` when `verify="model"` finds that the results differ; then nothing is written either.
     """
     import onnx_ir as ir
 

@@ -176,8 +176,18 @@ def _verify(args: argparse.Namespace) -> Outcome:
 
     from normfuse.calibrate import load
 
+    from normfuse.io.pt2 import is_zip
+
     inputs = load(args.inputs) if args.inputs else None
-    result = verify.compare_models(args.a, args.b, seed=args.seed, inputs=inputs)
+    programs = [is_zip(path) for path in (args.a, args.b)]
+    if all(programs):
+        from normfuse.frontends import pt2_run
+
+        result = pt2_run.compare_files(Path(args.a), Path(args.b), trust=args.trust, seed=args.seed, inputs=inputs)
+    elif any(programs):
+        raise InputError("a .pt2 and an ONNX model are not compared; give two of a kind")
+    else:
+        result = verify.compare_models(args.a, args.b, seed=args.seed, inputs=inputs)
     code = DONE if result["equal"] else DIFFERENT
     return Outcome(code, {"schema": SCHEMA} | result, comparison_blocks(result, args.quiet))
 
@@ -274,10 +284,13 @@ def _parser() -> argparse.ArgumentParser:
     _config_arguments(shrink, ("off", "exact"))
     shrink.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     verify = command("verify", _verify, "run two models on the same inputs and compare their outputs")
-    verify.add_argument("a", metavar="A", help="an ONNX file")
+    verify.add_argument("a", metavar="A", help="an ONNX file, or a .pt2 of torch.export.save")
     verify.add_argument("b", metavar="B", help="another, with the same inputs and outputs")
-    verify.add_argument("--inputs", metavar="FILE.npz", help="arrays by input name, in place of random ones")
-    verify.add_argument("--seed", type=int, default=0, help="seed of the random inputs (0)")
+    verify.add_argument("--inputs", metavar="FILE.npz",
+                        help="arrays by input name, in place of random ones (of a .pt2: "
+                             "in place of the example inputs saved with A)")  # fmt: skip
+    verify.add_argument("--trust", action="store_true", help="load .pt2 files, which can run code in them")
+    verify.add_argument("--seed", type=int, default=0, help="seed of what is drawn at random (0)")
     _bench_arguments(command("bench", _bench, "time a model in ONNX Runtime, or two in turns"))
     explain = command("explain", _explain, "tell what a refusal code means and what to do about it")
     explain.add_argument("code", metavar="CODE", nargs="?", help="such as NF101; without it, all are listed")
