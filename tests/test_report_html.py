@@ -8,7 +8,9 @@ import os
 import re
 import shutil
 import subprocess
+from html import escape
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,7 @@ from normfuse.codes import CODES
 from normfuse.errors import InputError
 from normfuse.html import page, svg
 from normfuse.html.gallery_page import Entry, gallery
+from normfuse.html.style import STYLE
 from normfuse.report import NormRecord, RefusalRecord, Report
 from tests.bench.llama_layers import cached_llama
 from tests.cli_tools import EVIL, fails, norm_model, run, saved
@@ -49,6 +52,7 @@ class Page(HTMLParser):
         self.open: list[str] = []
         self.words: list[str] = []
         self.ids: set[str] = set()
+        self.heads: list[str] = []
         self.links: set[str] = set()
         assert source.startswith(page.START)
         self.feed(source)
@@ -69,6 +73,8 @@ class Page(HTMLParser):
                 self.ids.add(value or "")
         if tag not in VOID:
             self.open.append(tag)
+        if re.fullmatch(r"h\d", tag):
+            self.heads.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         assert tag in VOID
@@ -95,7 +101,10 @@ def read(path: Path) -> Page:
     source = path.read_text(encoding="utf-8")
     assert f'<meta http-equiv="Content-Security-Policy" content="{page.POLICY}">' in source
     assert page.POLICY == "default-src 'none'; style-src 'unsafe-inline'"
-    return Page(source)
+    found = Page(source)
+    assert found.heads[0] == "h1" and found.heads.count("h1") == 1
+    assert all(b <= f"h{int(a[1]) + 1}" for a, b in pairwise(found.heads))
+    return found
 
 
 # -- names that attack ---------------------------------------------------------------------------------------------
@@ -361,6 +370,30 @@ def test_ticks_are_round(top: float, marks: list[float]) -> None:
     assert svg.ticks(top) == pytest.approx(marks)
 
 
+def luminance(colour: str) -> float:
+    """Of a colour such as #fff, as the guidelines for accessible pages define it."""
+    digits = colour[1:] if len(colour) == 7 else "".join(c * 2 for c in colour[1:])
+    parts = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+    red, green, blue = (v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_colours_can_be_read(dark: bool) -> None:
+    """Contrast of text and what it stands on is 4.5 at least, of what is drawn 3."""
+    rules = re.findall(r":root\{([^}]*)\}", STYLE)
+    colours = dict(re.findall(r"--([\w-]+):(#[0-9a-f]+)", rules[dark]))
+    soft = [name for name in colours if name.endswith("-soft")]
+    pairs = [(text, ground, 4.5) for text in ("ink", "muted") for ground in ("card", "page", "soft")]
+    pairs += [(name.removesuffix("-soft"), name, 4.5) for name in soft] + [("ff", "page", 4.5), ("after", "card", 4.5)]
+    pairs += [("muted", f"{kind}-soft", 4.5) for kind in ("rms", "ln", "mix", "ff")]
+    pairs += [("before", "card", 3), ("focus", "card", 3), ("focus", "page", 3)]
+    assert len(soft) == 7
+    for text, ground, least in pairs:
+        low, high = sorted(luminance(colours[key]) for key in (text, ground))
+        assert (high + 0.05) / (low + 0.05) >= least, (text, ground)
+
+
 # -- size ----------------------------------------------------------------------------------------------------------
 
 
@@ -471,6 +504,22 @@ def console(path: Path) -> list[str]:
     return [line for line in done.stderr.splitlines() if ":CONSOLE:" in line]
 
 
+def widths(*paths: Path, width: int = 400) -> list[int]:
+    """How wide pages want to be on a phone: in frames of a page whose script asks them."""
+    frames = "".join(f'<iframe width="{width}" height="900" srcdoc="{escape(p.read_text("utf-8"))}"></iframe>'
+                     for p in paths)  # fmt: skip
+    ask = ("onload=()=>{document.title='widths '+[...document.querySelectorAll('iframe')].map(f=>"
+           "f.contentDocument.documentElement.scrollWidth).join(' ')}")  # fmt: skip
+    asking = paths[0].parent / "asking.html"
+    asking.write_text(f"<!doctype html><style>iframe{{border:0}}</style>{frames}<script>{ask}</script>", "utf-8")
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={asking.parent / 'profile'}",
+               "--virtual-time-budget=2000", "--dump-dom", asking.as_uri()]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    found = re.search(r"<title>widths ([\d ]+)</title>", done.stdout)
+    assert found is not None
+    return [int(n) for n in found[1].split()]
+
+
 @pytest.mark.skipif(not BROWSER, reason="no chromium")
 def test_a_browser_has_nothing_to_complain_of(tmp_path: Path) -> None:
     path = saved(hostile_model(HOSTILE), tmp_path / "m.onnx")
@@ -480,3 +529,6 @@ def test_a_browser_has_nothing_to_complain_of(tmp_path: Path) -> None:
     control.write_text(page.document("x", "<img src='http://127.0.0.1:9/x.png'><script>1</script>" + "x" * 100))
     assert len(console(control)) == 2
     assert console(tmp_path / "r.html") == console(tmp_path / "g.html") == []
+    control.write_text(page.document("x", f"<pre style='white-space:pre'>{'x' * 100}</pre>"))
+    fits, other, wide = widths(tmp_path / "r.html", tmp_path / "g.html", control)
+    assert max(fits, other) <= 400 < wide

@@ -214,8 +214,9 @@ def _group(norms: list[NormRecord], steps: list[str], known: dict[str, NormRecor
     rows = []
     for norm in norms:
         source = norm.module or getattr(known.get(norm.name), "module", "")
+        shown = "" if norm.name.startswith(f"{source}/") else source  # where its name has it already
         named = [name(value) if value else "" for value in
-                 (norm.name, source, _inside(norm.weight, source), _inside(norm.bias, source))]  # fmt: skip
+                 (norm.name, shown, _inside(norm.weight, source), _inside(norm.bias, source))]  # fmt: skip
         checked = "" if norm.verified is None else "no" if not norm.verified else "proved" if norm.proved else "yes"
         rows.append((*named, checked, _ulp(norm.error_before), _ulp(norm.error_after)))
     headers = ("norm", "module", "weight", "bias", "verified", "ulp before", "ulp now")

@@ -44,7 +44,7 @@ td .name{display:inline-block;min-width:16ch;overflow-wrap:anywhere}td>.tag,.nb{
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:10px;margin:14px 0 0}
 .tile{background:var(--soft);border-radius:8px;padding:10px 12px}
 .tile b{display:block;font-size:1.2rem;font-weight:650;font-variant-numeric:tabular-nums;line-height:1.3}
-.tile span{color:var(--muted);font-size:.85rem}
+.tile>span{color:var(--muted);font-size:.85rem}
 .verdict{font-size:1.08rem;padding:12px 14px;border-radius:8px;margin:0 0 10px;max-width:none}
 .good{background:var(--good-soft);color:var(--good)}.warn{background:var(--warn-soft);color:var(--warn)}
 .bad{background:var(--bad-soft);color:var(--bad)}
@@ -93,8 +93,8 @@ margin:0 5px 0 0}
 .bars{width:180px}.plot{max-width:760px;overflow:visible;margin:0 0 8px}
 @media (max-width:560px){main{padding:14px 10px 40px}section,.card{padding:14px 12px}h1{font-size:1.3rem}
 .sides{grid-template-columns:1fr}.arrow{transform:rotate(90deg);justify-self:center;line-height:1}
-dl div{grid-template-columns:1fr;gap:0}details details{margin-left:0}
-.rows thead{position:absolute;clip-path:inset(50%);height:1px;overflow:hidden}
+dl div{display:flex;flex-wrap:wrap;gap:0 12px}dt{min-width:13ch}details details{margin-left:0}
+.rows thead{display:block;position:absolute;clip-path:inset(50%);width:1px;height:1px;overflow:hidden}
 .rows tr,.rows td{display:block}.rows tr{border-bottom:1px solid var(--line);padding:6px 0}
 .rows td{display:grid;grid-template-columns:13ch 1fr;gap:8px;border:0;padding:1px 0;text-align:left;
 white-space:normal}.rows td:empty{display:none}
@@ -103,7 +103,8 @@ white-space:normal}.rows td:empty{display:none}
 .short table{font-size:.78rem}.card .short td,.card .short th,.short td,.short th{padding-right:6px}
 .short td:nth-child(2){min-width:9ch}.short td:last-child,.short th:last-child{padding-right:0}
 .short td:last-child{white-space:normal}.short .tag{padding:0 6px;font-size:.78rem}
-.narrow td{overflow-wrap:anywhere}.narrow .bars{width:64px}.formula{white-space:normal}}
+.narrow td{overflow-wrap:anywhere}.narrow .bars{width:64px}
+summary .name{word-break:break-all}.formula{white-space:normal}}
 @media print{:root{color-scheme:light;--page:#fff;--card:#fff}body{font-size:11pt}nav{display:none}
 section,.card{border:0;padding:0;break-inside:auto}figure,tr{break-inside:avoid}.scroll{overflow:visible}
 details::details-content{content-visibility:visible;block-size:auto}}
