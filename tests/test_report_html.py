@@ -357,9 +357,19 @@ def test_the_gallery(tmp_path: Path) -> None:
 def test_parallel_branches_stand_side_by_side() -> None:
     card = normfuse.inspect(cached_export("gpt_neox", 18)).card
     assert card is not None
-    drawn = svg.block(card, card.stacks[0].blocks[0], True)
+    drawn = svg.block(card, card.stacks[0].blocks[0], card.stacks[0].depth)
     boxes = {m[1]: float(m[2]) for m in re.finditer(r'<rect class="(attention|ff)" x="([\d.]+)"', drawn)}
     assert boxes["ff"] > boxes["attention"] + 100
+
+
+def test_norms_outside_stand_at_the_ends_of_the_stack() -> None:
+    """Of layers that differ, the last one has the final norm behind it."""
+    card = normfuse.inspect(cached_export("deepseek_v3", 18)).card
+    assert card is not None
+    (stack,) = card.stacks
+    drawn = {tuple(block.layers): svg.block(card, block, stack.depth) for block in stack.blocks}
+    assert {layers: "final RMSNorm" in shown for layers, shown in drawn.items()} == {(0,): False, (1,): True}
+    assert "final" not in svg.block(card, stack.blocks[-1])
 
 
 @pytest.mark.parametrize(("top", "marks"), [

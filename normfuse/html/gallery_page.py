@@ -99,7 +99,7 @@ def recipe(card: Card) -> str:
             differ = card.differences(block, stack.blocks[0])
             notes = "".join(f'<br><span class="muted">{text(line)}</span>' for line in differ)
             drawn.append(f"<figure><figcaption>{text(caption)}{lines}{notes}</figcaption>"
-                         f"{svg.block(card, block, len(card.stacks) == 1 and not drawn)}</figure>")  # fmt: skip
+                         f"{svg.block(card, block, stack.depth if len(card.stacks) == 1 else 0)}</figure>")  # fmt: skip
     more = f'<p class="muted">and {left} more kinds of layers</p>' if left else ""
     if not card.stacks:
         more = '<p class="muted">No residual layers were found around these norms.</p>' if card.norms else ""

@@ -74,13 +74,17 @@ def plot(drawing: Drawing, height: float, title: str, kind: str = "plot") -> str
 # -- blocks ----------------------------------------------------------------------------------------------------------
 
 
-def block(card: Card, shown: Block, outer: bool) -> str:
-    """A layer from top to bottom: the stream as a line, branches beside it; `outer`: with the norms around."""
+def block(card: Card, shown: Block, depth: int = 0) -> str:
+    """A layer from top to bottom: the stream as a line, branches beside it.
+
+    `depth`, of a stack that is the only one: with the norms ahead of its first layer and behind its last.
+    """
     out = Drawing()
     wide = max(len(branch.parts) for branch in shown.branches)
     box = BOX if wide == 1 else NARROW
     width = LEFT + wide * box + (wide - 1) * GAP + 12
-    outside = [card.norms[i] for i in card.outside] if outer else []
+    where = {"embedding": 0, "final": depth - 1}
+    outside = [use for use in (card.norms[i] for i in card.outside) if where.get(use.place) in shown.layers and depth]
     out.y = 4
     for use in outside:
         if use.place == "embedding":
