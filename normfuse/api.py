@@ -71,9 +71,9 @@ def rewrite(src_path: str | Path, dst_path: str | Path, config: Config | None = 
     External data is copied, by the file system and under a name made from its content, or, with
     `external_data="reference"`, stays where it is, which has to be in the folder of the output or below. `calibration`
     is for `layernorm_to_rmsnorm="approximate"`: an .npz file, a folder of them, or dicts of arrays by input name; for
-    a .pt2, tuples of inputs. A .pt2 becomes a .pt2: loading one can run code in it, so it has to be allowed by `trust`.
-    Raises `InputError`, `UnsafeModelError` or `UnsupportedError` before anything is written, and `VerificationError`
-    when `verify="model"` finds that the results differ; then nothing is written either.
+    a .pt2, a file, a folder, or tuples of inputs. A .pt2 becomes a .pt2: loading one can run code in it, so it has to
+    be allowed by `trust`. Raises `InputError`, `UnsafeModelError` or `UnsupportedError` before anything is written, and
+    `VerificationError` when `verify="model"` finds that the results differ; then nothing is written either.
     """
     import onnx_ir as ir
 
@@ -145,7 +145,7 @@ def optimize(model: Any, config: Config | None = None, *, args: Sequence[Any] = 
         if _is_pt2(Path(model)):
             raise UnsafeModelError(f"{model}: loading a .pt2 can run code in it; give what torch.export.load makes of "
                                    "it, or use normfuse.rewrite(..., trust=True)")  # fmt: skip
-        return _rewrite_ir(_read(Path(model))[0], config, None, calibration)[:2]
+        return _rewrite_ir(_read(Path(model))[0], config, None, calibration, shown=True)[:2]
     if kind in ("fx", "exported"):
         from normfuse.frontends import fx_model
 
@@ -157,11 +157,11 @@ def optimize(model: Any, config: Config | None = None, *, args: Sequence[Any] = 
     if config.verify == "model":
         raise UnsupportedError(whole)
     if kind == "proto":
-        done, report = _rewrite_ir(_of_proto(model), config, None, calibration)[:2]
+        done, report = _rewrite_ir(_of_proto(model), config, None, calibration, shown=True)[:2]
         return to_proto(done), report
     copy = (model.model if kind == "program" else model).clone()
     secure(copy)
-    copy, report = _rewrite_ir(copy, config, None, calibration)[:2]
+    copy, report = _rewrite_ir(copy, config, None, calibration, shown=True)[:2]
     if kind == "program":
         import torch
 
@@ -240,21 +240,25 @@ def _inspect_ir(model: ir.Model, own: bool = False) -> Report:
     return _onnx_report(one, rewritten=False)
 
 
-def _rewrite_ir(model: ir.Model, config: Config, progress: Progress | None,
-                calibration: Any = None) -> tuple[ir.Model, Report, bool, bool]:  # fmt: skip
-    """The model that came of it, the report, whether anything changed, and whether only nodes of the main graph did."""
+def _rewrite_ir(model: ir.Model, config: Config, progress: Progress | None, calibration: Any = None,
+                shown: bool = False) -> tuple[ir.Model, Report, bool, bool]:  # fmt: skip
+    """The model that came of it, the report, whether anything changed, and whether only nodes of the main graph did.
+
+    `shown`: with all that a page shows of the model before, which nobody can read again.
+    """
     from normfuse.frontends import onnx_model
 
     started = time.perf_counter()
     records: list[Record] = []
     notes: list[str] = []
-    first = approximation = None
+    first = before = approximation = None
     if config.converts:
         from normfuse.frontends.onnx_convert import convert_model
 
         if progress is not None:
             progress("converting LayerNorms", 0.0)
         first = onnx_model.OnnxModel(model, replace(config, target="onnx"), rewrite=False)
+        before = _onnx_report(first, rewritten=False) if shown else None
         model, records, notes = convert_model(first, config)
         if config.layernorm_to_rmsnorm == "approximate":
             from normfuse.frontends.onnx_approximate import approximate_model
@@ -271,16 +275,19 @@ def _rewrite_ir(model: ir.Model, config: Config, progress: Progress | None,
         one.check()
     checked = time.perf_counter()
     changed = one.apply()
-    report = _onnx_report(one, rewritten=True)
-    report.nodes_after = one.count()
+    report = _onnx_report(one, rewritten=True, shown=shown)
+    report.operators_after = one.operators()
+    report.nodes_after = sum(report.operators_after.values())
     report.seconds |= {"recognise": planned - converted, "verify": checked - planned,
                        "rewrite": time.perf_counter() - checked}  # fmt: skip
     report.approximation = approximation
     if first is not None:
-        report.nodes_before = first.nodes_before
+        report.operators_before, report.nodes_before = first.operators_before, first.nodes_before
         report.seconds["convert"] = converted - started
         tell(report, [site for p in one.plans for site in p.found.sites], records)
         report.notes += notes
+    if before is not None:
+        report.recall(before)
     other = any(r.verdict != "kept" for r in records) or bool(notes)
     plain = not (one.inlined or (first and first.inlined) or any(p.edits() for p in one.plans[1:]) or other)
     return model, report, changed or other, plain
@@ -304,12 +311,11 @@ def _check_model(source: Path, model: ir.Model, keep: Source | None, converted: 
 # -- the report -------------------------------------------------------------------------------------------------------
 
 
-def _onnx_report(one: OnnxModel, rewritten: bool) -> Report:
-    from normfuse.frontends.onnx_model import module_of, operators
+def _onnx_report(one: OnnxModel, rewritten: bool, shown: bool = False) -> Report:
+    from normfuse.frontends.onnx_model import module_of
 
-    report = build_report(one.plans, one.checks, rewritten, one.label, None if rewritten else module_of)
-    if not rewritten:
-        report.operators_before = operators(low.source for low in one.lowerings)
+    report = build_report(one.plans, one.checks, rewritten, one.label, None if rewritten and not shown else module_of)
+    report.operators_before = one.operators_before
     report.format, report.opset, report.nodes_before = "onnx", one.opset or None, one.nodes_before
     if one.inlined:
         report.notes.append("model-local functions were inlined")
@@ -332,7 +338,8 @@ def build_report(plans: Sequence[Plan], checks: dict[Site, Check], rewritten: bo
             record = records[site] = record_of(site)
             if module is not None:
                 nodes = region(site.value, site.norm)
-                record.operators = list({node.native or node: node.op for node in reversed(nodes)}.values())
+                steps = (node for node in reversed(nodes) if node.kind != "identity")  # a dropout ahead is no part
+                record.operators = list({node.native or node: node.op for node in steps}.values())
                 natives = (node.native for node in nodes if node.native is not None)
                 record.module = next(filter(None, map(module, natives)), "")
             if rewritten:

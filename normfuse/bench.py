@@ -22,6 +22,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from normfuse.errors import InputError, NormFuseError, UnsupportedError, first_line
 from normfuse.verify import Array, feeds_for
 
@@ -61,16 +63,18 @@ class How:
 def bench(paths: Sequence[str], how: How, progress: Callable[[str, float], None] | None = None) -> dict[str, Any]:
     """Measure one model, or two against each other, on each provider that this machine has.
 
-    Returns {"schema", "onnxruntime", "threads", "inputs", "models", "ratio", "notes"}; of each model by provider
-    milliseconds {"min", "q1", "median", "q3"}, `norm_share` and `memory_bytes` (None: not known). Raises `InputError`
-    for models and inputs that do not go together, `UnsupportedError` without ONNX Runtime, and `UnsafeModelError`.
+    Returns {"schema", "onnxruntime", "threads", "inputs", "models", "ratio", "copy_gb_per_s", "notes"}; of each model
+    by provider milliseconds {"min", "q1", "median", "q3"}, `norm_share`, `norm_gb_per_s` (see `Norms`) and
+    `memory_bytes`, each None where it is not known. `copy_gb_per_s` is what one thread reaches that copies as many
+    bytes as a norm moves. Raises `InputError` for models and inputs that do not go together, `UnsupportedError`
+    without ONNX Runtime, and `UnsafeModelError`.
     """
     from normfuse.cli_env import sessions_have
     from normfuse.io.files import read_onnx
 
     runtime = _runtime()
     for path in paths:
-        _refuse_foreign(path)
+        check(path)
         read_onnx(path)
     tell = progress or (lambda stage, share: None)
     ours = [_ours(path) if how.library else False for path in paths]
@@ -89,17 +93,21 @@ def bench(paths: Sequence[str], how: How, progress: Callable[[str, float], None]
         del sessions, jobs
         for model, one in zip(models, times, strict=True):
             model["providers"][name] = {"milliseconds": spread(one), "rounds": len(one), "norm_share": None,
-                                        "memory_bytes": None}  # fmt: skip
+                                        "norm_gb_per_s": None, "memory_bytes": None}  # fmt: skip
         if len(paths) == 2:
             ratio[name] = compare(*times)
+    moved = 0
     for i, (model, own) in enumerate(zip(models, ours, strict=True)):
         tell("profiling", i / len(models))
-        model["providers"]["cpu"]["norm_share"] = norm_share(model["path"], feeds, how.threads, own)
+        norms, run = profile(model["path"], feeds, how.threads, own), model["providers"]["cpu"]
+        run |= {"norm_share": norms.share, "norm_gb_per_s": norms.rate}
+        moved = moved or norms.moved
         tell("measuring memory", (i + 0.5) / len(models))
-        model["providers"]["cpu"]["memory_bytes"] = memory(model["path"], replace(how, library=own))
+        run["memory_bytes"] = memory(model["path"], replace(how, library=own))
     inputs = {name: {"shape": list(a.shape), "dtype": str(a.dtype)} for name, a in feeds.items()}
     return {"schema": SCHEMA, "onnxruntime": runtime.__version__, "threads": how.threads, "inputs": inputs,
-            "models": models, "ratio": ratio or None, "notes": notes}  # fmt: skip
+            "models": models, "ratio": ratio or None, "copy_gb_per_s": copy_rate(moved) if moved else None,
+            "notes": notes}  # fmt: skip
 
 
 # -- time ----------------------------------------------------------------------------------------------------------
@@ -157,9 +165,11 @@ def _runtime() -> Any:
     return onnxruntime
 
 
-def _refuse_foreign(path: str) -> None:
+def check(path: str) -> None:
+    """Raise `InputError` for a file that is no ONNX model, `UnsupportedError` without ONNX Runtime."""
     from normfuse.io.pt2 import foreign, is_zip
 
+    _runtime()
     if is_zip(Path(path)):
         raise InputError(f"{path}: bench runs ONNX models, and this is a .pt2; export it with torch.onnx.export")
     other = foreign(Path(path))
@@ -247,8 +257,19 @@ def make_feeds(session: Any, how: How) -> dict[str, Array]:
 # -- the share of norms --------------------------------------------------------------------------------------------
 
 
-def norm_share(path: str, feeds: dict[str, Array], threads: int, operators: bool) -> float | None:
-    """The share of the time of all operators, on the CPU, that those of norms take; None where it is not known.
+@dataclass(frozen=True, slots=True)
+class Norms:
+    """What norms cost on the CPU: their `share` of the time of all operators, their `rate` in GB/s, and how many bytes
+    one of them moves, 0 where that is not known. Each tensor that a norm has to read or to write counts once.
+    """
+
+    share: float | None = None
+    rate: float | None = None
+    moved: int = 0
+
+
+def profile(path: str, feeds: dict[str, Array], threads: int, operators: bool) -> Norms:
+    """What norms cost.
 
     Norm operators count whole, those that take in an addition too, and so do calls of our functions. Of a decomposed
     norm, the operators of its region count, by name: where ONNX Runtime runs none of them under its name, nobody knows.
@@ -258,19 +279,51 @@ def norm_share(path: str, feeds: dict[str, Array], threads: int, operators: bool
         options.enable_profiling, options.profile_file_prefix = True, str(Path(folder) / "run")
         events = _events(open_session(path, "cpu", threads, operators, options), feeds)
     regions, functions = norms_of(path)
-    timed: list[tuple[str, str, float]]
-    timed = [(re.sub(r"_kernel_time$", "", e["name"]), e["args"].get("op_name", ""), e["dur"]) for e in events
-             if e.get("cat") == "Node" and e["name"].endswith("_kernel_time")]  # fmt: skip
-    timed = [(re.sub(r"(/+\w*Fusion\w*/)+$", "", name), op, took) for name, op, took in timed if op not in CONTROL]
+    timed = [_Timed(e) for e in events if e.get("cat") == "Node" and e["name"].endswith("_kernel_time")]
+    timed = [e for e in timed if e.op not in CONTROL]
     timed = timed[len(timed) // (PROFILED + 1) :]  # the first run allocates
-    seen = {name for name, _, _ in timed}
-    inlined = tuple(f"_inlfunc_{function}" for function in functions)
+    seen = {e.name for e in timed}
     if regions is None or not timed or any(seen.isdisjoint(region) for region in regions):
-        return None
+        return Norms()
+    whole = [e for e in timed if e.op in NORMS or e.op in functions]
+    other = [e for e in timed if not (e.op in NORMS or e.op in functions)]
+    inlined = [e for e in other if e.name.startswith(tuple(f"_inlfunc_{function}" for function in functions))]
     parts = frozenset().union(*regions)
-    ours: list[float] = [took for name, op, took in timed
-            if op in NORMS or op in functions or name in parts or name.startswith(inlined)]  # fmt: skip
-    return sum(ours) / max(sum(took for _, _, took in timed), 1.0)
+    rest = [e for e in other if e.name in parts]
+    took = sum(e.took for e in (*whole, *inlined, *rest))
+    share = took / max(sum(e.took for e in timed), 1.0)
+    fused = {e.name for e in whole}  # by ONNX Runtime, under the name of one of the operators
+    ends = {max((e for e in rest if e.name in region), key=lambda e: e.place).name
+            for region in regions if fused.isdisjoint(region)}  # fmt: skip
+    moved = [e.read + e.written for e in whole] + [2 * e.written for e in rest if e.name in ends]
+    if inlined or not took or not all(moved) or not moved:
+        return Norms(share)
+    return Norms(share, sum(moved) / took / 1e3, sum(moved) // len(moved))
+
+
+class _Timed:
+    """A run of an operator: how many microseconds it took, and the bytes of the tensors it reads and writes."""
+
+    def __init__(self, event: Mapping[str, Any]) -> None:
+        about = event["args"]
+        self.name = re.sub(r"(/+\w*Fusion\w*/)+$", "", re.sub(r"_kernel_time$", "", event["name"]))
+        self.op, self.took = str(about.get("op_name", "")), float(event["dur"])
+        self.place = int(about.get("node_index", 0))
+        self.read, self.written = int(about.get("activation_size", 0)), int(about.get("output_size", 0))
+
+
+def copy_rate(moved: int, seconds: float = 0.05) -> float:
+    """GB/s of one thread that reads half of so many bytes and writes the other half: the fastest of some copies."""
+    source = np.ones(max(moved // 2, 1), np.uint8)
+    target = np.zeros_like(source)
+    best, end = float("inf"), clock() + seconds
+    for _ in range(MOST):
+        begun = clock()
+        np.copyto(target, source)
+        best = min(best, clock() - begun)
+        if clock() > end:
+            break
+    return 2 * source.size / max(best, 1e-9) / 1e9
 
 
 def _events(session: Any, feeds: dict[str, Array]) -> list[dict[str, Any]]:

@@ -244,8 +244,9 @@ def load(path: str | Path) -> dict[str, Array]:
         raise InputError(f"{path} is not a readable .npz file ({why}); {advice}") from why
 
 
-def named_batches(given: Any, inputs: Mapping[str, tuple[Sequence[Any], Any]]) -> list[dict[str, Array]]:
-    """Calibration inputs by name, checked against a model's: {name: (shape, numpy dtype)}.
+def named_batches(given: Any, inputs: Mapping[str, tuple[Sequence[Any], Any]],
+                  what: str = "calibration set") -> list[dict[str, Array]]:  # fmt: skip
+    """Calibration inputs by name, checked against a model's: {name: (shape, numpy dtype)}; `what` messages call them.
 
     `given`: a path, or dicts of arrays. A single set is split along its first axis, where the model leaves that open.
     """
@@ -257,17 +258,17 @@ def named_batches(given: Any, inputs: Mapping[str, tuple[Sequence[Any], Any]]) -
     for i, batch in enumerate(batches):
         for name in batch:
             if name not in inputs:
-                raise InputError(f"calibration set {i}: no input is named {name!r}; the model has {known}")
+                raise InputError(f"{what} {i}: no input is named {name!r}; the model has {known}")
         for name, (shape, dtype) in inputs.items():
             if name not in batch:
-                raise InputError(f"calibration set {i}: input {name!r} is missing; the model has {known}")
+                raise InputError(f"{what} {i}: input {name!r} is missing; the model has {known}")
             array = np.asarray(batch[name])
             fits = array.ndim == len(shape) and all(not isinstance(d, int) or d == n for d, n in
                                                     zip(shape, array.shape, strict=True))  # fmt: skip
             if not fits:
                 wanted = "x".join(str(d) for d in shape)
                 got = "x".join(map(str, array.shape))
-                raise InputError(f"calibration set {i}: input {name!r} has shape {got}, the model wants {wanted}")
+                raise InputError(f"{what} {i}: input {name!r} has shape {got}, the model wants {wanted}")
             batch[name] = array.astype(dtype)
     return _split(batches, inputs) if len(batches) == 1 else batches
 

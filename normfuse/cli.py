@@ -22,6 +22,7 @@ from normfuse.config import Config, LayerNormToRMSNorm, Numerics, Target, Verify
 from normfuse.errors import InputError, NormFuseError, VerificationError
 
 if TYPE_CHECKING:
+    from normfuse.bench import How
     from normfuse.cli_print import Block
     from normfuse.html.rewrite_page import Before
     from normfuse.report import Report
@@ -92,6 +93,7 @@ def _rewrite(args: argparse.Namespace) -> Outcome:
     output, in_place = args.output or args.model, args.in_place or args.output is None
     config = replace(_config(args), norms=args.norms, tolerance=args.tolerance)
     before = _before(args, output) if args.report else None
+    how = _timing(args, output)
     started = time.perf_counter()
     with progress(not args.quiet) as advance:
         report: Report = normfuse.rewrite(
@@ -100,6 +102,8 @@ def _rewrite(args: argparse.Namespace) -> Outcome:
             calibration=args.calibration, progress=advance, trust=args.trust,
         )  # fmt: skip
     seconds = time.perf_counter() - started
+    if how is not None:
+        _time(report, how, args.quiet)
     blocks = report_blocks(report, args.model, seconds, args.verbose, args.quiet)
     if not args.quiet:
         blocks.append("dry run: nothing was written" if args.dry_run else f"wrote {output}")
@@ -111,6 +115,30 @@ def _rewrite(args: argparse.Namespace) -> Outcome:
         if not args.quiet:
             blocks.append(f"wrote {args.report}")
     return Outcome(DIFFERENT if args.strict and report.refusals else DONE, report.to_dict(), blocks)
+
+
+def _timing(args: argparse.Namespace, output: str) -> How | None:
+    """How to time IN and OUT. Raises `InputError` where that cannot be, before anything is done."""
+    if not args.bench:
+        if args.size:
+            raise InputError("--size is a size to run the models with; it takes --bench")
+        return None
+    from normfuse import bench, cli_bench
+
+    if args.dry_run or Path(args.model).resolve() == Path(output).resolve():
+        raise InputError("--bench runs IN and OUT in turns; leave --dry-run and --in-place out")
+    bench.check(args.model)
+    return bench.How(sizes=cli_bench.sizes(args.size))
+
+
+def _time(report: Report, how: How, quiet: bool) -> None:
+    """Put the latency into the report; OUT is written by now, so that what goes wrong is a note."""
+    from normfuse import cli_bench
+
+    try:
+        report.latency = cli_bench.measure([report.source, report.target], how, quiet)
+    except NormFuseError as why:
+        report.notes.append(f"the latency was not measured: {why}")
 
 
 def _config(args: argparse.Namespace) -> Config:
@@ -148,8 +176,18 @@ def _verify(args: argparse.Namespace) -> Outcome:
 
     from normfuse.calibrate import load
 
+    from normfuse.io.pt2 import is_zip
+
     inputs = load(args.inputs) if args.inputs else None
-    result = verify.compare_models(args.a, args.b, seed=args.seed, inputs=inputs)
+    programs = [is_zip(path) for path in (args.a, args.b)]
+    if all(programs):
+        from normfuse.frontends import pt2_run
+
+        result = pt2_run.compare_files(Path(args.a), Path(args.b), trust=args.trust, seed=args.seed, inputs=inputs)
+    elif any(programs):
+        raise InputError("a .pt2 and an ONNX model are not compared; give two of a kind")
+    else:
+        result = verify.compare_models(args.a, args.b, seed=args.seed, inputs=inputs)
     code = DONE if result["equal"] else DIFFERENT
     return Outcome(code, {"schema": SCHEMA} | result, comparison_blocks(result, args.quiet))
 
@@ -246,10 +284,13 @@ def _parser() -> argparse.ArgumentParser:
     _config_arguments(shrink, ("off", "exact"))
     shrink.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     verify = command("verify", _verify, "run two models on the same inputs and compare their outputs")
-    verify.add_argument("a", metavar="A", help="an ONNX file")
+    verify.add_argument("a", metavar="A", help="an ONNX file, or a .pt2 of torch.export.save")
     verify.add_argument("b", metavar="B", help="another, with the same inputs and outputs")
-    verify.add_argument("--inputs", metavar="FILE.npz", help="arrays by input name, in place of random ones")
-    verify.add_argument("--seed", type=int, default=0, help="seed of the random inputs (0)")
+    verify.add_argument("--inputs", metavar="FILE.npz",
+                        help="arrays by input name, in place of random ones (of a .pt2: "
+                             "in place of the example inputs saved with A)")  # fmt: skip
+    verify.add_argument("--trust", action="store_true", help="load .pt2 files, which can run code in them")
+    verify.add_argument("--seed", type=int, default=0, help="seed of what is drawn at random (0)")
     _bench_arguments(command("bench", _bench, "time a model in ONNX Runtime, or two in turns"))
     explain = command("explain", _explain, "tell what a refusal code means and what to do about it")
     explain.add_argument("code", metavar="CODE", nargs="?", help="such as NF101; without it, all are listed")
@@ -306,6 +347,8 @@ def _rewrite_arguments(rewrite: argparse.ArgumentParser) -> None:
         help="copy weights that lie beside the model, or refer to them where they are (copy)")  # fmt: skip
     add("--trust", action="store_true", help="load a .pt2, which can run code in it: only from people you trust")
     _report_argument(rewrite)
+    add("--bench", action="store_true", help="run IN and OUT in turns, too, and report the latency of both")
+    add("--size", metavar="NAME=N", action="append", default=[], help="for --bench: a size that IN leaves open (2)")
     add("--dry-run", action="store_true", help="do everything but write OUT")
     add("--strict", action="store_true", help="exit with 1 if anything was refused; the output is written all the same")
     add("--overwrite", action="store_true", help="replace OUT, and the report, if they exist")

@@ -12,8 +12,8 @@ from normfuse.cli_print import Block, Table, progress
 from normfuse.errors import InputError
 from normfuse.html import page
 
-HEADERS = ("", "model", "provider", "median ms", "half of the rounds", "least", "rounds", "in norms", "memory",
-           "norms by")  # fmt: skip
+HEADERS = ("", "model", "provider", "median ms", "half of the rounds", "least", "rounds", "in norms", "norms move",
+           "memory", "norms by")  # fmt: skip
 
 
 def bench_models(args: argparse.Namespace) -> Outcome:
@@ -25,9 +25,8 @@ def bench_models(args: argparse.Namespace) -> Outcome:
         raise InputError(f"--threads {args.threads}: give 1 or more, or 0 for what ONNX Runtime takes")
     if args.report:
         page.check(Path(args.report), [Path(path) for path in paths], args.overwrite)
-    how = How(args.threads, args.rounds, dict(map(_size, args.size)), args.inputs, not args.no_library)
-    with progress(not args.quiet) as advance:
-        found = bench(paths, how, advance)
+    how = How(args.threads, args.rounds, sizes(args.size), args.inputs, not args.no_library)
+    found = measure(paths, how, args.quiet)
     blocks = bench_blocks(found, args.quiet)
     if args.report:
         from normfuse.html.bench_page import bench_page
@@ -36,6 +35,11 @@ def bench_models(args: argparse.Namespace) -> Outcome:
         if not args.quiet:
             blocks.append(f"wrote {args.report}")
     return Outcome(DONE, found, blocks)
+
+
+def sizes(given: list[str]) -> dict[str, int]:
+    """The sizes of --size by name. Raises `InputError` for what is none."""
+    return dict(map(_size, given))
 
 
 def _size(text: str) -> tuple[str, int]:
@@ -57,10 +61,22 @@ def bench_blocks(found: dict[str, Any], quiet: bool) -> list[Block]:
         for provider, run in model["providers"].items():
             t = run["milliseconds"]
             rows.append((letter.strip(), model["path"], provider, ms(t["median"]), f"{ms(t['q1'])} to {ms(t['q3'])}",
-                         ms(t["min"]), str(run["rounds"]), share(run), size(run),
+                         ms(t["min"]), str(run["rounds"]), share(run), rate(run["norm_gb_per_s"]), size(run),
                          "NormFuse's library" if model["operators"] else ""))  # fmt: skip
     blocks: list[Block] = [about(found), "", Table(HEADERS, rows)]
-    return blocks + [f"note: {note}" for note in found["notes"]] + ratios
+    return blocks + [f"note: {note}" for note in [*found["notes"], *copying(found)]] + ratios
+
+
+def measure(paths: list[str], how: How, quiet: bool) -> dict[str, Any]:
+    """Run `bench` with a bar of progress."""
+    with progress(not quiet) as advance:
+        return bench(paths, how, advance)
+
+
+def copying(found: dict[str, Any]) -> list[str]:
+    """What bounds the rate at which norms move bytes."""
+    limit = found["copy_gb_per_s"]
+    return [] if limit is None else [f"one thread that copies as many bytes as a norm moves {rate(limit)}"]
 
 
 def about(found: dict[str, Any]) -> str:
@@ -72,9 +88,9 @@ def about(found: dict[str, Any]) -> str:
     return f"ONNX Runtime {found['onnxruntime']}, {counted}; inputs: {inputs or 'none'}"
 
 
-def verdict(provider: str, ratio: dict[str, Any]) -> str:
+def verdict(provider: str, ratio: dict[str, Any], a: str = "A", b: str = "B") -> str:
     """The ratio of two models in words."""
-    text = f"{provider}: B takes {ratio['median']:.2f} of A ({ratio['q1']:.2f}-{ratio['q3']:.2f})"
+    text = f"{provider}: {b} takes {ratio['median']:.2f} of {a} ({ratio['q1']:.2f}-{ratio['q3']:.2f})"
     return text + ("; the difference is within noise" if ratio["within_noise"] else "")
 
 
@@ -86,6 +102,11 @@ def ms(value: float) -> str:
 def share(run: dict[str, Any]) -> str:
     """The share of time in norms."""
     return "not known" if run["norm_share"] is None else f"{run['norm_share']:.0%}"
+
+
+def rate(value: float | None) -> str:
+    """Bytes per second."""
+    return "not known" if value is None else f"{value:.3g} GB/s"
 
 
 def size(run: dict[str, Any]) -> str:

@@ -34,6 +34,10 @@ def report_blocks(report: Report, path: str, seconds: float, verbose: bool, quie
     blocks += [f"note: {note}" for note in report.notes]
     if report.model_check is not None:
         blocks.append(f"whole model: {_verdict(report.model_check)}")
+    if report.latency is not None:
+        from normfuse.cli_bench import bench_blocks
+
+        blocks += ["", *bench_blocks(report.latency, False), ""]
     blocks.append(end)
     if verbose and report.seconds:
         blocks.append("time: " + ", ".join(f"{stage} {t:.3f} s" for stage, t in report.seconds.items()))

@@ -24,6 +24,7 @@ MAX_ROOTS = 32
 MAX_WALK = 16
 
 RootKey = tuple[int, tuple[int, ...]]
+COPIES = frozenset({*VIEWS, "identity"})
 ELEMENTWISE = frozenset("add sub mul div neg abs square pow sqrt rsqrt reciprocal max cast identity".split())
 TELLING = ("NF112", "NF117")
 """Refusals that explain a miss even where they stand before any statistic."""
@@ -424,6 +425,9 @@ class _Recogniser:
 
 
 def _label(value: Value) -> str:
+    """What made a value, by name: not a copy or a view behind it, which may stand outside of the norm's module."""
+    while value.producer is not None and value.producer.kind in COPIES and value.producer.inputs[0].producer:
+        value = value.producer.inputs[0]
     return value.producer.name if value.producer is not None and value.producer.name else value.name
 
 

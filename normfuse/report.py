@@ -66,9 +66,9 @@ class RefusalRecord:
 class Report:
     """Result of `inspect`, `rewrite` and `optimize`; `to_dict()` is what `--json` prints, `to_html()` a page.
 
-    `operators_before` and `operators_after` count operators by type; after a rewrite of a file they are empty, as is
-    the card, since the page takes them from the files. `source` and `target` are the files, where there
-    are any, and `replay` is the call that does it again.
+    `operators_before` and `operators_after` count operators by type. After a rewrite of an ONNX file there is no card:
+    the page reads the file for it. `source` and `target` are the files, where there are any, and `replay` is the call
+    that does it again. `latency` is what `normfuse.bench.bench([source, target], How())` gives, where somebody asked.
     """
 
     norms: list[NormRecord] = field(default_factory=list)
@@ -89,6 +89,7 @@ class Report:
     source: str = ""
     target: str = ""
     replay: str = ""
+    latency: dict[str, Any] | None = None
 
     @property
     def fused(self) -> int:
@@ -101,6 +102,15 @@ class Report:
     @property
     def refused(self) -> int:
         return len(self.refusals)
+
+    def recall(self, before: Report) -> None:
+        """Take from the report on the model before a conversion what pages show of that: operators, modules, recipe."""
+        known = {norm.name: norm for norm in before.norms}
+        for norm in self.norms:
+            if norm.name in known:
+                norm.operators, norm.module = known[norm.name].operators, known[norm.name].module
+        self.card, self.operators_before = before.card, before.operators_before
+        self.nodes_before = before.nodes_before
 
     def totals(self) -> dict[str, int]:
         """The counts of a rewrite."""
@@ -150,6 +160,8 @@ class Report:
                 summary["model_check"] = self.model_check
             if self.approximation is not None:
                 summary["approximation"] = self.approximation.to_dict()
+            if self.latency is not None:
+                summary["latency"] = self.latency
         return out | {"summary": summary}
 
     def to_html(self) -> str:

@@ -165,6 +165,8 @@ def test_json_is_all_that_goes_to_stdout(model: Path, fused: Path) -> None:
         assert 0 < t["min"] <= t["q1"] <= t["median"] <= t["q3"]
         assert found["rounds"] == 5
         assert found["norm_share"] == 1.0  # the model is a norm and nothing else
+        assert 0 < found["norm_gb_per_s"] < 1000
+    assert 0 < data["copy_gb_per_s"] < 1000
     a, b = (m["providers"]["cpu"]["milliseconds"]["median"] for m in data["models"])
     ratio = data["ratio"]["cpu"]
     assert ratio["median"] == pytest.approx(b / a) and ratio["q1"] <= ratio["q3"]
@@ -206,6 +208,31 @@ def test_share_of_norms_leaves_out_the_rest(tmp_path: Path, named: bool) -> None
     assert 0.1 < share < 0.99
 
 
+def test_bytes_that_norms_move(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decomposed norm, and one operator that takes in an addition: each tensor counts once."""
+    def event(name: str, op: str, took: float, read: int, written: int, place: int) -> dict[str, Any]:
+        sizes = {"op_name": op, "activation_size": str(read), "output_size": str(written), "node_index": str(place)}
+        return {"cat": "Node", "name": f"{name}_kernel_time", "dur": took, "args": sizes}
+
+    run = [event("Div_normed", "Div", 1, 3000, 2000, 7), event("Mul_y", "Mul", 2, 2000, 2000, 8),
+           event("Mul_square", "Mul", 3, 2000, 2000, 3), event("other", "Gemm", 10, 1, 1, 9)]  # fmt: skip
+    more = event("fused", "SkipLayerNormalization", 4, 4000, 4000, 12)
+    monkeypatch.setattr(bench, "_events", lambda *_: run * (bench.PROFILED + 1))
+    assert bench.profile(str(model), {}, 1, False) == bench.Norms(6 / 16, 4000 / 6 / 1e3, 4000)
+    monkeypatch.setattr(bench, "_events", lambda *_: [*run, more] * (bench.PROFILED + 1))
+    assert bench.profile(str(model), {}, 1, False) == bench.Norms(10 / 20, 12000 / 10 / 1e3, 6000)
+    run[1]["args"]["output_size"] = "0"
+    assert bench.profile(str(model), {}, 1, False) == bench.Norms(10 / 20)
+    taken = event("Mul_y/SimplifiedLayerNormFusion/", "SimplifiedLayerNormalization", 5, 2000, 2000, 8)
+    monkeypatch.setattr(bench, "_events", lambda *_: [taken, run[3]] * (bench.PROFILED + 1))
+    assert bench.profile(str(model), {}, 1, False) == bench.Norms(5 / 15, 4000 / 5 / 1e3, 4000)
+
+
+def test_the_rate_of_a_copy(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(np, "copyto", lambda *_: clock.takes(0.01)())
+    assert bench.copy_rate(2_000_000) == pytest.approx(0.2)
+
+
 def test_share_is_not_known_where_names_are_lost(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "norms_of", lambda path: ([frozenset({"elsewhere"})], frozenset[str]()))
     assert "not known" in run("bench", model, *QUICK)[1]
@@ -233,7 +260,8 @@ def test_report(model: Path, fused: Path, tmp_path: Path) -> None:
     page = Page(source)
     verdict = next(line for line in out.splitlines() if line.startswith("cpu: "))
     assert verdict in page.text and "model.onnx" in page.text and "fused.onnx" in page.text
-    assert source.count('class="bar-before"') == source.count('class="bar-after"') == 1
+    assert source.count('class="bar-before"') == source.count('class="bar-after"') == 2  # time and bandwidth
+    assert "a copy, " in page.text
     assert "--overwrite" in fails(run("bench", model, *QUICK, "--report", path))
     assert run("bench", model, *QUICK, "--report", path, "--overwrite")[0] == 0
     assert "takes" not in Page(path.read_text(encoding="utf-8")).text

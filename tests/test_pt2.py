@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -66,6 +67,22 @@ def test_families(name: str, dynamic: bool, decomposed: bool) -> None:
     report = normfuse.inspect(path)
     assert len(report.norms) == family.norms
     assert told(report) == told(normfuse.inspect(torch.export.load(path)))
+
+
+def test_a_norm_that_is_an_output_has_the_name_of_its_module(tmp_path: Path) -> None:
+    class Copied(nn.Module):
+        """Gives out a copy of its norm, as models of transformers do."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.LayerNorm(16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = torch.ops.aten.alias(self.norm(x))
+            return out
+
+    path = saved(torch.export.export(Copied(), (X,)), tmp_path / "model.pt2")
+    assert [norm.name for norm in normfuse.inspect(path).norms] == ["norm/layer_norm"]
 
 
 def test_nothing_is_loaded_to_inspect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,6 +243,72 @@ def test_layernorm_to_rmsnorm(tmp_path: Path) -> None:
     assert [n.kind for n in normfuse.inspect(out).norms] == ["rms_norm"]
 
 
+class Biased(nn.Module):
+    """A LayerNorm whose input has a mean that no weight makes zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.head = nn.LayerNorm(16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor, *, scale: Tensor) -> Tensor:
+        out: Tensor = self.head(self.norm(x.float() * scale))
+        return out
+
+
+@pytest.fixture
+def biased(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    free = {"x": {0: torch.export.Dim.AUTO}, "scale": None}
+    example = (X.bfloat16(),), {"scale": torch.ones(16)}
+    return saved(torch.export.export(Biased().eval(), *example, dynamic_shapes=free), tmp_path / "model.pt2")
+
+
+def test_calibration_from_files(biased: Path, tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).standard_normal((3, 2, 4, 16)).astype(np.float32) + 0.3
+    scale = np.ones(16, np.float32)
+    for i, x in enumerate(rows):
+        np.savez(tmp_path / f"{i}.npz", scale=scale, x=x)
+    np.savez(tmp_path / "wrong.npz", y=rows[0])
+    approximate = ["--layernorm-to-rmsnorm", "approximate", "--tolerance", "0.5", "--force", "--trust", "--json"]
+    code, out, _ = run("rewrite", biased, tmp_path / "out.pt2", *approximate, "--calibration", tmp_path / "0.npz")
+    assert "two sets" in json.loads(out)["error"]["message"] and code == 2  # x alone has a free axis to split along
+    (tmp_path / "wrong.npz").rename(tmp_path / "wrong")
+    code, out, _ = run("rewrite", biased, tmp_path / "out.pt2", *approximate, "--calibration", tmp_path)
+    found = json.loads(out)["summary"]["approximation"]
+    assert code == 0 and (found["calibrated"], found["held_back"]) == (2, 1)
+    batches = [(torch.from_numpy(x).bfloat16(), torch.from_numpy(scale)) for x in rows]
+    config = Config("approximate", tolerance=0.5, force=True)
+    _, report = normfuse.optimize(torch.export.load(biased), config, calibration=batches)
+    assert report.approximation is not None and report.approximation.error == found["error"]
+    (tmp_path / "wrong").rename(tmp_path / "wrong.npz")
+    assert "'y'" in fails_json(run("rewrite", biased, tmp_path / "o.pt2", *approximate, "--calibration",
+                                   tmp_path / "wrong.npz"))  # fmt: skip
+
+
+def test_verify(biased: Path, tmp_path: Path) -> None:
+    out, other = tmp_path / "out.pt2", saved(exported("small"), tmp_path / "other.pt2")
+    normfuse.rewrite(biased, out, trust=True)
+    assert "--trust" in fails_json(run("verify", biased, out, "--json"), "UnsafeModelError")
+    code, text, _ = run("verify", biased, out, "--trust")
+    assert code == 0 and "equal: largest difference" in text and "torch" in text
+    assert "other inputs" in fails(run("verify", biased, other, "--trust"))
+    inputs = tmp_path / "inputs.npz"
+    np.savez(inputs, x=np.ones((5, 4, 16), np.float32), scale=np.ones(16, np.float32))
+    data = json.loads(run("verify", biased, out, "--trust", "--inputs", inputs, "--json")[1])
+    assert data["equal"] and data["outputs"][0]["shape"] == [5, 4, 8]
+    np.savez(inputs, x=np.ones((5, 4, 15), np.float32), scale=np.ones(16, np.float32))
+    message = fails(run("verify", biased, out, "--trust", "--inputs", inputs))
+    assert "set of inputs 0: input 'x' has shape 5x4x15" in message
+    program = torch.export.load(out)
+    with torch.no_grad():
+        program.state_dict["head.bias"].add_(1)
+    program._example_inputs = None
+    assert run("verify", biased, saved(program, out), "--trust")[0] == 1
+    assert "--inputs" in fails(run("verify", out, biased, "--trust"))
+    (tmp_path / "m.onnx").write_bytes(b"\x08\x08")
+    assert "two of a kind" in fails(run("verify", biased, tmp_path / "m.onnx", "--trust"))
+
+
 def test_folding_a_scale_is_a_change(tmp_path: Path) -> None:
     module = nn.Sequential(nn.RMSNorm(16, 1e-5), nn.Linear(16, 8))
     with torch.no_grad():
@@ -269,7 +352,7 @@ def test_options_and_outputs(tmp_path: Path) -> None:
     existing.write_text("keep me")
     before = sorted(tmp_path.iterdir())
     for more in (["--target", "ort-cpu"], ["--ort-version", "1.31"], ["--external-data", "reference"],
-                 ["--layernorm-to-rmsnorm", "approximate", "--calibration", "x.npz"],
+                 ["--layernorm-to-rmsnorm", "approximate", "--calibration", "x.npz"],  # is not there
                  ["--layernorm-to-rmsnorm", "approximate"]):  # fmt: skip
         fails(run("rewrite", path, tmp_path / "out.pt2", "--trust", *more))
     assert "normfuse.export" in fails(run("rewrite", path, tmp_path / "out.onnx", "--trust"))

@@ -261,3 +261,12 @@ def test_a_norm_of_a_copy_of_a_norm_is_found() -> None:
     second = norm(copy)
     total = g.op("add", copy, second)
     assert len(g.found(total).sites) == 2
+
+
+def test_a_copy_behind_a_norm_does_not_name_it() -> None:
+    """Exporters put copies and views of a model's results behind its last module."""
+    g = Build()
+    y = g.op("mul", g.w, g.op("mul", g.x, g.rstd(g.x)))
+    copy = g.op("reshape", g.op("identity", y), shape=("B", "S", 64))
+    (site,) = g.found(copy).sites
+    assert site.label == y.name

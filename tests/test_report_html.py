@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import shutil
 import subprocess
+from html import escape
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -17,25 +20,28 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 import normfuse
+from normfuse import bench, cli_bench
 from normfuse.card import Card
 from normfuse.codes import CODES
 from normfuse.errors import InputError
 from normfuse.html import page, svg
 from normfuse.html.gallery_page import Entry, gallery
+from normfuse.html.style import STYLE
 from normfuse.report import NormRecord, RefusalRecord, Report
 from tests.bench.llama_layers import cached_llama
 from tests.cli_tools import EVIL, fails, norm_model, run, saved
 from tests.families import FAMILIES, cached_export, exported_program
+from tests.pt2_cases import exported, saved as saved_program
 
 ATTACKS = ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "</title></style><svg onload=alert(1)>",
            "javascript:alert(1)", "&lt;b&gt;", "</bdi><a href=http://example.org>", EVIL, "\ud800", "\x00",
            "]]><!--", "'onclick=alert(1) x='"]  # fmt: skip
 HOSTILE = "".join(ATTACKS[:6])
-VOID = {"meta", "br", "rect", "polyline", "polygon", "circle"}
+VOID = {"meta", "br", "rect", "line", "polyline", "polygon", "circle"}
 TAGS = VOID | set("""html head title style body main header section article nav h1 h2 h3 p a code pre span bdi strong b
     div table thead tbody tr th td dl dt dd details summary figure figcaption sup svg text""".split())
 ATTRIBUTES = set("""lang charset name content http-equiv id class href tabindex role aria-label aria-labelledby
-    aria-hidden open scope width height viewbox x y rx r cx cy points""".split())
+    aria-hidden open scope data-label width height viewbox x y x1 y1 x2 y2 rx r cx cy points""".split())
 
 
 class Page(HTMLParser):
@@ -46,6 +52,7 @@ class Page(HTMLParser):
         self.open: list[str] = []
         self.words: list[str] = []
         self.ids: set[str] = set()
+        self.heads: list[str] = []
         self.links: set[str] = set()
         assert source.startswith(page.START)
         self.feed(source)
@@ -66,6 +73,8 @@ class Page(HTMLParser):
                 self.ids.add(value or "")
         if tag not in VOID:
             self.open.append(tag)
+        if re.fullmatch(r"h\d", tag):
+            self.heads.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         assert tag in VOID
@@ -92,7 +101,10 @@ def read(path: Path) -> Page:
     source = path.read_text(encoding="utf-8")
     assert f'<meta http-equiv="Content-Security-Policy" content="{page.POLICY}">' in source
     assert page.POLICY == "default-src 'none'; style-src 'unsafe-inline'"
-    return Page(source)
+    found = Page(source)
+    assert found.heads[0] == "h1" and found.heads.count("h1") == 1
+    assert all(b <= f"h{int(a[1]) + 1}" for a, b in pairwise(found.heads))
+    return found
 
 
 # -- names that attack ---------------------------------------------------------------------------------------------
@@ -165,8 +177,9 @@ def test_the_report_on_a_rewrite(tmp_path: Path) -> None:
     code, out, _ = run("rewrite", source, target, "--verify", "model", "--report", tmp_path / "r.html")
     assert code == 0 and out.endswith(f"wrote {target}\nwrote {tmp_path / 'r.html'}\n")
     text = read(tmp_path / "r.html").text
-    for words in ("13 of 13 norms replaced; 13 of 13 checked against the original and equal; the whole model gives "
-                  "equal outputs", "198 → 120 operators, −39 %", "w·x·(mean(x 2 ) + 1e-06) −1/2",
+    for words in ("13 of 13 norms replaced; 13 of 13 checked against the original and equal, 13 proved in exact "
+                  "arithmetic; the whole model gives equal outputs",
+                  "198 → 120 operators, −39 %", "w·x·(mean(x 2 ) + 1e-06) −1/2",
                   "before , 7 operators Pow ReduceMean Add Sqrt Reciprocal Mul Mul", "now function normfuse.rms_norm",
                   "model.model.layers.1.post_attention_layernorm", "ReduceMean 13 0 −13", "normfuse.rms_norm 0 13 +13",
                   "x + RMSNorm(attention(RMSNorm(x)))", f"normfuse rewrite {source} {target} --verify model --report",
@@ -200,6 +213,92 @@ def test_the_report_on_an_exported_program(tmp_path: Path) -> None:
     for words in ("model.model.layers.0.self_attn.k_norm", "x + RMSNorm(attention(x))", "RMSNorm · q, full width",
                   "pow mean add rsqrt mul", "rsqrt 9 0 −9"):  # fmt: skip
         assert words in text, words
+
+
+@pytest.mark.parametrize("convert", [False, True])
+def test_the_report_on_a_model_in_memory(convert: bool) -> None:
+    """What is there no more when the page is made: operators, modules and the recipe of the model before."""
+    before = normfuse.inspect(cached_export("gpt2" if convert else "gemma3", 18))
+    config = normfuse.Config(layernorm_to_rmsnorm="exact" if convert else "off", force=convert)
+    _, report = normfuse.optimize(onnx.load(cached_export("gpt2" if convert else "gemma3", 18)), config)
+    assert report.card is not None and before.card is not None and report.card.to_dict() == before.card.to_dict()
+    assert report.operators_before == before.operators_before
+    assert [(n.operators, n.module) for n in report.norms] == [(n.operators, n.module) for n in before.norms]
+    text = Page(report.to_html()).text
+    words = ("ONNX model", "LayerNormalization 5 0 −5", "before, 1 operator LayerNormalization → now",
+             "x + attention(LayerNorm(x))") if convert else \
+            ("ONNX model", "ReduceMean 13 0 −13", "before, 7 operators Pow", "model.model.layers.0.self_attn.q_norm",
+             "x + RMSNorm(attention(RMSNorm(x)))")  # fmt: skip
+    assert all(part in text for part in words)
+
+
+def test_the_report_on_a_module() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.LayerNorm(16), torch.nn.Linear(16, 4))
+    config = normfuse.Config(layernorm_to_rmsnorm="exact", force=True)
+    _, report = normfuse.optimize(model, config, args=(torch.randn(2, 16),))
+    assert report.converted == 1 and report.operators_before == {"linear": 2, "layer_norm": 1}
+    assert report.nodes_before == 3
+    text = Page(report.to_html()).text
+    for words in ("PyTorch module", "before, 1 operator layer_norm → now normfuse.nn.RMSNorm", "LayerNorm",
+                  "layer_norm 1 0 −1"):  # fmt: skip
+        assert words in text, words
+
+
+def test_the_report_on_a_pt2(tmp_path: Path) -> None:
+    source, target = saved_program(exported("small"), tmp_path / "a.pt2"), tmp_path / "b.pt2"
+    assert run("rewrite", source, target, "--trust", "--report", tmp_path / "r.html")[0] == 0
+    text = read(tmp_path / "r.html").text
+    for file in (source, target):
+        assert hashlib.sha256(file.read_bytes()).hexdigest() in text
+    assert f"a.pt2 , {source.stat().st_size:,} bytes" in text and "rsqrt 1 0 −1" in text
+    report = normfuse.rewrite(source, target, overwrite=True, trust=True)
+    assert report.replay.endswith(", trust=True)") and report.source == str(source) and report.target == str(target)
+
+
+def test_a_dropout_ahead_of_a_norm_is_no_part_of_it() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Dropout(), torch.nn.LayerNorm(16)).eval()
+    (norm,) = normfuse.inspect(torch.export.export(model, (torch.randn(2, 16),))).norms
+    assert norm.operators == ["layer_norm"] and norm.module == "2"
+
+
+def test_latency_in_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(bench, "SECONDS", 0.05)
+    monkeypatch.setattr(bench, "memory", lambda *_: None)
+    path, target, shown = saved(norm_model(), tmp_path / "m.onnx"), tmp_path / "o.onnx", tmp_path / "r.html"
+    code, out, _ = run("rewrite", path, target, "--report", shown)
+    assert code == 0 and f"Not measured: run normfuse rewrite with --bench , or normfuse bench {path} {target}" in \
+        read(shown).text  # fmt: skip
+    code, out, _ = run("rewrite", path, target, "--report", shown, "--overwrite", "--bench", "--json")
+    found = json.loads(out)["summary"]["latency"]
+    assert code == 0 and [m["path"] for m in found["models"]] == [str(path), str(target)]
+    text = read(shown).text
+    ratio = found["ratio"]["cpu"]
+    assert f"cpu: the result takes {ratio['median']:.2f} of the original" in text
+    a, b = (cli_bench.ms(m["providers"]["cpu"]["milliseconds"]["median"]) for m in found["models"])
+    assert f"{a} → {b} ms median latency, cpu" in text and f"before, cpu, {a} ms" in text
+    assert f"a copy, {found['copy_gb_per_s']:.3g} GB/s" in text and "Not measured" not in text
+    code, out, _ = run("rewrite", path, target, "--overwrite", "--bench")
+    assert "cpu: B takes" in out and "GB/s" in out
+
+
+def test_what_cannot_be_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    path, target = saved(norm_model(), tmp_path / "m.onnx"), tmp_path / "o.onnx"
+    program = saved_program(exported("small"), tmp_path / "a.pt2")
+    for words, message in (
+        ([path, target, "--bench", "--dry-run"], "--dry-run"),
+        ([path, "--bench", "--in-place"], "--in-place"),
+        ([path, target, "--size", "n=2"], "--bench"),
+        ([path, target, "--bench", "--size", "n"], "--size n"),
+        ([program, tmp_path / "b.pt2", "--bench", "--trust"], "bench runs ONNX models"),
+    ):  # fmt: skip
+        assert message in fails(run("rewrite", *words))
+        assert not target.exists()
+    code, out, _ = run("rewrite", path, target, "--bench", "--size", "nothing=2", "--report", tmp_path / "r.html")
+    assert code == 0 and target.exists() and "the latency was not measured: no size of an input" in out
+    assert "the latency was not measured: no size of an input" in read(tmp_path / "r.html").text
 
 
 def test_refusals_say_what_to_change(tmp_path: Path) -> None:
@@ -258,9 +357,19 @@ def test_the_gallery(tmp_path: Path) -> None:
 def test_parallel_branches_stand_side_by_side() -> None:
     card = normfuse.inspect(cached_export("gpt_neox", 18)).card
     assert card is not None
-    drawn = svg.block(card, card.stacks[0].blocks[0], True)
+    drawn = svg.block(card, card.stacks[0].blocks[0], card.stacks[0].depth)
     boxes = {m[1]: float(m[2]) for m in re.finditer(r'<rect class="(attention|ff)" x="([\d.]+)"', drawn)}
     assert boxes["ff"] > boxes["attention"] + 100
+
+
+def test_norms_outside_stand_at_the_ends_of_the_stack() -> None:
+    """Of layers that differ, the last one has the final norm behind it."""
+    card = normfuse.inspect(cached_export("deepseek_v3", 18)).card
+    assert card is not None
+    (stack,) = card.stacks
+    drawn = {tuple(block.layers): svg.block(card, block, stack.depth) for block in stack.blocks}
+    assert {layers: "final RMSNorm" in shown for layers, shown in drawn.items()} == {(0,): False, (1,): True}
+    assert "final" not in svg.block(card, stack.blocks[-1])
 
 
 @pytest.mark.parametrize(("top", "marks"), [
@@ -269,6 +378,30 @@ def test_parallel_branches_stand_side_by_side() -> None:
 ])  # fmt: skip
 def test_ticks_are_round(top: float, marks: list[float]) -> None:
     assert svg.ticks(top) == pytest.approx(marks)
+
+
+def luminance(colour: str) -> float:
+    """Of a colour such as #fff, as the guidelines for accessible pages define it."""
+    digits = colour[1:] if len(colour) == 7 else "".join(c * 2 for c in colour[1:])
+    parts = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+    red, green, blue = (v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_colours_can_be_read(dark: bool) -> None:
+    """Contrast of text and what it stands on is 4.5 at least, of what is drawn 3."""
+    rules = re.findall(r":root\{([^}]*)\}", STYLE)
+    colours = dict(re.findall(r"--([\w-]+):(#[0-9a-f]+)", rules[dark]))
+    soft = [name for name in colours if name.endswith("-soft")]
+    pairs = [(text, ground, 4.5) for text in ("ink", "muted") for ground in ("card", "page", "soft")]
+    pairs += [(name.removesuffix("-soft"), name, 4.5) for name in soft] + [("ff", "page", 4.5), ("after", "card", 4.5)]
+    pairs += [("muted", f"{kind}-soft", 4.5) for kind in ("rms", "ln", "mix", "ff")]
+    pairs += [("before", "card", 3), ("focus", "card", 3), ("focus", "page", 3)]
+    assert len(soft) == 7
+    for text, ground, least in pairs:
+        low, high = sorted(luminance(colours[key]) for key in (text, ground))
+        assert (high + 0.05) / (low + 0.05) >= least, (text, ground)
 
 
 # -- size ----------------------------------------------------------------------------------------------------------
@@ -381,6 +514,22 @@ def console(path: Path) -> list[str]:
     return [line for line in done.stderr.splitlines() if ":CONSOLE:" in line]
 
 
+def widths(*paths: Path, width: int = 400) -> list[int]:
+    """How wide pages want to be on a phone: in frames of a page whose script asks them."""
+    frames = "".join(f'<iframe width="{width}" height="900" srcdoc="{escape(p.read_text("utf-8"))}"></iframe>'
+                     for p in paths)  # fmt: skip
+    ask = ("onload=()=>{document.title='widths '+[...document.querySelectorAll('iframe')].map(f=>"
+           "f.contentDocument.documentElement.scrollWidth).join(' ')}")  # fmt: skip
+    asking = paths[0].parent / "asking.html"
+    asking.write_text(f"<!doctype html><style>iframe{{border:0}}</style>{frames}<script>{ask}</script>", "utf-8")
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={asking.parent / 'profile'}",
+               "--virtual-time-budget=2000", "--dump-dom", asking.as_uri()]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    found = re.search(r"<title>widths ([\d ]+)</title>", done.stdout)
+    assert found is not None
+    return [int(n) for n in found[1].split()]
+
+
 @pytest.mark.skipif(not BROWSER, reason="no chromium")
 def test_a_browser_has_nothing_to_complain_of(tmp_path: Path) -> None:
     path = saved(hostile_model(HOSTILE), tmp_path / "m.onnx")
@@ -390,3 +539,6 @@ def test_a_browser_has_nothing_to_complain_of(tmp_path: Path) -> None:
     control.write_text(page.document("x", "<img src='http://127.0.0.1:9/x.png'><script>1</script>" + "x" * 100))
     assert len(console(control)) == 2
     assert console(tmp_path / "r.html") == console(tmp_path / "g.html") == []
+    control.write_text(page.document("x", f"<pre style='white-space:pre'>{'x' * 100}</pre>"))
+    fits, other, wide = widths(tmp_path / "r.html", tmp_path / "g.html", control)
+    assert max(fits, other) <= 400 < wide

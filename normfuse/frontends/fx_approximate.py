@@ -115,7 +115,7 @@ def _batches(given: Any, program: Any) -> list[list[Any]]:
     """The inputs of a program, flat, checked against its placeholders."""
     if given is None or isinstance(given, str):
         raise InputError("layernorm_to_rmsnorm='approximate' needs calibration inputs: an iterable of tuples of "
-                         "tensors")  # fmt: skip
+                         "tensors, or for a .pt2 an .npz file or a folder of them")  # fmt: skip
     skip = tensors_of(program)
     inputs = [node for node in program.graph.nodes if node.op == "placeholder" and node.name not in skip]
     out = []

@@ -84,7 +84,7 @@ def _run(model: Any, config: Config, rewrite: bool, leave: Leave | None, calibra
     report.format = "exported" if exported else "fx"
     if report.converted:
         state = _state(original) if exported else None
-        report.card = _Module(original.graph_module if exported else original, config, False, state).report().card
+        report.recall(_Module(original.graph_module if exported else original, config, False, state).report())
     return model, report
 
 

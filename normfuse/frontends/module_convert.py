@@ -67,7 +67,7 @@ def convert_module(module: nn.Module, config: Config, args: Sequence[Any], kwarg
         if failed:
             found.records = [refusals(r.site, "NF304", failed) if r.verdict != "kept" else r for r in found.records]
             out = copy.deepcopy(module)
-    report = _report(new_program, config, found)
+    report = _report(program, new_program, config, found)
     report.approximation = cost
     for name, m in out.named_modules():
         m.training = modes.get(name, module.training)
@@ -96,13 +96,15 @@ def _outputs(out: Any) -> list[torch.Tensor]:
     return [v for v in tree_flatten(out)[0] if isinstance(v, torch.Tensor) and v.is_floating_point()]
 
 
-def _report(program: Any, config: Config, found: Converted) -> Report:
+def _report(before: Any, program: Any, config: Config, found: Converted) -> Report:
     from dataclasses import replace
 
     from normfuse.frontends.fx_model import report_on
 
-    report, sites = report_on(program, replace(config, layernorm_to_rmsnorm="off"))
+    plain = replace(config, layernorm_to_rmsnorm="off")
+    report, sites = report_on(program, plain)
     tell(report, sites, found.records)
+    report.recall(report_on(before, plain)[0])
     report.format, report.rewritten = "module", True
     for norm in report.norms:
         if norm.action == "found":

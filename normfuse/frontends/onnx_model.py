@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 
 import onnx_ir as ir
@@ -51,7 +51,8 @@ class OnnxModel:
         self.emitter = Emitter(self.opset)
         self.progress("reading", 0.0)
         self.lowerings = lower(model)
-        self.nodes_before = self.count()
+        self.operators_before = self.operators()
+        self.nodes_before = sum(self.operators_before.values())
         self.progress("recognising", 0.2)
         self.table = Table(config)
         self.fused = (SkipEmitter(self.emitter, self.table) if config.target in PROVIDERS else
@@ -120,9 +121,10 @@ class OnnxModel:
                     used[row] += 1
         return found + self.table.lines(used)
 
-    def count(self) -> int:
-        """Nodes of the model, those of sub-graphs included."""
-        return sum(len(low.source) for low in self.lowerings)
+    def operators(self) -> dict[str, int]:
+        """The nodes by operator, with its domain where that is not ONNX's own; those of sub-graphs included."""
+        found = Counter((node.domain, node.op_type) for low in self.lowerings for node in low.source)
+        return {op if domain in ("", "ai.onnx") else f"{domain}.{op}": n for (domain, op), n in found.items()}
 
     def _inline(self) -> bool:
         if all(f.domain == DOMAIN for f in self.model.functions.values()):
@@ -303,12 +305,6 @@ def _unique(name: str, used: set[str | None]) -> str:
         found = f"{name}_{i}"
     used.add(found)
     return found
-
-
-def operators(graphs: Iterable[ir.Graph]) -> dict[str, int]:
-    """The nodes of graphs by operator, with its domain where that is not ONNX's own."""
-    found = Counter((node.domain, node.op_type) for graph in graphs for node in graph)
-    return {op if domain in ("", "ai.onnx") else f"{domain}.{op}": n for (domain, op), n in found.items()}
 
 
 def module_of(node: ir.Node) -> str:

@@ -30,7 +30,7 @@ def conversion(report: Report) -> str:
             words += (f"; with its own weights the result is {check['error_after']:.1e} from float64, the original "
                       f"{check['error_before']:.1e}")  # fmt: skip
         out.append(f"<p>{text(words)}.</p>")
-    out += [_proof(n, c) for n, c in exact[:MOST]]
+    out += [_proof(n, c, i == 0) for i, (n, c) in enumerate(exact[:MOST])]
     if len(exact) > MOST:
         out.append(f'<p class="muted">{len(exact) - MOST} more derivations are left out; --json has them.</p>')
     if kept:
@@ -40,14 +40,14 @@ def conversion(report: Report) -> str:
     return "\n".join(filter(None, out))
 
 
-def _proof(norm: NormRecord, proof: dict[str, Any]) -> str:
+def _proof(norm: NormRecord, proof: dict[str, Any], is_open: bool) -> str:
     facts = []
     for title, key in PROOF:
         lines = proof.get(key) or []
         more = [f"and {len(lines) - LINES} more"] if len(lines) > LINES else []
         if lines:
             facts.append((title, "<br>".join(text(line, 300) for line in [*lines[:LINES], *more])))
-    return fold(f"{name(norm.name)} {text(proof['verdict'])}", items(facts))
+    return fold(f"{name(norm.name)} {text(proof['verdict'])}", items(facts), is_open)
 
 
 def _approximated(report: Report, norms: list[tuple[NormRecord, dict[str, Any]]]) -> str:
@@ -74,5 +74,4 @@ def _approximated(report: Report, norms: list[tuple[NormRecord, dict[str, Any]]]
 
 
 def _plot(title: str, drawing: str) -> str:
-    box = f'<div class="scroll" tabindex="0" role="region" aria-label="plot">{drawing}</div>'
-    return f"<figure><figcaption>{title}</figcaption>{box}</figure>"
+    return f"<figure><figcaption>{title}</figcaption>{drawing}</figure>"

@@ -99,11 +99,12 @@ def recipe(card: Card) -> str:
             differ = card.differences(block, stack.blocks[0])
             notes = "".join(f'<br><span class="muted">{text(line)}</span>' for line in differ)
             drawn.append(f"<figure><figcaption>{text(caption)}{lines}{notes}</figcaption>"
-                         f"{svg.block(card, block, len(card.stacks) == 1 and not drawn)}</figure>")  # fmt: skip
+                         f"{svg.block(card, block, stack.depth if len(card.stacks) == 1 else 0)}</figure>")  # fmt: skip
     more = f'<p class="muted">and {left} more kinds of layers</p>' if left else ""
     if not card.stacks:
         more = '<p class="muted">No residual layers were found around these norms.</p>' if card.norms else ""
-    return f'<div class="blocks">{"".join(drawn)}</div>{more}{_norms(card)}'
+    blocks = f'<div class="blocks">{"".join(drawn)}</div>' if drawn else ""
+    return f'<div class="recipe">{blocks}<div class="uses">{more}{_norms(card)}</div></div>'
 
 
 def _norms(card: Card) -> str:
@@ -120,6 +121,6 @@ def _norms(card: Card) -> str:
         ))  # fmt: skip
     headers = ("norm", "place", "layers", "count", "width", "eps", "weight", "computed in")
     same = f'<p class="muted">all computed in {text(next(iter(casts)))}</p>' if len(casts) == 1 else ""
-    return table(headers, rows, (3, 4, 5), "norms", short=True) + same
+    return table(headers, rows, (3, 4, 5), "norms", kind="short") + same
 
 

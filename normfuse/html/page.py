@@ -52,21 +52,26 @@ def formula(value: str) -> str:
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[str]], numeric: Sequence[int] = (), label: str = "",
-          most: int = MOST_ROWS, short: bool = False) -> str:  # fmt: skip
-    """A table in a box of its own that scrolls; cells are HTML. Columns that are empty in every row are left out.
+          most: int = MOST_ROWS, kind: str = "rows") -> str:  # fmt: skip
+    """A table in a box of its own that scrolls, by keys too; cells are HTML. Columns that are empty in every row are
+    left out.
 
-    `short`: no cell needs a second line.
+    `kind`: on a narrow screen the cells of one of "rows" stand one below the other, each with its header; the others
+    get narrow columns, "short" has no cell that needs a second line.
     """
     all_rows = list(rows)
     shown = all_rows[:most]
     keep = [i for i in range(len(headers)) if any(row[i] for row in shown)]
     marks = {i: ' class="number"' if i in numeric else "" for i in keep}
+    plain = {i: re.sub("<[^>]*>", "", headers[i]) for i in keep}
+    names = {i: f' data-label="{plain[i]}"' if kind == "rows" else "" for i in keep}
     head = "".join(f'<th scope="col"{marks[i]}>{headers[i]}</th>' for i in keep)
-    body = "\n".join("<tr>" + "".join(f"<td{marks[i]}>{row[i]}</td>" for i in keep) + "</tr>" for row in shown)
+    body = "\n".join("<tr>" + "".join(f"<td{marks[i]}{names[i]}>{row[i]}</td>" for i in keep) + "</tr>"
+                     for row in shown)  # fmt: skip
     rest = len(all_rows) - len(shown)
     more = f'<p class="muted">{rest:,} more rows are left out; --json has all of them.</p>' if rest else ""
-    box = f'<div class="scroll{" short" * short}" tabindex="0" role="region" aria-label="{text(label or "table")}">'
-    return (f"{box}<table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>{more}")  # fmt: skip
+    box = f'<div class="scroll {kind}" tabindex="0" role="region" aria-label="{text(label or "table")}">'
+    return f"{box}<table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>{more}"
 
 
 def items(pairs: Iterable[tuple[str, str]]) -> str:

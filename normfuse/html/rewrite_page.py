@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,18 +22,22 @@ MOST_SITES, MOST_REFUSED = 1000, 200
 MOST_GROUPS = 200
 OPEN = 2
 """Groups of norms that are unfolded from the start."""
+IN_MEMORY = {"onnx": "ONNX model", "exported": "exported program", "fx": "FX graph", "module": "PyTorch module"}
+PLACES = {"pre": "pre-norm", "post": "post-norm inside the residual", "post_residual": "post-norm after the residual",
+          "sandwich_pre": "sandwich, before", "sandwich_post": "sandwich, after", "qk": "QK-norm",
+          "latent": "latent norm", "gated": "gated norm", "embedding": "embedding norm", "final": "final norm",
+          "other": "in another place"}  # fmt: skip
 TAGS = {"fused": "good", "converted": "good", "kept": "", "left": "", "refused": "warn"}
 
 
 @dataclass(slots=True)
 class FileFacts:
-    """A file: size, SHA-256, operators by type; `data` are its weights beside it, by name and size, not hashed."""
+    """A file: size and SHA-256; `data` are its weights beside it, by name and size, not hashed."""
 
     name: str
     size: int
     digest: str
     data: list[tuple[str, int]] = field(default_factory=list)
-    operators: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -52,7 +57,6 @@ def prepare(path: str | Path) -> Before:
 
 def file_facts(path: Path) -> FileFacts:
     """Size and hash of a file, and sizes of the files that it refers to."""
-    from normfuse.frontends.onnx_model import operators
     from normfuse.io import files
 
     with path.open("rb") as f:
@@ -62,19 +66,19 @@ def file_facts(path: Path) -> FileFacts:
             model = files.read_onnx(path)[0]
             beside = {Path(t.base_dir) / t.location for t in files.external_tensors(model)}
             found.data = sorted((p.name, p.stat().st_size) for p in beside)
-            found.operators = operators([model.graph, *model.graph.subgraphs()])
         except (NormFuseError, OSError):
             pass
     return found
 
 
-def page(report: Report, before: Before, command: str = "", latency: dict[str, float] | None = None) -> str:
-    """The page. `command` is what was typed, `latency` milliseconds by the name of what was timed, where measured."""
+def page(report: Report, before: Before, command: str = "") -> str:
+    """The page. `command` is what was typed."""
     after = file_facts(Path(report.target)) if report.target and Path(report.target).is_file() else None
-    source = before.file.name if before.file else Path(report.source).name if report.source else report.format
+    source = (before.file.name if before.file else Path(report.source).name if report.source else
+              IN_MEMORY.get(report.format, report.format or "model"))  # fmt: skip
     title = f"{source} rewritten by NormFuse"
-    parts = [("norms", "Norms", _sites(report, before)), ("operators", "Operators", _operators(report, before, after)),
-             ("errors", "Distance to float64", _errors(report)),
+    parts = [("norms", "Norms", _sites(report, before)), ("operators", "Operators", _operators(report)),
+             ("latency", "Latency", _latency(report)), ("errors", "Distance to float64", _errors(report)),
              ("conversion", "LayerNorm to RMSNorm", conversion(report)),
              ("refusals", "Refused", _refusals(report.refusals)),
              ("recipe", "Recipe", _recipe(report, before)),
@@ -83,7 +87,7 @@ def page(report: Report, before: Before, command: str = "", latency: dict[str, f
     shown = [part for part in parts if part[2]]
     links = " ".join(f'<a href="#{key}">{label}</a>' for key, label, _ in shown)
     head = (f'<header><p class="kicker">NormFuse rewrite report</p><h1>{name(source)}</h1>'
-            f"<section aria-label=\"result\">{_verdict(report)}{_tiles(report, before.file, after, latency)}"
+            f"<section aria-label=\"result\">{_verdict(report)}{_tiles(report, before.file, after)}"
             f'{"".join(f"<p class=muted>{text(note)}</p>" for note in report.notes)}</section></header>')  # fmt: skip
     body = "\n".join(section(key, label, content) for key, label, content in shown)
     return document(title, f'{head}<nav aria-label="sections">{links}</nav>{body}')
@@ -98,6 +102,8 @@ def _verdict(report: Report) -> str:
     words = f"{changed} of {found} norms replaced" if changed else "Nothing was replaced"
     if checked:
         words += f"; {sum(checked)} of {len(checked)} checked against the original and equal"
+        proved = sum(bool(n.proved) for n in report.norms)
+        words += f", {proved} proved in exact arithmetic" if proved else ""
     elif changed:
         words += "; not checked (verify=off)"
     rough = sum((n.conversion or {}).get("verdict") == "approximate" for n in report.norms)
@@ -113,7 +119,7 @@ def _verdict(report: Report) -> str:
     return f'<p class="verdict {kind}">{text(words)}.</p>'
 
 
-def _tiles(report: Report, old: FileFacts | None, new: FileFacts | None, latency: dict[str, float] | None) -> str:
+def _tiles(report: Report, old: FileFacts | None, new: FileFacts | None) -> str:
     count = {action: sum(n.action == action for n in report.norms) for action in TAGS}
     pairs = [(str(len(report.norms)), "norms found")]
     pairs += [(str(count[a]), words) for a, words in (("fused", "fused"), ("converted", "converted to RMSNorm"),
@@ -122,10 +128,14 @@ def _tiles(report: Report, old: FileFacts | None, new: FileFacts | None, latency
         pairs.append((str(report.refused), "refused"))
     pairs.append((_change(report.nodes_before, report.nodes_after), "operators" + _share(report)))
     if old and new:
-        pairs.append((f"{size(_whole(old))} → {size(_whole(new))}", "file" + " and weights" * bool(old.data)))
-    pairs += [(f"{ms:.3g} ms", text(what)) for what, ms in (latency or {}).items()]
+        pairs.append((_joined(size(_whole(old)), size(_whole(new))), "file" + " and weights" * bool(old.data)))
+    pairs += _medians(report)
     return '<div class="tiles">' + "".join(
         f'<div class="tile"><b>{value}</b><span>{words}</span></div>' for value, words in pairs) + "</div>"  # fmt: skip
+
+
+def _joined(old: str, new: str) -> str:
+    return f'<span class="nb">{old} →</span> <span class="nb">{new}</span>'
 
 
 def _change(a: int, b: int) -> str:
@@ -171,7 +181,7 @@ def _sites(report: Report, before: Before) -> str:
         was = norm if norm.operators else known.get(norm.name, norm)
         key: tuple[object, ...] = (
             norm.kind, norm.placement, norm.size, norm.fact, norm.cast, norm.action, norm.emitted, norm.reason,
-            *was.operators,
+            (norm.conversion or {}).get("verdict") == "approximate", *was.operators,
         )  # fmt: skip
         groups.setdefault(key, []).append(norm)
         steps.setdefault(key, was.operators)
@@ -187,8 +197,10 @@ def _sites(report: Report, before: Before) -> str:
 def _group(norms: list[NormRecord], steps: list[str], known: dict[str, NormRecord], is_open: bool, most: int) -> str:
     one = norms[0]
     kind = {"rms_norm": "RMSNorm", "layer_norm": "LayerNorm"}.get(one.kind, text(one.kind))
+    rough = (one.conversion or {}).get("verdict") == "approximate"
     tag = f'<span class="tag {TAGS.get(one.action, "")}">{text(one.action)}</span>'
-    summary = (f"<strong>{len(norms)} × {kind}, {text(one.placement)}</strong>, width "
+    tag = '<span class="tag warn">approximated</span>' if rough else tag
+    summary = (f"<strong>{len(norms)} × {kind}, {text(PLACES.get(one.placement, one.placement))}</strong>, width "
                f"{'?' if one.size is None else one.size} {tag}")  # fmt: skip
     was = _chips(steps) if steps else text("one operator" if one.form == "op" else "decomposed")
     now = _chips(one.emitted.split(", "), " new") if one.emitted else '<span class="muted">as it was</span>'
@@ -202,12 +214,20 @@ def _group(norms: list[NormRecord], steps: list[str], known: dict[str, NormRecor
     rows = []
     for norm in norms:
         source = norm.module or getattr(known.get(norm.name), "module", "")
-        named = [name(value) if value else "" for value in (norm.name, source, norm.weight, norm.bias)]
-        checked = "" if norm.verified is None else "yes" if norm.verified else "no"
+        shown = "" if norm.name.startswith(f"{source}/") else source  # where its name has it already
+        named = [name(value) if value else "" for value in
+                 (norm.name, shown, _inside(norm.weight, source), _inside(norm.bias, source))]  # fmt: skip
+        checked = "" if norm.verified is None else "no" if not norm.verified else "proved" if norm.proved else "yes"
         rows.append((*named, checked, _ulp(norm.error_before), _ulp(norm.error_after)))
-    headers = ("norm", "module", "weight", "bias", "verified", "error before", "error now")
+    headers = ("norm", "module", "weight", "bias", "verified", "ulp before", "ulp now")
     listed = table(headers, rows, (5, 6), "norms of this kind", most)
     return fold(summary, items(facts) + sides + (fold(many(len(norms), "norm"), listed, len(norms) <= 4)), is_open)
+
+
+def _inside(value: str | None, module: str) -> str:
+    """A parameter of the module beside it, without its path."""
+    whole = value or ""
+    return whole[len(module) :] if module and whole.startswith(f"{module}.") else whole
 
 
 def _chips(names: Iterable[str], mark: str = "") -> str:
@@ -221,9 +241,8 @@ def _ulp(value: float | None) -> str:
 # -- operators and errors --------------------------------------------------------------------------------------------
 
 
-def _operators(report: Report, then: Before, now: FileFacts | None) -> str:
-    before = then.report.operators_before if then.report else report.operators_before
-    after = (now.operators if now else {}) or report.operators_after
+def _operators(report: Report) -> str:
+    before, after = report.operators_before, report.operators_after
     if not before or not after:
         return ""
     change = {op: after.get(op, 0) - before.get(op, 0) for op in (*before, *after)}
@@ -237,11 +256,41 @@ def _operators(report: Report, then: Before, now: FileFacts | None) -> str:
 
     changed, same = [op for op in names if change[op]], [op for op in names if not change[op]]
     headers = ("operator", "before", "after", "change", "")
-    out = table(headers, rows(changed), (1, 2, 3), "operators that changed") if changed else "<p>None changed.</p>"
+    out = "<p>None changed.</p>"
+    if changed:
+        out = table(headers, rows(changed), (1, 2, 3), "operators that changed", kind="narrow")
     if same:
-        alike = table(headers[:2], [row[:2] for row in rows(same)], (1,), "operators as before")
+        alike = table(headers[:2], [row[:2] for row in rows(same)], (1,), "operators as before", kind="narrow")
         out += fold(many(len(same), "kind", " of operators as before"), alike)
     return LEGEND + out
+
+
+def _medians(report: Report) -> list[tuple[str, str]]:
+    """Latency before and after, by provider."""
+    from normfuse.cli_bench import ms
+
+    if report.latency is None or len(report.latency["models"]) != 2:
+        return []
+    a, b = (model["providers"] for model in report.latency["models"])
+    return [(_joined(ms(a[p]["milliseconds"]["median"]), f"{ms(b[p]['milliseconds']['median'])} ms"),
+             f"median latency, {text(p)}") for p in a if p in b]  # fmt: skip
+
+
+def _latency(report: Report) -> str:
+    """Latency and bandwidth, or how to get them."""
+    if report.latency is not None:
+        from normfuse.html import bench_page
+
+        found, sides = report.latency, ("before", "now")
+        rates = bench_page.bandwidth(found, sides)
+        return (bench_page.verdicts(found, "the original", "the result") + bench_page.latency(found, sides)
+                + (f"<h3>Bandwidth of the norms</h3>{rates}" if rates else "")
+                + fold("The numbers", bench_page.numbers(found, sides)))  # fmt: skip
+    if report.format != "onnx" or not report.source or not report.target:
+        return ""
+    call = shlex.join(["normfuse", "bench", report.source, report.target])
+    return (f"<p>Not measured: run <code>normfuse rewrite</code> with <code class=nb>--bench</code>, or</p>"
+            f"<pre>{text(call, 4000)}</pre>")  # fmt: skip
 
 
 LEGEND = '<p class="muted"><span class="key before"></span>before <span class="key after"></span>now</p>'
@@ -258,7 +307,7 @@ def _errors(report: Report) -> str:
              f"element now; the model's own arithmetic had {worst_old:.2f}.")  # fmt: skip
     plot = svg.dots([("before", old), ("after", new)], "ulp", f"distance to float64 of {len(norms)} norms: at most "
                     f"{worst_old:.2f} before, {worst_new:.2f} now")  # fmt: skip
-    return f'<p>{text(words)}</p>{LEGEND}<div class="scroll" tabindex="0" role="region" aria-label="plot">{plot}</div>'
+    return f'<p>{text(words)}</p>{LEGEND}{plot}'
 
 
 # -- refusals --------------------------------------------------------------------------------------------------------

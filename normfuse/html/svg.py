@@ -15,6 +15,19 @@ PILL, ROW, GAP = 26, 20, 16
 BOX, NARROW = 214, 180
 
 
+X = float | str
+"""Where something stands or how wide it is: units, or parts of the drawing's width as text, such as "12%"."""
+
+
+def _at(x: X) -> str:
+    return x if isinstance(x, str) else f"{x:g}"
+
+
+def part(share: float) -> str:
+    """A share of the width of a plot."""
+    return f"{100 * share:.4g}%"
+
+
 @dataclass(slots=True)
 class Drawing:
     """Shapes on a sheet that grows downwards."""
@@ -33,31 +46,45 @@ class Drawing:
             tip = [(x, y), (x - 4, y - 7), (x + 4, y - 7)] if a == x else [(x, y), (x + 7, y - 4), (x + 7, y + 4)]
             self.add(f'<polygon class="head" points="{" ".join(f"{u:g},{v:g}" for u, v in tip)}"/>')
 
-    def box(self, x: float, y: float, w: float, h: float, kind: str, r: float) -> None:
-        self.add(f'<rect class="{kind}" x="{x:g}" y="{y:g}" width="{w:g}" height="{h:g}" rx="{r:g}"/>')
+    def box(self, x: X, y: float, w: X, h: float, kind: str, r: float) -> None:
+        self.add(f'<rect class="{kind}" x="{_at(x)}" y="{y:g}" width="{_at(w)}" height="{h:g}" rx="{r:g}"/>')
 
-    def text(self, x: float, y: float, words: str, kind: str = "") -> None:
+    def rule(self, x: X, y: float, x2: X, y2: float, kind: str) -> None:
+        """A straight line."""
+        self.add(f'<line class="{kind}" x1="{_at(x)}" y1="{y:g}" x2="{_at(x2)}" y2="{y2:g}"/>')
+
+    def text(self, x: X, y: float, words: str, kind: str = "") -> None:
         mark = f' class="{kind}"' if kind else ""
-        self.add(f'<text{mark} x="{x:g}" y="{y:g}">{text(words)}</text>')
+        self.add(f'<text{mark} x="{_at(x)}" y="{y:g}">{text(words)}</text>')
 
 
-def svg(drawing: Drawing, width: float, height: float, title: str, kind: str = "") -> str:
+def svg(drawing: Drawing, width: float, height: float, title: str) -> str:
     """The drawing as an element; `title` is what it says to those who do not see it."""
-    mark = f' class="{kind}"' if kind else ""
-    return (f'<svg{mark} role="img" width="{width:g}" height="{height:g}" viewBox="0 0 {width:g} {height:g}">'
+    return (f'<svg role="img" width="{width:g}" height="{height:g}" viewBox="0 0 {width:g} {height:g}">'
             f"<title>{text(title)}</title>{''.join(drawing.shapes)}</svg>")  # fmt: skip
+
+
+def plot(drawing: Drawing, height: float, title: str, kind: str = "plot") -> str:
+    """A drawing as wide as there is room, with letters that stay as large; all that stands in it has its place by
+    shares of the width."""
+    return (f'<svg class="{kind}" role="img" width="100%" height="{height:g}"><title>{text(title)}</title>'
+            f"{''.join(drawing.shapes)}</svg>")  # fmt: skip
 
 
 # -- blocks ----------------------------------------------------------------------------------------------------------
 
 
-def block(card: Card, shown: Block, outer: bool) -> str:
-    """A layer from top to bottom: the stream as a line, branches beside it; `outer`: with the norms around."""
+def block(card: Card, shown: Block, depth: int = 0) -> str:
+    """A layer from top to bottom: the stream as a line, branches beside it.
+
+    `depth`, of a stack that is the only one: with the norms ahead of its first layer and behind its last.
+    """
     out = Drawing()
     wide = max(len(branch.parts) for branch in shown.branches)
     box = BOX if wide == 1 else NARROW
     width = LEFT + wide * box + (wide - 1) * GAP + 12
-    outside = [card.norms[i] for i in card.outside] if outer else []
+    where = {"embedding": 0, "final": depth - 1}
+    outside = [use for use in (card.norms[i] for i in card.outside) if where.get(use.place) in shown.layers and depth]
     out.y = 4
     for use in outside:
         if use.place == "embedding":
@@ -151,8 +178,8 @@ def bars(before: int, after: int, largest: int) -> str:
     out = Drawing()
     for y, value, kind in ((1, before, "bar-before"), (9, after, "bar-after")):
         if value:
-            out.box(0, y, max(2, 180 * value / max(largest, 1)), 6, kind, 2)
-    return svg(out, 180, 16, f"{before} before, {after} after")
+            out.box("0%", y, part(max(0.012, value / max(largest, 1))), 6, kind, 2)
+    return plot(out, 16, f"{before} before, {after} now", "bars")
 
 
 def ticks(top: float, count: int = 4) -> list[float]:
@@ -169,23 +196,21 @@ def dots(series: Sequence[tuple[str, Sequence[float | None]]], unit: str, title:
     count = max((len(values) for _, values in series), default=0)
     finite = [v for _, values in series for v in values if v is not None and math.isfinite(v)]
     marks = ticks(max(finite, default=0.0))
-    width, height, left, low = 760.0, 230.0, 52.0, 200.0
+    low, left, wide = 206.0, 0.11, 0.86
     out = Drawing()
 
     def place(v: float) -> float:
-        return low - (low - 20) * min(v / marks[-1], 1.0)
+        return low - (low - 24) * min(v / marks[-1], 1.0)
 
     for mark in marks:
-        out.line([(left, place(mark)), (width - 8, place(mark))], "grid")
-        out.text(left - 8, place(mark) + 4, f"{mark:g}", "small end")
-    out.text(left, 11, unit, "small")
-    step = (width - left - 20) / max(count, 1)
-    radius = max(1.6, min(4.5, step / 2.4))
+        out.rule("0%", place(mark), "100%", place(mark), "grid")
+        out.text("0%", place(mark) - 4, f"{mark:g}" + (f" {unit}" if unit and mark == marks[-1] else ""), "small")
+    radius = max(1.6, min(4.5, 280 * wide / max(count, 1) / 2.4))
     for kind, values in series:
         for i, v in enumerate(values):
             if v is not None and math.isfinite(v):
-                x = left + 6 + step * (i + 0.5)
-                out.add(f'<circle class="{kind}" cx="{x:.1f}" cy="{place(v):.1f}" r="{radius:.1f}"/>')
-    out.text(left + 6, low + 20, "first norm", "small")
-    out.text(width - 8, low + 20, f"norm {count}", "small end")
-    return svg(out, width, height, title, "plot")
+                x = part(left + wide * (i + 0.5) / count)
+                out.add(f'<circle class="{kind}" cx="{x}" cy="{place(v):.1f}" r="{radius:.1f}"/>')
+    out.text(part(left), low + 20, "first norm", "small")
+    out.text("100%", low + 20, f"norm {count}", "small end")
+    return plot(out, low + 26, title)
