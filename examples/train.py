@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -33,7 +34,7 @@ def main() -> None:
             start = torch.randint(0, len(text) - LENGTH, (BATCH, 1))
             tokens = text[start + torch.arange(LENGTH)]
             logits = run(input_ids=tokens, use_cache=False).logits
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+            loss: Any = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -93,14 +93,17 @@ class Report:
 
     @property
     def fused(self) -> int:
+        """How many norms were put into an operator, alone or with neighbours."""
         return sum(n.action == "fused" for n in self.norms)
 
     @property
     def converted(self) -> int:
+        """How many LayerNorms are RMSNorms now."""
         return sum(n.action == "converted" for n in self.norms)
 
     @property
     def refused(self) -> int:
+        """How many refusals there are: of norms, and of what nearly was one."""
         return len(self.refusals)
 
     def recall(self, before: Report) -> None:

@@ -125,3 +125,15 @@ def test_core_names_nothing_heavy(name: str) -> None:
     assert not {module for module in found if module.split(".")[0] in HEAVY}
     own = {module for module in found if module.startswith("normfuse")}
     assert own <= {f"normfuse.{other}" for other in CORE}
+
+
+def test_every_public_name_says_what_it_is() -> None:
+    import inspect
+
+    import normfuse
+
+    for name in (n for n in normfuse.__all__ if n != "__version__"):
+        thing = getattr(normfuse, name)
+        members = [v for k, v in vars(thing).items() if not k.startswith("_") and (callable(v) or isinstance(v, property))]
+        for one in [thing, *members] if inspect.isclass(thing) else [thing]:
+            assert inspect.getdoc(one), (name, one)
