@@ -134,6 +134,7 @@ def test_every_public_name_says_what_it_is() -> None:
 
     for name in (n for n in normfuse.__all__ if n != "__version__"):
         thing = getattr(normfuse, name)
-        members = [v for k, v in vars(thing).items() if not k.startswith("_") and (callable(v) or isinstance(v, property))]
+        public = (v for k, v in vars(thing).items() if not k.startswith("_"))
+        members = [v for v in public if callable(v) or isinstance(v, property)]
         for one in [thing, *members] if inspect.isclass(thing) else [thing]:
             assert inspect.getdoc(one), (name, one)
