@@ -22,11 +22,14 @@ from normfuse.transfer import REDUCTIONS, RULES, SPREAD, align, broadcast, ident
 
 MAX_ROOTS = 12
 MAX_WALK = 16
+HEAVY = 99
+"""The rank that what is no parameter counts for."""
 
 RootKey = tuple[int, tuple[int, ...]]
 ELEMENTWISE = frozenset("add sub mul div neg abs square pow sqrt rsqrt reciprocal max cast identity".split())
 TELLING = ("NF112", "NF117")
 """Refusals that explain a miss even where they stand before any statistic."""
+
 
 @dataclass(slots=True)
 class Recognition:
@@ -65,7 +68,7 @@ class _Recogniser:
 
     def run(self) -> Recognition:
         for value in self.graph.leaves:
-            self.light[value.index] = 0 if value.fixed else len(value.shape or (0,) * 9)
+            self.light[value.index] = 0 if value.fixed else len(value.shape) if value.shape else HEAVY
         for node in self.graph.nodes:
             self._classify(node)
         for node in self.graph.nodes:
@@ -82,13 +85,12 @@ class _Recogniser:
     # -- what is a parameter, what is a statistic ------------------------------------------------------------------
 
     def _classify(self, node: Node) -> None:
-        out = node.outputs[0] if node.outputs else None
-        if out is None:
+        if not node.outputs:
             return
+        out = node.outputs[0]
         if node.kind in ELEMENTWISE or node.kind in VIEWS:
-            ranks = [self.light.get(v.index) for v in node.inputs if v.number is None]
-            if None not in ranks:
-                self.light[out.index] = max((r for r in ranks if r is not None), default=0)
+            ranks = [self.light.get(v.index, HEAVY) for v in node.inputs if v.number is None]
+            self.light[out.index] = max(ranks, default=0)
             stats = [v for v in node.inputs if v.number is None and not self._parameter(v)]
             if stats and all(v.index in self.stat for v in stats):
                 self.stat.add(out.index)
@@ -100,7 +102,7 @@ class _Recogniser:
 
     def _parameter(self, value: Value) -> bool:
         """Surely a parameter: made of constants, or of inputs of rank 1 at most."""
-        return self.light.get(value.index, 9) <= 1
+        return self.light.get(value.index, HEAVY) <= 1
 
     # -- roots ----------------------------------------------------------------------------------------------------
 
@@ -237,7 +239,7 @@ class _Recogniser:
     def _scales(self, value: Value, root: Root) -> bool:
         """Whether a value may be a parameter of a norm of this root: light enough, and not what the root is made of."""
         made = any(index == value.index for index, _ in self.facts.get(root.value.index, ()))
-        return self.light.get(value.index, 9) <= max(len(root.axes), 1) and not made
+        return self.light.get(value.index, HEAVY) <= max(len(root.axes), 1) and not made
 
     def _miss(self, key: RootKey, node: Node, why: Refused) -> None:
         known = [self.facts[v.index][key] for v in node.inputs if key in self.facts.get(v.index, ())]
