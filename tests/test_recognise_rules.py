@@ -99,6 +99,8 @@ def node(g: Build, kind: str, *inputs: Value, shape: Any = None, **attrs: Any) -
     lambda g, x: g.op("add", g.w, x),
     lambda g, x: g.op("sub", x, g.mean(g.x)),  # whatever it is a mean of: the rules of the algebra tell
     lambda g, x: g.op("mul", x, leaf(g, "B", "S", 1)),
+    lambda g, x: g.op("add", x, leaf(g, 64)),
+    lambda g, x: g.op("sub", x, g.op("add", g.mean(g.x), opaque(g, g.x, shape=(), number=1.0))),
     lambda g, x: g.op("mul", x, g.op("opaque", x)),  # a product of two tensors of one shape may be a square
     lambda g, x: g.op("max", x, g.c(0.0)),
     lambda g, x: g.op("add", x, opaque(g, x, shape=(), number=2.0)),
@@ -138,6 +140,7 @@ def test_a_mean_is_one_of_the_tensor_behind_scalings_and_squares(through: Callab
     lambda g, x: g.op("sub", x, g.op("add", g.mean(g.x), g.op("opaque", x, shape=("B", "S", 1)))),
     lambda g, x: g.op("sub", x, g.op("mul", g.w, g.op("opaque", x))),
     lambda g, x: g.op("reshape", x, shape=("n", 32)),  # cut through
+    lambda g, x: g.op("expand", x, shape=("B", "S", 64)),
     lambda g, x: shapeless(g.op("reshape", x)),
 ])  # fmt: skip
 def test_a_mean_is_none_of_a_tensor_behind_anything_else(through: Callable[[Build, Value], Value]) -> None:
@@ -156,8 +159,8 @@ def test_a_mean_is_none_of_a_tensor_behind_anything_else(through: Callable[[Buil
     ((4, 8, 6), lambda g, x: g.op("reshape", x, shape=(4, 48)), (1,), (1, 2)),
     ((4, 8, 6), lambda g, x: g.op("reshape", x, shape=(32, 6)), (1,), (2,)),
 ])  # fmt: skip
-def test_the_axes_of_a_mean_seen_from_its_root(shape: Shape, view: Callable[[Build, Value], Value],
-                                               axes: tuple[int, ...], over: tuple[int, ...] | None) -> None:  # fmt: skip
+def test_the_axes_of_a_mean_seen_from_its_root(shape: Shape, view: Callable[[Build, Value], Value], axes: Any,
+                                               over: Any) -> None:  # fmt: skip
     g = Build(shape)
     v = view(g, g.x)
     found = g.found(g.mean(v, axes))
@@ -179,10 +182,51 @@ def test_a_mean_in_two_steps(axes: Any, more: Any, second: Any, over: Any) -> No
     assert roots(found, g.x) == over
 
 
+def test_a_mean_of_a_mean_of_what_is_not_known() -> None:
+    for axes, shape in ((None, ("B", "S", 64)), ((1,), None)):
+        g = Build()
+        x = g.graph.leaf("z", shape, "float32")
+        first = node(g, "mean", x, shape=("B", 1, 64), axes=axes, keepdims=True)
+        found = g.found(g.mean(first))
+        assert roots(found, first) == [(2,)] and roots(found, x) == []
+    g = Build()
+    v = node(g, "reshape", g.graph.leaf("z", None, "float32"), shape=("B", "S", 64))
+    assert roots(g.found(g.mean(v)), v) == [(2,)]
+
+
+def test_a_mean_of_a_parameter_made_of_others() -> None:
+    g = Build()
+    p = g.op("add", g.w, g.c(1.0))
+    assert roots(g.found(g.mean(g.op("neg", p), (0,))), p) == [(0,)]
+
+
+def test_of_a_product_only_a_factor_of_its_shape_is_a_root() -> None:
+    g = Build((4, 8, 6))
+    z = leaf(g, 4, 8, 1)
+    assert roots(g.found(g.mean(g.op("mul", g.x, z), (1,))), z) == []
+
+
+def test_every_end_of_the_ways_back_is_looked_at() -> None:
+    g = Build()
+    x, y = g.op("opaque", g.x), g.op("opaque", g.x)
+    far = g.op("neg", g.op("neg", y))
+    found = g.found(g.mean(g.op("mul", g.op("mul", x, x), far)))
+    assert roots(found, x) == roots(found, y) == [(2,)]
+    h = Build()
+    z = h.op("opaque", h.x)
+    found = h.found(h.mean(h.op("mul", h.op("mul", h.x, h.x), h.op("neg", h.op("neg", z)))))  # x has no producer
+    assert roots(found, z) == [(2,)]
+
+
 def test_a_mean_of_a_squared_mean_is_one_of_the_mean() -> None:
     g = Build((4, 8, 6))
     m = g.mean(g.x, (1,))
     assert roots(g.found(g.mean(g.op("square", m), (2,))), m) == [(2,)]
+    g = Build((4, 8, 6))
+    m, other = g.mean(g.x, (1,)), g.mean(g.op("opaque", g.x), (1,))
+    found = g.found(g.mean(g.op("mul", m, m), (2,)))
+    assert roots(found, m) == [(2,)]
+    assert roots(g.found(g.mean(g.op("mul", m, other), (2,))), other) == []
     h = Build((4, 8, 6))
     m = h.mean(h.x, (1,))
     assert roots(h.found(h.mean(h.op("neg", m), (2,))), m) == []  # x - mean(x) is not one of mean(x)
@@ -278,6 +322,8 @@ def matrix(g: Build, *shape: Any, number: float | None = None) -> Value:
     ((3, 8, 64), lambda g, x: g.op("matmul", x, matrix(g, 64, 1, number=1 / 64), shape=(3, 8, 1)), (2,)),
     ((64,), lambda g, x: g.op("matmul", matrix(g, 8, 64, number=1.0), x, shape=(8,)), None),
     ((64,), lambda g, x: g.op("matmul", x, matrix(g, 64, 1), shape=(1,)), None),
+    ((64,), lambda g, x: g.op("matmul", x, x, shape=()), None),
+    ((8, 64), lambda g, x: shapeless(g.op("matmul", x, matrix(g, 64, 64))), None),
 ])  # fmt: skip
 def test_the_rows_of_a_product(shape: Shape, product: Callable[[Build, Value], Value], over: Any) -> None:
     g = Build(shape)
@@ -304,6 +350,11 @@ def test_a_product_of_parameters_is_no_statistic() -> None:
     ((8, 64), lambda g, q: g.op("unsqueeze", g.op("matmul", matrix(g, 8, number=1 / 8), q, shape=(64,)), axes=(0,),
                                 shape=(1, 64)), None),
     ((3, 8, 64), lambda g, q: g.op("matmul", matrix(g, 1, 8, number=1 / 8), q, shape=(3, 1, 64)), (1,)),
+    ((3, 8, 64), lambda g, q: g.op("unsqueeze", g.op("reshape", g.op(
+        "matmul", q, matrix(g, 64, 1, number=1 / 64), shape=(3, 8, 1)), shape=(24,)), axes=(1,), shape=(24, 1)), None),
+    ((64,), lambda g, q: (g.mean(g.x, (0,)), g.op("matmul", matrix(g, 1, 64, number=1 / 64), q, shape=(1,)))[1], (0,)),
+    ((8, 64), lambda g, q: g.op("matmul", g.mean(q, (0, 1), keepdims=False), matrix(g, 1, 1, number=1.0), shape=(1,)),
+     None),
     ((3, 8, 64), lambda g, q: g.op("matmul", q, matrix(g, 3, 64, 1, number=1 / 64), shape=(3, 8, 1)), None),
     ((8, 64), lambda g, q: g.op("matmul", q, matrix(g, 64, 1), shape=(8, 1)), None),
 ])  # fmt: skip
@@ -315,6 +366,20 @@ def test_a_mean_by_a_product_with_a_uniform_matrix(shape: Shape, mean: Callable[
     found = g.found(y)
     assert [(site.norm.axes, site.norm.kind) for site in found.sites] == ([(axes, "rms_norm")] if axes else [])
     assert compare(found, g.graph) == len(found.sites)
+
+
+def test_a_product_has_the_axes_of_its_result() -> None:
+    for wide in ((64, 1), (1, 64, 1), (1, 1, 64, 1), (64,), (64, 64)):
+        g = Build((8, 64))
+        shape = (8,) if len(wide) == 1 else (*wide[:-2], 8, wide[-1])
+        m = g.op("matmul", g.x, matrix(g, *wide, number=1 / 64), shape=shape)
+        found = g.found(m)
+        (fact,) = found.facts[m.index].values()
+        assert len(fact.layout) == len(shape)
+        assert [entry == () for entry in fact.layout] == [d == 1 for d in shape]
+        h = Build((8, 64))
+        m = h.op("matmul", matrix(h, 1, 8, number=1 / 8), h.x, shape=(1, 64))
+        assert [f.layout for f in h.found(m).facts[m.index].values()] == [((), (1,))]
 
 
 def test_a_two_pass_variance_by_products() -> None:
@@ -467,6 +532,16 @@ def test_a_step_that_is_written_in_place_ends_a_norm() -> None:
     assert not found.sites and codes(found) == [("NF120", r.name)]
 
 
+def test_no_row_is_written_in_place_where_there_is_none() -> None:
+    g = Build(("B", "S", 1))
+    assert not g.found(g.mean(g.op("square", g.x))).refusals
+    g.x.tainted = True
+    assert not g.found(g.mean(g.op("square", g.x))).refusals
+    h = Build()
+    full = leaf(h, "B", "S", 64, number=1.0, fixed=True, dtype="int64")
+    assert not h.found(h.mean(h.op("square", full), kind="sum")).refusals
+
+
 def unknown(kind: str) -> tuple[Build, Value]:
     g = Build()
     z = g.graph.leaf("z", None, "float32")
@@ -545,6 +620,99 @@ def test_the_miss_that_came_furthest_is_told_and_of_two_the_first() -> None:
     assert codes(found) == [("NF119", b.name)]  # NF106 says the least
 
 
+def test_the_miss_of_a_norm_is_nearer_than_one_of_its_root() -> None:
+    g = Build()
+    r = rstd(g, centred(g, g.x))
+    at_run_time = g.op("add", r, leaf(g))
+    y = g.op("mul", g.x, r)
+    assert codes(g.found(at_run_time, y)) == [("NF102", y.name)]
+
+
+@pytest.mark.parametrize("step", [
+    lambda g, x: g.op("mul", g.w, rstd(g, x), shape=("B", "S", 64)),  # a statistic, and a weight
+    lambda g, x: g.op("mul", x, g.mean(g.op("square", x))),  # no root
+    lambda g, x: g.op("squeeze", g.op("add", x, g.op("mul", g.mean(x), g.c(0.0))), axes=(2,), shape=("B", "S")),
+])  # fmt: skip
+def test_what_is_not_even_nearly_a_norm(step: Callable[[Build, Value], Value]) -> None:
+    g = Build()
+    found = g.found(step(g, g.x))
+    assert not found.sites and not found.refusals
+
+
+@pytest.mark.parametrize("step", [
+    lambda g, x: g.op("mul", g.op("add", x, g.op("square", x)), rstd(g, x)),
+    lambda g, x: g.op("abs", rms(g, x)),
+    lambda g, x: g.op("mul", g.op("abs", x), rstd(g, x)),
+])  # fmt: skip
+def test_what_holds_a_square_or_a_magnitude_is_no_norm(step: Callable[[Build, Value], Value]) -> None:
+    g = Build()
+    y = step(g, g.x)
+    assert y.name not in names(g.found(y))
+
+
+def test_a_square_over_its_root_does_not_lack_an_eps() -> None:
+    g = Build()
+    found = g.found(g.op("mul", g.op("square", g.x), rstd(g, g.x)))
+    assert not found.sites and [code for code, _ in codes(found)] == ["NF106"]
+
+
+def test_a_miss_of_x_itself_is_none() -> None:
+    g = Build()
+    g.mean(g.x)
+    found = g.found(g.op("squeeze", g.x, axes=(2,), shape=("B", "S")))
+    assert not found.refusals
+
+
+def test_a_mean_that_meets_another_tensor_is_not_told() -> None:
+    g = Build()
+    found = g.found(g.op("add", g.mean(g.x), leaf(g, "B", "S", 64)))
+    assert not found.refusals and all(found.facts.values())
+
+
+def test_the_first_seed_without_a_miss_does_not_hide_the_next() -> None:
+    g = Build()
+    z = leaf(g, "B", "S", 64)
+    g.mean(z)
+    v = g.op("max", g.mean(g.op("square", g.x)), g.c(1.0))
+    norm = rms(g, leaf(g, "B", "S", 64, name="u"))
+    later = g.op("max", g.mean(g.op("square", leaf(g, "B", "S", 64, name="t"))), g.c(1.0))
+    assert codes(g.found(v, norm, later)) == [("NF119", v.name), ("NF119", later.name)]
+
+
+def test_a_cube_is_told_for_the_statistic_that_comes_of_it_only() -> None:
+    g = Build()
+    m = g.mean(g.op("square", g.x))
+    cube = g.op("pow", g.x, g.c(3.0))
+    v = g.op("max", m, g.c(1.0))
+    assert codes(g.found(cube, v)) == [("NF119", v.name)]  # NF106 alone is explained by another miss
+    h = Build()
+    h.mean(h.x)
+    assert not h.found(h.op("pow", h.x, h.c(3.0))).refusals  # and there was no statistic
+
+
+def test_an_operator_without_results_ends_nothing() -> None:
+    g = Build()
+    n = rms(g, g.x)
+    g.graph.node("opaque", [n], [], native=object(), name="print")
+    y = g.op("mul", n, g.w)
+    found = g.found(y)
+    assert names(found) == [n.name]
+
+
+def test_a_value_is_described_by_its_fact() -> None:
+    g = Build()
+    m = g.mean(g.op("opaque", g.x))
+    found = g.found(m)
+    assert found.describe(m) == "mean(v0)" and found.describe(g.x) == "x"
+
+
+def test_a_lost_axis_is_told_where_nothing_came_further() -> None:
+    g = Build((64, 64))
+    lost = g.op("sub", g.x, g.mean(g.x, (1,), keepdims=False), shape=(64, 64))
+    further = g.op("add", g.mean(g.op("square", g.x), (1,)), leaf(g, 64, 1))
+    assert codes(g.found(lost, further)) == [("NF106", further.name)]
+
+
 def test_a_power_before_any_statistic_says_why_nothing_came_of_it() -> None:
     g = Build()
     fourth = g.op("pow", g.x, g.c(4.0))
@@ -594,11 +762,13 @@ def test_the_last_of_the_steps_is_the_site() -> None:
 
 
 def test_a_step_that_is_read_by_somebody_else_stands_for_itself() -> None:
-    for keep in (lambda g, n: setattr(n, "kept", True), lambda g, n: setattr(g.op("opaque", n), "kept", True)):
+    for kept in (True, False):
         g = Build()
         n = rms(g, g.x)
         y = g.op("mul", n, g.w)
-        keep(g, n)
+        n.kept = kept
+        if not kept:
+            g.op("opaque", n).kept = True
         found = g.found(y)
         assert names(found) == [n.name]
         assert g.found(y).sites[0].norm.weight is None
@@ -635,12 +805,75 @@ def test_a_norm_of_a_centred_tensor_is_a_layer_norm_of_the_tensor() -> None:
     assert [(s.norm.x.name, s.norm.kind) for s in found.sites] == [(c.name, "rms_norm")]
 
 
-def test_an_rms_norm_of_a_scaled_tensor_is_one_of_the_tensor() -> None:
+@pytest.mark.parametrize(("before", "norm", "root"), [
+    (lambda g: g.op("mul", g.x, g.c(3.0)), rms, "v"),  # eps would be another
+    (lambda g: g.op("mul", g.x, g.c(3.0)), ln, "v"),
+    (lambda g: g.op("neg", g.x), rms, "v"),
+    (lambda g: g.op("add", g.x, g.c(1.0)), ln, "v"),
+    (lambda g: g.op("mul", g.x, g.c(1.0)), rms, "x"),
+    (lambda g: g.op("identity", g.x), rms, "x"),
+    (lambda g: centred(g, g.x), rms, "x"),
+    (lambda g: centred(g, g.x), ln, "x"),
+    (lambda g: g.op("mul", centred(g, g.x), g.c(3.0)), rms, "x"),  # an RMSNorm of what is centred is a LayerNorm
+    (lambda g: g.op("mul", centred(g, g.x), g.c(3.0)), ln, "v"),
+    (lambda g: g.op("sub", g.x, g.op("mul", g.mean(g.x), g.c(0.5))), ln, "v"),
+])  # fmt: skip
+def test_which_of_two_tensors_a_norm_is_one_of(before: Spell, norm: Callable[[Build, Value], Value],
+                                               root: str) -> None:  # fmt: skip
     g = Build()
-    v = g.op("mul", g.x, g.c(3.0))
-    found = g.found(rms(g, v))
+    v = before(g)
+    found = g.found(norm(g, v))
     (site,) = found.sites
-    assert site.norm.x in (g.x, v) and compare(found, g.graph) == 1
+    assert site.norm.x is (v if root == "v" else g.x)
+    assert compare(found, g.graph) == 1
+
+
+@pytest.mark.parametrize("nothing", [
+    lambda g, n: g.op("mul", n, g.c(1.0)), lambda g, n: g.op("add", n, g.c(0.0)), lambda g, n: g.op("identity", n),
+    lambda g, n: g.op("reshape", n, shape=("B", "S", 64)),
+])  # fmt: skip
+def test_a_norm_that_a_norm_reads_through_a_step_that_does_nothing(nothing: Callable[[Build, Value], Value]) -> None:
+    g = Build()
+    n = rms(g, g.x)
+    y = nothing(g, n)
+    second = rms(g, y)
+    found = g.found(second)
+    assert names(found) == [n.name, second.name] and found.sites[1].norm.x is n
+    assert compare(found, g.graph) == 2
+
+
+def test_a_norm_that_one_operator_reads_is_a_site() -> None:
+    g = Build()
+    n = g.op("mul", rms(g, g.x), g.w)
+    second = g.op("rms_norm", n, axes=(2,), eps=1e-5)
+    third = g.op("layer_norm", second, axes=(2,), eps=1e-5)
+    found = g.found(third)
+    assert [(site.value, site.norm.x) for site in found.sites] == [(n, g.x), (second, n), (third, second)]
+    assert [site.is_op for site in found.sites] == [False, True, True]
+
+
+def test_a_norm_that_nothing_reads_is_a_site() -> None:
+    g = Build()
+    n = rms(g, g.x)
+    assert names(recognise(g.graph)) == [n.name]
+
+
+def test_a_norm_of_a_transposed_tensor_is_its_own() -> None:
+    g = Build((4, 6, 8))
+    t = g.op("transpose", g.x, perm=(0, 2, 1), shape=(4, 8, 6))
+    n = rms(g, t)
+    (site,) = g.found(n).sites
+    assert (site.value, site.norm.x, site.norm.axes) == (n, t, (2,))
+
+
+def test_of_a_transposed_norm_no_part_is_taken_for_one_of_x() -> None:
+    g = Build((4, 6, 8), dtype="float16")
+    t = g.op("transpose", g.x, perm=(0, 2, 1), shape=(4, 8, 6))
+    wide = g.op("cast", t, dtype="float32")
+    n = g.op("cast", rms(g, wide), dtype="float16")
+    y = g.op("transpose", g.op("cast", n, dtype="bfloat16"), perm=(0, 2, 1), shape=(4, 6, 8))
+    (site,) = g.found(y).sites
+    assert (site.value, site.norm.x, site.norm.cast) == (y, g.x, "mixed") and "cast twice" in site.mixed
 
 
 def test_a_norm_in_a_view_is_a_norm_of_the_tensor_where_it_comes_back() -> None:
@@ -665,12 +898,11 @@ def test_a_norm_over_an_inner_axis_behind_transposes() -> None:
 
 
 def test_copies_after_a_norm_are_not_part_of_it() -> None:
-    for copy in (lambda g, v: g.op("identity", v), lambda g, v: g.op("cast", v, dtype="float32"),
-                 lambda g, v: g.op("cast", v, dtype="float64"),
-                 lambda g, v: g.op("reshape", v, shape=("B", "S", 64))):  # fmt: skip
+    for kind, more in (("identity", {}), ("cast", {"dtype": "float32"}), ("cast", {"dtype": "float64"}),
+                       ("reshape", {"shape": ("B", "S", 64)})):  # fmt: skip
         g = Build()
         n = rms(g, g.x)
-        found = g.found(copy(g, n))
+        found = g.found(g.op(kind, n, **more))
         assert names(found) == [n.name], found.sites
     g = Build()
     n = rms(g, g.x)
@@ -693,6 +925,8 @@ def test_a_site_is_called_after_its_last_node() -> None:
     g = Build()
     n = rms(g, g.x)
     assert n.producer is not None
+    n.producer.name = "node"
+    assert [site.label for site in g.found(n).sites] == ["node"]
     n.producer.name = ""
     n.name = "value"
     assert [site.label for site in g.found(n).sites] == ["value"]
@@ -707,12 +941,14 @@ def test_a_row_sum_squared_beside_the_norm_is_no_norm() -> None:
 
 
 @pytest.mark.parametrize(("number", "weight"), [
-    (1.0, None), (1.0 + 4e-7, None), (1.0 + 6e-7, 1.0 + 6e-7), (2.0, 2.0), (-1.0, -1.0),
+    (1.0, None), (1.0 + 4e-7, None), (1.0 + 6e-7, 1.0 + 6e-7), (2.0, 2.0), (-1.0, -1.0), (1.0 - 4e-7, None),
+    (1.0 - 6e-7, 1.0 - 6e-7),
 ])  # fmt: skip
 def test_a_factor_that_is_one_but_for_rounding_is_none(number: float, weight: float | None) -> None:
     g = Build()
     (site,) = g.found(g.op("mul", rms(g, g.x), g.c(number))).sites
-    assert site.norm.weight == (None if weight is None else ((pytest.approx(weight, rel=1e-12), ()),))
+    ((c, factors),) = site.norm.weight or ((None, ()),)
+    assert c == (None if weight is None else pytest.approx(weight, rel=1e-12)) and not factors
     assert site.norm.bias is None
 
 
@@ -728,6 +964,13 @@ def test_weight_and_bias_are_sums_of_products_of_parameters() -> None:
     assert norm.bias is not None and len(norm.bias) == 2 and (2.0, ()) in norm.bias
     assert norm.size == 64 and norm.eps == pytest.approx(1e-5) and norm.dtype == "float32"
     assert compare(g.found(y), g.graph) == 1
+
+
+@pytest.mark.parametrize("number", [1.0, -1.0, 2.0])
+def test_a_bias_that_is_a_number(number: float) -> None:
+    g = Build()
+    (site,) = g.found(g.op("add", rms(g, g.x), g.c(number))).sites
+    assert site.norm.bias == ((number, ()),)
 
 
 def test_a_row_of_unknown_size_has_none() -> None:
@@ -769,7 +1012,7 @@ def test_a_factor_that_would_be_rounded_stays_outside() -> None:
     _g, (c, y), found = half(lambda g, n: (c := g.op("cast", n, dtype="float16"),
                                           g.op("mul", c, g.c(2.0, "float16"))))  # fmt: skip
     assert described(found)[0][0] == y.name
-    _g, (m, y), found = half(lambda g, n: (m := g.op("mul", n, g.c(3.0)), g.op("cast", m, dtype="float16")))
+    _g, (_m, y), found = half(lambda g, n: (m := g.op("mul", n, g.c(3.0)), g.op("cast", m, dtype="float16")))
     assert described(found) == [(y.name, "float32", "last", "float16")]
 
 
@@ -789,9 +1032,54 @@ def test_statistics_in_another_type_are_mixed_and_say_why() -> None:
     assert "float16/float32" in site.mixed
 
 
+def test_of_the_reasons_for_mixed_roundings_the_one_about_roundings_is_told() -> None:
+    g = Build(dtype="float16")
+    m = g.op("cast", g.mean(g.op("square", g.x)), dtype="float32")
+    r = g.op("cast", g.op("rsqrt", g.op("add", m, g.c(1e-3))), dtype="float16")
+    (site,) = g.found(g.op("mul", g.op("mul", g.x, g.w), r)).sites
+    assert site.norm.cast == "mixed" and "float16/float32" in site.mixed
+
+
+def test_a_norm_in_two_narrow_types_is_computed_in_float32() -> None:
+    g = Build(dtype="float16")
+    m = g.op("cast", g.mean(g.op("square", g.x)), dtype="bfloat16")
+    r = g.op("cast", g.op("rsqrt", g.op("add", m, g.c(1e-3))), dtype="float16")
+    (site,) = g.found(g.op("mul", g.x, r)).sites
+    assert (site.norm.cast, site.norm.compute) == ("mixed", "float32")
+
+
+def test_a_factor_in_float32_is_not_rounded_to_a_narrow_type() -> None:
+    g = Build()
+    n = g.op("cast", rms(g, g.op("cast", g.x, dtype="float64")), dtype="float32")
+    y = g.op("mul", n, g.c(3.0))
+    (site,) = g.found(y).sites
+    assert (site.value, site.norm.cast, site.norm.weight) == (y, "first", ((3.0, ()),))
+
+
 def test_a_float64_norm_is_computed_in_float64() -> None:
     g = Build(dtype="float32")
     wide = g.op("cast", g.x, dtype="float64")
     y = g.op("cast", rms(g, wide), dtype="float32")
     (site,) = g.found(y).sites
     assert (site.norm.compute, site.norm.cast, site.norm.x) == ("float64", "last", g.x)
+
+
+def test_a_sum_of_two_parts_with_other_roundings_is_not_taken_in_part() -> None:
+    """cast(x*rstd)*w + x*rstd: the first summand alone is a norm, and the other is the rest of it."""
+    def spell(g: Build, n: Value) -> list[Value]:
+        wide = g.op("cast", g.op("mul", g.op("cast", n, dtype="float16"), g.w), dtype="float32")
+        return [g.op("add", wide, n)]
+
+    _g, (y,), found = half(spell)
+    assert [(site.value, site.norm.cast) for site in found.sites] == [(y, "mixed")]
+
+
+def test_of_a_chain_of_roundings_the_longest_part_that_will_do_is_taken() -> None:
+    def spell(g: Build, n: Value) -> list[Value]:
+        c = g.op("cast", n, dtype="float16")
+        a = g.op("mul", c, g.w)
+        b = g.op("cast", a, dtype="bfloat16")
+        return [a, b, g.op("mul", b, g.c(3.0, "bfloat16"))]
+
+    _g, (a, *_), found = half(spell)
+    assert described(found) == [(a.name, "float32", "first", "float16")]
