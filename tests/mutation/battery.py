@@ -25,8 +25,9 @@ import torch
 
 from tests.mutation.mutants import ROOT
 
-MODULES = ("test_recognise", "test_core", "test_recognise_rules", "test_passes", "test_neutral", "test_near_misses",
-           "test_fusions", "test_onnx_fusions", "test_centring", "test_layernorm_to_rmsnorm")  # fmt: skip
+MODULES = ("test_recognise", "test_core", "test_recognise_rules", "test_passes", "test_placement",
+           "test_neutral", "test_near_misses", "test_fusions", "test_onnx_fusions",
+           "test_centring", "test_layernorm_to_rmsnorm")  # fmt: skip
 SLOW = 1.0
 """Seconds that a case may take; another part of the tests has to do what slower ones do."""
 LEFT_OUT = ("test_mutation", "linear", "torch_is_not", "compiled", "compiles", "real_model", "leaving_out",
