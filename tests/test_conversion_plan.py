@@ -232,7 +232,7 @@ def test_a_linear_layer_ahead_of_a_norm_takes_its_mean() -> None:
     assert proof.derivation == [f"{h.name} = linear: needs {w.name}, {c.name}"]
     assert proof.edits == [f"{v.name}: mean taken away along axis 0" for v in (w, c)]
     assert proof.readers == [f"{h.name}: v1"]
-    assert not proof.operators and not proof.depends
+    assert not proof.operators and not proof.depends and plan.inner == {}
 
 
 def stream(g: Net, layers: int = 2, spelled: bool = False) -> tuple[Value, Value]:
@@ -270,7 +270,7 @@ def test_nothing_is_planned_without_a_layer_norm() -> None:
     (lambda g: g.op("reshape", g.lin(g.op("reshape", g.x, shape=(12, D))), shape=(2, 6, D)), 2),
     (lambda g: g.op("concat", g.cut(g.lin(g.x), 0, 2, 1), g.lin(g.cut(g.x, 0, 4, 1)), shape=(2, 6, D), axis=1), 4),
     (lambda g: g.cut(g.lin(g.x, 3 * D), D, 2 * D), 2),
-    (lambda g: g.mean(g.lin(g.x), (1,)), 2),
+    (lambda g: g.mean(g.lin(g.x), (1,)), 2), (lambda g: g.op("add", g.lin(g.x), g.held(D)), 3),
 ])  # fmt: skip
 def test_where_the_mean_of_a_norms_input_can_go(spell: Callable[[Net], Value], edits: int) -> None:
     g = Net()
@@ -333,6 +333,7 @@ def test_a_factor_for_each_channel_goes_into_the_constants() -> None:
     assert [c.scales for c in plan.edits.values()].count((gain,)) == 2 and gain in plan.constants()
     lines = [line for p in plan.proof.values() for line in p.edits]
     assert sum(line.startswith(f"{gain.name} * ") and line.endswith("axis 0") for line in lines) == 2
+    assert not plan.uniform
 
 
 def test_a_factor_that_is_one_number_all_over_stays_and_is_named() -> None:
@@ -409,6 +410,103 @@ def test_a_constant_that_cannot_be_edited(locked: str) -> None:
     assert counts(plan) == (2, 1, 0) and [v for v, _ in plan.operators] == [h] and plan.seeds[h] == "it is quantised"
 
 
+def test_no_operator_stands_behind_a_constant() -> None:
+    g = Net()
+    h = g.lin(g.x)
+    assert h.producer is not None
+    w = h.producer.inputs[1]
+    plan = planned(g, two_norms(g, h), locked={w: "it is quantised"}.get, place=lambda v: v is not h)
+    assert counts(plan) == (0, 0, 2) and reasons(plan) == [("NF302", "it is quantised")] * 2
+
+
+def test_a_value_inside_an_operator_has_no_operator_behind_it() -> None:
+    g = Net()
+    a = g.act(g.x)
+    a.native = None
+    h = g.op("add", a, g.lin(g.x))
+    plan = planned(g, two_norms(g, h))
+    assert counts(plan) == (2, 1, 0) and [v for v, _ in plan.operators] == [h]
+    assert all(f"{h.name} = add" not in line for p in plan.proof.values() for line in p.derivation)
+    k = Net()
+    a = k.act(k.x)
+    mid = k.op("neg", a)
+    mid.native = None
+    h = k.op("neg", mid)
+    plan = planned(k, two_norms(k, h), place=lambda v: v is not h)
+    assert counts(plan) == (2, 1, 0) and [v for v, _ in plan.operators] == [a]
+    (proof, _) = plan.proof.values()
+    assert proof.derivation == [f"{h.name} = neg: needs {mid.name}"] and len(proof.readers) == 1
+
+
+def test_of_two_places_where_no_operator_can_stand_the_first_says_why() -> None:
+    g = Net()
+    a, b = g.act(g.x), g.act(g.lin(g.x))
+    h = g.op("add", a, b)
+    plan = planned(g, two_norms(g, h), place=lambda v: v not in (a, b))
+    assert counts(plan) == (2, 1, 0)
+    assert b.producer is not None and plan.seeds[h].startswith(f"activation {b.producer.name} ")
+
+
+def test_a_norm_that_is_refused_leaves_the_others() -> None:
+    g = Net()
+    bent = g.act(g.x)
+    y, z = g.lin(g.norm(bent)), g.lin(g.norm(g.lin(g.x)))
+    plan = planned(g, y, z, place=lambda v: v is not bent)
+    assert counts(plan) == (1, 0, 1) and [code for code, _ in reasons(plan)] == ["NF302"]
+
+
+def test_an_operator_is_put_behind_whole_values_only() -> None:
+    """Two views of one value into heads: each gets its own, the value itself is wanted in parts."""
+    g = Net()
+    a = g.act(g.x)
+    first, second = (g.op("reshape", a, shape=(2, 6, 2, 4)) for _ in range(2))
+    plan = planned(g, two_norms(g, first), two_norms(g, second))
+    assert counts(plan) == (4, 2, 0) and {v for v, _ in plan.operators} == {first, second}
+
+
+def test_a_norm_that_is_kept_sees_a_centring_in_parts() -> None:
+    def reader(g: Net, h: Value, normed: bool) -> Value:
+        return g.lin(g.norm(h)) if normed else g.op("var", h, axes=(2,), shape=(2, 6, 1))
+
+    for normed in (True, False):
+        g = Net()
+        h = g.lin(g.x)
+        y = reader(g, h, normed)
+        heads = g.op("reshape", h, shape=(2, 6, 2, 4))
+        plan = planned(g, y, g.lin(g.norm(heads)),
+                       fits=lambda site, inner: ("NF305", "no") if site.norm.size == D else None)  # fmt: skip
+        assert not plan.sites
+        k = Net()
+        h = k.lin(k.x)
+        plan = planned(k, k.lin(k.norm(h)), k.lin(k.norm(h)), reader(k, h, normed))
+        assert len(plan.sites) >= 2 and not plan.operators
+
+
+def test_a_linear_layer_that_is_centred_itself_reads_its_input_as_it_is() -> None:
+    g = Net()
+    h = g.lin(g.x)
+    plan = planned(g, g.lin(g.norm(h)), g.lin(g.norm(g.lin(h))))
+    assert counts(plan) == (1, 0, 1) and "linear" in reasons(plan)[0][1] and "reads it as it is" in reasons(plan)[0][1]
+
+
+def test_a_copy_that_is_wanted_centred_in_part_keeps_the_rest() -> None:
+    g = Net()
+    wide = g.lin(g.x, 2 * D)
+    copy = g.op("identity", wide)
+    y, z = g.lin(g.norm(g.cut(copy, 0, D))), g.lin(g.norm(g.cut(wide, D, 2 * D)))
+    plan = planned(g, y, z, g.act(g.cut(copy, D, 2 * D)))
+    assert len(plan.sites) < 2 or plan.operators
+
+
+def test_an_effect_that_reads_a_value_counts() -> None:
+    g = Net()
+    h = g.lin(g.x)
+    y = g.lin(g.norm(h))
+    log = g.op("opaque", h, effect=True)  # whose result nobody reads
+    plan = convert_(g, y)
+    assert counts(plan) == (0, 0, 1) and f"opaque {log.name} reads it as it is" in reasons(plan)[0][1]
+
+
 def test_a_constant_that_the_caller_may_replace_is_asked_for_like_one() -> None:
     g = Net()
     h = g.lin(g.x)
@@ -453,9 +551,13 @@ def test_a_reader_that_nothing_depends_on_does_not_count() -> None:
     g = Net()
     h = g.lin(g.x)
     y = g.lin(g.norm(h))
-    g.act(h)
+    z = g.act(h)
     g.lin(h)
+    plan = planned(g, y)
+    assert counts(plan) == (1, 0, 0) and [p.readers for p in plan.proof.values()] == [[f"{h.name}: v1"]]
+    g.op("neg", z)
     assert counts(planned(g, y)) == (1, 0, 0)
+    assert counts(planned(g, y, g.op("abs", z))) == (0, 0, 1)  # of three that read it one is read
 
 
 def test_a_slice_that_is_not_centred_may_be_read_as_it_is() -> None:
@@ -544,6 +646,28 @@ def test_constants_of_one_storage() -> None:
     y = dead.lin(dead.norm(dead.look(a)))
     dead.look(b)
     assert counts(planned(dead, y, twins=lambda v: "one" if v in (a, b) else v)) == (1, 0, 0)
+    z = dead.lin(dead.x, 30, False, b)
+    assert counts(planned(dead, y, z, twins=lambda v: "one" if v in (a, b) else v)) == (0, 0, 1)
+
+
+def test_a_table_that_is_read_at_two_places_is_copied_for_both() -> None:
+    g = Net()
+    table = g.held(30, D)
+    first = g.look(table)
+    assert g.graph.nodes[0].outputs[0] is first
+    h = g.op("add", first, g.op("neg", g.look(table)))
+    y = g.lin(g.norm(h), 30, False, table)
+    plan = planned(g, y, untie=True)
+    assert counts(plan) == (1, 0, 0) and len(plan.copies[table]) == 2
+    derivation = plan.proof[plan.sites[0]].derivation
+    assert len(derivation) == len(set(derivation)) == 4 and not any("as shown" in line for line in derivation)
+
+
+def test_a_constant_that_the_caller_may_replace_is_not_copied() -> None:
+    g = Net()
+    table, _h, y = tied(g)
+    table.fixed, table.overridable = False, True
+    assert not planned(g, y, untie=True).copies
 
 
 # -- norms that are none of ours --------------------------------------------------------------------------------------
@@ -583,6 +707,39 @@ def test_a_value_that_is_written_in_place_stays() -> None:
     h.tainted = y.kept = True
     plan = convert(g.graph, found, can())
     assert [v for v, _ in plan.operators] == [h] and plan.seeds[h] == f"{h.name} is written in place"
+
+
+def test_a_stream_in_another_type_is_centred_through_its_cast() -> None:
+    for kind in ("cast", "identity"):
+        g = Net()
+        h = g.lin(g.x)
+        copy = g.op(kind, h, dtype="float64" if kind == "cast" else "float32")
+        first = g.spelled(copy)
+        s = g.op("add", copy, g.lin(g.act(first)))
+        plan = planned(g, g.lin(g.norm(s)))
+        assert counts(plan) == (2, 0, 0) and [site.norm.x for site in plan.sites] == [h, s]
+
+
+def test_a_norm_that_reads_its_input_and_a_copy_of_it() -> None:
+    """Its own nodes are not taken for blind then: one might be centred and the other not."""
+    g = Net()
+    h = g.lin(g.x)
+    copy = g.op("identity", h)
+    r = g.op("rsqrt", g.op("add", g.mean(g.op("square", g.op("sub", copy, g.mean(copy)))), g.c(1e-5)))
+    first = g.op("mul", g.op("sub", h, g.mean(h)), r)
+    s = g.op("add", copy, g.lin(g.act(first)))
+    plan = planned(g, g.lin(g.norm(s)))
+    assert len(plan.sites) + len(plan.kept) == 2 and (len(plan.sites) < 2 or plan.operators)
+
+
+def test_what_is_centred_already_is_no_copy() -> None:
+    g = Net()
+    h = g.lin(g.x)
+    c = g.op("sub", h, g.mean(h))
+    r = g.op("rsqrt", g.op("add", g.mean(g.op("square", c)), g.c(1e-5)))
+    s = g.op("add", g.lin(g.x), c)
+    plan = planned(g, g.lin(g.op("mul", c, r)), g.lin(g.norm(s)))
+    assert s in [site.norm.x for site in plan.sites] and len(plan.sites) == 1
 
 
 def test_two_ways_to_be_centred_are_one_too_many() -> None:
@@ -653,6 +810,15 @@ def test_the_operator_that_a_norm_stands_in() -> None:
     k.spelled(k.x)
     (plain_,) = recognise(k.graph).sites
     assert operator_of(plain_) is plain_
+    for node in k.graph.nodes:
+        node.native = "one"
+    (taken_apart,) = recognise(k.graph).sites
+    assert taken_apart.is_op and operator_of(taken_apart) is taken_apart
+    scaled_ = Net()
+    n = scaled_.norm(scaled_.op("reshape", scaled_.x, shape=(12, D)), affine=False)
+    last = scaled_.op("reshape", scaled_.op("mul", n, scaled_.w), shape=(2, 6, D))
+    (site,) = recognise(scaled_.graph).sites
+    assert site.value is last and not site.is_op and operator_of(site) is site
     m = Net()
     m.norm(m.x)
     (whole,) = recognise(m.graph).sites
@@ -676,6 +842,14 @@ def test_an_operator_that_changes_a_value_for_all_its_readers() -> None:
     assert counts(convert_(g, y, dead)) == (2, 1, 0)
     dead.producer.name = ""  # type: ignore[union-attr]
     assert reasons(convert_(g, y, dead, hooks=True))[0][1] == f"{h.name} is also read by activation"
+
+
+def test_an_operator_for_all_readers_may_serve_a_node_that_asked() -> None:
+    g = Net()
+    a = g.act(g.x)
+    h = g.op("add", a, g.lin(g.x))
+    plan = convert_(g, two_norms(g, h), hooks=True, place=lambda v: v is a)
+    assert counts(plan) == (2, 1, 0) and [v for v, _ in plan.operators] == [a]
 
 
 def test_an_output_that_an_operator_would_change() -> None:
@@ -738,6 +912,54 @@ def test_an_operator_does_not_sink_into_parts_of_an_axis() -> None:
     heads = g.op("reshape", a, shape=(2, 6, 2, 4))
     plan = planned(g, two_norms(g, heads))
     assert counts(plan) == (2, 1, 0) and [v for v, _ in plan.operators] == [heads]
+
+
+def test_an_operator_does_not_sink_below_a_fork() -> None:
+    g = Net()
+    a = g.act(g.x)
+    mid = g.op("neg", a)
+    y = g.op("add", g.lin(g.norm(g.op("neg", mid))), g.lin(g.norm(g.op("abs", mid))))
+    other = g.lin(g.norm(g.op("identity", mid)))
+    plan = planned(g, y, other, place=lambda v: v is not mid)
+    assert [v for v, _ in plan.operators if v is a] or len(plan.sites) < 2
+
+
+def test_an_operator_sinks_past_a_value_that_is_wanted_in_parts() -> None:
+    g = Net((2, 6, 2, 4))
+    a = g.act(g.x)
+    merged = g.op("reshape", a, shape=(2, 6, D))
+    heads = g.op("reshape", merged, shape=(2, 6, 2, 4))
+    y = two_norms(g, heads)
+    for places, expected in (((a, merged), a), ((a, merged, heads), heads)):
+        plan = planned(g, y, place=lambda v, places=places: v in places)
+        assert counts(plan) == (2, 1, 0) and [v for v, _ in plan.operators] == [expected]
+
+
+def test_an_operator_ahead_of_a_sum_counts_against_the_norm_behind_it() -> None:
+    g = Net()
+    a = g.act(g.x)
+    h = g.op("add", a, g.lin(g.x))
+    plan = planned(g, g.lin(g.norm(h)), place=lambda v: v is a)
+    assert counts(plan) == (0, 0, 1) and reasons(plan)[0][0] == "NF303"
+    plan = planned(g, two_norms(g, h), place=lambda v: v is a)
+    assert counts(plan) == (3, 1, 0)
+    proof = plan.proof[plan.sites[0]]
+    assert len(proof.operators) == 1 and len(proof.edits) == 2 and len(proof.derivation) == 2
+    later = plan.proof[plan.sites[1]]
+    assert later.derivation == [f"{h.name}: as shown for {plan.sites[0].label}"]
+    assert not later.edits and not later.operators and not later.readers
+
+
+def test_a_value_of_mean_zero_does_not_tie_two_parts_together() -> None:
+    g = Net()
+    zero = g.norm(g.lin(g.x), affine=False)
+    a, b = g.act(g.x), g.act(g.lin(g.x))
+    first = g.lin(g.norm(g.op("add", zero, a)))
+    second = two_norms(g, g.op("add", zero, b))
+    plan = planned(g, first, second, place=lambda v: v in (a, b))
+    assert counts(plan) == (3, 1, 1) and [v for v, _ in plan.operators] == [b]
+    proof = plan.proof[plan.sites[1]]
+    assert f"{zero.name} has mean zero already" in proof.derivation and proof.operators
 
 
 def test_parts_that_do_not_meet_are_weighed_each_for_itself() -> None:
