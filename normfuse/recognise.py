@@ -242,7 +242,7 @@ class _Recogniser:
     def _miss(self, key: RootKey, node: Node, why: Refused) -> None:
         known = [self.facts[v.index][key] for v in node.inputs if key in self.facts.get(v.index, ())]
         level = max(f.advanced for f in known)
-        if level >= 2 or (level and why.code == "NF107"):
+        if level >= 2 or (level and why.code == "NF107") or why.code == "NF110":
             self.misses.setdefault(key, []).append((level, node.index, why.code, node.name, why.message))
         elif why.code in TELLING:
             self.early.setdefault(key, (why.code, node.name, why.message))
