@@ -330,8 +330,7 @@ class _Recogniser:
                 if narrow and not exact(found.weight):
                     raise Refused("NF117", "a constant factor or 1/weight would be rounded to a narrow type")
             except Refused as why:
-                if why.code == "NF117":
-                    why_not = why.message
+                why_not = why.message
                 continue
             norm = self._norm(value, fact, found, compute, cast)
             self.taken.add(value.index)

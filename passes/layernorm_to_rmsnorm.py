@@ -312,7 +312,7 @@ class _Planner:
                 bad.append((value, why))
                 self.raw.add(value)
         for value, why in bad:
-            if self.can.untie and value.fixed:
+            if self.can.untie and value.fixed and not any(isinstance(by, Site) for by in self.askers[value]):
                 self.copies.add(value)
             else:
                 self._stop(value, f"{value.name}: {why}")

@@ -708,6 +708,7 @@ def test_a_value_is_described_by_its_fact() -> None:
 
 def test_a_lost_axis_is_told_where_nothing_came_further() -> None:
     g = Build((64, 64))
+    g.op("neg", g.op("neg", g.op("opaque", g.x)))
     lost = g.op("sub", g.x, g.mean(g.x, (1,), keepdims=False), shape=(64, 64))
     further = g.op("add", g.mean(g.op("square", g.x), (1,)), leaf(g, 64, 1))
     assert codes(g.found(lost, further)) == [("NF106", further.name)]
@@ -1046,6 +1047,12 @@ def test_a_norm_in_two_narrow_types_is_computed_in_float32() -> None:
     r = g.op("cast", g.op("rsqrt", g.op("add", m, g.c(1e-3))), dtype="float16")
     (site,) = g.found(g.op("mul", g.x, r)).sites
     assert (site.norm.cast, site.norm.compute) == ("mixed", "float32")
+
+
+def test_an_unbiased_variance_of_unknown_size_is_told() -> None:
+    g = Build(("B", "S", "D"))
+    v = g.op("var", g.x, shape=("B", "S", 1), axes=(2,), keepdims=True, correction=1)
+    assert codes(g.found(v)) == [("NF110", v.name)]
 
 
 def test_a_factor_in_float32_is_not_rounded_to_a_narrow_type() -> None:
