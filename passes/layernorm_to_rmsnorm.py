@@ -384,9 +384,7 @@ class _Planner:
                 return None
             if out.native is not None and self.can.place(out) and self.state[out].whole(out):
                 return out
-            if len(self.askers[out]) != 1:
-                return None
-            by = self.askers[out][0]
+            by = self.askers[out][0]  # if it is not the only one, the next round of this loop ends it
         return None
 
     def _drop(self) -> bool:

@@ -628,6 +628,14 @@ def test_a_table_that_is_the_output_layer_too() -> None:
     assert plan.copies == {table: [h.producer]} and list(plan.edits) == [table]
 
 
+def test_a_copy_here_does_not_hide_a_reader_there() -> None:
+    g = Net()
+    table, _h, y = tied(g)
+    other = g.lin(g.x)
+    plan = planned(g, y, two_norms(g, other), g.act(other), untie=True)
+    assert counts(plan) == (3, 1, 0) and list(plan.copies) == [table] and [v for v, _ in plan.operators] == [other]
+
+
 def test_only_constants_are_copied() -> None:
     g = Net()
     h = g.lin(g.x)

@@ -316,6 +316,8 @@ def matrix(g: Build, *shape: Any, number: float | None = None) -> Value:
     ((8, 64), lambda g, x: g.op("matmul", x, matrix(g, 64), shape=(8,)), (1,)),
     ((8, 64), lambda g, x: g.op("matmul", x, matrix(g, 64, 1), shape=(8, 1)), (1,)),
     ((8, 64), lambda g, x: g.op("matmul", x, g.op("opaque", x, shape=(64, None)), shape=(8, None)), (1,)),
+    ((3, 8, 64), lambda g, x: g.op("matmul", x, g.op("opaque", x, shape=(3, 64, 1)), shape=(3, 8, 1)), (2,)),
+    ((3, 1, 64), lambda g, x: g.op("matmul", x, g.op("opaque", x, shape=(3, 64, 8)), shape=(3, 1, 8)), None),
     ((8, 64), lambda g, x: g.op("matmul", x, matrix(g, 64, 64), shape=(8, 64)), None),
     ((8, 64), lambda g, x: g.op("matmul", matrix(g, 1, 8, number=1 / 8), x, shape=(1, 64)), (0,)),
     ((3, 8, 64), lambda g, x: g.op("matmul", matrix(g, 8, 8, number=1 / 8), x, shape=(3, 8, 64)), (1,)),
