@@ -13,6 +13,7 @@ multiplied into the constants before their mean is taken away, and the multiplic
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import prod
@@ -79,16 +80,14 @@ def centred(found: Recognition, value: Value, want: Centre) -> bool:
     if not want.whole(value):
         return False
     for fact in found.facts.get(value.index, {}).values():
-        if fact.root.axes != (want.axis,) or fact.kappa or fact.absolute or not fact.alpha:
+        if fact.root.axes != (want.axis,) or fact.kappa or fact.absolute:
             continue
         varying = any(a[0] == "p" for poly in (fact.alpha, fact.beta) for key in poly for a, _ in key)
-        if varying or fact.layout != identity_layout(fact.root.value) or fact.root.value.rank != value.rank:
+        if varying or fact.layout != identity_layout(fact.root.value):
             continue
-        try:
+        with suppress(Refused):
             if not add(mul(fact.alpha, {MEAN: 1.0}), fact.beta):
                 return True
-        except Refused:
-            continue
     return False
 
 
@@ -170,8 +169,8 @@ def _view(node: Node, out: Value, want: Centre, uniform: Callable[[Value], bool]
 
 def _reduced(node: Node, out: Value, want: Centre, uniform: Callable[[Value], bool]) -> Links:
     v, axes, keep = node.inputs[0], node.attrs["axes"], node.attrs["keepdims"]
-    kept = [a for a in range(v.rank or 0) if keep or a not in (axes or ())]
-    if v.shape is None or axes is None or kept[want.axis] in axes:
+    kept = [a for a in range(v.rank or 0) if axes is not None and (keep or a not in axes)]
+    if not kept or kept[want.axis] in axes:
         raise Blocked(f"{_label(node)} adds the channels up")
     return [(v, want.moved(kept[want.axis]))]
 
@@ -180,7 +179,7 @@ def regrouped(source: Shape, target: Shape, want: Centre) -> Centre | None:
     """A centring of a reshaped value, seen from before the reshape: the same axis, one that was split into it (then a
     block for each part), or one of those merged into it (then the blocks have to repeat)."""
     n = target[want.axis]
-    if not isinstance(n, int) or (want.scales and n not in source):
+    if not isinstance(n, int):
         return None
     for axis, m in enumerate(source):
         if not isinstance(m, int) or not m or not n:

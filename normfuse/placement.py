@@ -51,7 +51,9 @@ class Placer:
         if node.kind != "add" or node in self.inside:
             return False
         a, b = node.inputs
-        return not any(v.number is not None or v.fixed for v in (a, b)) and a.shape == b.shape and (a.rank or 0) > 1
+        if any(v.number is not None or v.fixed for v in (a, b)) or a.shape is None:
+            return False
+        return a.shape == b.shape and len(a.shape) > 1
 
     def run(self) -> None:
         for site in self.sites:
@@ -77,9 +79,7 @@ class Placer:
     def _adds_of(self, value: Value) -> list[Node]:
         """Residual additions that read a value, casts and reshapes aside."""
         out = list(self.stream.get(value, ()))
-        for node, v in _forward(value, THROUGH, SHORT_WALK):
-            if node in self.adds and v is not value:
-                out.append(node)
+        out += [node for node, _ in _forward(value, THROUGH, SHORT_WALK) if node in self.adds]
         return [node for i, node in enumerate(out) if node not in out[:i]]
 
     def _closes_with_norm(self, site: Site) -> bool:
@@ -93,8 +93,8 @@ class Placer:
 
     def _place(self, site: Site) -> str:
         x, y = self.base(site.norm.x), site.value
-        reads_stream = x in self.stream or (x.producer is not None and x.producer in self.adds)
-        adds = [node for node in self._adds_of(y) if node not in self.inside]
+        reads_stream = x in self.stream or x.producer in self.adds
+        adds = self._adds_of(y)
         uses = [node for node in y.uses if node not in self.inside]
         site.attends = self._attends(y)
         if site.attends is not None:
@@ -105,7 +105,7 @@ class Placer:
         if adds:
             if not self._after_norm(x) and not self._first_sum(x):
                 return "embedding"
-            if x.producer is not None and x.producer in self.adds:
+            if x.producer in self.adds:
                 return "post_residual"
         if self._gated(x, y):
             return "gated"
@@ -117,7 +117,7 @@ class Placer:
             if any(self.base(v) in self.normed and self.normed[self.base(v)].placement in
                    ("post_residual", "embedding") for v in node.inputs):  # fmt: skip
                 return "post_residual"
-            return "final" if self._after_norm(x) or not adds else "embedding"
+            return "final"
         if self._branch(x) and self._feeds_linear(y):
             return "latent"
         return "final" if self._after_norm(x) and not self._feeds_linear(y) else "other"
@@ -139,13 +139,11 @@ class Placer:
                 return False
             if node.kind in ("linear", "attention", "matmul"):
                 return True
-            if node.kind == "add" and node not in self.adds:  # the bias of a linear layer
+            if node.kind == "add":  # the bias of a linear layer
                 moving = [v for v in node.inputs if not v.fixed and v.number is None]
                 if len(moving) == 1:
                     value = moving[0]
                     continue
-            if node in self.adds:
-                return False
             if node.kind not in THROUGH | {"slice", "mul", "div", "opaque", "where", "gather", "concat", "sum"}:
                 return False
             moving = [v for v in node.inputs if not v.fixed and v.number is None]
@@ -182,11 +180,10 @@ def per_head(site: Site) -> bool:
     axis of heads has rank 4.
     """
     product, norm = site.attends, site.norm
-    if product is None or product.kind == "attention" or norm.size is None:
-        return (norm.x.rank or 0) > 3
-    shape = product.inputs[0].shape
+    assert norm.x.shape is not None
+    shape = product.inputs[0].shape if product is not None and product.kind != "attention" else None
     width = shape[-1] if shape else None
-    return norm.size <= width if isinstance(width, int) else (norm.x.rank or 0) > 3
+    return norm.size <= width if isinstance(width, int) and norm.size is not None else len(norm.x.shape) > 3
 
 
 def weight(value: Value) -> bool:

@@ -18,16 +18,19 @@ from normfuse.facts import (
 )  # fmt: skip
 from normfuse.graph import FLOATS, PRECISION, Graph, Node, Value
 from normfuse.norm import NEAR, VIEWS, Expr, Match, Norm, Refusal, Site, exact, is_op, match, precision
-from normfuse.transfer import REDUCTIONS, RULES, SPREAD, align, broadcast, identity_layout, regroup, start
+from normfuse.transfer import REDUCTIONS, RULES, SPREAD, align, identity_layout, start
 
 MAX_ROOTS = 32
 MAX_WALK = 16
+HEAVY = 99
+"""The rank that what is no parameter counts for."""
 
 RootKey = tuple[int, tuple[int, ...]]
 COPIES = frozenset({*VIEWS, "identity"})
 ELEMENTWISE = frozenset("add sub mul div neg abs square pow sqrt rsqrt reciprocal max cast identity".split())
 TELLING = ("NF112", "NF117")
 """Refusals that explain a miss even where they stand before any statistic."""
+
 
 @dataclass(slots=True)
 class Recognition:
@@ -59,14 +62,15 @@ class _Recogniser:
         self.light: dict[int, int] = {}  # value -> largest rank of the inputs that it is made of, if it is a parameter
         self.stat: set[int] = set()
         self.params: dict[int, Value] = {}
-        self.roots: dict[int, list[Root]] = {}
+        self.roots: dict[int, dict[tuple[int, ...], Root]] = {}
         self.seeds: dict[int, list[Root]] = {}  # reduction node -> its candidate roots
         self.misses: dict[RootKey, list[tuple[int, int, str, str, str]]] = {}
+        self.early: dict[RootKey, tuple[str, str, str]] = {}  # the first miss before any statistic that may say why
         self.taken: set[int] = set()  # the values of the sites
 
     def run(self) -> Recognition:
         for value in self.graph.leaves:
-            self.light[value.index] = 0 if value.fixed else len(value.shape or (0,) * 9)
+            self.light[value.index] = 0 if value.fixed else len(value.shape) if value.shape else HEAVY
         for node in self.graph.nodes:
             self._classify(node)
         for node in self.graph.nodes:
@@ -83,25 +87,24 @@ class _Recogniser:
     # -- what is a parameter, what is a statistic ------------------------------------------------------------------
 
     def _classify(self, node: Node) -> None:
-        out = node.outputs[0] if node.outputs else None
-        if out is None:
+        if not node.outputs:
             return
+        out = node.outputs[0]
         if node.kind in ELEMENTWISE or node.kind in VIEWS:
-            ranks = [self.light.get(v.index) for v in node.inputs if v.number is None]
-            if None not in ranks:
-                self.light[out.index] = max((r for r in ranks if r is not None), default=0)
+            ranks = [self.light.get(v.index, HEAVY) for v in node.inputs if v.number is None]
+            self.light[out.index] = max(ranks, default=0)
             stats = [v for v in node.inputs if v.number is None and not self._parameter(v)]
             if stats and all(v.index in self.stat for v in stats):
                 self.stat.add(out.index)
         elif node.kind in ("mean", "sum", "var", "std", "vecnorm") or (
             node.kind == "matmul"
-            and (any(v.number is not None for v in node.inputs) or (out.shape or (0,))[-1:] == (1,) or out.rank == 2)
+            and (any(v.number is not None for v in node.inputs) or (out.shape is not None and out.shape[-1:] == (1,)))
         ):
             self.stat.add(out.index)
 
     def _parameter(self, value: Value) -> bool:
         """Surely a parameter: made of constants, or of inputs of rank 1 at most."""
-        return self.light.get(value.index, 9) <= 1
+        return self.light.get(value.index, HEAVY) <= 1
 
     # -- roots ----------------------------------------------------------------------------------------------------
 
@@ -114,12 +117,13 @@ class _Recogniser:
                 self.out.refusals.append(Refusal("NF115", node.name, f"the shape of {value.name} is not known"))
             return
         if node.kind == "matmul":
-            if self._parameter(value) or (value.rank < 2 and node.inputs[1].number is None):
+            if self._parameter(value) or value.rank < 2:
                 return
-            dotted = node.inputs[1].number is not None or (node.outputs[0].shape or (0,))[-1] in (1, None)
-            if not dotted and node.inputs[0].number is None and node.outputs[0].rank != 1:
+            shape = node.outputs[0].shape
+            if all(v.number is None for v in node.inputs) and not (
+                    shape and (len(shape) == 1 or shape[-1] in (1, None))):  # fmt: skip
                 return
-            axis = value.rank - 1 if value is node.inputs[0] else max(value.rank - 2, 0)
+            axis = value.rank - 1 if value is node.inputs[0] else value.rank - 2
             axes: tuple[int, ...] | None = (axis,)
         else:
             axes = node.attrs["axes"]
@@ -129,16 +133,12 @@ class _Recogniser:
         found: list[Root] = []
         written = False
         for v, reduced in self._origins(value, axes):
-            over = tuple(a for a in reduced if v.shape is not None and v.shape[a] != 1)
-            size = _size(v, over)
-            written = written or v.tainted
-            if v.tainted or not over:
-                continue
-            root = next((r for r in self.roots.get(v.index, ()) if r.axes == over), None)
-            if root is None:
-                root = Root(v, over, size)
-                self.roots.setdefault(v.index, []).append(root)
-            found.append(root)
+            assert v.shape is not None
+            over = tuple(a for a in reduced if v.shape[a] != 1)
+            if v.tainted:
+                written = bool(over)
+            elif over:
+                found.append(self.roots.setdefault(v.index, {}).setdefault(over, Root(v, over, _size(v, over))))
         squared = value.producer is not None and value.producer.kind in ("square", "pow")
         if written and not found and (squared or node.kind in ("var", "std", "vecnorm")):
             self.out.refusals.append(Refusal("NF120", node.name, f"{value.name} or a view of it is written in place"))
@@ -150,7 +150,7 @@ class _Recogniser:
         seen: set[int] = set()
         while todo and len(seen) < MAX_WALK:
             v, over = todo.pop(0)
-            if v.index in seen or v.shape is None or v.dtype not in FLOATS or v.number is not None:
+            if v.index in seen or v.dtype not in FLOATS or v.number is not None:
                 continue
             seen.add(v.index)
             yield v, over
@@ -164,8 +164,9 @@ class _Recogniser:
                     todo.append((source, tuple(sorted(a for i in over for a in layout[i]))))
             elif node.kind in ("mean", "sum") and node.attrs["axes"]:  # a mean in several steps
                 taken, source = node.attrs["axes"], node.inputs[0]
-                kept = [a for a in range(source.rank or 0) if node.attrs["keepdims"] or a not in taken]
-                todo.append((source, tuple(sorted({*(kept[a] for a in over), *taken}))))
+                if source.rank is not None:
+                    kept = [a for a in range(source.rank) if node.attrs["keepdims"] or a not in taken]
+                    todo.append((source, tuple(sorted({*(kept[a] for a in over), *taken}))))
             elif node.kind in ELEMENTWISE:
                 for i, operand in enumerate(node.inputs):
                     others = [o for j, o in enumerate(node.inputs) if j != i]
@@ -177,7 +178,7 @@ class _Recogniser:
                         todo.append((operand, over))
 
     def _plant(self, value: Value) -> None:
-        for root in self.roots.get(value.index, ()):
+        for root in self.roots.get(value.index, {}).values():
             self.facts.setdefault(value.index, {})[root.key()] = start(root)
 
     # -- facts ----------------------------------------------------------------------------------------------------
@@ -188,13 +189,13 @@ class _Recogniser:
         for v in node.inputs:
             for key, fact in self.facts.get(v.index, {}).items():
                 roots[key] = fact.root
-        if rule is not None and node.outputs:
+        if rule is not None:
             out = node.outputs[0]
             if out.tainted:
                 for key in roots:
                     self._miss(key, node, Refused("NF120", f"{out.name} or a view of it is written in place"))
                 roots = {}
-            made = self.facts.setdefault(out.index, {}) if roots else {}
+            made: dict[RootKey, Fact] = {}
             for key in sorted(roots, reverse=True):
                 if len(made) == MAX_ROOTS:
                     break
@@ -202,9 +203,9 @@ class _Recogniser:
                     made[key] = rule(node, self._operands(node, roots[key]))
                 except Refused as why:
                     self._miss(key, node, why)
-            if not made:
-                self.facts.pop(out.index, None)
-        elif rule is None:
+            if made:
+                self.facts[out.index] = made
+        else:
             for key in roots:
                 self._miss(key, node, Refused("NF106", f"statistics go into {node.op}, which is not part of a norm"))
         for v in node.outputs:
@@ -213,8 +214,7 @@ class _Recogniser:
     def _operands(self, node: Node, root: Root) -> list[Fact]:
         key = root.key()
         known = [self.facts.get(v.index, {}).get(key) for v in node.inputs]
-        layouts = [f.layout for f in known if f is not None]
-        layout = layouts[0] if len(layouts) == 1 else broadcast(*layouts) if node.kind != "matmul" else ()
+        layout = next(f.layout for f in known if f is not None)
         out = []
         for i, (v, fact) in enumerate(zip(node.inputs, known, strict=True)):
             if fact is not None:
@@ -222,13 +222,13 @@ class _Recogniser:
             elif v.number is not None:
                 aligned = _matrix(v, i, layout) if node.kind == "matmul" else align(v, layout, root)
                 out.append(Fact(root, ZERO, ZERO, constant(v.number), aligned))
-            elif v.overridable and _size(v, tuple(range(v.rank or 0))) == 1:
+            elif v.overridable and _single(v):
                 raise Refused("NF122", f"{v.name} may be replaced by the caller, so it is no constant")
             elif self._scales(v, root) and node.kind != "matmul":
                 atom: Atom = ("p", v.index, v.name)
                 self.params[v.index] = v
                 out.append(Fact(root, ZERO, ZERO, {((atom, 1.0),): 1.0}, align(v, layout, root)))
-            elif _size(v, tuple(range(v.rank or 0))) == 1 and v.shape is not None and node.kind != "matmul":
+            elif _single(v) and node.kind != "matmul":
                 raise Refused("NF104", f"{v.name} is computed at run time, not a constant")
             else:
                 name = root.value.name
@@ -237,24 +237,20 @@ class _Recogniser:
 
     def _scales(self, value: Value, root: Root) -> bool:
         """Whether a value may be a parameter of a norm of this root: light enough, and not what the root is made of."""
+        if self.light.get(value.index, HEAVY) > len(root.axes):
+            return False
         made = any(index == value.index for index, _ in self.facts.get(root.value.index, ()))
-        made = made or (value.shape == root.value.shape and _akin(value, root.value))
-        return self.light.get(value.index, 9) <= max(len(root.axes), 1) and not made
+        return not made and (value.shape != root.value.shape or not _akin(value, root.value))
 
     def _miss(self, key: RootKey, node: Node, why: Refused) -> None:
         known = [self.facts[v.index][key] for v in node.inputs if key in self.facts.get(v.index, ())]
         level = max(f.advanced for f in known)
-        if level >= 2 or why.code in TELLING or (level and why.code == "NF107"):
+        if level >= 2 or (level and why.code == "NF107") or why.code == "NF110":
             self.misses.setdefault(key, []).append((level, node.index, why.code, node.name, why.message))
+        elif why.code in TELLING:
+            self.early.setdefault(key, (why.code, node.name, why.message))
 
     # -- sites ----------------------------------------------------------------------------------------------------
-
-    def _canonical(self, root: Root) -> RootKey:
-        """The oldest root of which this one is only a cast or a reshape."""
-        for key, fact in sorted(self.facts.get(root.value.index, {}).items()):
-            if key != root.key() and fact.alpha == {ONE: 1.0} and not (fact.beta or fact.kappa or fact.absolute):
-                return key
-        return root.key()
 
     def _sites(self) -> None:
         """Choose, of all values that are norms, those that are not merely a step towards another one."""
@@ -274,16 +270,13 @@ class _Recogniser:
                         miss = (4, value.producer.index, why.code, value.producer.name, why.message)
                         self.misses.setdefault(key, []).append(miss)
                     continue
-                groups.setdefault(value.index, set()).add(self._canonical(fact.root))
+                groups.setdefault(value.index, set()).add(key)
                 if whole:
                     matches.setdefault(value.index, []).append((fact, found))
         final = self._final(values, matches, groups, set())
-        chains = self._chosen(values, matches, final)
-        read = {chain[0][1].root.value.index for chain in chains}
-        if any(not final.get(i, True) for i in read):  # by a norm, whole: a step towards it that stands for itself
-            chains = self._chosen(values, matches, self._final(values, matches, groups, read))
-        for chain in chains:
-            self._site(chain)
+        read = {chain[0][1].root.value.index for chain in self._chosen(values, matches, final)}
+        for chain in self._chosen(values, matches, self._final(values, matches, groups, read)):
+            self._site(chain)  # what a norm reads whole stands for itself
 
     def _chosen(self, values: list[Value], matches: dict[int, list[tuple[Fact, Match]]],
                 final: dict[int, bool]) -> list[list[tuple[Value, Fact]]]:  # fmt: skip
@@ -308,37 +301,33 @@ class _Recogniser:
             ahead = [steps.get(node.outputs[0].index, set()) if node.outputs else set() for node in value.uses]
             leads = own.intersection(*ahead) if ahead and not value.kept and value.index not in read else set()
             final[value.index] = not leads
-            steps[value.index] = leads | {self._canonical(f.root) for f, _ in matches.get(value.index, ())}
+            steps[value.index] = leads | {f.root.key() for f, _ in matches.get(value.index, ())}
         return final
 
     def _best(self, found: list[tuple[Fact, Match]]) -> tuple[Fact, Match]:
         """Of several readings of one value: the oldest root, unless a later one is more than a cast away."""
         best = found[0]
-        for fact, m in found[1:]:
+        for fact, m in found:
             seen = self.facts[fact.root.value.index].get(best[0].root.key())
-            plain = seen is not None and seen.alpha == {ONE: 1.0} and (
-                not seen.beta or (seen.beta == {MEAN: -1.0} and best[1].kind == "layer_norm"))  # fmt: skip
+            plain = seen is not None and seen.alpha == {ONE: 1.0} and seen.beta in (ZERO, {MEAN: -1.0})
             if not plain and not (best[1].kind == "layer_norm" and m.kind == "rms_norm"):
                 best = (fact, m)
         return best
 
     def _chain(self, fact: Fact, value: Value) -> Iterator[tuple[Value, Fact]]:
         """The value and those before it on the way of x, back to the root."""
-        key = fact.root.key()
-        current: Value | None = value
-        while current is not None and current is not fact.root.value:
-            step = self.facts.get(current.index, {}).get(key)
-            if step is None:
-                return
-            yield current, step
-            current = step.via
+        while value is not fact.root.value:
+            step = self.facts[value.index][fact.root.key()]
+            yield value, step
+            assert step.via is not None
+            value = step.via
 
     def _site(self, chain: list[tuple[Value, Fact]]) -> None:
         """Take the longest part of the chain that an operator with the same roundings can compute."""
-        first: Refused | None = None
+        why_not = ""
         chain_name = _label(chain[0][0])
         for value, fact in chain:
-            if first is not None and first.code == "NF117" and self._joins(chain, value):
+            if why_not and self._joins(chain, value):
                 break
             try:
                 if fact.layout != identity_layout(fact.root.value) or self._idle(value, fact):
@@ -347,22 +336,20 @@ class _Recogniser:
                     return
                 found = match(fact)
                 compute, cast = precision(fact)
-                applied = value.dtype or "" if cast == "first" else compute
-                if min(PRECISION.get(d, 0) for d in (compute, applied)) < 24 and not exact(found.weight):
+                narrow = _bits(compute) < 24 or (cast == "first" and _bits(value.dtype) < 24)
+                if narrow and not exact(found.weight):
                     raise Refused("NF117", "a constant factor or 1/weight would be rounded to a narrow type")
             except Refused as why:
-                if first is None or why.code == "NF117":
-                    first = why
+                why_not = why.message
                 continue
             norm = self._norm(value, fact, found, compute, cast)
             self.taken.add(value.index)
             self.out.sites.append(Site(value, norm, fact, is_op(value, norm), chain_name))
             return
         value, fact = chain[0]
-        assert first is not None
         compute = max(fact.types & set(PRECISION) | {"float32"}, key=PRECISION.__getitem__)
         norm = self._norm(value, fact, match(fact), compute, "mixed")
-        self.out.sites.append(Site(value, norm, fact, is_op(value, norm), chain_name, first.message))
+        self.out.sites.append(Site(value, norm, fact, is_op(value, norm), chain_name, why_not))
 
     def _joins(self, chain: list[tuple[Value, Fact]], value: Value) -> bool:
         """Whether, after a value on the chain, another operand depends on the root too: the value alone will not do."""
@@ -372,13 +359,11 @@ class _Recogniser:
         return len({v for v in after.producer.inputs if key in self.facts.get(v.index, ())}) > 1
 
     def _idle(self, value: Value, fact: Fact) -> bool:
-        """Only a copy, a view or a wider copy of a value before it that has the same layout."""
-        node, before = value.producer, None if fact.via is None else self.facts[fact.via.index].get(fact.root.key())
-        assert node is not None
-        old, new = PRECISION.get(node.inputs[0].dtype or "", 0), PRECISION.get(value.dtype or "", 0)
-        copies = node.kind in VIEWS or node.kind == "identity" or (
-            node.kind == "cast" and (old < new or node.inputs[0].dtype == value.dtype))  # fmt: skip
-        return copies and before is not None and before.layout == fact.layout and fact.via is not fact.root.value
+        """Only a copy or a view of a value before it that has the same layout."""
+        node, via = value.producer, fact.via
+        assert node is not None and via is not None
+        copies = node.kind in VIEWS or node.kind == "identity" or (node.kind == "cast" and via.dtype == value.dtype)
+        return copies and self.facts[via.index][fact.root.key()].layout == fact.layout
 
     def _norm(self, value: Value, fact: Fact, found: Match, compute: str, cast: str) -> Norm:
         root = fact.root
@@ -387,9 +372,7 @@ class _Recogniser:
                     value.dtype or "?")  # fmt: skip
 
     def _expr(self, p: Poly, neutral: float) -> Expr | None:
-        if not p and neutral == 0.0:
-            return None
-        if set(p) == {ONE} and abs(p[ONE] - neutral) <= 4 * NEAR / 8:
+        if not p or (set(p) == {ONE} and abs(p[ONE] - neutral) <= NEAR / 2):
             return None
         terms = []
         for key in sorted(p):
@@ -413,11 +396,10 @@ class _Recogniser:
             found = [m for root in self.seeds[i] for m in self.misses.get(root.key(), ())]
             if not found:
                 continue
-            if not any(m[0] >= 2 or (m[0] and m[2] == "NF107") for m in found):
-                continue
             _, _, code, node, message = max(found, key=lambda m: (m[0] >= 2 and m[2] != "NF106", m[0], -m[1]))
-            if code == "NF106":  # an earlier miss of another reading may say why
-                _, _, code, node, message = next((m for m in found if m[2] in TELLING), (0, 0, code, node, message))
+            if code == "NF106":
+                early = [self.early[root.key()] for root in self.seeds[i] if root.key() in self.early]
+                code, node, message = next(iter(early), (code, node, message))
             if (code, node) not in said:
                 said.add((code, node))
                 self.out.refusals.append(Refusal(code, node, message))
@@ -428,7 +410,17 @@ def _label(value: Value) -> str:
     """What made a value, by name: not a copy or a view behind it, which may stand outside of the norm's module."""
     while value.producer is not None and value.producer.kind in COPIES and value.producer.inputs[0].producer:
         value = value.producer.inputs[0]
-    return value.producer.name if value.producer is not None and value.producer.name else value.name
+    assert value.producer is not None
+    return value.producer.name or value.name
+
+
+def _single(value: Value) -> bool:
+    """One element, for sure."""
+    return value.shape is not None and all(d == 1 for d in value.shape)
+
+
+def _bits(dtype: str | None) -> int:
+    return PRECISION.get(dtype or "", 0)
 
 
 def _akin(a: Value, b: Value) -> bool:
@@ -448,10 +440,10 @@ def _before(value: Value) -> set[Value]:
 
 
 def _size(value: Value, axes: tuple[int, ...]) -> int | None:
-    assert value.shape is not None or not axes
+    assert value.shape is not None
     size = 1
     for a in axes:
-        d = value.shape[a] if value.shape is not None else None
+        d = value.shape[a]
         if not isinstance(d, int):
             return None
         size *= d
@@ -460,14 +452,10 @@ def _size(value: Value, axes: tuple[int, ...]) -> int | None:
 
 def _view(node: Node, source: Value) -> Layout | None:
     """The layout of a view's output over the axes of its input."""
-    if source.shape is None or node.outputs[0].shape is None:
+    if source.shape is None:
         return None
-    root = Root(source, (), None)
-    fact = Fact(root, ZERO, {ONE: 1.0}, ZERO, identity_layout(source))
     try:
-        if node.kind == "reshape":
-            return regroup(fact.layout, node.outputs[0].shape, root)
-        return RULES[node.kind](node, [fact]).layout
+        return RULES[node.kind](node, [start(Root(source, (), None))]).layout
     except Refused:
         return None
 

@@ -9,7 +9,7 @@ from normfuse.plan import Plan
 def summed(value: Value) -> Node | None:
     """The addition of two tensors of one shape that gives a value: no number, nothing broadcast, no write in place."""
     node = value.producer
-    if node is None or node.kind != "add" or value.shape is None or value.native is None or not value.shape:
+    if node is None or node.kind != "add" or value.native is None or not value.shape:
         return None
     a, b = node.inputs
     if a is b or any(v.number is not None or v.dtype not in FLOATS for v in (a, b)) or value.tainted:

@@ -15,10 +15,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from normfuse.graph import PRECISION, Value
+from normfuse.graph import Node, Value
 from normfuse.norm import Site, region
 from normfuse.plan import Abilities, Fused, Plan
 from normfuse.residual import sum_of, summed, taken
+
+NARROW = ("float16", "bfloat16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +38,9 @@ class AddNorm:
             node = summed(s)
             if node is None or s in done or node.native in operators:
                 continue
-            wide = unrounded(site, s)
+            wide = unrounded(site, s, node)
             if wide is not None and plan.fuse(wide, self.can):
-                done.update((s, wide.outputs[1]))
-                continue
+                continue  # nothing else reads the sum
             a, b = node.inputs
             outputs = (site.value, s)
             # results lie in memory as the first input does, which is not the same for either
@@ -47,18 +48,22 @@ class AddNorm:
                 done.add(s)
 
 
-def unrounded(site: Site, s: Value) -> Fused | None:
+def unrounded(site: Site, s: Value, node: Node) -> Fused | None:
     """The operator that normalises a sum in float32 of narrow tensors and rounds it for its other readers."""
-    node = s.producer
-    if node is None or s is not site.norm.x or s.kept or s.dtype != "float32":
+    if s.kept or s.dtype != "float32":
         return None
-    makers = [v.producer for v in node.inputs]
     inside = set(region(site.value, site.norm))
     casts = [use for use in s.uses if use not in inside]
-    if len(casts) != 1 or any(n is None or n.kind != "cast" or n.inputs[0].tainted for n in (*makers, *casts)):
+    x, r = map(_uncast, node.inputs)
+    if len(casts) != 1 or casts[0].kind != "cast" or x is None or r is None or x is r:
         return None
-    x, r = (n.inputs[0] for n in makers if n is not None)
     narrow = casts[0].outputs[0]
-    if x is r or not x.dtype == r.dtype == narrow.dtype or PRECISION.get(x.dtype or "", 99) >= PRECISION["float32"]:
+    if not x.dtype == r.dtype == narrow.dtype or x.dtype not in NARROW:
         return None
     return Fused("add_norm", (site,), (x, r), (site.value, narrow), round_sum=False)
+
+
+def _uncast(value: Value) -> Value | None:
+    """What a value is a cast of."""
+    node = value.producer
+    return node.inputs[0] if node is not None and node.kind == "cast" and not node.inputs[0].tainted else None

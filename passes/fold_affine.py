@@ -12,6 +12,7 @@ The weight: FlashNorm (Graef et al. 2024, arXiv 2407.09577).
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,8 @@ from normfuse.norm import Expr
 from normfuse.passes.remove_dead import live
 
 MAX_WALK = 64
+PROBE = ((0, 1),)
+"""A block that comes back as it is where an axis stays an axis of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +63,7 @@ def readers(graph: Graph, value: Value, axis: int, linear: Linear, channels: Cha
     todo = [(value, axis)]
     while todo:
         v, at = todo.pop()
-        if v.kept or v.tainted or len(found) + len(todo) > MAX_WALK:
+        if v.kept or v.tainted or len(found) > MAX_WALK:
             return None
         for node in dict.fromkeys(v.uses):
             if node not in alive:
@@ -77,25 +80,19 @@ def readers(graph: Graph, value: Value, axis: int, linear: Linear, channels: Cha
     counts = {twins(v): 0 for v in graph.leaves}
     for v in graph.leaves:
         counts[twins(v)] += sum(node in alive for node in v.uses)
-    return found if found and all(counts[key] == 1 for key in shared) and len(set(shared)) == len(shared) else None
+    return found if found and all(counts[key] == 1 for key in shared) else None
 
 
 def _view(node: Node, value: Value, axis: int, channels: Channels) -> tuple[Value, int] | None:
     """A view or copy of a value, and where its axis is in it."""
     if node.kind not in ("identity", "reshape", "transpose", "unsqueeze", "squeeze", "expand"):
         return None
-    out, size = node.outputs[0], (value.shape or ())[axis]
-    if not isinstance(size, int) or out.shape is None:
-        return None
-    for at, n in enumerate(out.shape):
-        if n != size:
-            continue
-        want = Centre(at, ((0, size),))
-        try:
+    out = node.outputs[0]
+    for at in range(out.rank or 0):
+        want = Centre(at, PROBE)
+        with suppress(Blocked):
             if back(node, out, want, channels, lambda v: False) == [(value, want.moved(axis))]:
                 return out, at
-        except Blocked:
-            continue
     return None
 
 
@@ -109,8 +106,7 @@ def leaf_of(value: Value, axes: tuple[int, ...], channels: Channels) -> tuple[Va
             return None
         found = []
         for axis in axes:
-            size = value.shape[axis]
-            want = Centre(axis, ((0, size if isinstance(size, int) else -1),))
+            want = Centre(axis, PROBE)
             try:
                 ((_, behind),) = back(node, value, want, channels, lambda v: False)
             except Blocked:
@@ -128,11 +124,13 @@ def contraction(node: Node, weight: Value, over: int, gives: int, bias: Value | 
     found = leaf_of(weight, (over, gives), channels)
     if found is None:
         return None
-    settled = bias is None or (bias.leaf and bias.fixed and not bias.overridable and bias.native is not None)
-    size = (found[0].shape or ())[found[1][1]]
-    fits = bias is not None and bias.shape is not None and bias.shape[-1:] == (size,)
-    over, gives = found[1]
-    return Contraction(node, found[0], over, gives, bias if settled and fits else None, out or node.outputs[0])
+    (leaf, (over, gives)), out = found, out or node.outputs[0]
+    if bias is not None:
+        settled = bias.fixed and not bias.overridable and bias.native is not None
+        assert leaf.shape is not None
+        if not settled or bias.shape is None or bias.shape[-1:] != (leaf.shape[gives],):
+            bias = None
+    return Contraction(node, leaf, over, gives, bias, out)
 
 
 def elements(expr: Expr, size: int, give: Callable[[Value], Any]) -> Any:
@@ -149,4 +147,4 @@ def elements(expr: Expr, size: int, give: Callable[[Value], Any]) -> Any:
 def constant(expr: Expr | None) -> bool:
     """Whether a weight or bias is made of constants of the graph alone."""
     values = [v for _, factors in expr or () for v, _ in factors]
-    return bool(values) and all(v.leaf and v.fixed and not v.overridable and v.native is not None for v in values)
+    return bool(values) and all(v.fixed and not v.overridable and v.native is not None for v in values)

@@ -40,7 +40,6 @@ class FuseNorm:
             reason = self.can.leave(site) if self.can.leave is not None else None
             if reason is not None:
                 plan.left[site] = reason
-            if reason is not None or (site.is_op and self.can.leave is None):
                 continue
             own = Fused("norm", (site,), (site.norm.x,), (site.value,))
             if self.can.leave is not None and plan.fuse(own, self.can):
@@ -79,7 +78,7 @@ class FuseNorm:
     def _with_statistics(self, plan: Plan, edit: Replace, alive: set[Node], edits: list[Edit]) -> Replace | None:
         """The replacement that also gives the mean and the standard deviation that are read outside the norm."""
         site, norm = edit.site, edit.site.norm
-        if edit.as_written or edit.mean or edit.rstd or norm.kind != "layer_norm" or not self.can.statistics(norm):
+        if edit.as_written or norm.kind != "layer_norm" or not self.can.statistics(norm):
             return None
         key, reduced = site.fact.root.key(), tuple(() if i in norm.axes else e for i, e in enumerate(site.fact.layout))
         powers = {factor for monomial in site.fact.alpha for factor in monomial if factor[0][0] == "T"}
@@ -89,18 +88,18 @@ class FuseNorm:
         dead = [node for node in plan.graph.nodes if node not in before]  # they stay, and what they read
         staying = live(plan.graph, edits, dead) if dead else alive
         found: dict[str, Value] = {}
-        for node in region_and_readers(plan, site, alive):
-            for value in node.outputs:
-                fact = plan.found.facts.get(value.index, {}).get(key)
-                if fact is None or fact.linear or fact.layout != reduced or value.dtype != norm.compute:
-                    continue
-                if any(use.index < last.index for use in value.uses if use in staying):
-                    continue  # it is read before the operator could stand
-                if fact.beta == {MEAN: 1.0}:
-                    found["mean"] = value
-                elif len(powers) == 1 and fact.beta == {tuple(powers): 1.0}:
-                    found["rstd"] = value
-        return Replace(site, False, found.get("mean"), found.get("rstd")) if found else None
+        for value in (node.outputs[0] for node in plan.graph.nodes if node in alive and node.outputs):
+            fact = plan.found.facts.get(value.index, {}).get(key)
+            if fact is None or fact.layout != reduced or value.dtype != norm.compute:
+                continue
+            if any(use.index < last.index for use in value.uses if use in staying):
+                continue  # it is read before the operator could stand
+            if fact.beta == {MEAN: 1.0}:
+                found["mean"] = value
+            elif fact.beta == {tuple(powers): 1.0}:  # of a norm there is one
+                found["rstd"] = value
+        # a mean that what the deviation is made of still read may come in the next round
+        return Replace(site, False, edit.mean or found.get("mean"), edit.rstd or found.get("rstd")) if found else None
 
 
 def stuck(plan: Plan) -> list[Fused]:
@@ -116,23 +115,11 @@ def statistics(site: Site) -> list[Node]:
     return [node for node in region(site.value, site.norm) if node.kind in REDUCTIONS]
 
 
-def region_and_readers(plan: Plan, site: Site, alive: set[Node]) -> list[Node]:
-    """The live nodes that compute statistics of the root of a site, in order."""
-    key = site.fact.root.key()
-    return [node for node in plan.graph.nodes if node in alive and node.outputs
-            and key in plan.found.facts.get(node.outputs[0].index, ())]  # fmt: skip
-
-
 def _reader(graph: Graph, site: Site, alive: set[Node]) -> str:
-    nodes = region(site.value, site.norm)
-    inside = set(nodes)
-    for node in nodes:
-        for value in node.outputs:
-            if value is site.value:
-                continue
-            if value.kept:
-                return f"{value.name}, inside the norm, is an output of the graph"
-            for use in value.uses:
-                if use not in inside and use in alive:
-                    return f"{value.name}, inside the norm, is also read by {use.name or use.op}"
-    return "a value inside the norm is read elsewhere"
+    """Who reads a value inside a norm."""
+    inside = [v for node in region(site.value, site.norm) for v in node.outputs if v is not site.value]
+    value = next(v for v in inside if v.kept or any(use in alive for use in v.uses))
+    if value.kept:
+        return f"{value.name}, inside the norm, is an output of the graph"
+    use = next(use for use in value.uses if use in alive)
+    return f"{value.name}, inside the norm, is also read by {use.name or use.op}"

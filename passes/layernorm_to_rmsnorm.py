@@ -150,7 +150,6 @@ class _Planner:
         self.state: dict[Value, Centre] = {}
         self.askers: dict[Value, list[Reader]] = {}
         self.operators: dict[Operator, list[Reader]] = {}
-        self.again = False
         self.raw: set[Value] = set()  # values that this round has found must stay as they are
 
     def _candidate(self, site: Site) -> None:
@@ -198,9 +197,9 @@ class _Planner:
     def _copies(self, value: Value, site: Site) -> bool:
         """Whether a value of a norm is its input, in another type at most."""
         root = site.fact.root
-        fact = self.found.facts.get(value.index, {}).get(root.key()) if root.value is site.norm.x else None
-        return fact is not None and fact.alpha == {ONE: 1.0} and not (fact.beta or fact.kappa or fact.absolute) and (
-            fact.layout == identity_layout(root.value) and value.rank == root.value.rank)  # fmt: skip
+        fact = self.found.facts.get(value.index, {}).get(root.key())
+        plain = fact is not None and fact.alpha == {ONE: 1.0} and not fact.beta
+        return plain and fact is not None and fact.layout == identity_layout(root.value)
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
@@ -297,7 +296,7 @@ class _Planner:
         """Find the changed values that somebody reads as they were; True if there are any."""
         twins: dict[Hashable, list[Value]] = {}
         for value in self.graph.leaves:
-            if value.fixed and any(use in self.alive for use in value.uses):
+            if any(use in self.alive for use in value.uses):
                 twins.setdefault(self.can.twins(value), []).append(value)
         bad = []
         self.raw = set()
@@ -313,22 +312,20 @@ class _Planner:
                 bad.append((value, why))
                 self.raw.add(value)
         for value, why in bad:
-            if self.can.untie and value.producer is None and value.fixed:
+            if self.can.untie and value.fixed and not any(isinstance(by, Site) for by in self.askers[value]):
                 self.copies.add(value)
             else:
                 self._stop(value, f"{value.name}: {why}")
         return any(value not in self.copies for value, _ in bad)
 
     def _reader(self, value: Value, want: Centre) -> str | None:
-        if value in self.copies:
-            return None
         if value.kept:
             return "it is an output of the graph, or a sub-graph reads it"
         for node in dict.fromkeys(value.uses):
-            if node in self.alive and not self._blind(node, value, want):
+            if not self._blind(node, value, want):
                 for out in node.outputs:
-                    if (out.kept or any(use in self.alive for use in out.uses)) and not self._asked(
-                            node, value, want, out):  # fmt: skip
+                    read = out.kept or node.attrs.get("effect") or any(use in self.alive for use in out.uses)
+                    if read and not self._asked(node, value, want, out):
                         return f"{node.op} {node.name} reads it as it is"
         return None
 
@@ -349,10 +346,7 @@ class _Planner:
             return True
         if out not in self.state or out in self.raw:
             return False
-        try:
-            links = back(node, out, self.state[out], self.can.channels, self.can.uniform)
-        except Blocked:
-            return False
+        links = back(node, out, self.state[out], self.can.channels, self.can.uniform)
         mine = [c for v, c in links if v is value]
         return bool(mine) and all(c == replace(want, blocks=blocks or ()) for c in mine)
 
@@ -376,8 +370,6 @@ class _Planner:
         """Move an operator behind the node that alone asks for it, where what else that node reads is asked for by
         nobody else: one operator after token and position embeddings were added, not one on each."""
         for (value, _), readers in self.operators.items():
-            if len(readers) != 1 or sum(v is value for v, _ in self.operators) != 1:
-                continue
             below = self._below(readers[0])
             if below is not None:
                 self.seeds[below] = self.seeds[value]
@@ -392,9 +384,7 @@ class _Planner:
                 return None
             if out.native is not None and self.can.place(out) and self.state[out].whole(out):
                 return out
-            if len(self.askers[out]) != 1:
-                return None
-            by = self.askers[out][0]
+            by = self.askers[out][0]  # if it is not the only one, the next round of this loop ends it
         return None
 
     def _drop(self) -> bool:
@@ -446,9 +436,9 @@ class _Planner:
         for site in self.sites:
             self._prove(site, told, uniform)
         out.uniform = list(uniform)
-        scaled = {v.producer: None for v, want in self.state.items() if v.producer is not None and
-                  any(c.scales != want.scales for _, c in self._links(v))}  # fmt: skip
-        out.scaled = list(scaled)
+        scaled = {v.producer: None for v, want in self.state.items()
+                  if any(c.scales != want.scales for _, c in self._links(v))}  # fmt: skip
+        out.scaled = [node for node in scaled if node is not None]
         for value in self.copies & set(out.edits):
             out.copies[value] = [by[0] for by in self.askers[value] if not isinstance(by, Site)]
 

@@ -27,7 +27,7 @@ def live(graph: Graph, replaced: Sequence[Edit] = (), also: Iterable[Node] = ())
             alive.add(value.producer)
             inputs = value.producer.inputs
         else:
-            continue
+            inputs = []
         for operand in inputs:
             if operand not in seen:
                 seen.add(operand)

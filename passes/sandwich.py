@@ -24,9 +24,9 @@ class Sandwich:
         readers = {site.norm.x: site for site in reversed(free)}
         for site in free:
             pair = added(site.value, site.norm.x) if site.placement == "sandwich_post" else None
-            second = readers.get(pair[0]) if pair is not None else None
-            if pair is None or second is None or pair[0] in done:
+            if pair is None or pair[0] not in readers or pair[0] in done:
                 continue
+            second = readers[pair[0]]
             outputs = (second.value, pair[0])
             if plan.fuse(Fused("norm_add_norm", (site, second), (site.norm.x, pair[1]), outputs), self.can):
                 done.update(outputs)

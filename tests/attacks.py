@@ -419,6 +419,11 @@ def cast_to_nothing(inside: Path, outside: Path) -> onnx.ModelProto:
 
 
 @attack
+def cast_to_no_type(inside: Path, outside: Path) -> onnx.ModelProto:
+    return wrap([helper.make_node("Cast", ["x"], ["y"], to=-(2**31))], [], [2, 4])
+
+
+@attack
 def external_tensor_without_a_type(inside: Path, outside: Path) -> onnx.ModelProto:
     (inside / "weights.bin").write_bytes(bytes(64))
     tensor = TensorProto(name="w", dims=[8], data_location=TensorProto.EXTERNAL)

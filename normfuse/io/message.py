@@ -13,6 +13,8 @@ import onnx_ir as ir
 from normfuse.errors import InputError, UnsupportedError
 
 KEYS = frozenset(("location", "offset", "length", "checksum"))
+TYPES = frozenset({"to", "dtype", "stash_type", "softmax_precision"})
+"""Attributes that name a type."""
 MOST_AXES = 64
 """Of a tensor: numpy has no more."""
 MOST_NODES = 2**20
@@ -115,8 +117,15 @@ def _check_operands(node: onnx.NodeProto, opset: int, where: str) -> None:
     for attr in node.attribute:
         if not attr.name or not isinstance(attr.name, str) or not attr.type:
             raise InputError(f"{what} has an attribute without a name or a type")
+        if attr.name in TYPES and attr.type == onnx.AttributeProto.INT and attr.i not in _known_types():
+            raise InputError(f"{what}: there is no type {attr.i}")
         if schema is not None and schema[3].get(attr.name, attr.type) != attr.type:
             raise InputError(f"{what} has an attribute {attr.name[:50]!r} of another type than ONNX says")
+
+
+@cache
+def _known_types() -> frozenset[int]:
+    return frozenset(int(t) for t in ir.DataType)
 
 
 def _range(allowed: range) -> str:

@@ -25,12 +25,13 @@ import torch
 
 from tests.mutation.mutants import ROOT
 
-MODULES = ("test_recognise", "test_core", "test_neutral", "test_near_misses", "test_fusions", "test_onnx_fusions",
-           "test_centring", "test_layernorm_to_rmsnorm")  # fmt: skip
+MODULES = ("test_recognise", "test_core", "test_recognise_rules", "test_passes", "test_placement",
+           "test_centring_rules", "test_conversion_plan", "test_neutral", "test_near_misses", "test_fusions",
+           "test_onnx_fusions", "test_centring", "test_layernorm_to_rmsnorm")  # fmt: skip
 SLOW = 1.0
 """Seconds that a case may take; another part of the tests has to do what slower ones do."""
-LEFT_OUT = ("test_mutation", "linear", "torch_is_not", "compiled", "compiles", "real_model", "leaving_out",
-            "copied_table", "folded_on", "stays_tied", "ordinary_module", "command_line",
+LEFT_OUT = ("test_mutation", "is_linear", "stays_linear", "torch_is_not", "compiled", "compiles", "real_model",
+            "leaving_out", "copied_table", "folded_on", "stays_tied", "ordinary_module", "command_line",
             "test_onnx_fusions.test_family")  # fmt: skip
 FILES = [ROOT / "normfuse" / f"{name}.py" for name in
          "transfer norm facts recognise residual placement plan passmanager centring".split()]  # fmt: skip

@@ -22,7 +22,7 @@ from tests.mutation.battery import Case, Tape, by_line
 from tests.mutation.mutants import FUNCTIONS, Mutant, Source
 
 KILLED, TIMEOUT, SURVIVED, NOT_COVERED = "killed", "timeout", "survived", "not covered"
-BUDGET = 2.0
+BUDGET = 4.0
 """Seconds of cases for one mutant: the hundredth spelling of a norm kills what the first ten do."""
 MEMORY = 4 << 30
 """Bytes that a child may take on top of what it starts with: a loop that has lost its end."""

@@ -1,0 +1,925 @@
+"""The passes on graphs written by hand, with a front end that is told what it can do: which edit comes of which norm,
+and that each condition alone prevents it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from normfuse.config import Config
+from normfuse.graph import Node, Value
+from normfuse.norm import Refusal, Site
+from normfuse.passes.add_norm import AddNorm
+from normfuse.passes.fuse_norm import FuseNorm, statistics, stuck
+from normfuse.passes.latent import Latent
+from normfuse.passes.norm_add import NormAdd
+from normfuse.passes.qk_pair import QKPair
+from normfuse.passes.remove_dead import RemoveDead, live
+from normfuse.passes.sandwich import Sandwich
+from normfuse.passmanager import fuse, passes, plan as planned
+from normfuse.plan import Abilities, Fused, Plan, Replace
+from normfuse.recognise import recognise
+from normfuse.residual import added, copies, sum_of, summed, taken
+from tests.test_recognise import Build
+from tests.test_recognise_rules import centred, leaf, ln, rms, rstd
+
+ROWS = ("B", "S", 64)
+
+
+def able(operator: Any = lambda edit: None, **more: Any) -> Abilities:
+    """A front end that has every operator, unless it is told otherwise."""
+    return Abilities(more.pop("expressible", lambda norm, value: None), operator=operator, **more)
+
+
+def rows(g: Build, name: str = "r", dtype: str = "float32") -> Value:
+    return leaf(g, *ROWS, name=name, dtype=dtype)
+
+
+def start(g: Build, *outputs: Value, places: Sequence[str] = ()) -> Plan:
+    """A plan without edits, whose norms stand where it is said."""
+    for value in outputs:
+        value.kept = True
+    out = Plan(g.graph, recognise(g.graph))
+    for site, place in zip(out.found.sites, places, strict=False):
+        site.placement = place
+    return out
+
+
+def shown(plan: Plan) -> list[tuple[str, list[str], list[str], list[str]]]:
+    """The fused operators: op, values of the sites, inputs, outputs."""
+    return [(e.op, [s.value.name for s in e.sites], [v.name for v in e.inputs], [v.name for v in e.outputs])
+            for e in plan.fused]  # fmt: skip
+
+
+def scaled(g: Build, v: Value) -> Value:
+    return g.op("mul", rms(g, v), g.w)
+
+
+# -- residual additions -----------------------------------------------------------------------------------------------
+
+
+def spoilt(**more: Any) -> Callable[[Build, Value, Value, Value], None]:
+    def change(g: Build, a: Value, b: Value, s: Value) -> None:
+        for key, value in more.items():
+            setattr({"a": a, "b": b, "s": s}[key[0]], key[2:], value)
+
+    return change
+
+
+def native(value: Value, what: Any = True) -> Value:
+    value.native = what
+    return value
+
+
+@pytest.mark.parametrize("change", [
+    spoilt(s_shape=None), spoilt(s_native=None), spoilt(s_tainted=True), spoilt(a_number=1.0), spoilt(b_number=1.0),
+    spoilt(a_dtype="int64"), spoilt(b_dtype="int64"), spoilt(a_shape=(1, 1, 64)), spoilt(b_shape=(64,)),
+    spoilt(s_shape=(2, "B", "S", 64)), lambda g, a, b, s: setattr(s.producer, "kind", "sub"),
+    lambda g, a, b, s: s.producer.inputs.__setitem__(1, a), lambda g, a, b, s: setattr(s, "producer", None),
+    spoilt(a_shape=(), b_shape=(), s_shape=()),
+])  # fmt: skip
+def test_a_residual_addition_and_what_is_none(change: Any) -> None:
+    g = Build()
+    a, b = rows(g, "a"), rows(g, "b")
+    s = native(g.op("add", a, b))
+    assert summed(s) is s.producer
+    change(g, a, b, s)
+    assert summed(s) is None
+
+
+def test_a_norm_may_read_a_sum_through_a_view_of_its_rows() -> None:
+    g = Build((4, 6, 64))
+    for view in (g.op("reshape", g.x, shape=(24, 64)), g.op("reshape", g.x, shape=(64,))):
+        assert sum_of(view) is g.x
+    wide = g.op("reshape", g.x, shape=(4, 384))
+    other = g.op("unsqueeze", g.x, axes=(0,), shape=(1, 4, 6, 64))
+    unknown, empty = g.op("reshape", g.x, shape=(24, 64)), g.op("reshape", g.x, shape=())
+    unknown.shape = None
+    assert [sum_of(v) for v in (wide, other, unknown, empty, g.x)] == [wide, other, unknown, empty, g.x]
+    written = g.op("reshape", g.x, shape=(24, 64))
+    written.tainted = True
+    assert sum_of(written) is written
+    g.x.shape = None
+    assert sum_of(view) is view
+
+
+def test_the_sum_that_alone_reads_a_value() -> None:
+    g = Build()
+    r = rows(g)
+    n = g.op("neg", g.x)
+    s = native(g.op("add", r, n))
+    assert added(n, g.x) == (s, r) and added(g.x, g.x) is None  # its reader is no addition
+    h = Build()
+    r = rows(h)
+    n = h.op("neg", h.x)
+    copy = h.op("cast", h.op("identity", n), dtype="float32")
+    s = native(h.op("add", copy, r))
+    assert added(n, h.x) == (s, r) == added(copy, h.x)
+    assert added(s, h.x) is None  # nobody reads it
+    copy.kept = True
+    assert added(n, h.x) is None
+    copy.kept = False
+    h.op("opaque", n)
+    assert added(n, h.x) is None and added(copy, h.x) == (s, r)
+    k = Build()
+    cast = k.op("cast", k.x, dtype="float64")
+    native(k.op("add", cast, rows(k, dtype="float64")))
+    assert added(k.x, k.x) is None and added(cast, k.x)
+    one = Build()
+    n, again = one.op("neg", one.x), one.op("identity", one.x)
+    s = native(one.op("add", n, again))
+    assert added(n, one.x) == (s, one.x) and added(n, n) == (s, again)  # a copy of x is x
+    again.tainted = True
+    assert added(n, one.x) == (s, again)
+
+
+def test_what_copies() -> None:
+    g = Build()
+    made = [g.op("identity", g.x), g.op("cast", g.x, dtype="float32"), g.op("cast", g.x, dtype="float64"),
+            g.op("neg", g.x)]  # fmt: skip
+    assert [copies(v.producer) for v in made if v.producer] == [True, True, False, False]
+
+
+# -- addition, then norm ----------------------------------------------------------------------------------------------
+
+
+def add_norm(*, view: bool = False) -> tuple[Build, list[Value]]:
+    g = Build((4, 6, 64))
+    a, b = leaf(g, 4, 6, 64, name="a"), leaf(g, 4, 6, 64, name="b")
+    s = native(g.op("add", a, b))
+    x = native(g.op("reshape", s, shape=(24, 64))) if view else s
+    y = g.op("mul", rms(g, x, ((x.rank or 0) - 1,)), g.w)
+    return g, [a, b, s, x, y]
+
+
+@pytest.mark.parametrize("view", [False, True])
+def test_a_sum_and_its_norm_are_one_operator(view: bool) -> None:
+    g, (a, b, s, x, y) = add_norm(view=view)
+    plan = start(g, y, s)
+    AddNorm(able())(plan)
+    assert shown(plan) == [("add_norm", [y.name], ["a", "b"], [y.name, s.name])]
+    (edit,) = plan.fused
+    assert edit.round_sum and edit.name == "add_rms_norm"
+    assert edit.view is (x if view else None)
+    assert edit.parameters() == [g.w] and edit.computes() == {y: [a, b, g.w], s: [a, b, g.w]}
+
+
+def test_the_summands_may_have_to_change_places() -> None:
+    g, (_a, b, s, _x, y) = add_norm()
+    plan = start(g, y, s)
+    AddNorm(able(lambda edit: None if edit.inputs[0] is b else ("NF202", "")))(plan)
+    assert [e.inputs[0].name for e in plan.fused] == ["b"]
+    for can in (able(lambda edit: ("NF202", "")), able(None)):
+        plan = start(g, y, s)
+        AddNorm(can)(plan)
+        assert not plan.fused
+
+
+def test_of_two_norms_of_a_sum_the_first_takes_it() -> None:
+    g, (_a, _b, s, x, y) = add_norm()
+    second = g.op("mul", ln(g, x), g.w)
+    plan = start(g, y, s, second)
+    AddNorm(able())(plan)
+    assert [e.sites[0].value for e in plan.fused] == [y]
+    refusing = start(g, y, s, second)
+    AddNorm(able(lambda edit: ("", "") if edit.sites[0].value is y else None))(refusing)
+    assert [e.sites[0].value for e in refusing.fused] == [second]
+
+
+def test_a_sum_that_another_operator_gives_is_not_taken_again() -> None:
+    g, (_a, _b, s, _x, y) = add_norm()
+    plan = start(g, y, s)
+    other = plan.found.sites[0]
+    plan.fused.append(Fused("norm_add", (), (), (s,)))
+    assert taken(plan) == {s}
+    AddNorm(able())(plan)
+    assert len(plan.fused) == 1 and other in plan.free()
+
+
+def test_a_sum_that_is_a_norm_is_no_addition() -> None:
+    g = Build()
+    n = rms(g, g.x)
+    s = native(g.op("add", n, g.op("mul", n, g.w)))
+    y = scaled(g, s)
+    plan = start(g, y)
+    assert [site.value for site in plan.found.sites] == [s, y]
+    AddNorm(able())(plan)
+    assert not plan.fused
+
+
+def test_an_operator_that_gives_the_sum_and_its_norm_keeps_it() -> None:
+    g = Build()
+    a, b = rows(g, "a"), rows(g, "b")
+    s = native(g.op("add", a, b))
+    y = g.op("rms_norm", s, axes=(2,), eps=1e-5)
+    assert s.producer is not None and y.producer is not None
+    plan = start(g, y)
+    AddNorm(able())(plan)
+    assert len(plan.fused) == 1
+    s.producer.native = y.producer.native
+    plan = start(g, y)
+    AddNorm(able())(plan)
+    assert not plan.fused
+
+
+def test_a_sum_in_the_operator_that_scales_a_norm_is_an_addition() -> None:
+    """addcmul(r, n, w) is a product and a sum."""
+    g = Build()
+    y1 = scaled(g, g.x)
+    s = native(g.op("add", rows(g), y1))
+    assert s.producer is not None and y1.producer is not None
+    s.producer.native = y1.producer.native
+    y = scaled(g, s)
+    plan = start(g, y)
+    AddNorm(able())(plan)
+    assert [e.sites[0].value for e in plan.fused] == [y]
+
+
+def in_float32(change: Callable[[Build, dict[str, Value]], None] = lambda g, v: None) -> tuple[Plan, dict[str, Value]]:
+    """The norm of a sum of casts, and the sum cast back."""
+    g = Build(dtype="bfloat16")
+    x, r = rows(g, "x16", "bfloat16"), rows(g, "r16", "bfloat16")
+    made = {"x": x, "r": r}
+    made["x32"], made["r32"] = g.op("cast", x, dtype="float32"), g.op("cast", r, dtype="float32")
+    made["s"] = native(g.op("add", made["x32"], made["r32"]))
+    made["y"] = g.op("cast", rms(g, made["s"]), dtype="bfloat16")
+    made["narrow"] = g.op("cast", made["s"], dtype="bfloat16")
+    change(g, made)
+    return start(g, made["y"], made["narrow"]), made
+
+
+def test_a_norm_of_a_sum_before_it_is_rounded() -> None:
+    plan, v = in_float32()
+    AddNorm(able())(plan)
+    (edit,) = plan.fused
+    assert (edit.op, edit.inputs, edit.outputs, edit.round_sum, edit.view) == (
+        "add_norm", (v["x"], v["r"]), (v["y"], v["narrow"]), False, None)  # fmt: skip
+    plan.clear()
+    AddNorm(able(lambda edit: None if edit.round_sum else ("", "")))(plan)  # the sum in float32 is one of its own
+    assert [(e.inputs, e.outputs[1]) for e in plan.fused] == [((v["x32"], v["r32"]), v["s"])]
+
+
+def test_a_second_norm_of_that_sum_has_nothing_left_to_take() -> None:
+    def again(g: Build, v: dict[str, Value]) -> None:
+        v["second"] = g.op("cast", ln(g, v["s"]), dtype="bfloat16")
+        v["second"].kept = True
+
+    plan, v = in_float32(again)
+    plan.found.sites.sort(key=lambda site: site.value is not v["y"])
+    AddNorm(able())(plan)
+    assert len(plan.fused) == 1
+
+
+def all_of(dtype: str | None, *values: Value) -> None:
+    for value in values:
+        value.dtype = dtype
+
+
+@pytest.mark.parametrize("change", [
+    lambda g, v: setattr(v["s"], "kept", True),
+    lambda g, v: setattr(v["s"], "dtype", "float64"),
+    lambda g, v: g.op("opaque", v["s"]),
+    lambda g, v: g.op("cast", v["s"], dtype="float16"),
+    lambda g, v: setattr(v["narrow"].producer, "kind", "identity"),
+    lambda g, v: setattr(v["x"], "tainted", True),
+    lambda g, v: setattr(v["r"], "tainted", True),
+    lambda g, v: setattr(v["x32"].producer, "kind", "identity"),
+    lambda g, v: setattr(v["r32"], "producer", None),
+    lambda g, v: setattr(v["x"], "dtype", "float16"),
+    lambda g, v: setattr(v["r"], "dtype", "float16"),
+    lambda g, v: setattr(v["narrow"], "dtype", "float16"),
+    lambda g, v: all_of("float32", v["x"], v["r"], v["narrow"]),
+    lambda g, v: all_of(None, v["x"], v["r"], v["narrow"]),
+    lambda g, v: v["r32"].producer.inputs.__setitem__(0, v["x"]),
+])  # fmt: skip
+def test_a_sum_in_float32_that_stays(change: Any) -> None:
+    plan, v = in_float32()
+    change_graph = Build()
+    change_graph.graph = plan.graph
+    change(change_graph, v)
+    AddNorm(able())(plan)
+    assert all(edit.round_sum for edit in plan.fused)
+
+
+def test_a_sum_in_float32_behind_a_view_stays() -> None:
+    g = Build((4, 6, 64), dtype="bfloat16")
+    x, r = leaf(g, 4, 6, 64, name="a", dtype="bfloat16"), leaf(g, 4, 6, 64, name="b", dtype="bfloat16")
+    s = native(g.op("add", g.op("cast", x, dtype="float32"), g.op("cast", r, dtype="float32")))
+    y = g.op("cast", rms(g, native(g.op("reshape", s, shape=(24, 64))), (1,)), dtype="bfloat16")
+    plan = start(g, y, g.op("cast", s, dtype="bfloat16"))
+    AddNorm(able())(plan)
+    assert [e.round_sum for e in plan.fused] == [True]
+
+
+# -- norm, then addition, and the sandwich ----------------------------------------------------------------------------
+
+
+def norm_add(*, two: bool = False) -> tuple[Build, list[Value]]:
+    g = Build()
+    f, r = rows(g, "f"), rows(g)
+    n = scaled(g, f)
+    s = native(g.op("add", r if not two else scaled(g, r), n))
+    return g, [f, r, n, s]
+
+
+def test_a_norm_and_the_sum_that_alone_reads_it_are_one_operator() -> None:
+    g, (f, r, n, s) = norm_add()
+    plan = start(g, s)
+    NormAdd(able())(plan)
+    assert shown(plan) == [("norm_add", [n.name], ["f", "r"], [s.name])]
+    assert plan.fused[0].name == "norm_add" and plan.fused[0].view is None
+    assert plan.fused[0].computes() == {s: [f, r, g.w]}
+    for spoil in (lambda: setattr(n, "kept", True), lambda: g.op("opaque", n)):
+        spoil()
+        plan = start(g, s)
+        NormAdd(able())(plan)
+        assert not plan.fused
+        n.kept = False
+
+
+def test_of_two_norms_that_are_added_the_first_takes_the_sum() -> None:
+    g, (_f, _r, _n, s) = norm_add(two=True)
+    plan = start(g, s)
+    NormAdd(able())(plan)
+    assert [(e.op, e.outputs) for e in plan.fused] == [("norm_add", (s,))]
+    first = plan.fused[0].sites[0].value
+    plan = start(g, s)
+    NormAdd(able(lambda edit: ("", "") if edit.sites[0].value is first else None))(plan)
+    assert [e.sites[0].value is not first for e in plan.fused] == [True]
+    plan = start(g, s)
+    plan.fused.append(Fused("add_norm", (), (), (s,)))
+    NormAdd(able())(plan)
+    assert len(plan.fused) == 1
+
+
+def test_a_norm_that_is_not_added_does_not_end_the_pass() -> None:
+    g = Build()
+    first = g.op("opaque", scaled(g, rows(g, "z")))
+    s = native(g.op("add", rows(g), scaled(g, rows(g, "f"))))
+    plan = start(g, first, s)
+    NormAdd(able())(plan)
+    assert [e.outputs for e in plan.fused] == [(s,)]
+    y = scaled(g, s)
+    plan = start(g, first, s, y, places=("sandwich_post",) * 2)
+    Sandwich(able())(plan)
+    assert [e.outputs for e in plan.fused] == [(y, s)]
+
+
+def test_two_sums_in_float32_are_two_operators() -> None:
+    plan, v = in_float32()
+    g = Build()
+    g.graph = plan.graph
+    a, b = rows(g, "a"), rows(g, "b")
+    y = scaled(g, native(g.op("add", a, b)))
+    plan = start(g, v["y"], v["narrow"], y)
+    AddNorm(able())(plan)
+    assert [e.round_sum for e in plan.fused] == [False, True]
+
+
+def sandwich() -> tuple[Build, list[Value]]:
+    g = Build()
+    f, r = rows(g, "f"), rows(g)
+    n = scaled(g, f)
+    s = native(g.op("add", r, n))
+    y = scaled(g, s)
+    return g, [f, r, n, s, y]
+
+
+PLACES = ("sandwich_post", "sandwich_pre")
+
+
+def test_norm_sum_and_norm_are_one_operator() -> None:
+    g, (_f, _r, n, s, y) = sandwich()
+    plan = start(g, s, y, places=PLACES)
+    Sandwich(able())(plan)
+    assert shown(plan) == [("norm_add_norm", [n.name, y.name], ["f", "r"], [y.name, s.name])]
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda g, v, plan: setattr(plan.found.sites[0], "placement", "post"),
+    lambda g, v, plan: plan.refuse(plan.found.sites[1], Refusal("NF116", "", "")),
+    lambda g, v, plan: plan.refuse(plan.found.sites[0], Refusal("NF116", "", "")),
+    lambda g, v, plan: g.op("opaque", v[2]),
+    lambda g, v, plan: plan.fused.append(Fused("add_norm", (), (), (v[3],))),
+    lambda g, v, plan: plan.broken.update({("norm_add_norm", plan.found.sites[0]): Refusal("NF201", "", "")}),
+])  # fmt: skip
+def test_a_sandwich_with_a_flaw_is_none(spoil: Any) -> None:
+    g, v = sandwich()
+    plan = start(g, v[3], v[4], places=PLACES)
+    before = len(plan.fused)
+    spoil(g, v, plan)
+    Sandwich(able())(plan)
+    assert "norm_add_norm" not in [e.op for e in plan.fused] and before == 0
+
+
+def test_a_sandwich_takes_its_sum_and_the_first_norm_of_it_once() -> None:
+    g = Build()
+    f, r = rows(g, "f"), rows(g)
+    s = native(g.op("add", scaled(g, r), scaled(g, f)))
+    y, z = scaled(g, s), g.op("mul", ln(g, s), g.w)
+    plan = start(g, s, y, z, places=("sandwich_post", "sandwich_post"))
+    Sandwich(able())(plan)
+    assert [(e.op, e.outputs) for e in plan.fused] == [("norm_add_norm", (y, s))]
+    plan = start(g, s, y, z, places=("sandwich_post", "sandwich_post"))
+    first = plan.found.sites[0]
+    Sandwich(able(lambda edit: ("", "") if edit.sites[0] is first else None))(plan)
+    assert [e.sites[0] is not first for e in plan.fused] == [True]
+
+
+# -- query and key ----------------------------------------------------------------------------------------------------
+
+
+def heads(*weights: bool) -> tuple[Build, list[Value], Node]:
+    """Norms that go into one product, with or without a weight."""
+    g = Build()
+    made = []
+    for i, weighted in enumerate(weights):
+        x = rows(g, f"x{i}")
+        made.append(scaled(g, x) if weighted else rms(g, x))
+    product = g.op("attention", *made[:3], shape=ROWS)
+    assert product.producer is not None
+    return g, made, product.producer
+
+
+def attending(g: Build, made: Sequence[Value], product: Node) -> Plan:
+    plan = start(g, *product.outputs, places=["qk"] * len(made))
+    for site in plan.found.sites:
+        site.attends = product
+    return plan
+
+
+@pytest.mark.parametrize(("weights", "pairs"), [
+    ((True, True), [(0, 1)]), ((True, True, True), [(0, 1)]), ((True, True, True, True), [(0, 1), (2, 3)]),
+    ((True, False), []), ((True, False, True), [(0, 2)]), ((True,), []),
+    ((True, False, True, False), [(0, 2)]),  # pairs that interlace could each wait for the other
+    ((False, True, True, False), [(0, 3)]), ((True, True, False, False), [(0, 1), (2, 3)]),
+])  # fmt: skip
+def test_norms_that_meet_in_one_product_are_pairs(weights: tuple[bool, ...], pairs: list[tuple[int, int]]) -> None:
+    g, made, product = heads(*weights)
+    plan = attending(g, made, product)
+    QKPair(able())(plan)
+    assert [(e.op, e.sites[0].value, e.sites[1].value) for e in plan.fused] == [
+        ("qk_norm", made[i], made[j]) for i, j in pairs]  # fmt: skip
+    for edit, (i, j) in zip(plan.fused, pairs, strict=True):
+        assert [v.name for v in edit.inputs] == [f"x{i}", f"x{j}"] and edit.outputs == (made[i], made[j])
+        assert edit.name == "qk_norm"
+
+
+def test_norms_of_other_places_or_products_are_no_pair() -> None:
+    for key in ("placement", "attends", "product"):
+        g, made, product = heads(True, True)
+        plan = attending(g, made, product)
+        first = plan.found.sites[0]
+        if key == "placement":
+            first.placement = "other"
+        elif key == "product":
+            first.attends = made[0].producer
+        else:
+            for site in plan.found.sites:
+                site.attends = None
+        QKPair(able())(plan)
+        assert not plan.fused
+
+
+def test_a_pair_that_cannot_be_made_does_not_stand_in_the_way() -> None:
+    g, made, product = heads(True, False, True, False)
+    plan = attending(g, made, product)
+    QKPair(able(lambda edit: ("", "") if edit.sites[0].value is made[0] else None))(plan)
+    assert [e.sites[0].value for e in plan.fused] == [made[1]]
+
+
+# -- latents ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("place", "leave", "made"), [
+    ("latent", None, True), ("latent", lambda site: None, True), ("latent", lambda site: "no gain", False),
+    ("pre", None, False),
+])  # fmt: skip
+def test_a_latent_norm_gets_an_operator_of_its_own(place: str, leave: Any, made: bool) -> None:
+    g = Build()
+    y = scaled(g, g.x)
+    plan = start(g, y, places=(place,))
+    Latent(able(leave=leave))(plan)
+    assert shown(plan) == ([("norm", [y.name], ["x"], [y.name])] if made else [])
+    assert [e.name for e in plan.fused] == (["rms_norm"] if made else [])
+
+
+# -- a norm by itself -------------------------------------------------------------------------------------------------
+
+
+def single(spell: Callable[[Build, Value], Value] = scaled, **more: Any) -> tuple[Build, Value, Plan]:
+    g = Build(**more)
+    y = spell(g, g.x)
+    return g, y, start(g, y)
+
+
+def operator(g: Build, v: Value) -> Value:
+    return g.op("rms_norm", v, axes=(2,), eps=1e-5)
+
+
+def in_two_types(g: Build, v: Value) -> Value:
+    """An order of roundings that no operator has."""
+    m = g.op("cast", g.mean(g.op("square", v)), dtype="float32")
+    return g.op("mul", v, g.op("cast", g.op("rsqrt", g.op("add", m, g.c(1e-3))), dtype="float16"))
+
+
+def test_a_norm_that_is_spelled_out_is_replaced() -> None:
+    g, y, plan = single()
+    FuseNorm(able())(plan)
+    (edit,) = plan.replace
+    assert (edit.site.value, edit.as_written, edit.mean, edit.rstd) == (y, False, None, None)
+    assert edit.sites == (edit.site,) and edit.inputs == (g.x,) and edit.outputs == (y,)
+    assert edit.parameters() == [g.w] and edit.computes() == {y: [g.x, g.w]}
+    assert not plan.fused and not plan.refused and not plan.left
+
+
+def test_a_norm_that_is_done_stays() -> None:
+    _g, _y, plan = single()
+    FuseNorm(able(done=lambda site: True))(plan)
+    assert not plan.edits() and not plan.refused and not plan.left
+
+
+def test_a_norm_that_is_an_operator_stays_where_nothing_is_to_be_gained() -> None:
+    _g, _y, plan = single(operator)
+    FuseNorm(able())(plan)
+    assert not plan.edits() and not plan.refused
+    FuseNorm(able(leave=lambda site: "as fast"))(plan)
+    assert not plan.edits() and list(plan.left.values()) == ["as fast"]
+    plan.clear()
+    FuseNorm(able(leave=lambda site: None))(plan)
+    assert [e.op for e in plan.fused] == ["norm"] and not plan.replace
+    plan.clear()
+    veto: dict[str, Any] = {"expressible": lambda norm, value: ("NF202", "no such type")}
+    FuseNorm(able(lambda edit: ("", ""), leave=lambda site: None, **veto))(plan)  # no plain operator for another
+    assert not plan.edits() and not plan.refused
+
+
+@pytest.mark.parametrize("first", ["done", "left", "fused"])
+def test_a_norm_that_is_settled_does_not_end_the_pass(first: str) -> None:
+    g = Build()
+    y, z = scaled(g, g.x), scaled(g, rows(g, "z"))
+    plan = start(g, y, z)
+
+    def is_first(site: Any, yes: Any, no: Any) -> Any:
+        return yes if getattr(site, "value", None) is y else no
+
+    can = {"done": able(None, done=lambda s: is_first(s, True, False)),
+           "left": able(None, leave=lambda s: is_first(s, "small", None)),
+           "fused": able(lambda e: is_first(e.sites[0], None, ("", "")), leave=lambda s: None)}[first]  # fmt: skip
+    FuseNorm(can)(plan)
+    assert [e.site.value for e in plan.replace] == [z]
+
+
+def test_an_operator_of_its_own_goes_first_where_the_front_end_weighs_gains() -> None:
+    _g, _y, plan = single()
+    FuseNorm(able(leave=lambda site: None))(plan)
+    assert [e.op for e in plan.fused] == ["norm"] and not plan.replace
+    plan.clear()
+    FuseNorm(able(lambda edit: ("", ""), leave=lambda site: None))(plan)
+    assert not plan.fused and len(plan.replace) == 1
+    plan.clear()
+    FuseNorm(able(leave=lambda site: "small"))(plan)
+    assert not plan.edits() and list(plan.left.values()) == ["small"]
+
+
+def test_where_the_plain_operator_will_not_do_another_may() -> None:
+    veto: dict[str, Any] = {"expressible": lambda norm, value: ("NF202", "no such type")}
+    _g, y, plan = single()
+    FuseNorm(able(**veto))(plan)
+    assert [e.op for e in plan.fused] == ["norm"] and not plan.replace and not plan.refused
+    plan.clear()
+    FuseNorm(able(None, **veto))(plan)
+    assert not plan.edits()
+    assert list(plan.refused.values()) == [Refusal("NF202", y.name, "no such type")]
+
+
+@pytest.mark.parametrize(("functions", "numerics", "written", "code"), [
+    (True, "exact", True, ""), (False, "exact", False, "NF117"), (False, "fast", False, ""), (True, "fast", False, ""),
+])  # fmt: skip
+def test_an_order_of_roundings_that_no_operator_has(functions: bool, numerics: str, written: bool, code: str) -> None:
+    _g, y, plan = single(in_two_types, dtype="float16")
+    FuseNorm(able(None, functions=True) if functions else able(None), numerics)(plan)
+    assert [e.as_written for e in plan.replace] == ([] if code else [written])
+    assert [r.code for r in plan.refused.values()] == ([code] if code else [])
+    if code:
+        assert plan.refused[plan.found.sites[0]].message.startswith("no operator has this order of roundings: stat")
+    assert y.name == plan.found.sites[0].label
+
+
+def test_a_reduction_that_is_read_elsewhere_would_be_computed_twice() -> None:
+    g = Build()
+    m = g.mean(g.op("square", g.x))
+    y = g.op("mul", g.x, g.op("rsqrt", g.op("add", m, g.c(1e-5))))
+    elsewhere = g.op("opaque", m)
+    for value, text in ((elsewhere, f"{m.name}, inside the norm, is also read by {elsewhere.name}"),
+                        (m, f"{m.name}, inside the norm, is an output of the graph")):  # fmt: skip
+        for v in (elsewhere, m):
+            v.kept = False
+        plan = start(g, y, value)
+        FuseNorm(able())(plan)
+        assert not plan.replace
+        assert list(plan.refused.values()) == [Refusal("NF116", y.name, text)]
+    m.kept = elsewhere.kept = False
+    plan = start(g, y)
+    FuseNorm(able())(plan)
+    assert len(plan.replace) == 1  # nobody reads what reads it
+
+
+def test_a_reader_without_a_name_is_told_by_its_operator() -> None:
+    g = Build()
+    m = g.mean(g.op("square", g.x))
+    y = g.op("mul", g.x, g.op("rsqrt", g.op("add", m, g.c(1e-5))))
+    dead, reader = g.op("opaque", m), g.op("activation", m)
+    assert reader.producer is not None and dead.producer is not None
+    reader.producer.name = ""
+    plan = start(g, y, reader)
+    FuseNorm(able())(plan)
+    assert [r.message.rsplit(" ", 1)[1] for r in plan.refused.values()] == ["activation"]
+
+
+def test_a_value_read_elsewhere_that_holds_no_reduction_is_no_obstacle() -> None:
+    g = Build()
+    wide = g.op("add", g.w, g.c(1.0))
+    y = g.op("mul", rms(g, g.op("identity", g.x)), wide)
+    plan = start(g, y, g.op("opaque", wide))
+    FuseNorm(able())(plan)
+    assert len(plan.replace) == 1 and not plan.refused
+
+
+def test_a_norm_that_falls_away_takes_those_behind_it_along() -> None:
+    """The second norm's statistics are read by an addition whose own reader is the first one's."""
+    g = Build()
+    m = g.mean(g.op("square", g.x))
+    y = g.op("mul", g.x, g.op("rsqrt", g.op("add", m, g.c(1e-5))))
+    z = rows(g, "z")
+    mz = g.mean(g.op("square", z))
+    second = g.op("mul", z, g.op("rsqrt", g.op("add", mz, g.c(1e-5))))
+    plan = start(g, y, second, g.op("opaque", m))
+    FuseNorm(able())(plan)
+    assert [e.site.value for e in plan.replace] == [second]
+    assert [site.value for site in plan.refused] == [y]
+
+
+def deviations(g: Build, eps: float = 1e-5) -> dict[str, Value]:
+    c = centred(g, g.x)
+    (mean,) = [n.outputs[0] for n in g.graph.nodes if n.kind == "mean"]
+    r = rstd(g, c, eps=eps)
+    return {"mean": mean, "rstd": r, "y": g.op("mul", g.op("mul", c, r), g.w), "c": c}
+
+
+@pytest.mark.parametrize("read", [("mean",), ("rstd",), ("mean", "rstd")])
+def test_the_mean_and_the_deviation_may_come_out_of_the_operator(read: tuple[str, ...]) -> None:
+    for named in (True, False):
+        g = Build()
+        v = deviations(g)
+        readers = [g.op("opaque", v[k]) for k in read] if named else [v[k] for k in read]
+        plan = start(g, v["y"], *readers)
+        FuseNorm(able(statistics=lambda norm: True))(plan)
+        (edit,) = plan.replace
+        assert edit.mean is (v["mean"] if "mean" in read else None)
+        assert edit.rstd is (v["rstd"] if "rstd" in read else None)
+        assert not edit.as_written and not Replace(edit.site).as_written
+        assert edit.computes() == {**{v[k]: [g.x] for k in read}, v["y"]: [g.x, g.w]}
+        plan = start(g, v["y"], *readers)
+        FuseNorm(able())(plan)
+        assert [r.code for r in plan.refused.values()] == ["NF116"]
+
+
+@pytest.mark.parametrize("other", [
+    lambda g, v: g.mean(v["c"]),  # zero
+    lambda g, v: g.op("mul", v["mean"], g.c(2.0)),
+    lambda g, v: rstd(g, v["c"], eps=1e-3),  # of another eps
+    lambda g, v: g.op("squeeze", v["mean"], axes=(2,), shape=("B", "S")),  # of another shape
+    lambda g, v: g.op("cast", v["mean"], dtype="float64"),
+])  # fmt: skip
+def test_another_statistic_does_not_come_out_of_it(other: Any) -> None:
+    g = Build()
+    v = deviations(g)
+    z = other(g, v)
+    plan = start(g, v["y"], g.op("opaque", z))
+    FuseNorm(able(statistics=lambda norm: True))(plan)
+    assert not [e for e in plan.replace if e.mean is z or e.rstd is z]
+
+
+def test_a_statistic_that_is_read_before_the_operator_could_stand() -> None:
+    g = Build()
+    c = centred(g, g.x)
+    (mean,) = [n.outputs[0] for n in g.graph.nodes if n.kind == "mean"]
+    early = g.op("opaque", mean)
+    y = g.op("mul", g.op("mul", c, rstd(g, c)), g.w)
+    plan = start(g, y, early)
+    FuseNorm(able(statistics=lambda norm: True))(plan)
+    assert not plan.replace and [r.code for r in plan.refused.values()] == ["NF116"]
+    early.kept = False
+    plan = start(g, y)
+    FuseNorm(able(statistics=lambda norm: True))(plan)
+    assert [e.mean for e in plan.replace] == [None]  # nobody needs it, and what reads it still may not
+    g = Build()
+    c = centred(g, g.x)
+    (mean,) = [n.outputs[0] for n in g.graph.nodes if n.kind == "mean"]
+    y = g.op("mul", g.op("mul", c, rstd(g, c)), g.w)
+    later = g.op("opaque", mean)
+    plan = start(g, y, later)
+    FuseNorm(able(statistics=lambda norm: True))(plan)
+    assert [e.mean for e in plan.replace] == [mean]
+
+
+def test_an_rms_norm_gives_no_statistics() -> None:
+    g = Build()
+    r = rstd(g, g.x)
+    y = g.op("mul", g.x, r)
+    plan = start(g, y, g.op("opaque", r))
+    FuseNorm(able(statistics=lambda norm: True))(plan)
+    assert not plan.replace and [r.code for r in plan.refused.values()] == ["NF116"]
+
+
+def test_a_variance_that_no_operator_gives_is_an_obstacle() -> None:
+    g = Build()
+    v = deviations(g)
+    (_, variance) = [n.outputs[0] for n in g.graph.nodes if n.kind == "mean"]
+    plan = start(g, v["y"], g.op("opaque", variance), g.op("opaque", v["mean"]))
+    FuseNorm(able(statistics=lambda norm: True))(plan)
+    assert not plan.replace and [r.code for r in plan.refused.values()] == ["NF116"]
+
+
+def test_the_operator_gives_what_it_can_and_no_more() -> None:
+    """One pass: mean(x^2) is read elsewhere, which no operator gives, besides the mean or the deviation."""
+    for other in ("mean", "rstd"):
+        g = Build()
+        mean, square = g.mean(g.x), g.mean(g.op("square", g.x))
+        var = g.op("sub", square, g.op("square", mean))
+        r = g.op("rsqrt", g.op("add", var, g.c(1e-5)))
+        y = g.op("mul", g.op("mul", g.op("sub", g.x, mean), r), g.w)
+        plan = start(g, y, g.op("opaque", square), g.op("opaque", mean if other == "mean" else r))
+        FuseNorm(able(statistics=lambda norm: True))(plan)
+        assert not plan.replace and [why.code for why in plan.refused.values()] == ["NF116"]
+
+
+def test_a_norm_as_written_gives_no_statistics() -> None:
+    g = Build()
+    mean = g.mean(g.op("cast", g.x, dtype="float64"))
+    c = g.op("sub", g.x, g.op("cast", mean, dtype="float32"))
+    y = g.op("mul", c, rstd(g, c))
+    for reader in (y, g.op("opaque", mean)):
+        plan = start(g, y, reader)
+        FuseNorm(able(None, functions=True, statistics=lambda norm: True))(plan)
+        assert [(e.as_written, e.mean) for e in plan.replace] == ([(True, None)] if reader is y else [])
+    assert [why.code for why in plan.refused.values()] == ["NF116"]
+
+
+def test_an_effect_without_results_is_no_statistic() -> None:
+    g = Build()
+    v = deviations(g)
+    plan = start(g, v["y"])
+    g.graph.node("opaque", [v["rstd"]], [], native=object(), name="print", effect=True)
+    FuseNorm(able(statistics=lambda norm: True))(plan)
+    assert [e.rstd for e in plan.replace] == [v["rstd"]]
+
+
+def test_one_reduction_that_stays_alive_is_enough() -> None:
+    g = Build()
+    v = deviations(g)
+    plan = start(g, v["y"], g.op("opaque", v["mean"]))
+    (site,) = plan.found.sites
+    plan.fused.append(Fused("norm", (site,), (g.x,), (v["y"],)))
+    assert stuck(plan) == plan.fused
+
+
+def test_the_reductions_of_a_norm() -> None:
+    g = Build()
+    c = centred(g, g.x)
+    y = g.op("mul", c, rstd(g, c))
+    (site,) = start(g, y).found.sites
+    assert [node.kind for node in statistics(site)] == ["mean", "mean"]
+    h = Build()
+    (site,) = start(h, operator(h, h.x)).found.sites
+    assert site.is_op and statistics(site) == []
+
+
+# -- what is left without a reader ------------------------------------------------------------------------------------
+
+
+def test_what_an_output_depends_on_is_alive() -> None:
+    g = Build()
+    a = g.op("neg", g.x)
+    b, dead = g.op("neg", a), g.op("neg", a)
+    b.kept = True
+    nodes = [v.producer for v in (a, b)]
+    assert live(g.graph) == set(nodes)
+    effect = g.op("opaque", dead, effect=True)
+    assert live(g.graph) == {*nodes, dead.producer, effect.producer}
+    h = Build()
+    effect = h.op("opaque", h.x, effect=True)
+    assert live(h.graph) == {effect.producer}
+
+
+def test_what_is_replaced_depends_on_the_inputs_of_its_operator() -> None:
+    g, y, plan = single()
+    assert len(live(g.graph)) == len(g.graph.nodes) == 6
+    FuseNorm(able())(plan)
+    assert live(g.graph, plan.edits()) == set()
+    before = g.op("neg", g.op("neg", g.x))
+    before.kept = True
+    RemoveDead()(plan)
+    assert [node.outputs[0] for node in plan.remove][-1] is y and len(plan.remove) == 6
+    again = start(g, y)
+    RemoveDead()(again)
+    assert not again.remove
+
+
+def test_what_was_dead_before_stays() -> None:
+    g, y, plan = single()
+    dead = g.op("opaque", g.graph.nodes[0].outputs[0])
+    FuseNorm(able())(plan)
+    RemoveDead()(plan)
+    assert dead.producer not in plan.remove and y.producer in plan.remove
+    assert len(plan.remove) == 5 and dead.producer.inputs[0].producer not in plan.remove  # nor what it reads
+
+
+# -- plans ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_knows_what_is_free() -> None:
+    g = Build()
+    y, z = scaled(g, g.x), scaled(g, rows(g, "z"))
+    plan = start(g, y, z)
+    a, b = plan.found.sites
+    assert plan.free() == [a, b]
+    plan.left[a] = "why"
+    assert plan.free() == [b]
+    plan.refuse(b, Refusal("NF202", "", ""))
+    assert plan.free() == []
+    plan.clear()
+    assert plan.free() == [a] and plan.refused
+    plan.refused.clear()
+    fused = Fused("norm", (a,), (), (y,))
+    plan.fused.append(fused)
+    plan.replace.append(Replace(b))
+    assert plan.free() == [] and plan.edits() == [fused, *plan.replace]
+    plan.remove.append(g.graph.nodes[0])
+    plan.clear()
+    assert plan.free() == [a, b] and not plan.edits() and not plan.remove
+
+
+def test_an_edit_that_failed_is_not_made_again() -> None:
+    g, y, plan = single()
+    (site,) = plan.found.sites
+    edit = Fused("norm", (site,), (g.x,), (y,))
+    assert plan.fuse(edit, able()) and plan.fused == [edit]
+    assert not plan.fuse(edit, able(None)) and not plan.fuse(edit, able(lambda e: ("", "")))
+    plan.clear()
+    plan.fail(edit, Refusal("NF201", "", ""))
+    assert not plan.fuse(edit, able()) and not plan.refused and plan.free() == [site]
+    assert plan.fuse(Fused("latent", (site,), (g.x,), (y,)), able())
+    plan.clear()
+    plan.fail(Replace(site), Refusal("NF201", "", ""))
+    assert plan.refused[site].code == "NF201" and plan.free() == []
+
+
+def test_the_widest_fusion_goes_first() -> None:
+    order = [type(step).__name__ for step in passes(Config(), able())]
+    assert order == ["Sandwich", "NormAdd", "AddNorm", "QKPair", "Latent", "FuseNorm", "RemoveDead"]
+    assert [type(step).__name__ for step in passes(Config(), able(None))] == ["FuseNorm", "RemoveDead"]
+    step = passes(Config(numerics="fast"), able())[-2]
+    assert isinstance(step, FuseNorm) and step.numerics == "fast"
+
+
+def test_a_plan_of_a_whole_graph() -> None:
+    g, (f, r, n, s, y) = sandwich()
+    s.kept = y.kept = True
+    made = planned(g.graph, Config(), able())
+    assert [(e.op, e.outputs) for e in made.fused] == [("norm_add", (s,))]  # by its place it is no sandwich
+    assert [e.site.value for e in made.replace] == [y]
+    assert {v.name for node in made.remove for v in node.outputs} >= {n.name}
+    assert not planned(g.graph, Config(), able(), rewrite=False).edits()
+    assert [site.placement for site in made.found.sites] == ["embedding", "post_residual"] and f.uses and r.uses
+
+
+def test_a_norm_that_nothing_reads_is_left() -> None:
+    g = Build()
+    y, dead = scaled(g, g.x), scaled(g, rows(g, "z"))
+    y.kept = True
+    plan = planned(g.graph, Config(), able(None))
+    assert [(site.value, why) for site, why in plan.left.items()] == [(dead, "nothing reads it")]
+    assert [e.site.value for e in plan.replace] == [y]
+
+
+def test_a_fusion_that_leaves_a_reduction_alive_is_taken_back() -> None:
+    g = Build()
+    f, r = rows(g, "f"), rows(g)
+    m = g.mean(g.op("square", f))
+    n = g.op("mul", f, g.op("rsqrt", g.op("add", m, g.c(1e-5))))
+    s = native(g.op("add", r, n))
+    for value in (s, g.op("opaque", m)):
+        value.kept = True
+    plan = Plan(g.graph, recognise(g.graph))
+    plan.fused.append(Fused("norm_add", (plan.found.sites[0],), (f, r), (s,)))
+    assert stuck(plan) == plan.fused
+    plan.clear()
+    fuse(plan, Config(), able())
+    assert not plan.edits()
+    assert [(op, why.code) for (op, _), why in plan.broken.items()] == [("norm_add", "NF116")]
+    assert [why.code for why in plan.refused.values()] == ["NF116"]
+    assert isinstance(plan.found.sites[0], Site)

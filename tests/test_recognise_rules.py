@@ -1,0 +1,1094 @@
+"""The recogniser condition by condition: which tensors are roots, what is a parameter, which values are sites, and
+which miss is the nearest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from normfuse.facts import formula
+from normfuse.graph import Shape, Value
+from normfuse.norm import Refusal
+from normfuse.recognise import MAX_ROOTS, MAX_WALK, Recognition, recognise
+from tests.neutral import compare
+from tests.test_recognise import Build
+
+Spell = Callable[[Build], Value]
+ROW = (("B", "S", 64), (2,))
+
+
+def rstd(g: Build, v: Value, axes: tuple[int, ...] = (2,), eps: float = 1e-5) -> Value:
+    return g.op("rsqrt", g.op("add", g.mean(g.op("square", v), axes), g.c(eps)))
+
+
+def rms(g: Build, v: Value, axes: tuple[int, ...] = (2,)) -> Value:
+    return g.op("mul", v, rstd(g, v, axes))
+
+
+def centred(g: Build, v: Value, axes: tuple[int, ...] = (2,)) -> Value:
+    return g.op("sub", v, g.mean(v, axes))
+
+
+def ln(g: Build, v: Value) -> Value:
+    c = centred(g, v)
+    return g.op("mul", c, rstd(g, c))
+
+
+def leaf(g: Build, *shape: Any, name: str = "z", **more: Any) -> Value:
+    return g.graph.leaf(name, shape, more.pop("dtype", "float32"), **more)
+
+
+def opaque(g: Build, *inputs: Value, shape: Any = None, **more: Any) -> Value:
+    """What an operator gives of which nothing is known."""
+    out = g.op("opaque", *inputs, shape=shape)
+    for key, value in more.items():
+        setattr(out, key, value)
+    return out
+
+
+def roots(found: Recognition, value: Value) -> list[tuple[int, ...]]:
+    """The axes over which a tensor is the root of facts."""
+    return sorted(axes for index, axes in found.facts.get(value.index, {}) if index == value.index)
+
+
+def facts(found: Recognition) -> list[str]:
+    return [formula(site.fact, site.norm.x.name) for site in found.sites]
+
+
+def codes(found: Recognition) -> list[tuple[str, str]]:
+    return [(r.code, r.node) for r in found.refusals]
+
+
+# -- roots ------------------------------------------------------------------------------------------------------------
+
+
+def reads(shape: Shape, kind: str, axes: Any = (2,), **more: Any) -> Callable[[Build, Value], Value]:
+    def make(g: Build, v: Value) -> Value:
+        return g.op(kind, v, shape=shape, axes=axes, keepdims=True, **more)
+
+    return make
+
+
+def shapeless(v: Value) -> Value:
+    v.shape = None
+    return v
+
+
+def node(g: Build, kind: str, *inputs: Value, shape: Any = None, **attrs: Any) -> Value:
+    """A node whose shape is not worked out."""
+    out = g.graph.value(f"v{len(g.graph.nodes)}", shape, "float32")
+    g.graph.node(kind, list(inputs), [out], native=object(), name=out.name, **attrs)
+    return out
+
+
+@pytest.mark.parametrize("through", [
+    lambda g, x: x,
+    lambda g, x: g.op("square", x),
+    lambda g, x: g.op("pow", x, g.c(2.0)),
+    lambda g, x: g.op("abs", x),
+    lambda g, x: g.op("neg", x),
+    lambda g, x: g.op("identity", x),
+    lambda g, x: g.op("cast", x, dtype="float64"),
+    lambda g, x: g.op("mul", x, x),
+    lambda g, x: g.op("mul", x, g.c(3.0)),
+    lambda g, x: g.op("mul", g.c(3.0), x),
+    lambda g, x: g.op("div", x, g.c(3.0)),
+    lambda g, x: g.op("mul", x, g.w),  # refused later, by the rule of the mean
+    lambda g, x: g.op("add", g.w, x),
+    lambda g, x: g.op("sub", x, g.mean(g.x)),  # whatever it is a mean of: the rules of the algebra tell
+    lambda g, x: g.op("mul", x, leaf(g, "B", "S", 1)),
+    lambda g, x: g.op("add", x, leaf(g, 64)),
+    lambda g, x: g.op("sub", x, g.op("add", g.mean(g.x), opaque(g, g.x, shape=(), number=1.0))),
+    lambda g, x: g.op("mul", x, g.op("opaque", x)),  # a product of two tensors of one shape may be a square
+    lambda g, x: g.op("max", x, g.c(0.0)),
+    lambda g, x: g.op("add", x, opaque(g, x, shape=(), number=2.0)),
+    lambda g, x: g.op("sub", x, g.op("square", g.mean(g.x))),
+    lambda g, x: g.op("sub", x, g.op("mul", g.mean(g.x), g.c(2.0))),
+    lambda g, x: g.op("sub", x, g.op("mul", g.mean(g.x), g.w)),
+    lambda g, x: g.op("sub", x, g.op("expand", g.mean(g.x), shape=("B", "S", 64))),
+    lambda g, x: g.op("sub", x, reads(("B", "S", 1), "std")(g, g.x)),
+    lambda g, x: g.op("sub", x, reads(("B", "S", 1), "var")(g, g.x)),
+    lambda g, x: g.op("sub", x, reads(("B", "S", 1), "sum")(g, g.x)),
+    lambda g, x: g.op("sub", x, reads(("B", "S", 1), "vecnorm")(g, g.x)),
+    lambda g, x: g.op("sub", x, g.op("matmul", g.x, leaf(g, 64, 64, number=1 / 64, fixed=True), shape=("B", "S", 64))),
+    lambda g, x: g.op("sub", x, g.op("matmul", g.x, leaf(g, 64, 1, fixed=True), shape=("B", "S", 1))),
+    lambda g, x: g.op("sub", x, g.op("unsqueeze", g.mean(g.x, keepdims=False), axes=(2,), shape=("B", "S", 1))),
+    lambda g, x: g.op("reshape", x, shape=("B", "S", 64)),
+    lambda g, x: g.op("unsqueeze", g.op("squeeze", x, axes=(), shape=("B", "S", 64)), axes=(), shape=("B", "S", 64)),
+])  # fmt: skip
+def test_a_mean_is_one_of_the_tensor_behind_scalings_and_squares(through: Callable[[Build, Value], Value]) -> None:
+    g = Build()
+    x = g.op("opaque", g.x)
+    found = g.found(g.mean(through(g, x)))
+    assert roots(found, x) == [(2,)]
+
+
+@pytest.mark.parametrize("through", [
+    lambda g, x: g.op("opaque", x),
+    lambda g, x: g.op("add", x, g.op("opaque", x)),  # a sum of two tensors is a tensor of its own
+    lambda g, x: g.op("sub", g.op("opaque", x), x),
+    lambda g, x: g.op("div", x, leaf(g, "B", "S", 1)),  # neither a square nor scaled by a parameter
+    lambda g, x: g.op("add", x, leaf(g, 2, "B", "S", 64, fixed=True), shape=(2, "B", "S", 64)),  # wider than x
+    lambda g, x: g.op("mul", leaf(g, 1, 1, 1, 64, fixed=True), x, shape=(1, "B", "S", 64)),
+    lambda g, x: g.op("add", x, leaf(g, "B", 64)),  # rank 2: no parameter
+    lambda g, x: g.op("add", x, leaf(g)),  # a number given at run time
+    lambda g, x: g.op("add", x, opaque(g, x, shape=())),
+    lambda g, x: g.op("add", x, g.op("linear", x, shape=("B", "S", 64))),
+    lambda g, x: g.op("sub", x, g.op("matmul", g.x, leaf(g, 64, 64, fixed=True), shape=("B", "S", 64))),
+    lambda g, x: g.op("sub", x, g.op("add", g.mean(g.x), g.op("opaque", x, shape=("B", "S", 1)))),
+    lambda g, x: g.op("sub", x, g.op("mul", g.w, g.op("opaque", x))),
+    lambda g, x: g.op("reshape", x, shape=("n", 32)),  # cut through
+    lambda g, x: g.op("expand", x, shape=("B", "S", 64)),
+    lambda g, x: shapeless(g.op("reshape", x)),
+])  # fmt: skip
+def test_a_mean_is_none_of_a_tensor_behind_anything_else(through: Callable[[Build, Value], Value]) -> None:
+    g = Build()
+    x = g.op("opaque", g.x)
+    v = through(g, x)
+    found = g.found(node(g, "mean", v, axes=((v.rank or 1) - 1,), keepdims=True))
+    assert roots(found, x) == []
+
+
+@pytest.mark.parametrize(("shape", "view", "axes", "over"), [
+    (("B", "S", 64), lambda g, x: g.op("transpose", x, perm=(2, 0, 1), shape=(64, "B", "S")), (0,), (2,)),
+    (("B", "S", 64), lambda g, x: g.op("transpose", x, perm=(2, 0, 1), shape=(64, "B", "S")), (0, 2), (1, 2)),
+    (("B", "S", 64), lambda g, x: g.op("unsqueeze", x, axes=(0,), shape=(1, "B", "S", 64)), (0, 3), (2,)),
+    (("B", 1, 64), lambda g, x: g.op("squeeze", x, axes=(1,), shape=("B", 64)), (1,), (2,)),
+    ((4, 8, 6), lambda g, x: g.op("reshape", x, shape=(4, 48)), (1,), (1, 2)),
+    ((4, 8, 6), lambda g, x: g.op("reshape", x, shape=(32, 6)), (1,), (2,)),
+])  # fmt: skip
+def test_the_axes_of_a_mean_seen_from_its_root(shape: Shape, view: Callable[[Build, Value], Value], axes: Any,
+                                               over: Any) -> None:  # fmt: skip
+    g = Build(shape)
+    v = view(g, g.x)
+    found = g.found(g.mean(v, axes))
+    assert roots(found, g.x) == ([over] if over else [])
+    wide = tuple(a for a in axes if v.shape is not None and v.shape[a] != 1)
+    assert roots(found, v) == [wide]
+
+
+@pytest.mark.parametrize(("axes", "more", "second", "over"), [
+    ((2,), {}, (1,), [(1, 2), (2,)]),
+    ((1,), {"keepdims": False}, (1,), [(1,), (1, 2)]),
+    ((1,), {"keepdims": False}, (0,), [(0, 1), (1,)]),
+    ((1,), {"keepdims": False, "kind": "sum"}, (1,), [(1,), (1, 2)]),
+    ((1,), {"kind": "vecnorm"}, (2,), [(1,)]),
+])  # fmt: skip
+def test_a_mean_in_two_steps(axes: Any, more: Any, second: Any, over: Any) -> None:
+    g = Build((4, 8, 6))
+    found = g.found(g.mean(g.mean(g.x, axes, **more), second))
+    assert roots(found, g.x) == over
+
+
+def test_a_mean_of_a_mean_of_what_is_not_known() -> None:
+    for axes, shape in ((None, ("B", "S", 64)), ((1,), None)):
+        g = Build()
+        x = g.graph.leaf("z", shape, "float32")
+        first = node(g, "mean", x, shape=("B", 1, 64), axes=axes, keepdims=True)
+        found = g.found(g.mean(first))
+        assert roots(found, first) == [(2,)] and roots(found, x) == []
+    g = Build()
+    v = node(g, "reshape", g.graph.leaf("z", None, "float32"), shape=("B", "S", 64))
+    assert roots(g.found(g.mean(v)), v) == [(2,)]
+
+
+def test_a_mean_of_a_parameter_made_of_others() -> None:
+    g = Build()
+    p = g.op("add", g.w, g.c(1.0))
+    assert roots(g.found(g.mean(g.op("neg", p), (0,))), p) == [(0,)]
+
+
+def test_of_a_product_only_a_factor_of_its_shape_is_a_root() -> None:
+    g = Build((4, 8, 6))
+    z = leaf(g, 4, 8, 1)
+    assert roots(g.found(g.mean(g.op("mul", g.x, z), (1,))), z) == []
+
+
+def test_every_end_of_the_ways_back_is_looked_at() -> None:
+    g = Build()
+    x, y = g.op("opaque", g.x), g.op("opaque", g.x)
+    far = g.op("neg", g.op("neg", y))
+    found = g.found(g.mean(g.op("mul", g.op("mul", x, x), far)))
+    assert roots(found, x) == roots(found, y) == [(2,)]
+    h = Build()
+    z = h.op("opaque", h.x)
+    found = h.found(h.mean(h.op("mul", h.op("mul", h.x, h.x), h.op("neg", h.op("neg", z)))))  # x has no producer
+    assert roots(found, z) == [(2,)]
+
+
+def test_a_mean_of_a_squared_mean_is_one_of_the_mean() -> None:
+    g = Build((4, 8, 6))
+    m = g.mean(g.x, (1,))
+    assert roots(g.found(g.mean(g.op("square", m), (2,))), m) == [(2,)]
+    g = Build((4, 8, 6))
+    m, other = g.mean(g.x, (1,)), g.mean(g.op("opaque", g.x), (1,))
+    found = g.found(g.mean(g.op("mul", m, m), (2,)))
+    assert roots(found, m) == [(2,)]
+    assert roots(g.found(g.mean(g.op("mul", m, other), (2,))), other) == []
+    h = Build((4, 8, 6))
+    m = h.mean(h.x, (1,))
+    assert roots(h.found(h.mean(h.op("neg", m), (2,))), m) == []  # x - mean(x) is not one of mean(x)
+
+
+def test_two_means_over_other_axes_are_two_roots_and_over_the_same_one() -> None:
+    g = Build()
+    found = g.found(g.mean(g.x), g.mean(g.op("square", g.x)), g.mean(g.x, (1, 2)), g.mean(g.x, (1,)))
+    assert roots(found, g.x) == [(1,), (1, 2), (2,)]
+
+
+def test_axes_of_size_1_are_no_row() -> None:
+    g = Build(("B", 1, 64))
+    found = g.found(g.mean(g.x, (1, 2)), g.mean(g.op("opaque", g.x, shape=("B", 1, 1)), (2,)))
+    assert roots(found, g.x) == [(2,)]
+    assert [k for f in found.facts.values() for k in f if not k[1]] == []
+
+
+def test_the_second_result_of_an_operator_is_a_root_of_its_own() -> None:
+    g = Build()
+    first, second = (g.graph.value(n, ("B", "S", 64), "float32") for n in ("first", "second"))
+    g.graph.node("identity", [g.x], [first, second], native=object())
+    found = g.found(g.mean(g.op("square", second)), g.mean(g.op("square", first)))
+    assert roots(found, second) == [(2,)] and roots(found, first) == [(2,)]
+    other = Build()
+    first, second = (other.graph.value(n, ("B", "S", 64), "float32") for n in ("first", "second"))
+    other.graph.node("identity", [other.x], [first, second], native=object())
+    found = other.found(other.mean(other.op("square", second)))
+    assert roots(found, second) == [(2,)] and roots(found, other.x) == []
+
+
+@pytest.mark.parametrize(("steps", "seen"), [(MAX_WALK - 2, True), (MAX_WALK - 1, True), (MAX_WALK, False)])
+def test_a_root_is_looked_for_so_far_and_no_further(steps: int, seen: bool) -> None:
+    g = Build()
+    v = g.x
+    for _ in range(steps):
+        v = g.op("neg", v)
+    assert MAX_WALK == 16
+    assert roots(g.found(g.mean(v)), g.x) == ([(2,)] if seen else [])
+
+
+def test_of_two_ways_the_near_ends_are_looked_at_first() -> None:
+    g = Build()
+    near, far = g.op("opaque", g.x), g.op("opaque", g.x)
+    a, b = near, far
+    for _ in range(3):
+        a = g.op("neg", a)
+    for _ in range(14):
+        b = g.op("neg", b)
+    for product in ((a, b), (b, a)):
+        h = g.found(g.mean(g.op("mul", *product)))
+        assert roots(h, near) == [(2,)] and roots(h, far) == []
+
+
+def test_a_number_or_an_integer_is_no_root() -> None:
+    g = Build()
+    full = leaf(g, "B", "S", 64, number=2.0, fixed=True)
+    ids = leaf(g, "B", "S", 64, dtype="int64")
+    found = g.found(g.mean(full), g.mean(g.op("cast", ids, dtype="float32")))
+    assert roots(found, full) == roots(found, ids) == []
+
+
+def test_a_value_has_facts_in_so_many_roots_and_keeps_the_latest() -> None:
+    g = Build()
+    v, keys = g.x, []
+    for _ in range(MAX_ROOTS + 1):
+        keys.append((v.index, (2,)))
+        v = g.op("add", v, g.op("mul", g.mean(v), g.c(0.5)))
+    found = g.found(v)
+    assert MAX_ROOTS == 32
+    assert sorted(found.facts[v.index]) == keys[1:]
+    before = g.graph.nodes[-4].outputs[0]
+    assert sorted(found.facts[before.index]) == keys  # its own is planted whatever there is
+
+
+# -- products with matrices -------------------------------------------------------------------------------------------
+
+
+def matrix(g: Build, *shape: Any, number: float | None = None) -> Value:
+    return leaf(g, *shape, number=number, fixed=True)
+
+
+@pytest.mark.parametrize(("shape", "product", "over"), [
+    ((8, 64), lambda g, x: g.op("matmul", x, matrix(g, 64, 1, number=1 / 64), shape=(8, 1)), (1,)),
+    ((8, 64), lambda g, x: g.op("matmul", x, matrix(g, 64, 64, number=1 / 64), shape=(8, 64)), (1,)),
+    ((8, 64), lambda g, x: g.op("matmul", x, matrix(g, 64, number=1 / 64), shape=(8,)), (1,)),
+    ((8, 64), lambda g, x: g.op("matmul", x, matrix(g, 64), shape=(8,)), (1,)),
+    ((8, 64), lambda g, x: g.op("matmul", x, matrix(g, 64, 1), shape=(8, 1)), (1,)),
+    ((8, 64), lambda g, x: g.op("matmul", x, g.op("opaque", x, shape=(64, None)), shape=(8, None)), (1,)),
+    ((3, 8, 64), lambda g, x: g.op("matmul", x, g.op("opaque", x, shape=(3, 64, 1)), shape=(3, 8, 1)), (2,)),
+    ((3, 1, 64), lambda g, x: g.op("matmul", x, g.op("opaque", x, shape=(3, 64, 8)), shape=(3, 1, 8)), None),
+    ((8, 64), lambda g, x: g.op("matmul", x, matrix(g, 64, 64), shape=(8, 64)), None),
+    ((8, 64), lambda g, x: g.op("matmul", matrix(g, 1, 8, number=1 / 8), x, shape=(1, 64)), (0,)),
+    ((3, 8, 64), lambda g, x: g.op("matmul", matrix(g, 8, 8, number=1 / 8), x, shape=(3, 8, 64)), (1,)),
+    ((3, 8, 64), lambda g, x: g.op("matmul", x, matrix(g, 64, 1, number=1 / 64), shape=(3, 8, 1)), (2,)),
+    ((64,), lambda g, x: g.op("matmul", matrix(g, 8, 64, number=1.0), x, shape=(8,)), None),
+    ((64,), lambda g, x: g.op("matmul", x, matrix(g, 64, 1), shape=(1,)), None),
+    ((64,), lambda g, x: g.op("matmul", x, x, shape=()), None),
+    ((8, 64), lambda g, x: shapeless(g.op("matmul", x, matrix(g, 64, 64))), None),
+])  # fmt: skip
+def test_the_rows_of_a_product(shape: Shape, product: Callable[[Build, Value], Value], over: Any) -> None:
+    g = Build(shape)
+    x = g.op("opaque", g.x)
+    assert roots(g.found(product(g, x)), x) == ([over] if over else [])
+
+
+def test_a_product_of_parameters_is_no_statistic() -> None:
+    g = Build((64,))
+    table = matrix(g, 64, 64)
+    found = g.found(g.op("matmul", table, matrix(g, 64, 1, number=1 / 64), shape=(64, 1)))
+    assert not found.facts
+    assert roots(g.found(g.mean(table, (1,))), table) == [(1,)]
+
+
+@pytest.mark.parametrize(("shape", "mean", "axes"), [
+    ((8, 64), lambda g, q: g.op("matmul", q, matrix(g, 64, 1, number=1 / 64), shape=(8, 1)), (1,)),
+    ((8, 64), lambda g, q: g.op("matmul", q, matrix(g, 64, 64, number=1 / 64), shape=(8, 64)), (1,)),
+    ((3, 8, 64), lambda g, q: g.op("matmul", q, matrix(g, 1, 64, 1, number=1 / 64), shape=(3, 8, 1)), (2,)),
+    ((3, 8, 64), lambda g, q: g.op("unsqueeze", g.op("matmul", q, matrix(g, 64, number=1 / 64), shape=(3, 8)),
+                                   axes=(2,), shape=(3, 8, 1)), (2,)),
+    ((8, 64), lambda g, q: g.op("matmul", matrix(g, 1, 8, number=1 / 8), q, shape=(1, 64)), (0,)),
+    ((8, 64), lambda g, q: g.op("matmul", matrix(g, 8, 8, number=1 / 8), q, shape=(8, 64)), None),  # mixes rows
+    ((8, 64), lambda g, q: g.op("unsqueeze", g.op("matmul", matrix(g, 8, number=1 / 8), q, shape=(64,)), axes=(0,),
+                                shape=(1, 64)), None),
+    ((3, 8, 64), lambda g, q: g.op("matmul", matrix(g, 1, 8, number=1 / 8), q, shape=(3, 1, 64)), (1,)),
+    ((3, 8, 64), lambda g, q: g.op("unsqueeze", g.op("reshape", g.op(
+        "matmul", q, matrix(g, 64, 1, number=1 / 64), shape=(3, 8, 1)), shape=(24,)), axes=(1,), shape=(24, 1)), None),
+    ((64,), lambda g, q: (g.mean(g.x, (0,)), g.op("matmul", matrix(g, 1, 64, number=1 / 64), q, shape=(1,)))[1], (0,)),
+    ((8, 64), lambda g, q: g.op("matmul", g.mean(q, (0, 1), keepdims=False), matrix(g, 1, 1, number=1.0), shape=(1,)),
+     None),
+    ((3, 8, 64), lambda g, q: g.op("matmul", q, matrix(g, 3, 64, 1, number=1 / 64), shape=(3, 8, 1)), None),
+    ((8, 64), lambda g, q: g.op("matmul", q, matrix(g, 64, 1), shape=(8, 1)), None),
+])  # fmt: skip
+def test_a_mean_by_a_product_with_a_uniform_matrix(shape: Shape, mean: Callable[[Build, Value], Value],
+                                                   axes: tuple[int, ...] | None) -> None:  # fmt: skip
+    g = Build(shape)
+    m = mean(g, g.op("square", g.x))
+    y = g.op("mul", g.x, g.op("rsqrt", g.op("add", m, g.c(1e-5))), shape=shape)
+    found = g.found(y)
+    assert [(site.norm.axes, site.norm.kind) for site in found.sites] == ([(axes, "rms_norm")] if axes else [])
+    assert compare(found, g.graph) == len(found.sites)
+
+
+def test_a_product_has_the_axes_of_its_result() -> None:
+    for wide in ((64, 1), (1, 64, 1), (1, 1, 64, 1), (64,), (64, 64)):
+        g = Build((8, 64))
+        shape = (8,) if len(wide) == 1 else (*wide[:-2], 8, wide[-1])
+        m = g.op("matmul", g.x, matrix(g, *wide, number=1 / 64), shape=shape)
+        found = g.found(m)
+        (fact,) = found.facts[m.index].values()
+        assert len(fact.layout) == len(shape)
+        assert [entry == () for entry in fact.layout] == [d == 1 for d in shape]
+        h = Build((8, 64))
+        m = h.op("matmul", matrix(h, 1, 8, number=1 / 8), h.x, shape=(1, 64))
+        assert [f.layout for f in h.found(m).facts[m.index].values()] == [((), (1,))]
+
+
+def test_a_two_pass_variance_by_products() -> None:
+    g = Build()
+    ones = matrix(g, 64, 1, number=1 / 64)
+    c = g.op("sub", g.x, g.op("matmul", g.x, ones, shape=("B", "S", 1)))
+    v = g.op("matmul", g.op("square", c), ones, shape=("B", "S", 1))
+    found = g.found(g.op("mul", c, g.op("rsqrt", g.op("add", v, g.c(1e-5)))))
+    assert facts(found) == ["(x - mean(x))*(var(x) + 1e-05)^-1/2"] and compare(found, g.graph) == 1
+
+
+def test_a_row_times_itself_is_its_sum_of_squares() -> None:
+    g = Build((8, 64))
+    row = g.op("unsqueeze", g.x, axes=(1,), shape=(8, 1, 64))
+    column = g.op("unsqueeze", g.x, axes=(2,), shape=(8, 64, 1))
+    dot = g.op("squeeze", g.op("matmul", row, column, shape=(8, 1, 1)), axes=(2,), shape=(8, 1))
+    y = g.op("mul", g.x, g.op("rsqrt", g.op("add", g.op("mul", dot, g.c(1 / 64)), g.c(1e-5))))
+    found = g.found(y)
+    assert facts(found) == ["x*(mean(x^2) + 1e-05)^-1/2"] and compare(found, g.graph) == 1
+
+
+# -- parameters -------------------------------------------------------------------------------------------------------
+
+
+def scaled_by(weight: Spell, shape: Shape = ("B", "S", 64), axes: tuple[int, ...] = (2,)) -> list[str]:
+    """What norms there are where one is scaled by something."""
+    g = Build(shape)
+    found = g.found(g.op("mul", rms(g, g.x, axes), weight(g), shape=shape))
+    return facts(found)
+
+
+NORM = "x*(mean(x^2) + 1e-05)^-1/2"
+
+
+@pytest.mark.parametrize(("weight", "text"), [
+    (lambda g: g.w, f"w*{NORM}"),
+    (lambda g: leaf(g, 64), f"z*{NORM}"),  # an input of the graph
+    (lambda g: leaf(g, 1, 64, fixed=True), f"z*{NORM}"),
+    (lambda g: leaf(g, 1, 64), NORM),  # an input of rank 2 may be anything
+    (lambda g: leaf(g, "B", "S", 64), NORM),
+    (lambda g: g.op("neg", leaf(g, 64)), f"v5*{NORM}"),
+    (lambda g: g.op("add", g.w, g.c(1.0)), f"v5*{NORM}"),
+    (lambda g: g.op("add", g.w, leaf(g, 64)), f"v5*{NORM}"),
+    (lambda g: g.op("add", g.w, leaf(g, 1, 64)), NORM),
+    (lambda g: g.op("add", leaf(g, 1, 64), g.w), NORM),
+    (lambda g: g.op("reshape", g.op("cast", leaf(g, 64), dtype="float32"), shape=(1, 64)), f"v6*{NORM}"),
+    (lambda g: g.op("transpose", leaf(g, 1, 64, fixed=True), perm=(0, 1), shape=(1, 64)), f"v5*{NORM}"),
+    (lambda g: g.op("exp", g.w), NORM),  # no arithmetic of a parameter
+    (lambda g: g.op("neg", g.op("opaque", g.w)), NORM),
+    (lambda g: g.op("add", g.w, opaque(g, g.w, shape=(), number=1.0)), f"v6*{NORM}"),
+    (lambda g: g.op("neg", opaque(g, g.w, shape=(), number=1.0)), f"v6*{NORM}"),
+    (lambda g: leaf(g, fixed=True), f"z*{NORM}"),
+    (lambda g: leaf(g), NORM),  # a number that the caller gives
+    (lambda g: leaf(g, 1, fixed=True, overridable=True), NORM),
+    (lambda g: leaf(g, 64, fixed=True, overridable=True), f"z*{NORM}"),
+    (lambda g: leaf(g, 64, fixed=True, number=2.0), f"2*{NORM}"),
+])  # fmt: skip
+def test_what_is_a_parameter(weight: Spell, text: str) -> None:
+    assert scaled_by(weight) == [text]
+
+
+def test_a_value_of_unknown_shape_is_no_parameter() -> None:
+    g = Build()
+    z = g.graph.leaf("z", None, "float32")
+    out = g.op("mul", rms(g, g.x), z, shape=("B", "S", 64))
+    assert facts(g.found(out)) == [NORM]
+
+
+def test_a_parameter_may_have_as_many_axes_as_are_normalised() -> None:
+    shape = ("B", 8, 64)
+    assert scaled_by(lambda g: leaf(g, 8, 64), shape, (1, 2)) == [f"z*{NORM}"]
+    assert scaled_by(lambda g: leaf(g, 1, 8, 64), shape, (1, 2)) == [NORM]
+    assert scaled_by(lambda g: leaf(g, 8, 64), shape, (2,)) == [NORM]
+
+
+def test_what_a_root_is_made_of_does_not_scale_it() -> None:
+    """softmax-like: x = z*z of rank 1 and its mean; z is light enough, and yet no weight of a norm of x."""
+    g = Build((64,))
+    g.x.fixed = False
+    n = g.op("mul", g.x, g.op("rsqrt", g.op("add", g.mean(g.op("square", g.x), (0,)), g.c(1e-5))))
+    second = g.op("mul", n, g.op("rsqrt", g.op("add", g.mean(g.op("square", n), (0,)), g.c(1e-5))))
+    y = g.op("mul", second, g.x)
+    found = g.found(y)
+    assert all(not site.norm.parameters() for site in found.sites)
+    assert {site.value.name for site in found.sites} >= {n.name}
+
+
+def test_a_row_of_one_axis_has_weights_of_one() -> None:
+    g = Build((64,))
+    y = g.op("mul", rms(g, g.x, (0,)), g.w)
+    assert facts(g.found(y)) == [f"w*{NORM}"]
+
+
+@pytest.mark.parametrize(("under", "code"), [
+    (lambda g, m: g.op("add", m, leaf(g)), "NF104"),
+    (lambda g, m: g.op("add", m, opaque(g, g.x, shape=(1,))), "NF104"),
+    (lambda g, m: g.op("add", m, leaf(g, 1, fixed=True, overridable=True)), "NF122"),
+    (lambda g, m: g.op("add", m, leaf(g, fixed=True, overridable=True)), "NF122"),
+    (lambda g, m: g.op("add", m, opaque(g, g.x, shape=("B", "S", 1))), "NF106"),
+    (lambda g, m: g.op("add", m, g.graph.value("?", None, "float32"), shape=("B", "S", 1)), "NF106"),
+    (lambda g, m: g.op("matmul", m, opaque(g, g.x, shape=(1, 1)), shape=("B", "S", 1)), "NF106"),
+    (lambda g, m: g.op("matmul", m, leaf(g, number=2.0, fixed=True), shape=("B", "S", 1)), "NF106"),
+    (lambda g, m: g.op("matmul", m, leaf(g, 1, fixed=True), shape=("B", "S")), "NF106"),
+])  # fmt: skip
+def test_what_meets_a_statistic_and_is_no_constant(under: Callable[[Build, Value], Value], code: str) -> None:
+    g = Build()
+    m = under(g, g.mean(g.op("square", g.x)))
+    found = g.found(g.op("mul", g.x, g.op("rsqrt", m), shape=("B", "S", 64)))
+    assert not found.sites and codes(found) == [(code, m.name)]
+
+
+# -- written in place, and what is not known --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("statistic", "code"), [
+    (lambda g: g.mean(g.op("square", g.x)), "NF120"),
+    (lambda g: g.mean(g.op("pow", g.x, g.c(2.0))), "NF120"),
+    (lambda g: reads(("B", "S", 1), "var")(g, g.x), "NF120"),
+    (lambda g: reads(("B", "S", 1), "std")(g, g.x), "NF120"),
+    (lambda g: reads(("B", "S", 1), "vecnorm")(g, g.x), "NF120"),
+    (lambda g: g.mean(g.x), ""),  # a mean alone says nothing
+    (lambda g: g.mean(g.op("neg", g.x)), ""),
+])  # fmt: skip
+def test_a_tensor_that_is_written_in_place_is_no_root(statistic: Spell, code: str) -> None:
+    g = Build()
+    g.x.tainted = True
+    for node in g.graph.nodes:
+        node.outputs[0].tainted = True
+    v = statistic(g)
+    for node in g.graph.nodes:
+        node.outputs[0].tainted = node.outputs[0] is not v
+    found = g.found(v)
+    assert codes(found) == ([(code, v.name)] if code else []) and roots(found, g.x) == []
+
+
+def test_a_copy_taken_before_a_write_is_a_root() -> None:
+    g = Build()
+    g.x.tainted = True
+    copy = g.op("identity", g.x)
+    found = g.found(rms(g, copy))
+    assert [site.norm.x.name for site in found.sites] == [copy.name] and not found.refusals
+    assert roots(found, g.x) == []
+
+
+def test_a_step_that_is_written_in_place_ends_a_norm() -> None:
+    g = Build()
+    r = rstd(g, g.x)
+    r.tainted = True
+    found = g.found(g.op("mul", g.x, r))
+    assert not found.sites and codes(found) == [("NF120", r.name)]
+
+
+def test_no_row_is_written_in_place_where_there_is_none() -> None:
+    g = Build(("B", "S", 1))
+    assert not g.found(g.mean(g.op("square", g.x))).refusals
+    g.x.tainted = True
+    assert not g.found(g.mean(g.op("square", g.x))).refusals
+    h = Build()
+    full = leaf(h, "B", "S", 64, number=1.0, fixed=True, dtype="int64")
+    assert not h.found(h.mean(h.op("square", full), kind="sum")).refusals
+
+
+def unknown(kind: str) -> tuple[Build, Value]:
+    g = Build()
+    z = g.graph.leaf("z", None, "float32")
+    return g, node(g, kind, z, axes=(-1,), keepdims=True)
+
+
+@pytest.mark.parametrize(("kind", "code"), [("mean", "NF115"), ("var", "NF115"), ("std", "NF115"), ("sum", ""),
+                                            ("vecnorm", "")])  # fmt: skip
+def test_a_statistic_of_a_tensor_of_unknown_shape(kind: str, code: str) -> None:
+    g, v = unknown(kind)
+    found = g.found(v)
+    assert codes(found) == ([(code, v.name)] if code else []) and not found.facts
+
+
+@pytest.mark.parametrize(("kind", "dtype", "code"), [
+    ("mean", "int64", "NF113"), ("sum", "int64", ""), ("mean", None, ""), ("mean", "bfloat16", ""),
+])  # fmt: skip
+def test_the_mean_of_integers(kind: str, dtype: str | None, code: str) -> None:
+    g = Build()
+    z = g.graph.leaf("z", ("B", 64), dtype)
+    v = g.mean(z, (1,), kind=kind)
+    assert codes(g.found(v)) == ([(code, v.name)] if code else [])
+
+
+def test_axes_that_are_known_only_at_run_time() -> None:
+    g = Build()
+    v = g.op("mean", g.x, axes=None, keepdims=True, shape=("B", "S", 1))
+    found = g.found(v)
+    assert codes(found) == [("NF114", v.name)] and not found.facts
+
+
+def test_notes_of_the_front_end_are_refusals() -> None:
+    g = Build()
+    g.graph.notes.append(("NF106", "node", "text"))
+    assert g.found(rms(g, g.x)).refusals == [Refusal("NF106", "node", "text")]
+
+
+# -- the nearest miss -------------------------------------------------------------------------------------------------
+
+
+def spoiled(*steps: Callable[[Build, Value, Value], Value]) -> tuple[Build, list[Value], Recognition]:
+    g = Build()
+    made = [step(g, g.x, g.mean(g.op("square", g.x))) for step in steps]
+    return g, made, g.found(*made)
+
+
+def test_a_statistic_that_goes_into_an_unknown_operator() -> None:
+    _g, (v,), found = spoiled(lambda g, x, m: g.op("activation", g.op("sqrt", m)))
+    assert codes(found) == [("NF106", v.name)] and found.refusals[0].message.endswith("not part of a norm")
+
+
+@pytest.mark.parametrize("step", [
+    lambda g, x, m: g.op("opaque", x),  # before any statistic
+    lambda g, x, m: g.op("opaque", g.mean(x)),  # a mean is none of a norm yet
+])  # fmt: skip
+def test_a_miss_before_the_second_moment_is_not_told(step: Callable[[Build, Value, Value], Value]) -> None:
+    g = Build()
+    found = g.found(step(g, g.x, g.x))
+    assert not found.refusals
+
+
+def test_a_mean_that_lost_its_axis_is_told() -> None:
+    g = Build((64, 64))
+    found = g.found(g.op("sub", g.x, g.mean(g.x, (1,), keepdims=False), shape=(64, 64)))
+    assert [r.code for r in found.refusals] == ["NF107"]
+
+
+def test_the_miss_that_came_furthest_is_told_and_of_two_the_first() -> None:
+    far = lambda g, x, m: g.op("add", g.op("rsqrt", g.op("add", m, g.c(1e-5))), leaf(g))  # noqa: E731
+    near = lambda g, x, m: g.op("max", m, g.c(1.0))  # noqa: E731
+    _g, (a, b), found = spoiled(near, far)
+    assert codes(found) == [("NF104", b.name)], a
+    _g, (a, b), found = spoiled(near, near)
+    assert codes(found) == [("NF119", a.name)]
+    _g, (a, b), found = spoiled(lambda g, x, m: g.op("opaque", g.op("rsqrt", m)), near)
+    assert codes(found) == [("NF119", b.name)]  # NF106 says the least
+
+
+def test_the_miss_of_a_norm_is_nearer_than_one_of_its_root() -> None:
+    g = Build()
+    r = rstd(g, centred(g, g.x))
+    at_run_time = g.op("add", r, leaf(g))
+    y = g.op("mul", g.x, r)
+    assert codes(g.found(at_run_time, y)) == [("NF102", y.name)]
+
+
+@pytest.mark.parametrize("step", [
+    lambda g, x: g.op("mul", g.w, rstd(g, x), shape=("B", "S", 64)),  # a statistic, and a weight
+    lambda g, x: g.op("mul", x, g.mean(g.op("square", x))),  # no root
+    lambda g, x: g.op("squeeze", g.op("add", x, g.op("mul", g.mean(x), g.c(0.0))), axes=(2,), shape=("B", "S")),
+])  # fmt: skip
+def test_what_is_not_even_nearly_a_norm(step: Callable[[Build, Value], Value]) -> None:
+    g = Build()
+    found = g.found(step(g, g.x))
+    assert not found.sites and not found.refusals
+
+
+@pytest.mark.parametrize("step", [
+    lambda g, x: g.op("mul", g.op("add", x, g.op("square", x)), rstd(g, x)),
+    lambda g, x: g.op("abs", rms(g, x)),
+    lambda g, x: g.op("mul", g.op("abs", x), rstd(g, x)),
+])  # fmt: skip
+def test_what_holds_a_square_or_a_magnitude_is_no_norm(step: Callable[[Build, Value], Value]) -> None:
+    g = Build()
+    y = step(g, g.x)
+    assert y.name not in names(g.found(y))
+
+
+def test_a_square_over_its_root_does_not_lack_an_eps() -> None:
+    g = Build()
+    found = g.found(g.op("mul", g.op("square", g.x), rstd(g, g.x)))
+    assert not found.sites and [code for code, _ in codes(found)] == ["NF106"]
+
+
+def test_a_miss_of_x_itself_is_none() -> None:
+    g = Build()
+    g.mean(g.x)
+    found = g.found(g.op("squeeze", g.x, axes=(2,), shape=("B", "S")))
+    assert not found.refusals
+
+
+def test_a_mean_that_meets_another_tensor_is_not_told() -> None:
+    g = Build()
+    found = g.found(g.op("add", g.mean(g.x), leaf(g, "B", "S", 64)))
+    assert not found.refusals and all(found.facts.values())
+
+
+def test_the_first_seed_without_a_miss_does_not_hide_the_next() -> None:
+    g = Build()
+    z = leaf(g, "B", "S", 64)
+    g.mean(z)
+    v = g.op("max", g.mean(g.op("square", g.x)), g.c(1.0))
+    norm = rms(g, leaf(g, "B", "S", 64, name="u"))
+    later = g.op("max", g.mean(g.op("square", leaf(g, "B", "S", 64, name="t"))), g.c(1.0))
+    assert codes(g.found(v, norm, later)) == [("NF119", v.name), ("NF119", later.name)]
+
+
+def test_a_cube_is_told_for_the_statistic_that_comes_of_it_only() -> None:
+    g = Build()
+    m = g.mean(g.op("square", g.x))
+    cube = g.op("pow", g.x, g.c(3.0))
+    v = g.op("max", m, g.c(1.0))
+    assert codes(g.found(cube, v)) == [("NF119", v.name)]  # NF106 alone is explained by another miss
+    h = Build()
+    h.mean(h.x)
+    assert not h.found(h.op("pow", h.x, h.c(3.0))).refusals  # and there was no statistic
+
+
+def test_an_operator_without_results_ends_nothing() -> None:
+    g = Build()
+    n = rms(g, g.x)
+    g.graph.node("opaque", [n], [], native=object(), name="print")
+    y = g.op("mul", n, g.w)
+    found = g.found(y)
+    assert names(found) == [n.name]
+
+
+def test_a_value_is_described_by_its_fact() -> None:
+    g = Build()
+    m = g.mean(g.op("opaque", g.x))
+    found = g.found(m)
+    assert found.describe(m) == "mean(v0)" and found.describe(g.x) == "x"
+
+
+def test_a_lost_axis_is_told_where_nothing_came_further() -> None:
+    g = Build((64, 64))
+    g.op("neg", g.op("neg", g.op("opaque", g.x)))
+    lost = g.op("sub", g.x, g.mean(g.x, (1,), keepdims=False), shape=(64, 64))
+    further = g.op("add", g.mean(g.op("square", g.x), (1,)), leaf(g, 64, 1))
+    assert codes(g.found(lost, further)) == [("NF106", further.name)]
+
+
+def test_a_power_before_any_statistic_says_why_nothing_came_of_it() -> None:
+    g = Build()
+    fourth = g.op("pow", g.x, g.c(4.0))
+    second = g.op("opaque", g.op("sqrt", g.mean(g.op("square", g.x))))
+    found = g.found(g.mean(fourth), second)
+    assert codes(found) == [("NF112", fourth.name)]
+
+
+def test_each_norm_that_was_missed_is_told_once() -> None:
+    g = Build()
+    z = leaf(g, "B", "S", 64)
+    out = [g.op("max", g.mean(g.op("square", v)), g.c(1.0)) for v in (g.x, z)]
+    found = g.found(*out)
+    assert codes(found) == [("NF119", v.name) for v in out]
+    h = Build()
+    m = h.mean(h.op("square", h.x))
+    v = h.op("max", h.op("add", m, h.mean(h.op("square", h.x))), h.c(1.0))
+    assert codes(h.found(v)) == [("NF119", v.name)]  # two seeds of one root
+
+
+def test_a_root_with_a_norm_is_not_missed() -> None:
+    g = Build()
+    m = g.mean(g.op("square", g.x))
+    y = g.op("mul", g.x, g.op("rsqrt", g.op("add", m, g.c(1e-5))))
+    found = g.found(y, g.op("max", m, g.c(1.0)))
+    assert len(found.sites) == 1 and not found.refusals
+
+
+def test_a_norm_with_a_flaw_is_missed_at_the_node_that_gives_it() -> None:
+    g = Build()
+    y = g.op("mul", g.x, rstd(g, centred(g, g.x)))
+    assert codes(g.found(y)) == [("NF102", y.name)]
+
+
+# -- sites ------------------------------------------------------------------------------------------------------------
+
+
+def names(found: Recognition) -> list[str]:
+    return [site.value.name for site in found.sites]
+
+
+def test_the_last_of_the_steps_is_the_site() -> None:
+    g = Build()
+    n = rms(g, g.x)
+    y = g.op("add", g.op("mul", n, g.w), g.b)
+    assert names(g.found(y)) == [y.name]
+
+
+def test_a_step_that_is_read_by_somebody_else_stands_for_itself() -> None:
+    for kept in (True, False):
+        g = Build()
+        n = rms(g, g.x)
+        y = g.op("mul", n, g.w)
+        n.kept = kept
+        if not kept:
+            g.op("opaque", n).kept = True
+        found = g.found(y)
+        assert names(found) == [n.name]
+        assert g.found(y).sites[0].norm.weight is None
+
+
+def test_a_step_that_another_norm_reads_stands_for_itself() -> None:
+    """w*n + b where n is read by a norm of its own: the step has two uses, both come to norms of x and of n."""
+    g = Build()
+    n = g.op("mul", rms(g, g.x), g.w)
+    y = g.op("add", n, g.b)
+    second = rms(g, y)
+    found = g.found(second)
+    assert names(found) == [y.name, second.name]
+    assert compare(found, g.graph) == 2
+
+
+def test_a_norm_whose_own_norm_is_scaled_is_two_norms() -> None:
+    g = Build()
+    first = g.op("mul", ln(g, g.x), g.w)
+    second = g.op("mul", ln(g, first), g.b)
+    found = g.found(second)
+    assert names(found) == [first.name, second.name] and [s.norm.x for s in found.sites] == [g.x, first]
+    assert compare(found, g.graph) == 2
+
+
+def test_a_norm_of_a_centred_tensor_is_a_layer_norm_of_the_tensor() -> None:
+    g = Build()
+    c = centred(g, g.x)
+    found = g.found(g.op("mul", c, rstd(g, c)))
+    assert [(s.norm.x.name, s.norm.kind) for s in found.sites] == [("x", "layer_norm")]
+    g = Build()
+    c = g.op("add", centred(g, g.x), g.b)
+    found = g.found(g.op("mul", c, rstd(g, c)))
+    assert [(s.norm.x.name, s.norm.kind) for s in found.sites] == [(c.name, "rms_norm")]
+
+
+@pytest.mark.parametrize(("before", "norm", "root"), [
+    (lambda g: g.op("mul", g.x, g.c(3.0)), rms, "v"),  # eps would be another
+    (lambda g: g.op("mul", g.x, g.c(3.0)), ln, "v"),
+    (lambda g: g.op("neg", g.x), rms, "v"),
+    (lambda g: g.op("add", g.x, g.c(1.0)), ln, "v"),
+    (lambda g: g.op("mul", g.x, g.c(1.0)), rms, "x"),
+    (lambda g: g.op("identity", g.x), rms, "x"),
+    (lambda g: centred(g, g.x), rms, "x"),
+    (lambda g: centred(g, g.x), ln, "x"),
+    (lambda g: g.op("mul", centred(g, g.x), g.c(3.0)), rms, "x"),  # an RMSNorm of what is centred is a LayerNorm
+    (lambda g: g.op("mul", centred(g, g.x), g.c(3.0)), ln, "v"),
+    (lambda g: g.op("sub", g.x, g.op("mul", g.mean(g.x), g.c(0.5))), ln, "v"),
+])  # fmt: skip
+def test_which_of_two_tensors_a_norm_is_one_of(before: Spell, norm: Callable[[Build, Value], Value],
+                                               root: str) -> None:  # fmt: skip
+    g = Build()
+    v = before(g)
+    found = g.found(norm(g, v))
+    (site,) = found.sites
+    assert site.norm.x is (v if root == "v" else g.x)
+    assert compare(found, g.graph) == 1
+
+
+@pytest.mark.parametrize("nothing", [
+    lambda g, n: g.op("mul", n, g.c(1.0)), lambda g, n: g.op("add", n, g.c(0.0)), lambda g, n: g.op("identity", n),
+    lambda g, n: g.op("reshape", n, shape=("B", "S", 64)),
+])  # fmt: skip
+def test_a_norm_that_a_norm_reads_through_a_step_that_does_nothing(nothing: Callable[[Build, Value], Value]) -> None:
+    g = Build()
+    n = rms(g, g.x)
+    y = nothing(g, n)
+    second = rms(g, y)
+    found = g.found(second)
+    assert names(found) == [n.name, second.name] and found.sites[1].norm.x is n
+    assert compare(found, g.graph) == 2
+
+
+def test_a_norm_that_one_operator_reads_is_a_site() -> None:
+    g = Build()
+    n = g.op("mul", rms(g, g.x), g.w)
+    second = g.op("rms_norm", n, axes=(2,), eps=1e-5)
+    third = g.op("layer_norm", second, axes=(2,), eps=1e-5)
+    found = g.found(third)
+    assert [(site.value, site.norm.x) for site in found.sites] == [(n, g.x), (second, n), (third, second)]
+    assert [site.is_op for site in found.sites] == [False, True, True]
+
+
+def test_a_norm_that_nothing_reads_is_a_site() -> None:
+    g = Build()
+    n = rms(g, g.x)
+    assert names(recognise(g.graph)) == [n.name]
+
+
+def test_a_norm_of_a_transposed_tensor_is_its_own() -> None:
+    g = Build((4, 6, 8))
+    t = g.op("transpose", g.x, perm=(0, 2, 1), shape=(4, 8, 6))
+    n = rms(g, t)
+    (site,) = g.found(n).sites
+    assert (site.value, site.norm.x, site.norm.axes) == (n, t, (2,))
+
+
+def test_of_a_transposed_norm_no_part_is_taken_for_one_of_x() -> None:
+    g = Build((4, 6, 8), dtype="float16")
+    t = g.op("transpose", g.x, perm=(0, 2, 1), shape=(4, 8, 6))
+    wide = g.op("cast", t, dtype="float32")
+    n = g.op("cast", rms(g, wide), dtype="float16")
+    y = g.op("transpose", g.op("cast", n, dtype="bfloat16"), perm=(0, 2, 1), shape=(4, 6, 8))
+    (site,) = g.found(y).sites
+    assert (site.value, site.norm.x, site.norm.cast) == (y, g.x, "mixed") and "cast twice" in site.mixed
+
+
+def test_a_norm_in_a_view_is_a_norm_of_the_tensor_where_it_comes_back() -> None:
+    g = Build((4, 6, 64))
+    flat = g.op("reshape", g.x, shape=(24, 64))
+    n = rms(g, flat, (1,))
+    y = g.op("reshape", n, shape=(4, 6, 64))
+    found = g.found(y)
+    (site,) = found.sites
+    assert (site.value, site.norm.x, site.norm.axes) == (y, g.x, (2,)) and compare(found, g.graph) == 1
+
+
+def test_a_norm_over_an_inner_axis_behind_transposes() -> None:
+    g = Build((4, 6, 8))
+    t = g.op("transpose", g.x, perm=(0, 2, 1), shape=(4, 8, 6))
+    n = rms(g, t)
+    y = g.op("transpose", n, perm=(0, 2, 1), shape=(4, 6, 8))
+    found = g.found(y)
+    (site,) = found.sites
+    assert (site.value, site.norm.x, site.norm.axes) in ((n, t, (2,)), (y, g.x, (1,)))
+    assert compare(found, g.graph) == 1
+
+
+def test_copies_after_a_norm_are_not_part_of_it() -> None:
+    for kind, more in (("identity", {}), ("cast", {"dtype": "float32"}), ("cast", {"dtype": "float64"}),
+                       ("reshape", {"shape": ("B", "S", 64)})):  # fmt: skip
+        g = Build()
+        n = rms(g, g.x)
+        found = g.found(g.op(kind, n, **more))
+        assert names(found) == [n.name], found.sites
+    g = Build()
+    n = rms(g, g.x)
+    narrow = g.op("cast", n, dtype="float16")
+    assert names(g.found(narrow)) == [narrow.name]
+
+
+def test_a_copy_read_twice_is_one_site() -> None:
+    g = Build()
+    n = g.op("mul", rms(g, g.x), g.w)
+    a, b = g.op("identity", n), g.op("identity", n)
+    assert names(g.found(a, b)) == [n.name]
+
+
+def test_a_site_is_called_after_its_last_node_that_is_no_copy() -> None:
+    g = Build()
+    n = rms(g, g.x)
+    y = g.op("identity", n)
+    assert [site.label for site in g.found(y).sites] == [n.name]
+    g = Build()
+    n = rms(g, g.x)
+    assert n.producer is not None
+    n.producer.name = "node"
+    assert [site.label for site in g.found(n).sites] == ["node"]
+    n.producer.name = ""
+    n.name = "value"
+    assert [site.label for site in g.found(n).sites] == ["value"]
+
+
+def test_a_row_sum_squared_beside_the_norm_is_no_norm() -> None:
+    """x*rstd + (x*rstd)^2 is no norm; its summand is."""
+    g = Build()
+    n = rms(g, g.x)
+    found = g.found(g.op("add", n, g.op("square", n)))
+    assert names(found) == [n.name]
+
+
+@pytest.mark.parametrize(("number", "weight"), [
+    (1.0, None), (1.0 + 4e-7, None), (1.0 + 6e-7, 1.0 + 6e-7), (2.0, 2.0), (-1.0, -1.0), (1.0 - 4e-7, None),
+    (1.0 - 6e-7, 1.0 - 6e-7),
+])  # fmt: skip
+def test_a_factor_that_is_one_but_for_rounding_is_none(number: float, weight: float | None) -> None:
+    g = Build()
+    (site,) = g.found(g.op("mul", rms(g, g.x), g.c(number))).sites
+    ((c, factors),) = site.norm.weight or ((None, ()),)
+    assert c == (None if weight is None else pytest.approx(weight, rel=1e-12)) and not factors
+    assert site.norm.bias is None
+
+
+def test_weight_and_bias_are_sums_of_products_of_parameters() -> None:
+    g = Build()
+    z = leaf(g, 64, fixed=True)
+    n = g.op("add", g.op("mul", g.op("mul", rms(g, g.x), g.w), z), g.op("mul", rms(g, g.x), g.b))
+    y = g.op("sub", g.op("add", n, g.c(2.0)), g.op("div", g.b, z))
+    (site,) = g.found(y).sites
+    norm = site.norm
+    assert norm.weight == ((1.0, ((g.w, 1), (z, 1))), (1.0, ((g.b, 1),))) or set(norm.weight or ()) == {
+        (1.0, ((g.b, 1),)), (1.0, ((g.w, 1), (z, 1)))}  # fmt: skip
+    assert norm.bias is not None and len(norm.bias) == 2 and (2.0, ()) in norm.bias
+    assert norm.size == 64 and norm.eps == pytest.approx(1e-5) and norm.dtype == "float32"
+    assert compare(g.found(y), g.graph) == 1
+
+
+@pytest.mark.parametrize("number", [1.0, -1.0, 2.0])
+def test_a_bias_that_is_a_number(number: float) -> None:
+    g = Build()
+    (site,) = g.found(g.op("add", rms(g, g.x), g.c(number))).sites
+    assert site.norm.bias == ((number, ()),)
+
+
+def test_a_row_of_unknown_size_has_none() -> None:
+    g = Build(("B", "S", "D"))
+    (site,) = g.found(rms(g, g.x)).sites
+    assert site.norm.size is None
+    g = Build((4, 6, 64))
+    (site,) = g.found(rms(g, g.x, (1, 2))).sites
+    assert site.norm.size == 384
+
+
+# -- roundings --------------------------------------------------------------------------------------------------------
+
+
+def half(spell: Callable[[Build, Value], Sequence[Value]]) -> tuple[Build, list[Value], Recognition]:
+    """A norm in float32 of a tensor in float16, and what becomes of it."""
+    g = Build(dtype="float16")
+    wide = g.op("cast", g.x, dtype="float32")
+    made = list(spell(g, rms(g, wide)))
+    return g, made, g.found(made[-1])
+
+
+def described(found: Recognition) -> list[tuple[str, str, str, str]]:
+    return [(s.value.name, s.norm.compute, s.norm.cast, s.norm.dtype) for s in found.sites]
+
+
+def test_the_longest_part_with_roundings_of_an_operator_is_taken() -> None:
+    _g, (n, y), found = half(lambda g, n: (c := g.op("cast", n, dtype="float16"), g.op("mul", c, g.w)))
+    assert described(found) == [(y.name, "float32", "first", "float16")]
+    # a cast to a third type is left outside
+    _g, (n, y), found = half(lambda g, n: (c := g.op("cast", n, dtype="float16"), g.op("cast", c, dtype="bfloat16")))
+    assert described(found) == [(n.name, "float32", "last", "float16")]
+
+
+def test_a_factor_that_would_be_rounded_stays_outside() -> None:
+    _g, (c, y), found = half(lambda g, n: (c := g.op("cast", n, dtype="float16"),
+                                          g.op("mul", c, g.c(3.0, "float16"))))  # fmt: skip
+    assert described(found) == [(c.name, "float32", "last", "float16")]
+    _g, (c, y), found = half(lambda g, n: (c := g.op("cast", n, dtype="float16"),
+                                          g.op("mul", c, g.c(2.0, "float16"))))  # fmt: skip
+    assert described(found)[0][0] == y.name
+    _g, (_m, y), found = half(lambda g, n: (m := g.op("mul", n, g.c(3.0)), g.op("cast", m, dtype="float16")))
+    assert described(found) == [(y.name, "float32", "last", "float16")]
+
+
+def test_a_norm_in_half_precision_with_a_factor_is_mixed() -> None:
+    g = Build(dtype="float16")
+    y = g.op("mul", rms(g, g.x), g.c(3.0, "float16"))
+    (site,) = g.found(y).sites
+    assert site.norm.cast in ("none", "mixed") and (site.value is not y or site.norm.cast == "mixed")
+
+
+def test_statistics_in_another_type_are_mixed_and_say_why() -> None:
+    g = Build(dtype="float16")
+    m = g.op("cast", g.mean(g.op("square", g.x)), dtype="float32")
+    r = g.op("cast", g.op("rsqrt", g.op("add", m, g.c(1e-3))), dtype="float16")
+    (site,) = g.found(g.op("mul", g.x, r)).sites
+    assert (site.norm.cast, site.norm.compute) == ("mixed", "float32")
+    assert "float16/float32" in site.mixed
+
+
+def test_of_the_reasons_for_mixed_roundings_the_one_about_roundings_is_told() -> None:
+    g = Build(dtype="float16")
+    m = g.op("cast", g.mean(g.op("square", g.x)), dtype="float32")
+    r = g.op("cast", g.op("rsqrt", g.op("add", m, g.c(1e-3))), dtype="float16")
+    (site,) = g.found(g.op("mul", g.op("mul", g.x, g.w), r)).sites
+    assert site.norm.cast == "mixed" and "float16/float32" in site.mixed
+
+
+def test_a_norm_in_two_narrow_types_is_computed_in_float32() -> None:
+    g = Build(dtype="float16")
+    m = g.op("cast", g.mean(g.op("square", g.x)), dtype="bfloat16")
+    r = g.op("cast", g.op("rsqrt", g.op("add", m, g.c(1e-3))), dtype="float16")
+    (site,) = g.found(g.op("mul", g.x, r)).sites
+    assert (site.norm.cast, site.norm.compute) == ("mixed", "float32")
+
+
+def test_an_unbiased_variance_of_unknown_size_is_told() -> None:
+    g = Build(("B", "S", "D"))
+    v = g.op("var", g.x, shape=("B", "S", 1), axes=(2,), keepdims=True, correction=1)
+    assert codes(g.found(v)) == [("NF110", v.name)]
+
+
+def test_a_factor_in_float32_is_not_rounded_to_a_narrow_type() -> None:
+    g = Build()
+    n = g.op("cast", rms(g, g.op("cast", g.x, dtype="float64")), dtype="float32")
+    y = g.op("mul", n, g.c(3.0))
+    (site,) = g.found(y).sites
+    assert (site.value, site.norm.cast, site.norm.weight) == (y, "first", ((3.0, ()),))
+
+
+def test_a_float64_norm_is_computed_in_float64() -> None:
+    g = Build(dtype="float32")
+    wide = g.op("cast", g.x, dtype="float64")
+    y = g.op("cast", rms(g, wide), dtype="float32")
+    (site,) = g.found(y).sites
+    assert (site.norm.compute, site.norm.cast, site.norm.x) == ("float64", "last", g.x)
+
+
+def test_a_sum_of_two_parts_with_other_roundings_is_not_taken_in_part() -> None:
+    """cast(x*rstd)*w + x*rstd: the first summand alone is a norm, and the other is the rest of it."""
+    def spell(g: Build, n: Value) -> list[Value]:
+        wide = g.op("cast", g.op("mul", g.op("cast", n, dtype="float16"), g.w), dtype="float32")
+        return [g.op("add", wide, n)]
+
+    _g, (y,), found = half(spell)
+    assert [(site.value, site.norm.cast) for site in found.sites] == [(y, "mixed")]
+
+
+def test_of_a_chain_of_roundings_the_longest_part_that_will_do_is_taken() -> None:
+    def spell(g: Build, n: Value) -> list[Value]:
+        c = g.op("cast", n, dtype="float16")
+        a = g.op("mul", c, g.w)
+        b = g.op("cast", a, dtype="bfloat16")
+        return [a, b, g.op("mul", b, g.c(3.0, "bfloat16"))]
+
+    _g, (a, *_), found = half(spell)
+    assert described(found) == [(a.name, "float32", "first", "float16")]
