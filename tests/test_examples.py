@@ -46,6 +46,7 @@ def test_train() -> None:
     assert "5 norms, 4 in fused operators:" in out and "normfuse.add_layer_norm" in out
 
 
+@pytest.mark.slow  # exports and compiles, as others here do
 def test_export() -> None:
     pytest.importorskip("onnxruntime")
     out = example("export")
@@ -74,6 +75,7 @@ def test_approximate() -> None:
     assert new is not None and 0 < float(new[1]) < 0.2
 
 
+@pytest.mark.slow
 def test_onnxruntime_operators() -> None:
     ort = pytest.importorskip("normfuse.ort")
     pytest.importorskip("onnxruntime")
