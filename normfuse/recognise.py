@@ -136,7 +136,7 @@ class _Recogniser:
             assert v.shape is not None
             over = tuple(a for a in reduced if v.shape[a] != 1)
             if v.tainted:
-                written = bool(over)
+                written = written or bool(over)
             elif over:
                 found.append(self.roots.setdefault(v.index, {}).setdefault(over, Root(v, over, _size(v, over))))
         squared = value.producer is not None and value.producer.kind in ("square", "pow")

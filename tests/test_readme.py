@@ -8,7 +8,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -114,18 +113,18 @@ def test_the_commands_are_understood(command: str, tmp_path: Path, monkeypatch: 
     assert code == 2 and "no such file" in capsys.readouterr().err.lower()  # and not: unknown option
 
 
-def mentioned(pattern: str) -> Callable[[], list[str]]:
-    return lambda: sorted({m for text in PAGES.values() for m in re.findall(pattern, text)})
+def mentioned(pattern: str) -> list[str]:
+    return sorted({m for text in PAGES.values() for m in re.findall(pattern, text)})
 
 
 def test_what_the_pages_mention_is_there() -> None:
-    for module in mentioned(r"python -m (tests(?:\.\w+)+)")():
+    for module in mentioned(r"python -m (tests(?:\.\w+)+)"):
         assert importlib.util.find_spec(module) is not None, module
-    for command in mentioned(r"`normfuse (\w+)[ `]")():
+    for command in mentioned(r"`normfuse (\w+)[ `]"):
         with pytest.raises(SystemExit) as ended:
             main([command, "--help"])
         assert not ended.value.code, command
-    for path in mentioned(r"`((?:tests|passes|normfuse|examples|docs)/[\w./-]+\.\w+)`")():
+    for path in mentioned(r"`((?:tests|passes|normfuse|examples|docs)/[\w./-]+\.\w+)`"):
         assert (ROOT / path).exists(), path
     for page, text in PAGES.items():
         for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
