@@ -22,6 +22,7 @@ from normfuse.transfer import REDUCTIONS, RULES, SPREAD, align, identity_layout,
 
 MAX_ROOTS = 32
 MAX_WALK = 16
+MAX_ROUNDS = 8
 HEAVY = 99
 """The rank that what is no parameter counts for."""
 
@@ -273,10 +274,14 @@ class _Recogniser:
                 groups.setdefault(value.index, set()).add(key)
                 if whole:
                     matches.setdefault(value.index, []).append((fact, found))
-        final = self._final(values, matches, groups, set())
-        read = {chain[0][1].root.value.index for chain in self._chosen(values, matches, final)}
-        for chain in self._chosen(values, matches, self._final(values, matches, groups, read)):
-            self._site(chain)  # what a norm reads whole stands for itself
+        read: set[int] = set()
+        for _ in range(MAX_ROUNDS):  # what a norm reads whole stands for itself, and that may change what it reads
+            chosen = self._chosen(values, matches, self._final(values, matches, groups, read))
+            before, read = read, {chain[0][1].root.value.index for chain in chosen}
+            if read == before:
+                break
+        for chain in chosen:
+            self._site(chain)
 
     def _chosen(self, values: list[Value], matches: dict[int, list[tuple[Fact, Match]]],
                 final: dict[int, bool]) -> list[list[tuple[Value, Fact]]]:  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from normfuse.graph import FLOATS, Node, Value
+from normfuse.norm import VIEWS
 from normfuse.plan import Plan
 
 
@@ -50,8 +51,14 @@ def _origin(value: Value) -> Value:
 
 
 def copies(node: Node) -> bool:
-    """A cast that changes nothing, dropout when not training and the like."""
-    return node.kind == "identity" or (node.kind == "cast" and node.inputs[0].dtype == node.outputs[0].dtype)
+    """A cast or a view that changes nothing, dropout when not training and the like."""
+    if node.kind == "cast":
+        return node.inputs[0].dtype == node.outputs[0].dtype
+    if node.kind in VIEWS:
+        before, after = node.inputs[0].shape, node.outputs[0].shape
+        whole = before is not None and None not in before and before == after
+        return whole and (node.kind != "transpose" or list(node.attrs["perm"]) == sorted(node.attrs["perm"]))
+    return node.kind == "identity"
 
 
 def taken(plan: Plan) -> set[Value]:

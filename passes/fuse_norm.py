@@ -15,6 +15,7 @@ A norm is left where the front end says that nothing is gained, and refused, wit
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 from normfuse.facts import MEAN
 from normfuse.graph import Graph, Node, Value
@@ -22,6 +23,8 @@ from normfuse.norm import Refusal, Site, region
 from normfuse.passes.remove_dead import live
 from normfuse.plan import Abilities, Edit, Fused, Plan, Reason, Replace
 from normfuse.transfer import REDUCTIONS
+
+E = TypeVar("E", Replace, Fused)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +66,10 @@ class FuseNorm:
         """Drop replacements that leave a reduction of theirs alive, until none does."""
         while True:
             alive = live(plan.graph, [*plan.fused, *chosen])
-            stuck = [edit for edit in chosen if any(node in alive for node in statistics(edit.site))]
-            if not stuck:
+            twice = computed_twice(chosen, alive)
+            if not twice:
                 return chosen
-            for edit in stuck:
+            for edit in twice:
                 i = chosen.index(edit)
                 wider = self._with_statistics(plan, edit, alive, [*plan.fused, *chosen])
                 if wider is not None:
@@ -104,20 +107,25 @@ class FuseNorm:
 
 def stuck(plan: Plan) -> list[Fused]:
     """The fused operators that leave a reduction of theirs alive, so that it would be computed twice."""
-    alive = live(plan.graph, plan.edits())
-    return [edit for edit in plan.fused if any(n in alive for site in edit.sites for n in statistics(site))]
+    return computed_twice(plan.fused, live(plan.graph, plan.edits()))
 
 
-def statistics(site: Site) -> list[Node]:
-    """The reductions of a norm that is spelled out."""
-    if site.is_op:
-        return []
+def computed_twice(edits: list[E], alive: set[Node]) -> list[E]:
+    """The edits of which a reduction stays alive, or an operator of the model that gives a statistic too."""
+    natives = {node.native for node in alive} - {None}
+    return [edit for edit in edits if any(
+        node in alive or node.native in natives for site in edit.sites for node in _reductions(site))]  # fmt: skip
+
+
+def _reductions(site: Site) -> list[Node]:
     return [node for node in region(site.value, site.norm) if node.kind in REDUCTIONS]
 
 
 def _reader(graph: Graph, site: Site, alive: set[Node]) -> str:
     """Who reads a value inside a norm."""
-    inside = [v for node in region(site.value, site.norm) for v in node.outputs if v is not site.value]
+    natives = {node.native for node in _reductions(site)} - {None}
+    nodes = [*region(site.value, site.norm), *(node for node in graph.nodes if node.native in natives)]
+    inside = [v for node in nodes for v in node.outputs if v is not site.value]
     value = next(v for v in inside if v.kept or any(use in alive for use in v.uses))
     if value.kept:
         return f"{value.name}, inside the norm, is an output of the graph"

@@ -12,7 +12,7 @@ from normfuse.config import Config
 from normfuse.graph import Node, Value
 from normfuse.norm import Refusal, Site
 from normfuse.passes.add_norm import AddNorm
-from normfuse.passes.fuse_norm import FuseNorm, statistics, stuck
+from normfuse.passes.fuse_norm import FuseNorm, computed_twice, stuck
 from normfuse.passes.latent import Latent
 from normfuse.passes.norm_add import NormAdd
 from normfuse.passes.qk_pair import QKPair
@@ -787,15 +787,32 @@ def test_one_reduction_that_stays_alive_is_enough() -> None:
     assert stuck(plan) == plan.fused
 
 
-def test_the_reductions_of_a_norm() -> None:
+def test_an_operator_that_gives_a_statistic_too_is_not_doubled() -> None:
     g = Build()
-    c = centred(g, g.x)
-    y = g.op("mul", c, rstd(g, c))
-    (site,) = start(g, y).found.sites
-    assert [node.kind for node in statistics(site)] == ["mean", "mean"]
-    h = Build()
-    (site,) = start(h, operator(h, h.x)).found.sites
-    assert site.is_op and statistics(site) == []
+    y = operator(g, g.x)
+    assert y.producer is not None
+    plan = start(g, y)
+    (site,) = plan.found.sites
+    edit = Fused("norm", (site,), (g.x,), (y,))
+    assert site.is_op and computed_twice([edit], live(g.graph, [edit])) == []
+    deviation = g.op("opaque", g.x)  # another output of the same operator
+    assert deviation.producer is not None
+    deviation.producer.native = y.producer.native = object()
+    assert computed_twice([edit], live(g.graph, [edit])) == []
+    deviation.kept = True
+    assert computed_twice([edit], live(g.graph, [edit])) == [edit]
+
+
+def test_a_norm_that_has_such_an_operator_in_it_is_refused() -> None:
+    g = Build()
+    y = operator(g, g.x)
+    deviation, native = g.op("opaque", g.x), object()
+    assert y.producer is not None and deviation.producer is not None
+    deviation.producer.native = y.producer.native = native
+    plan = start(g, g.op("neg", y), deviation)
+    FuseNorm(able())(plan)
+    (why,) = plan.refused.values()
+    assert why.code == "NF116" and deviation.name in why.message and not plan.edits()
 
 
 # -- what is left without a reader ------------------------------------------------------------------------------------
