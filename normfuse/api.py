@@ -257,7 +257,7 @@ def _rewrite_ir(model: ir.Model, config: Config, progress: Progress | None, cali
 
         if progress is not None:
             progress("converting LayerNorms", 0.0)
-        first = onnx_model.OnnxModel(model, replace(config, target="onnx"), rewrite=False)
+        first = onnx_model.OnnxModel(model, config, rewrite=False)
         before = _onnx_report(first, rewritten=False) if shown else None
         model, records, notes = convert_model(first, config)
         if config.layernorm_to_rmsnorm == "approximate":
@@ -270,6 +270,8 @@ def _rewrite_ir(model: ir.Model, config: Config, progress: Progress | None, cali
             records = [r for r in records if r.verdict != "kept"] + more
     converted = time.perf_counter()
     one = onnx_model.OnnxModel(model, config, rewrite=True, progress=progress)
+    if first is not None:
+        one.apart += first.apart
     planned = time.perf_counter()
     if config.verify != "off":
         one.check()

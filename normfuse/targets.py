@@ -10,6 +10,7 @@ The first row that fits says what to do. The forms:
 - "operator": LayerNormalization, RMSNormalization, or a function, as for target "onnx"
 - "skip": the contrib operators SkipLayerNormalization and SkipSimplifiedLayerNormalization, in domain com.microsoft
 - "leave": what the model has
+- "apart": a model's own Skip operator becomes the addition and the norm
 - "refuse": as "leave", and it is a refusal, since the runtime has no kernel
 
 Measured rows: `tests/bench/results/forms.json`, by `python -m tests.bench.forms`; a test compares the two.
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from normfuse.config import Config
@@ -40,10 +41,11 @@ PROVIDERS = {"ort-cpu": "CPU", "ort-cuda": "CUDA"}
 class Row:
     """A line of the table: where it holds, the form there, and how that is known.
 
-    `what` is "add_norm" for a residual addition and its norm, "norm" for a norm alone or inside one, "conversion" for
-    a LayerNorm that could be an RMSNorm ("leave": it is not made one, "operator": it is). `since` and
-    `before` are versions of the runtime, `types` those of the tensor that the operator would read, `ranks` its ranks;
-    `cast` is where the operator rounds half types, "" for any; `numerics` "" for either.
+    `what` is "add_norm" for a residual addition and its norm, "norm" for a norm alone or inside one, "skip" for a Skip
+    operator that the model has already, "conversion" for a LayerNorm that could be an RMSNorm ("leave": it is not made
+    one, "operator": it is). `since` and `before` are versions of the runtime, `types` those of the tensor that the
+    operator would read, `ranks` its ranks; `cast` is where the operator rounds half types, "" for any; `numerics` ""
+    for either.
     """
 
     target: str
@@ -72,6 +74,8 @@ _SLOW = "measured: LayerNormalization takes up to 4 times as long as the model's
 _RMS = "measured: 0.44 to 1.43 of the time of the model's own arithmetic"
 _LAYER = "measured: 0.44 to 1.02 of the time of the model's own arithmetic before 1.27"
 _TWO = "measured: 0.37 to 0.6 of the time of the model's own arithmetic, Skip operators 1.1 to 7.4 times as long"
+_APART = "measured: Skip operators 1.1 to 7.4 times as long as addition and norm"
+_OURS = "measured in 1.31: 0.09 to 0.26 of the time of the Skip operator at 512x2048, with the library"
 _NO_KERNEL = "tried in 1.23, 1.27, 1.31 and 1.32: no kernel for bfloat16"
 _FUSED = "cited, not measured: one kernel instead of two (onnxruntime, skip_layer_norm_impl.cu)"
 _HALF = "cited, not measured: sums in float32 since 1.27, rounds once, after the weight (onnxruntime#28682)"
@@ -82,6 +86,10 @@ _GAIN = "measured: an RMSNorm takes 0.24 to 0.86 of the time of a LayerNorm, hal
 FLAT = (2, 3)
 
 ROWS = (
+    Row("ort-cpu", "rms_norm", "skip", FLOAT, "apart", _APART, since=(1, 30)),
+    Row("ort-cpu", "layer_norm", "skip", FLOAT, "apart", _APART, since=(1, 30)),
+    Row("normfuse", "rms_norm", "skip", FLOAT, "apart", _OURS),
+    Row("normfuse", "layer_norm", "skip", FLOAT, "apart", _OURS),
     Row("ort-cpu", "rms_norm", "norm", frozenset({"bfloat16"}), "refuse", _NO_KERNEL),
     Row("ort-cpu", "layer_norm", "norm", frozenset({"bfloat16"}), "refuse", _NO_KERNEL, before=(1, 31)),
     Row("ort-cpu", "rms_norm", "add_norm", FLOAT, "skip", _SKIP, before=(1, 30), ranks=FLAT),
@@ -127,22 +135,28 @@ class Table:
     def row(self, norm: Norm, what: str = "norm") -> Row | None:
         """The row for a norm; None where the target has none, so that "operator" is meant."""
         read = norm.x.dtype if what == "add_norm" or reads_x(norm) else norm.compute
-        for row in ROWS:
-            if (row.target == self.target and row.kind == norm.kind and row.what == what and read in row.types
-                    and row.since <= self.version < row.before and row.numerics in ("", self.numerics)
-                    and (not row.ranks or len(norm.x.shape or ()) in row.ranks)
-                    and row.cast in ("", norm.cast)):  # fmt: skip
+        for row in self._rows(norm.kind, what, read):
+            if (not row.ranks or len(norm.x.shape or ()) in row.ranks) and row.cast in ("", norm.cast):
                 return row
         return None
 
+    def apart(self, kind: str, dtype: str | None) -> Row | None:
+        """The row that says to take a Skip operator of the model apart, if one does."""
+        return next(self._rows(kind, "skip", dtype), None)
+
+    def _rows(self, kind: str, what: str, dtype: str | None) -> Iterator[Row]:
+        for row in ROWS:
+            if (row.target == self.target and row.kind == kind and row.what == what and dtype in row.types
+                    and row.since <= self.version < row.before and row.numerics in ("", self.numerics)):  # fmt: skip
+                yield row
+
     def lines(self, used: Mapping[Row, int]) -> list[str]:
         """What to tell of the rows that were used, each so often."""
-        if self.target not in PROVIDERS:
-            return []
         new = f", newer than {_dotted(NEWEST)}, the newest measured" if self.version > NEWEST else ""
-        head = f"target {self.target}: {self.name}{new}"
-        return [head, *(f"{n} x {row.kind}{' with its addition' if row.what == 'add_norm' else ''}: {row.form} "
-                        f"({row.range}; {row.evidence})" for row, n in used.items())]  # fmt: skip
+        head = [f"target {self.target}: {self.name}{new}"] if self.target in PROVIDERS else []
+        what = {"add_norm": " with its addition", "skip": " in a Skip operator of the model"}
+        return [*head, *(f"{n} x {row.kind}{what.get(row.what, '')}: {row.form} ({row.range}; {row.evidence})"
+                        for row, n in used.items())]  # fmt: skip
 
 
 def runtime_version(asked: str) -> Version:

@@ -209,7 +209,8 @@ class Lowering:
 
     def opaque(self, node: ir.Node, kind: str = "opaque") -> None:
         """A node about which the core assumes nothing."""
-        self.stuck = self.stuck or (kind == "opaque" and node.op_type in OPS)
+        known = node.op_type in OPS or f"{node.domain}::{node.op_type}" in OPS
+        self.stuck = self.stuck or (kind == "opaque" and known)
         inputs = self.inputs(node)
         outputs = [self.bind(v, None, None) for v in node.outputs]
         origin = self.call or node
@@ -399,7 +400,7 @@ def lower(model: ir.Model) -> list[Lowering]:
     first = Lowering(model.graph)
     for _ in range(MAX_ROUNDS):
         wanted = first.stuck or first.controlled or any(node.kind in REDUCTIONS for node in first.graph.nodes)
-        if not first.missing or not wanted:
+        if not (first.missing or first.stuck) or not wanted:
             break
         inferred = infer(model, first.values, first.arrays)
         if inferred == first.inferred or not inferred:

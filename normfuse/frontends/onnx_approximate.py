@@ -15,9 +15,9 @@ from normfuse.config import Config
 from normfuse.convert import Record, refusals
 from normfuse.frontends import onnx_channels as table
 from normfuse.frontends.onnx_certify import Program
-from normfuse.frontends.onnx_emit import Emitter
+from normfuse.frontends.onnx_emit import Emitter, unique
 from normfuse.frontends.onnx_infer import DTYPES
-from normfuse.frontends.onnx_model import OnnxModel, _unique
+from normfuse.frontends.onnx_model import OnnxModel
 from normfuse.frontends.onnx_region import target_of
 from normfuse.graph import Value
 from normfuse.norm import Site
@@ -117,7 +117,7 @@ class _Editor:
         old = elements(norm.bias, size, own) if norm.bias is not None else np.zeros(size)
         types = [v.dtype for _, factors in (norm.bias or norm.weight or ()) for v, _ in factors]
         dtype = DTYPES[types[0] or norm.dtype] if types else DTYPES[norm.dtype]
-        name = _unique(f"{native.name}_calibrated", self.used)
+        name = unique(f"{native.name}_calibrated", self.used)
         shape = (size, *([1] * (rank - 1 - norm.axes[0])))
         bias = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype),
                         const_value=ir.Tensor(np.zeros(shape, dtype.numpy()), dtype=dtype, name=name))  # fmt: skip

@@ -15,9 +15,9 @@ from normfuse.errors import InputError
 from normfuse.frontends import onnx_channels as table
 from normfuse.frontends.onnx import Lowering
 from normfuse.frontends.onnx_certify import certify
-from normfuse.frontends.onnx_emit import Emitter
+from normfuse.frontends.onnx_emit import Emitter, unique
 from normfuse.frontends.onnx_infer import DTYPES
-from normfuse.frontends.onnx_model import OnnxModel, _unique
+from normfuse.frontends.onnx_model import OnnxModel
 from normfuse.graph import FLOATS, Node, Value
 from normfuse.norm import Site
 from normfuse.passes.layernorm_to_rmsnorm import Conversion, Means, convert, rms
@@ -113,7 +113,7 @@ class _Means:
             return
         array, dtype = self.array(value), DTYPES[value.dtype or ""]
         assert array is not None
-        name = _unique(f"{native.name}_folded", self.used)
+        name = unique(f"{native.name}_folded", self.used)
         tensor = ir.Tensor(array.astype(dtype.numpy()), dtype=dtype, name=name)
         value.native = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(dtype), const_value=tensor)
         self.low.source.register_initializer(value.native)
@@ -181,7 +181,7 @@ class Editor:
     def _copy(self, value: Value, readers: list[Node]) -> str:
         """A constant again, for some of its readers."""
         native: ir.Value = value.native
-        name = _unique(f"{native.name}_centred", self.used)
+        name = unique(f"{native.name}_centred", self.used)
         fresh = ir.Value(name=name, shape=native.shape, type=native.type, const_value=native.const_value)
         self.low.source.register_initializer(fresh)
         self.natives[name] = fresh
@@ -210,12 +210,12 @@ class Editor:
     def _operator(self, value: Value, want: Centre) -> ir.Value:
         """x - mean(x) behind a value, in float32 for half types."""
         native: ir.Value = value.native
-        name = _unique(f"{native.name}_centred", self.used)
+        name = unique(f"{native.name}_centred", self.used)
         nodes: list[ir.Node] = []
 
         def op(kind: str, inputs: list[ir.Value], *attrs: ir.Attr) -> ir.Value:
-            nodes.append(ir.Node("", kind, inputs, attrs, name=_unique(f"{name}/{kind.lower()}", self.used)))
-            nodes[-1].outputs[0].name = _unique(f"{name}_{len(nodes)}", self.used)
+            nodes.append(ir.Node("", kind, inputs, attrs, name=unique(f"{name}/{kind.lower()}", self.used)))
+            nodes[-1].outputs[0].name = unique(f"{name}_{len(nodes)}", self.used)
             return nodes[-1].outputs[0]
 
         half, axis = value.dtype in ("float16", "bfloat16"), want.axis - (value.rank or 0)

@@ -281,3 +281,13 @@ def register_functions(model: ir.Model, functions: Sequence[ir.Function]) -> Non
         model.functions[function.identifier()] = function
     model.graph.opset_imports.setdefault(DOMAIN, 1)
     model.ir_version = max(model.ir_version, 8)
+
+
+def unique(name: str, used: set[str | None]) -> str:
+    """A name that is not used yet; it is now."""
+    found, i = name, 1
+    while found in used:
+        i += 1
+        found = f"{name}_{i}"
+    used.add(found)
+    return found

@@ -15,10 +15,10 @@ from normfuse.errors import InputError, UnsupportedError, first_line
 from normfuse.field import Prover
 from normfuse.frontends.onnx import Lowering, lower
 from normfuse.frontends.onnx_check import MOST, Checker
-from normfuse.frontends.onnx_emit import DOMAIN, Emitter, evaluate, register_functions
+from normfuse.frontends.onnx_emit import DOMAIN, Emitter, evaluate, register_functions, unique
 from normfuse.frontends.onnx_fused import FusedEmitter, fused_already
 from normfuse.frontends.onnx_repair import repair
-from normfuse.frontends.onnx_skip import SkipEmitter
+from normfuse.frontends.onnx_skip import SkipEmitter, take_apart
 from normfuse.frontends.onnx_region import as_function, rest_of, results_of
 from normfuse.graph import Node, Value
 from normfuse.passmanager import Abilities, fuse, plan
@@ -53,8 +53,12 @@ class OnnxModel:
         self.lowerings = lower(model)
         self.operators_before = self.operators()
         self.nodes_before = sum(self.operators_before.values())
-        self.progress("recognising", 0.2)
         self.table = Table(config)
+        changes = rewrite or config.converts
+        self.apart = take_apart(self.lowerings, self.table, self.opset) if changes else Counter[Row]()
+        if self.apart:
+            self.lowerings = lower(model)
+        self.progress("recognising", 0.2)
         self.fused = (SkipEmitter(self.emitter, self.table) if config.target in PROVIDERS else
                       FusedEmitter(self.emitter, config.numerics == "exact"))  # fmt: skip
         self.plans = [plan(low.graph, config, self._abilities(low), rewrite) for low in self.lowerings]
@@ -111,7 +115,7 @@ class OnnxModel:
         found = []
         if self.repaired:
             found.append(f"{self.repaired} norm operators of mixed types, which no runtime takes, were given a Cast")
-        used: Counter[Row] = Counter()
+        used = Counter(self.apart)
         for one in self.plans:
             sites = {site: edit for edit in one.edits() for site in edit.sites}
             for site in one.found.sites:
@@ -186,7 +190,7 @@ class OnnxModel:
             while not self._write_out(low, one):
                 self._again(low, one)
         if not any(one.edits() for one in self.plans):
-            return self.repaired > 0
+            return bool(self.repaired or self.apart)
         used: set[str | None] = set(self.model.graph.initializers)
         for graph in (low.source for low in self.lowerings):
             used.update(v.name for v in graph.inputs)
@@ -200,7 +204,7 @@ class OnnxModel:
                 low.source.sort()  # an operator with several inputs may have to wait for one of them
             self._remove(low, one)
         for value in self.emitter.fresh:
-            value.name = _unique(value.name or "", used)
+            value.name = unique(value.name or "", used)
             self.model.graph.register_initializer(value)
         register_functions(self.model, list(self.emitter.functions.values()))
         if any(one.fused for one in self.plans):
@@ -218,13 +222,13 @@ class OnnxModel:
         old, producer = olds[0], olds[0].producer()
         assert producer is not None and producer.graph is not None
         kind = edit.name if isinstance(edit, Fused) else edit.site.norm.kind
-        name = _unique(f"{producer.name or old.name}_{kind}", used)
+        name = unique(f"{producer.name or old.name}_{kind}", used)
         nodes = self._made(low, edit, name)
         for i, node in enumerate(nodes):
             node.metadata_props.update(producer.metadata_props)
-            node.name = name if i == 0 else _unique(node.name or name, used)
+            node.name = name if i == 0 else unique(node.name or name, used)
             if node is not nodes[-1]:
-                node.outputs[0].name = _unique(f"{old.name}_{i}", used)
+                node.outputs[0].name = unique(f"{old.name}_{i}", used)
         nodes[-1].doc_string = producer.doc_string
         producer.graph.insert_before(producer, nodes)
         if isinstance(edit, Fused):
@@ -242,7 +246,7 @@ class OnnxModel:
                 self._rename(value.native, core.outputs[slot])
         if core is not None and len(core.outputs) > 1:
             for value_ in core.outputs:
-                value_.name = value_.name or _unique(f"{old.name}_statistic", used)
+                value_.name = value_.name or unique(f"{old.name}_statistic", used)
 
     def _made(self, low: Lowering, edit: Edit, name: str) -> list[ir.Node]:
         """The nodes of an edit, the last of which gives its results."""
@@ -296,15 +300,6 @@ class OnnxModel:
                     todo.append(producer)
                 elif v.is_initializer() and not v.is_graph_input() and v.graph is not None:
                     v.graph.initializers.pop(v.name)
-
-
-def _unique(name: str, used: set[str | None]) -> str:
-    found, i = name, 1
-    while found in used:
-        i += 1
-        found = f"{name}_{i}"
-    used.add(found)
-    return found
 
 
 def module_of(node: ir.Node) -> str:

@@ -1,23 +1,31 @@
-"""ONNX Runtime's contrib operators for a residual addition and the norm behind it, where the table has them."""
+"""ONNX Runtime's contrib operators for a residual addition and the norm behind it, where the table has them.
+
+Where it says that they are slow, those that a model has already are taken apart before anything else is done with it.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from normfuse.frontends.onnx import Lowering
-from normfuse.frontends.onnx_emit import Emitter, plain
+from normfuse.frontends.onnx_emit import Emitter, plain, unique
+from normfuse.frontends.onnx_fold import attribute
+from normfuse.frontends.onnx_functions import function_body, function_for
 from normfuse.frontends.onnx_fused import FusedEmitter
 from normfuse.frontends.onnx_infer import DTYPES
 from normfuse.graph import Value
 from normfuse.norm import Expr
 from normfuse.plan import Fused, Reason
-from normfuse.targets import Table
+from normfuse.targets import Row, Table
 
 NAMES = {"rms_norm": "SkipSimplifiedLayerNormalization", "layer_norm": "SkipLayerNormalization"}
 DOMAIN = "com.microsoft"
+EPSILON = 1e-12
+"""What the contrib operators add where the model does not say."""
 
 
 class SkipEmitter(FusedEmitter):
@@ -72,6 +80,54 @@ class SkipEmitter(FusedEmitter):
     def label(self, edit: Fused) -> str:
         """What stands there now, for the report."""
         return NAMES[edit.sites[0].norm.kind]
+
+
+def take_apart(lowerings: Sequence[Lowering], table: Table, opset: int) -> Counter[Row]:
+    """Write out a model's Skip operators where its target has a faster form: an addition, and a norm spelled out.
+
+    What they are then is found and verified like any other norm. Left alone: those whose mean or deviation is read,
+    and those of unknown rank or width, in which no norm would be found. Gives the rows used, with how often.
+    """
+    done: Counter[Row] = Counter()
+    kinds = {name: kind for kind, name in NAMES.items()}
+    used = {v.name for low in lowerings for v in (*low.source.inputs, *low.source.initializers.values())}
+    used |= {v.name for low in lowerings for node in low.source for v in node.outputs}
+    for low in lowerings:
+        for node in [n for n in low.source if n.domain == DOMAIN and n.op_type in kinds]:
+            kind, x = kinds[node.op_type], low.value(node.inputs[0])
+            row = table.apart(kind, x.dtype)
+            known = x.shape is not None and len(x.shape) > 1 and isinstance(x.shape[-1], int)
+            if row is not None and known and not any(v.uses() or v.is_graph_output() for v in node.outputs[1:3]):
+                _spell(node, kind, opset, used)
+                done[row] += 1
+    return done
+
+
+def _spell(node: ir.Node, kind: str, opset: int, used: set[str | None]) -> None:
+    assert node.graph is not None
+    x, skip, gamma, *rest = node.inputs
+    beta = rest.pop(0) if kind == "layer_norm" and rest else None
+    nodes = [ir.Node("", "Add", [x, bias]) for bias in rest if bias is not None]
+    nodes.append(ir.Node("", "Add", [nodes[0].outputs[0] if nodes else x, skip]))
+    total, eps = nodes[-1].outputs[0], attribute(node, "epsilon", EPSILON)
+    given = [v for v in (total, gamma, beta) if v is not None]
+    function = function_for(kind, True, beta is not None, "float32", "float32", opset, eps)
+    call = ir.Node(function.domain, function.name, given, [ir.AttrInt64s("axes", [-1]), ir.AttrFloat32("epsilon", eps)])
+    body = function_body(function, call)
+    assert body is not None
+    for formal, actual in zip(body[0], given, strict=True):
+        formal.replace_all_uses_with(actual)
+    nodes += body[1]
+    for i, new in enumerate(nodes):
+        new.outputs[0].name = unique(f"{node.outputs[0].name}_{i}", used)
+        new.name = f"{node.name or node.outputs[0].name}/{i}"
+        new.metadata_props.update(node.metadata_props)
+    nodes[-1].name, nodes[-1].doc_string = node.name, node.doc_string
+    node.graph.insert_before(node, nodes)
+    for old, value in ((node.outputs[0], body[2][0]), *((v, total) for v in node.outputs[3:] if v.name)):
+        value.name, value.shape, value.type = old.name, old.shape, old.type
+        old.replace_all_uses_with(value, replace_graph_outputs=True)
+    node.graph.remove(node, safe=True)
 
 
 def _narrow(expr: Expr, dtype: str) -> ir.Value | None:
