@@ -139,3 +139,12 @@ def test_what_fails_is_saved_and_reduced(tmp_path: Path, monkeypatch: pytest.Mon
     assert "rolled back" in save(seed, tmp_path)
     before, after = (onnx.load(tmp_path / f"{seed}{suffix}.onnx") for suffix in ("", ".reduced"))
     assert len(after.graph.node) <= len(before.graph.node) and (tmp_path / f"{seed}.txt").read_text()
+
+
+def test_two_near_misses_may_make_a_norm() -> None:
+    """(x + mean(x)) / s with its mean taken away: found, and not held against the recogniser."""
+    program, eps = generate(300019879), 3.2603728e-06
+    assert not check.judge(program.seed, "onnx").failures
+    assert check.emerges(program, "layer_norm", (-1,), eps)
+    for kind, axes, other in (("rms_norm", (-1,), eps), ("layer_norm", (-2,), eps), ("layer_norm", (-1,), 2 * eps)):
+        assert not check.emerges(program, kind, axes, other)

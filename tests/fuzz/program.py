@@ -251,10 +251,17 @@ class Noise:
 def evaluate(program: Program, feeds: Mapping[int, Array], flat: bool = False,
              noise: Noise | None = None) -> list[Array]:  # fmt: skip
     """The outputs for inputs by index, in float64; `flat`: an if is its first branch, a loop one turn."""
+    env = values(program, feeds, flat, noise)
+    return [env[v.index] for v in program.outputs]
+
+
+def values(program: Program, feeds: Mapping[int, Array], flat: bool = False,
+           noise: Noise | None = None) -> dict[int, Array]:  # fmt: skip
+    """All values by index, those of bodies in their last turn."""
     env: dict[int, Array] = dict(feeds)
     with np.errstate(all="ignore"):
         _run(program.ops, env, flat, noise)
-    return [env[v.index] for v in program.outputs]
+    return env
 
 
 def _run(ops: list[Op], env: dict[int, Array], flat: bool, noise: Noise | None) -> None:
