@@ -249,7 +249,7 @@ def emerges(program: Program, kind: str, axes: tuple[int, ...], eps: float) -> b
         envs.append(values(program, fixed | moving))
     stacks = {i: np.stack([env[i] for env in envs]) for i in envs[0] if len({env[i].shape for env in envs}) == 1}
     for x in stacks.values():
-        if x.ndim <= max(-a for a in axes) or x.dtype.kind != "f":
+        if x.ndim <= max(-a for a in axes) or x.dtype.kind != "f" or all(x.shape[a] == 1 for a in axes):
             continue
         centred = x - x.mean(axes, keepdims=True) if kind == "layer_norm" else x
         with np.errstate(all="ignore"):
