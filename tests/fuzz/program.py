@@ -232,8 +232,8 @@ KERNELS: dict[str, Callable[..., Any]] = {
 class Noise:
     """Roundings by chance: each result off by up to `values` of itself, each constant by up to `constants`.
 
-    Whole numbers, powers of two and exponents stay as they are: whoever folds them rounds nothing. What becomes of the
-    outputs tells how far two right ways to compute them may be apart, whatever amplifies the roundings on the way.
+    Zero, powers of two and exponents stay as they are: whoever folds them rounds nothing. What becomes of the outputs
+    tells how far two right ways to compute them may be apart, whatever amplifies the roundings on the way.
     """
 
     rng: np.random.Generator
@@ -244,7 +244,7 @@ class Noise:
         return a * (1.0 + self.values * self.rng.uniform(-1, 1, a.shape)) if a.dtype == np.float64 else a
 
     def constant(self, a: Array) -> Array:
-        kept = (a == np.trunc(a)) | (np.frexp(np.abs(a))[0] == 0.5)
+        kept = (a == 0) | (np.frexp(np.abs(a))[0] == 0.5)
         return np.where(kept, a, a * (1.0 + self.constants * self.rng.uniform(-1, 1, a.shape)))
 
 
