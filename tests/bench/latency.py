@@ -2,11 +2,13 @@
 
 python -m tests.bench.latency [--only NAME ...] [--types fp32 fp16] [--threads 1 2] [--seconds 10] [--out FILE.json]
 
-Transformers' own classes, 4 layers, hidden size 1024, random weights, dynamic shapes, sequences of 1 and 512 tokens,
-and the PP-OCRv4 recogniser that rapidocr-onnxruntime holds. Every contender is a file, run by a session with ONNX
-Runtime's default optimisations; the sessions take turns in one process. `ratio` is our median in parts of the best
-median of the others; a file that is the same as another's is not run twice. `normfuse` is target "normfuse" with the
-library of operators loaded, where this installation has one. --provider cuda measures on a GPU, with targets for it.
+Transformers' own classes, 4 layers, hidden size 1024, random weights, dynamic shapes, sequences of 1 and 512 tokens
+(six of them, any by name), and the PP-OCRv4 recogniser that rapidocr-onnxruntime holds. Every contender is a file, run
+by a session with ONNX Runtime's default optimisations; the sessions take turns in one process. `ratio` is our median in
+parts of the best median of the others, `interval` where it lies in 95 of 100 resamplings of the rounds; a file that is
+the same as another's is not run twice, but the input is: "control" is its second session in parts of its first.
+`normfuse` is target "normfuse" with the library of operators loaded, where this installation has one. --provider cuda
+measures on a GPU, with targets for it.
 """
 
 from __future__ import annotations
@@ -36,26 +38,23 @@ from tests.bench.peers import onnxscript_ort, onnxsim
 from tests.families import FAMILIES, VOCABULARY, Family, cached, digest, export_onnx
 from tests.node_cases import Arrays
 
-HIDDEN, LAYERS, HEADS, INNER = 1024, 4, 16, 2816
 SEQUENCES = (1, 512)
 LIMIT = 1.02
+RESAMPLES = 2000
 OCR = "models/ch_PP-OCRv4_rec_infer.onnx"
 TYPES = {"fp32": torch.float32, "fp16": torch.float16}
-
-_GATED = {
-    "hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
-    "num_key_value_heads": 4, "max_position_embeddings": 512,
+TIMES = {
+    16: "hidden_size n_embd d_model word_embed_proj_dim kv_lora_rank q_lora_rank sliding_window",
+    22: "intermediate_size moe_intermediate_size n_inner ffn_hidden_size ffn_dim d_ff",
+    8: "max_position_embeddings n_positions",
+    4: "num_attention_heads num_key_value_heads num_kv_heads num_heads n_head head_dim d_kv query_pre_attn_scalar "
+       "qk_rope_head_dim qk_nope_head_dim v_head_dim patch_size",
+    2: "num_hidden_layers num_layers n_layer layer_types",
+    14: "image_size",
 }  # fmt: skip
-_PATTERN = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 64}
-WIDER: dict[str, dict[str, Any]] = {
-    "llama": _GATED,
-    "qwen3": {**_GATED, "head_dim": 64},
-    "gemma3": {**_GATED, **_PATTERN, "head_dim": 64, "query_pre_attn_scalar": 64},
-    "olmo2": _GATED,
-    "gpt2": {"n_embd": HIDDEN, "n_layer": LAYERS, "n_head": HEADS, "n_inner": 4 * HIDDEN, "n_positions": 512},
-    "bert": {"hidden_size": HIDDEN, "intermediate_size": 4 * HIDDEN, "num_hidden_layers": LAYERS,
-             "num_attention_heads": HEADS, "max_position_embeddings": 512},
-}  # fmt: skip
+"""How many times as large as the families of the tests: hidden size 1024, 4 layers, 16 heads of 64."""
+FACTOR = {name: times for times, names in TIMES.items() for name in names.split()}
+MAIN = ("llama", "qwen3", "gemma3", "olmo2", "gpt2", "bert")
 Tool = Callable[[Path, Path], None]
 
 
@@ -72,22 +71,36 @@ class Job:
 def wide(name: str) -> Family:
     """A family at realistic width."""
     family = FAMILIES[name]
-    return replace(family, options={**family.options, **WIDER[name]})
+    return replace(family, options={k: v * FACTOR.get(k, 1) for k, v in family.options.items()})
+
+
+def inputs(family: Family, path: Path) -> dict[str, Arrays]:
+    """The inputs of a file by label: token ids for each sequence length, or one image."""
+    feeds = [v.name for v in onnx.load(path, load_external_data=False).graph.input]
+    rng = np.random.default_rng(1)
+    if size := family.options.get("image_size"):
+        return {"image": {feeds[0]: rng.standard_normal((1, 3, size, size)).astype(np.float32)}}
+    return {str(n): {feed: rng.integers(3, VOCABULARY, (1, n)) for feed in feeds} for n in SEQUENCES}
 
 
 def jobs(only: list[str], types: list[str]) -> Iterator[Job]:
     """Every model, made as it is asked for."""
-    for name in WIDER:
-        for dtype in types if not only or name in only else ():
+    for name in only or MAIN:
+        for dtype in types if name in FAMILIES else ():
             family = wide(name)
 
             def write(path: Path, family: Family = family, dtype: str = dtype) -> None:
-                export_onnx(family.build().to(TYPES[dtype]), family.args(1, 8), path, 18, optimize=True, dynamic=True)
+                args = family.args(1, 8)
+                if size := family.options.get("image_size"):
+                    args = (torch.zeros(1, 3, size, size, dtype=TYPES[dtype]),)
+                export_onnx(family.build().to(TYPES[dtype]), args, path, 18, optimize=True, dynamic=not size)
 
             path = cached(f"latency-{name}-{dtype}-{digest(family)}.onnx", write)
-            feed = onnx.load(path, load_external_data=False).graph.input[0].name
-            rng = np.random.default_rng(1)
-            yield Job(name, dtype, path, {f"{n}": {feed: rng.integers(3, VOCABULARY, (1, n))} for n in SEQUENCES})
+            given = inputs(family, path)
+            if dtype == "fp16":
+                given = {label: {k: a.astype(np.float16) if a.dtype == np.float32 else a for k, a in one.items()}
+                         for label, one in given.items()}  # fmt: skip
+            yield Job(name, dtype, path, given)
     found = importlib.util.find_spec("rapidocr_onnxruntime")
     if found is not None and found.origin is not None and (not only or "ocr" in only) and "fp32" in types:
         image = np.random.default_rng(0).uniform(-1, 1, (1, 3, 48, 320)).astype(np.float32)
@@ -165,6 +178,7 @@ def race(job: Job, files: Files, threads: int, provider: str, seconds: float) ->
     """Run all contenders in turns, for each input."""
     ours = "normfuse normfuse" if library.library_path() is not None else ""
     sessions = {name: session(path, threads, provider, name == ours) for name, path in files.made.items()}
+    sessions["control"] = session(job.path, threads, provider, False)
     for label, inputs in job.inputs.items():
         first = {name: s.run(None, inputs)[0] for name, s in sessions.items()}
         top = float(np.abs(first["input"].astype(np.float64)).max())
@@ -176,11 +190,24 @@ def race(job: Job, files: Files, threads: int, provider: str, seconds: float) ->
             gap = float(np.abs(first[name].astype(np.float64) - first["input"].astype(np.float64)).max())
             results[name] = {"ms": round(one["median"], 4), "q1": round(one["q1"], 4), "q3": round(one["q3"], 4),
                              "difference": float(f"{gap / top:.2g}")}  # fmt: skip
+        del results["control"]
         results |= {name: results[same] for name, same in files.same.items()}
-        best = min(r["ms"] for name, r in results.items() if "normfuse" not in name)
-        ratios = {name: round(r["ms"] / best, 4) for name, r in results.items() if "normfuse" in name}
+        control = statistics.median(times.pop("control")) / statistics.median(times["input"])
+        times |= {name: times[same] for name, same in files.same.items()}
+        ratios, intervals = against_best(times)
         yield {"model": job.name, "type": job.dtype, "tokens": label, "threads": threads, "rounds": len(times["input"]),
-               "results": results, "ratios": ratios}  # fmt: skip
+               "results": results, "ratios": ratios, "intervals": intervals, "control": round(control, 4)}  # fmt: skip
+
+
+def against_best(times: dict[str, list[float]]) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """Our medians in parts of the best median of the others, and where these lie in 95 of 100 resamplings of rounds."""
+    others = np.array([t for name, t in times.items() if "normfuse" not in name])
+    mine = {name: np.array(t) for name, t in times.items() if "normfuse" in name}
+    ratios = {name: round(float(np.median(t) / np.median(others, 1).min()), 4) for name, t in mine.items()}
+    picks = np.random.default_rng(0).integers(0, others.shape[1], (RESAMPLES, others.shape[1]))
+    best = np.median(others[:, picks], 2).min(0)
+    drawn = {name: np.quantile(np.median(t[picks], 1) / best, (0.025, 0.975)) for name, t in mine.items()}
+    return ratios, {name: [round(float(q), 4) for q in both] for name, both in drawn.items()}
 
 
 def row(found: dict[str, Any], names: list[str]) -> list[str]:
@@ -196,7 +223,7 @@ def row(found: dict[str, Any], names: list[str]) -> list[str]:
 def main() -> None:
     """Measure, print, and write the result if asked."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", nargs="+", default=[], choices=[*WIDER, "ocr"])
+    parser.add_argument("--only", nargs="+", default=[], choices=[*FAMILIES, "ocr"])
     parser.add_argument("--types", nargs="+", default=list(TYPES), choices=TYPES)
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--seconds", type=float, default=10)
@@ -226,9 +253,13 @@ def main() -> None:
     for name in names:
         ratios = [r["ratios"][name] for r in results if name in r["ratios"]]
         if ratios:
+            sure = sum(r["intervals"][name][0] > LIMIT for r in results if name in r["intervals"])
             print(f"{name}: ratio {min(ratios):.3f} to {max(ratios):.3f}, median {statistics.median(ratios):.3f}; "
-                  f"over {LIMIT} in {sum(x > LIMIT for x in ratios)} of {len(ratios)}")  # fmt: skip
-    about = {"hidden": HIDDEN, "layers": LAYERS, "inner": INNER, "library": library.library_path() is not None}
+                  f"over {LIMIT} in {sum(x > LIMIT for x in ratios)} of {len(ratios)}, "
+                  f"in {sure} by more than noise")  # fmt: skip
+    controls = [r["control"] for r in results]
+    print(f"control: the input against itself {min(controls):.3f} to {max(controls):.3f}")
+    about = {"times as large": TIMES, "library": library.library_path() is not None}
     save(given.out, {"shapes": about, "notes": notes, "models": results})
 
 
