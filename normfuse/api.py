@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -100,14 +101,16 @@ def rewrite(src_path: str | Path, dst_path: str | Path, config: Config | None = 
         model, report, changed, plain = _rewrite_ir(model, config, progress, calibration)
         keep = original if plain else None
         planned = time.perf_counter()
-        if config.verify == "model":
-            report.model_check = _check_model(source, model, keep, config.converts) if changed else None
+        check = partial(_check_file, source, report, config) if config.verify == "model" and changed else None
+        if check is not None and dry_run:
+            with tempfile.TemporaryDirectory(prefix="normfuse-") as folder:
+                files.write_onnx(model, Path(folder) / "candidate.onnx", keep, check=check)
         if not dry_run:
             if progress is not None:
                 progress("saving", 0.9)
             copied = None if progress is None else partial(_copied, progress)
             if changed:
-                files.write_onnx(model, target, keep, refer, copied)
+                files.write_onnx(model, target, keep, refer, copied, check)
             elif not (target.exists() and target.samefile(source)):
                 files.copy_onnx(model, source, target, refer, copied)
     done = time.perf_counter()
@@ -295,19 +298,13 @@ def _rewrite_ir(model: ir.Model, config: Config, progress: Progress | None, cali
     return model, report, changed or other, plain
 
 
-def _check_model(source: Path, model: ir.Model, keep: Source | None, converted: bool) -> dict[str, Any]:
-    """Run the input and the result in ONNX Runtime before anything is written where the user asked."""
-    import tempfile
-
-    from normfuse.io import files
+def _check_file(source: Path, report: Report, config: Config, candidate: Path) -> None:
+    """Run the input and the result in ONNX Runtime before the result gets its name."""
     from normfuse.verify import CONVERTED, ROUNDINGS, compare_models, demand_equal
 
-    with tempfile.TemporaryDirectory(prefix="normfuse-") as folder:
-        candidate = Path(folder) / "candidate.onnx"
-        files.write_onnx(model, candidate, keep)
-        found = compare_models(source, candidate, roundings=CONVERTED if converted else ROUNDINGS)
+    found = compare_models(source, candidate, roundings=CONVERTED if config.converts else ROUNDINGS)
     demand_equal(found, source)
-    return found
+    report.model_check = found
 
 
 # -- the report -------------------------------------------------------------------------------------------------------

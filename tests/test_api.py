@@ -165,6 +165,33 @@ def test_model_verification_stops_a_wrong_rewrite(llama: Path, tmp_path: Path, m
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("right", [True, False])
+def test_model_verification_copies_no_weights_twice(right: bool, llama: Path, tmp_path: Path,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    from normfuse import verify
+    from normfuse.io import files
+
+    source, out, copied, copy = tmp_path / "in.onnx", tmp_path / "out", list[str](), files._copy_data
+
+    def counted(*args: Any) -> str:
+        copied.append(copy(*args))
+        return copied[-1]
+
+    onnx.save(onnx.load(llama), source, save_as_external_data=True, location="w.bin", size_threshold=200)
+    out.mkdir()
+    monkeypatch.setattr(files, "_copy_data", counted)
+    if not right:
+        monkeypatch.setattr(verify, "_compare_output", lambda name, *rest: ({"name": name, "max_rel": 1.0}, False))
+        with pytest.raises(normfuse.VerificationError, match="nothing was written"):
+            normfuse.rewrite(source, out / "out.onnx", normfuse.Config(verify="model"))
+    else:
+        report = normfuse.rewrite(source, out / "out.onnx", normfuse.Config(verify="model"))
+        assert report.model_check is not None and report.model_check["equal"]
+    assert len(copied) == 1 and {p.name for p in out.iterdir()} == ({"out.onnx", *copied} if right else set())
+    dry = normfuse.rewrite(source, out / "dry.onnx", normfuse.Config(verify="model"), dry_run=True) if right else None
+    assert dry is None or (dry.model_check is not None and not (out / "dry.onnx").exists())
+
+
 @pytest.mark.parametrize("target", ["onnx", "ort-cuda", "normfuse"])
 def test_the_result_does_not_depend_on_hash_seeds(target: str, tmp_path: Path) -> None:
     path = cached_export("gemma3", 18)

@@ -165,12 +165,13 @@ def _bytes(source: Path) -> bytes:
 
 
 def write_onnx(model: ir.Model, target: Path, source: Source | None = None, reference: bool = False,
-               progress: Copied | None = None) -> None:  # fmt: skip
+               progress: Copied | None = None, check: Callable[[Path], object] | None = None) -> None:  # fmt: skip
     """Save a model whole or not at all. External data is copied next to it under a name made from its content.
 
     With the `source` it was read from, what was not edited is written as it was read; this needs edits in the main
     graph only. With `reference`, external data stays where it is, which has to be in the folder of `target` or below;
-    otherwise `progress` is called with the bytes copied so far and all that there are.
+    otherwise `progress` is called with the bytes copied so far and all that there are. `check` is given the model under
+    a temporary name in the same folder, where it finds its weights; what it raises undoes all.
     """
     tensors = list(external_tensors(model)) if source is None or source.external else []
     files = {tensor: tensor.file() for tensor in tensors}
@@ -194,7 +195,7 @@ def write_onnx(model: ir.Model, target: Path, source: Source | None = None, refe
         finally:
             for tensor, location in old:
                 tensor._location = location
-        write_bytes(_serialised(proto, target), target)
+        write_bytes(_serialised(proto, target), target, check)
 
 
 def external_tensors(model: ir.Model) -> Iterator[External]:

@@ -42,22 +42,23 @@ def check_target(source: Path | None, target: Path, overwrite: bool, in_place: b
         raise InputError(f"{target}: cannot be written: {first_line(why)}") from None
 
 
-def write_bytes(data: bytes, target: Path) -> None:
-    """Write a file whole or not at all; raises `InputError` where the system does not let it."""
+def write_bytes(data: bytes, target: Path, check: Callable[[Path], object] | None = None) -> None:
+    """Write a file whole or not at all; raises `InputError` where the system does not let it, and what `check` does."""
 
     def fill(handle: int) -> None:
         view = memoryview(data)
         while view:
             view = view[os.write(handle, view[:CHUNK]) :]
 
-    write(target, fill)
+    write(target, fill, check=check)
 
 
-def write(target: Path, fill: Callable[[int], None], named: Callable[[Path], str] | None = None) -> Path:
+def write(target: Path, fill: Callable[[int], None], named: Callable[[Path], str] | None = None,
+          check: Callable[[Path], object] | None = None) -> Path:  # fmt: skip
     """Have `fill` write to an open file, and give it its name: that of `target`, or what `named` makes of the content.
 
-    Raises `InputError` where the system does not let it; what else `fill` raises passes through. Either way nothing
-    has changed then.
+    `check` is called before, with the temporary name. Raises `InputError` where the system does not let it; what else
+    `fill` or `check` raises passes through. Either way nothing has changed then.
     """
     temporary = ""
     try:
@@ -68,6 +69,8 @@ def write(target: Path, fill: Callable[[int], None], named: Callable[[Path], str
             os.fsync(handle)
         finally:
             os.close(handle)
+        if check is not None:
+            check(Path(temporary))
         if named is not None:
             target = target.parent / named(Path(temporary))
         os.replace(temporary, target)
