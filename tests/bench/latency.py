@@ -7,7 +7,8 @@ Transformers' own classes, 4 layers, hidden size 1024, random weights, dynamic s
 by a session with ONNX Runtime's default optimisations; the sessions take turns in one process. `ratio` is our median in
 parts of the best median of the others, `interval` where it lies in 95 of 100 resamplings of the rounds; a file that is
 the same as another's is not run twice, but the input is: "control" is its second session in parts of its first.
-`normfuse` is target "normfuse" with the library of operators loaded, where this installation has one. --provider cuda
+`normfuse` is target "normfuse" with the library of operators loaded, where this installation has one, and "after
+onnxscript" the same on what onnxscript has made, whose fusions of attention NormFuse leaves to it. --provider cuda
 measures on a GPU, with targets for it.
 """
 
@@ -41,6 +42,8 @@ from tests.node_cases import Arrays
 SEQUENCES = (1, 512)
 LIMIT = 1.02
 RESAMPLES = 2000
+OPERATORS = ("normfuse normfuse", "normfuse after onnxscript")
+"""The contenders that run with our library of operators."""
 OCR = "models/ch_PP-OCRv4_rec_infer.onnx"
 TYPES = {"fp32": torch.float32, "fp16": torch.float16}
 TIMES = {
@@ -127,6 +130,17 @@ def ours(target: Any) -> Tool:
     return lambda source, out: void(normfuse.rewrite(source, out, normfuse.Config(target=target)))
 
 
+def after(tool: Tool) -> Tool:
+    """NormFuse, target "normfuse", on what another tool has made."""
+
+    def run(source: Path, out: Path) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            tool(source, Path(folder) / "made.onnx")
+            ours("normfuse")(Path(folder) / "made.onnx", out)
+
+    return run
+
+
 def void(_: object) -> None:
     """Nothing."""
 
@@ -135,7 +149,8 @@ def contenders(provider: str) -> dict[str, Tool]:
     """Whoever makes a file, by name; those with "normfuse" in it are ours."""
     others: dict[str, Tool] = {"onnxruntime": runtime(PROVIDERS[provider]), "onnxscript": onnxscript_ort,
                                "onnxsim": onnxsim}  # fmt: skip
-    return others | {f"normfuse {t}": ours(t) for t in ("onnx", f"ort-{provider}", "normfuse")}
+    return others | {f"normfuse {t}": ours(t) for t in ("onnx", f"ort-{provider}", "normfuse")} | {
+        "normfuse after onnxscript": after(onnxscript_ort)}  # fmt: skip
 
 
 def session(path: Path, threads: int, provider: str, operators: bool) -> ort.InferenceSession:
@@ -176,8 +191,8 @@ def files(job: Job, provider: str, folder: Path) -> Files:
 
 def race(job: Job, files: Files, threads: int, provider: str, seconds: float) -> Iterator[dict[str, Any]]:
     """Run all contenders in turns, for each input."""
-    ours = "normfuse normfuse" if library.library_path() is not None else ""
-    sessions = {name: session(path, threads, provider, name == ours) for name, path in files.made.items()}
+    with_library = OPERATORS if library.library_path() is not None else ()
+    sessions = {name: session(path, threads, provider, name in with_library) for name, path in files.made.items()}
     sessions["control"] = session(job.path, threads, provider, False)
     for label, inputs in job.inputs.items():
         first = {name: s.run(None, inputs)[0] for name, s in sessions.items()}
