@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch import Tensor, nn
@@ -203,6 +204,29 @@ def test_operators_of_the_check_that_the_reference_lacks() -> None:
     want = session.run(None, {"x": x})
     got = ReferenceEvaluator(proto, new_ops=KERNELS).run(None, {"x": x})
     assert all(np.array_equal(a, b) for a, b in zip(want, got, strict=True))
+
+
+@pytest.mark.parametrize("line", [
+    "FusedMatMul <alpha = 0.3> (x, w)", "FusedMatMul <transA = 1, transB = 1> (x, t)",
+    "FastGelu (x)", "FastGelu (x, b)", "QuickGelu <alpha = 1.5> (x)", "QuickGelu (x)", "Gelu (x)", "BiasGelu (x, b)",
+])  # fmt: skip
+def test_operators_of_onnx_runtime_in_the_check(line: str) -> None:
+    """As it computes them, and in float64."""
+    import onnxruntime
+    from onnx.reference import ReferenceEvaluator
+
+    text = '<ir_version: 10, opset_import: ["": 18, "com.microsoft": 1]> g (TYPE[2,3,4] x, TYPE[4,6] w, TYPE[5,3] t, ' \
+           f"TYPE[4] b) => (TYPE[a,c,d] y) {{ y = com.microsoft.{line} }}"
+    rng = np.random.default_rng(0)
+    feeds = {n: rng.standard_normal(s) for n, s in {"x": (2, 3, 4), "w": (4, 6), "t": (5, 3), "b": (4,)}.items()}
+    single, double = (onnx.parser.parse_model(text.replace("TYPE", kind)) for kind in ("float", "double"))
+    session = onnxruntime.InferenceSession(single.SerializeToString(), providers=["CPUExecutionProvider"])
+    want = session.run(None, {n: a.astype("f4") for n, a in feeds.items()})[0]
+    for made, dtype in ((single, "f4"), (double, "f8")):
+        given = {n: a.astype(dtype) for n, a in feeds.items()}
+        (got,) = ReferenceEvaluator(made, new_ops=KERNELS).run(None, given)
+        assert isinstance(got, np.ndarray) and got.dtype == dtype
+        np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize(("name", "counts", "reason"), [

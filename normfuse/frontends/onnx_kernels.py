@@ -85,4 +85,55 @@ class Erf(OpRun):
         return (torch.erf(wide).numpy().astype(x.dtype),)
 
 
-KERNELS: list[Any] = [Conv, GatherElements, Pad, Erf]
+class FusedMatMul(OpRun):
+    """ONNX Runtime's alpha * a @ b, each transposed first where it says so."""
+
+    op_domain = "com.microsoft"
+
+    def _run(self, a: Array, b: Array, alpha: float = 1.0, transA: int = 0, transB: int = 0,  # noqa: N803
+             transBatchA: int = 0, transBatchB: int = 0) -> tuple[Array]:  # fmt: skip # noqa: N803
+        if transBatchA or transBatchB:
+            raise NotImplementedError("FusedMatMul of transposed batches")
+        a, b = (np.swapaxes(m, -1, -2) if turned and m.ndim > 1 else m for m, turned in ((a, transA), (b, transB)))
+        return ((alpha * (a @ b)).astype(a.dtype),)
+
+
+class FastGelu(OpRun):
+    """ONNX Runtime's x/2 * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3))), of x and a bias."""
+
+    op_domain = "com.microsoft"
+
+    def _run(self, x: Array, bias: Array | None = None) -> tuple[Array]:
+        x = x if bias is None else x + bias
+        return ((x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))).astype(x.dtype),)
+
+
+class QuickGelu(OpRun):
+    """ONNX Runtime's x * sigmoid(alpha * x)."""
+
+    op_domain = "com.microsoft"
+
+    def _run(self, x: Array, alpha: float = 1.702) -> tuple[Array]:
+        return ((x / (1 + np.exp(-alpha * x))).astype(x.dtype),)
+
+
+class Gelu(OpRun):
+    """ONNX Runtime's x/2 * (1 + erf(x / sqrt(2))); the evaluator hands over an attribute of ONNX's own Gelu."""
+
+    op_domain = "com.microsoft"
+
+    def _run(self, x: Array, approximate: str = "none") -> tuple[Array]:
+        (erf,) = Erf._run(self, x / np.sqrt(2.0))  # type: ignore[arg-type]
+        return ((x / 2 * (1 + erf)).astype(x.dtype),)
+
+
+class BiasGelu(OpRun):
+    """ONNX Runtime's Gelu of x + bias."""
+
+    op_domain = "com.microsoft"
+
+    def _run(self, x: Array, bias: Array) -> tuple[Array]:
+        return Gelu._run(self, x + bias)  # type: ignore[arg-type]
+
+
+KERNELS: list[Any] = [Conv, GatherElements, Pad, Erf, FusedMatMul, FastGelu, QuickGelu, Gelu, BiasGelu]
