@@ -15,7 +15,7 @@ A norm is left where the front end says that nothing is gained, and refused, wit
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from normfuse.facts import MEAN
 from normfuse.graph import Graph, Node, Value
@@ -66,16 +66,16 @@ class FuseNorm:
         """Drop replacements that leave a reduction of theirs alive, until none does."""
         while True:
             alive = live(plan.graph, [*plan.fused, *chosen])
-            twice = computed_twice(chosen, alive)
+            twice = computed_twice(plan.graph, chosen, alive)
             if not twice:
                 return chosen
-            for edit in twice:
+            for edit, value in twice.items():
                 i = chosen.index(edit)
                 wider = self._with_statistics(plan, edit, alive, [*plan.fused, *chosen])
                 if wider is not None:
                     chosen[i] = wider
                 else:
-                    plan.refuse(edit.site, Refusal("NF116", edit.site.label, _reader(plan.graph, edit.site, alive)))
+                    plan.refuse(edit.site, Refusal("NF116", edit.site.label, _reader(value, alive)))
                     del chosen[i]
 
     def _with_statistics(self, plan: Plan, edit: Replace, alive: set[Node], edits: list[Edit]) -> Replace | None:
@@ -107,26 +107,42 @@ class FuseNorm:
 
 def stuck(plan: Plan) -> list[Fused]:
     """The fused operators that leave a reduction of theirs alive, so that it would be computed twice."""
-    return computed_twice(plan.fused, live(plan.graph, plan.edits()))
+    return list(computed_twice(plan.graph, plan.fused, live(plan.graph, plan.edits())))
 
 
-def computed_twice(edits: list[E], alive: set[Node]) -> list[E]:
-    """The edits of which a reduction stays alive, or an operator of the model that gives a statistic too."""
-    natives = {node.native for node in alive} - {None}
-    return [edit for edit in edits if any(
-        node in alive or node.native in natives for site in edit.sites for node in _reductions(site))]  # fmt: skip
+def computed_twice(graph: Graph, edits: list[E], alive: set[Node]) -> dict[E, Value]:
+    """The edits after which a reduction of theirs, or the model's operator that takes it, is needed, and for what."""
+    natives: dict[Any, list[Node]] = {}
+    for node in graph.nodes:
+        natives.setdefault(node.native, []).append(node)
+    found: dict[E, Value] = {}
+    for edit in edits:
+        given = set(edit.computes())
+        for site in edit.sites:
+            value = _besides(site, given, natives, alive)
+            if value is not None:
+                found.setdefault(edit, value)
+    return found
 
 
-def _reductions(site: Site) -> list[Node]:
-    return [node for node in region(site.value, site.norm) if node.kind in REDUCTIONS]
+def _besides(site: Site, given: set[Value], natives: dict[Any, list[Node]], alive: set[Node]) -> Value | None:
+    """A value besides those given that the reductions of a norm are still needed for."""
+    nodes = region(site.value, site.norm)
+    reductions = [node for node in nodes if node.kind in REDUCTIONS]
+    region_nodes = set(nodes)
+    inside = [v for node in nodes for v in node.outputs] if not alive.isdisjoint(reductions) else []
+    done = {site.value, *given}
+    for native in {node.native for node in reductions} - {None}:
+        for node in natives[native]:  # one operator may give the norm, what is made of it, and a statistic
+            chain = node in region_nodes or not done.isdisjoint(node.inputs)
+            inside += node.outputs[chain:]
+            if chain and node not in region_nodes:
+                done.add(node.outputs[0])
+    return next((v for v in inside if v not in done and (v.kept or any(use in alive for use in v.uses))), None)
 
 
-def _reader(graph: Graph, site: Site, alive: set[Node]) -> str:
+def _reader(value: Value, alive: set[Node]) -> str:
     """Who reads a value inside a norm."""
-    natives = {node.native for node in _reductions(site)} - {None}
-    nodes = [*region(site.value, site.norm), *(node for node in graph.nodes if node.native in natives)]
-    inside = [v for node in nodes for v in node.outputs if v is not site.value]
-    value = next(v for v in inside if v.kept or any(use in alive for use in v.uses))
     if value.kept:
         return f"{value.name}, inside the norm, is an output of the graph"
     use = next(use for use in value.uses if use in alive)

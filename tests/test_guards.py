@@ -351,7 +351,7 @@ def test_without_nf116_a_reduction_is_computed_twice(monkeypatch: pytest.MonkeyP
         return [r.code for r in plan.refused.values()], len(nodes) * len(plan.edits())
 
     assert twice() == (["NF116"], 0)  # the model's own mean, and no operator
-    monkeypatch.setattr(fuse_norm, "computed_twice", lambda edits, alive: [])
+    monkeypatch.setattr(fuse_norm, "computed_twice", lambda graph, edits, alive: {})
     assert twice() == ([], 1)  # the operator takes it once more
 
 

@@ -794,13 +794,35 @@ def test_an_operator_that_gives_a_statistic_too_is_not_doubled() -> None:
     plan = start(g, y)
     (site,) = plan.found.sites
     edit = Fused("norm", (site,), (g.x,), (y,))
-    assert site.is_op and computed_twice([edit], live(g.graph, [edit])) == []
+
+    def needs() -> list[Value]:
+        return list(computed_twice(g.graph, [edit], live(g.graph, [edit])).values())
+
+    assert site.is_op and needs() == []
     deviation = g.op("opaque", g.x)  # another output of the same operator
     assert deviation.producer is not None
     deviation.producer.native = y.producer.native = object()
-    assert computed_twice([edit], live(g.graph, [edit])) == []
+    assert needs() == []
     deviation.kept = True
-    assert computed_twice([edit], live(g.graph, [edit])) == [edit]
+    assert needs() == [deviation]
+
+
+def test_what_an_operator_makes_of_a_norm_keeps_nothing_alive() -> None:
+    """RMSNormalization with a weight per head: the norm ends inside of it, and its last stage is made anew."""
+    g = Build()
+    y = operator(g, g.x)
+    z = g.op("mul", y, g.op("opaque", g.x))
+    assert y.producer is not None and z.producer is not None
+    y.producer.native = z.producer.native = object()
+    z.kept = True
+    plan = start(g, z)
+    (site,) = plan.found.sites
+    edit = Replace(site)
+    assert site.value is y and not computed_twice(g.graph, [edit], live(g.graph, [edit]))
+    deviation = g.graph.value("deviation", g.x.shape, g.x.dtype)
+    z.producer.outputs.append(deviation)  # what such an operator gives besides stands behind its last stage
+    deviation.producer, deviation.kept = z.producer, True
+    assert computed_twice(g.graph, [edit], live(g.graph, [edit])) == {edit: deviation}
 
 
 def test_a_norm_that_has_such_an_operator_in_it_is_refused() -> None:
