@@ -98,9 +98,12 @@ def check_model(name: str, inner: str, dynamic: bool | None = None, backend: str
 DYNAMIC = ("qwen3", "opt", "gemma3", "deepseek_v3")
 
 
+OFTEN = "llama deepseek_v3 gpt_oss gemma3 olmo2 cohere_qk nemotron falcon gpt2 bert vit t5".split()
+
+
 @pytest.mark.parametrize(("name", "dynamic"), [
-    *((n, None) for n in FAMILIES), *((n, True) for n in DYNAMIC[:2]),
-    *(pytest.param(n, True, marks=pytest.mark.slow) for n in DYNAMIC[2:]),
+    *(pytest.param(n, None, marks=() if n in OFTEN else pytest.mark.slow) for n in FAMILIES),
+    *((n, True) for n in DYNAMIC[:2]), *(pytest.param(n, True, marks=pytest.mark.slow) for n in DYNAMIC[2:]),
 ])  # fmt: skip
 def test_family(name: str, dynamic: bool | None, graphs: list[torch.fx.GraphModule]) -> None:
     family = FAMILIES[name]
@@ -117,7 +120,7 @@ def test_family(name: str, dynamic: bool | None, graphs: list[torch.fx.GraphModu
 
 
 @pytest.mark.parametrize("name", [
-    pytest.param(name, marks=() if name in ("llama", "gemma3") else pytest.mark.slow) for name in FAMILIES
+    pytest.param(name, marks=() if name == "gemma3" else pytest.mark.slow) for name in FAMILIES
     if name != "falcon"
 ])  # fmt: skip
 def test_family_with_inductor(name: str) -> None:
@@ -384,7 +387,7 @@ def test_inductor_takes_the_operators_apart_on_a_cpu(how: dict[str, Any]) -> Non
     assert "cpp_fused" in code[0] and "torch.ops.normfuse" not in code[0]
 
 
-@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("before", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_the_operators_stay_where_they_do_not_come_apart(before: bool) -> None:
     """What happens on a GPU, played on the CPU by decompositions that decline."""
     program = f"""

@@ -38,6 +38,7 @@ def example(name: str, *argv: object) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_train() -> None:
     out = example("train", 6)
     found = [(float(a), float(b)) for a, b in re.findall(r"^ +\d+  (\S+)  (\S+)$", out, re.MULTILINE)]

@@ -25,7 +25,9 @@ RECIPES = {
 }
 
 
-@pytest.mark.parametrize(("opset", "optimize"), [(18, True), (23, True), (18, False), (23, False)])
+@pytest.mark.parametrize(("opset", "optimize"), [
+    (18, True), (23, True), (18, False), pytest.param(23, False, marks=pytest.mark.slow),
+])  # fmt: skip
 @pytest.mark.parametrize("name", FAMILIES)
 def test_family(name: str, opset: int, optimize: bool, tmp_path: Path) -> None:
     family = FAMILIES[name]

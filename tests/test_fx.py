@@ -208,8 +208,10 @@ def test_near_miss(name: str, how: str) -> None:
 # -- families ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["dynamo", "export"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("name", "how"), [
+    *((name, "dynamo") for name in FAMILIES),
+    *(pytest.param(name, "export", marks=(pytest.mark.slow,) if i % 2 else ()) for i, name in enumerate(FAMILIES)),
+])  # fmt: skip
 def test_family(name: str, how: str) -> None:
     family = FAMILIES[name]
     module, args = family.build(), family.args()

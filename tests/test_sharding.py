@@ -282,7 +282,7 @@ def models(inner: str | None) -> None:
             assert {"normfuse.qk_norm", "normfuse.add_rms_norm"} <= made
 
 
-@pytest.mark.parametrize("inner", [None, "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("inner", [None, *(pytest.param(n, marks=pytest.mark.slow) for n in ("aot_eager", "inductor"))])
 def test_models(inner: str | None, tmp_path: Path) -> None:
     """Eager with the operators; compiled from a block that writes its norms out."""
     in_two_processes(models, tmp_path, inner)
