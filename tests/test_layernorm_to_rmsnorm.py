@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import io
 import warnings
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -21,6 +23,7 @@ from normfuse.frontends import fx_convert
 from normfuse.nn import RMSNorm
 from normfuse.passes.layernorm_to_rmsnorm import Conversion
 from normfuse.report import Report
+from normfuse.verify import session
 from tests.families import cached
 from tests.layernorm_models import CASES, Case, to_onnx
 
@@ -314,3 +317,17 @@ def test_the_command_line_tells_the_certificate(tmp_path: Path, capsys: pytest.C
     text = capsys.readouterr().out
     assert "mean taken away along axis" in text
     assert "because" in text
+
+
+def test_the_recogniser_of_pp_ocr(tmp_path: Path) -> None:
+    """A pretrained model: all five norms with one operator, and over 320 positions no other character."""
+    package = importlib.util.find_spec("rapidocr_onnxruntime")
+    if package is None or package.origin is None:
+        pytest.skip("rapidocr-onnxruntime is not installed")
+    source, out = Path(package.origin).parent / "models/ch_PP-OCRv4_rec_infer.onnx", tmp_path / "out.onnx"
+    report = normfuse.rewrite(source, out, EXACT)
+    assert counts(report) == (5, 5, 1)
+    images = np.random.default_rng(0).uniform(-1, 1, (8, 3, 48, 320)).astype(np.float32)
+    before, after = (session(path).run(None, {"x": images})[0] for path in (source, out))
+    assert before.shape[:2] == (8, 40)
+    assert np.abs(before - after).max() <= 2e-6 and (before.argmax(-1) == after.argmax(-1)).all()
