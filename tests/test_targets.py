@@ -337,7 +337,9 @@ def test_a_skip_operator_that_is_slow_is_taken_apart(call: str, outputs: str, ta
     skipping("SkipLayerNormalization(x, r, w)", "y, s"),  # the mean is read
     skipping("SkipLayerNormalization(x, r, w)", "y, , s"),  # the deviation is read
     skipping("SkipSimplifiedLayerNormalization(x, r, w)", shape="2,3,width"),
-], ids=["type", "mean", "deviation", "width"])  # fmt: skip
+    skipping("SkipSimplifiedLayerNormalization(x, r)"),  # no weight, and no runtime takes it
+    skipping("SkipLayerNormalization(x, r, w, x)"),  # nor one like that
+], ids=["type", "mean", "deviation", "width", "no weight", "bias"])  # fmt: skip
 def test_a_skip_operator_stays_where_a_condition_is_broken(made: onnx.ModelProto) -> None:
     config = normfuse.Config(target="ort-cpu", ort_version="1.31")
     found, report = normfuse.optimize(made, config)

@@ -86,21 +86,27 @@ def take_apart(lowerings: Sequence[Lowering], table: Table, opset: int) -> Count
     """Write out a model's Skip operators where its target has a faster form: an addition, and a norm spelled out.
 
     What they are then is found and verified like any other norm. Left alone: those whose mean or deviation is read,
-    and those of unknown rank or width, in which no norm would be found. Gives the rows used, with how often.
+    those of unknown rank or width, in which no norm would be found, and those whose weights do not fit. Gives the rows
+    used, with how often.
     """
-    done: Counter[Row] = Counter()
     kinds = {name: kind for kind, name in NAMES.items()}
-    used = {v.name for low in lowerings for v in (*low.source.inputs, *low.source.initializers.values())}
-    used |= {v.name for low in lowerings for node in low.source for v in node.outputs}
+    chosen: list[tuple[ir.Node, Row]] = []
     for low in lowerings:
         for node in [n for n in low.source if n.domain == DOMAIN and n.op_type in kinds]:
-            kind, x = kinds[node.op_type], low.value(node.inputs[0])
-            row = table.apart(kind, x.dtype)
-            known = x.shape is not None and len(x.shape) > 1 and isinstance(x.shape[-1], int)
-            if row is not None and known and not any(v.uses() or v.is_graph_output() for v in node.outputs[1:3]):
-                _spell(node, kind, opset, used)
-                done[row] += 1
-    return done
+            x, *others = [low.value(v) for v in node.inputs if v is not None]
+            row, width = table.apart(kinds[node.op_type], x.dtype), x.shape[-1] if x.shape else None
+            known = isinstance(width, int) and len(x.shape or ()) > 1 and len(others) > 1 and all(node.inputs[:3])
+            fits = all(v.dtype == x.dtype for v in others) and all(v.shape == (width,) for v in others[1:])
+            if row is not None and known and fits and not any(
+                    v.uses() or v.is_graph_output() for v in node.outputs[1:3]):  # fmt: skip
+                chosen.append((node, row))
+    used: set[str | None] = set()
+    for low in lowerings if chosen else ():
+        used.update(v.name for v in (*low.source.inputs, *low.source.initializers.values()))
+        used.update(v.name for node in low.source for v in node.outputs)
+    for node, row in chosen:
+        _spell(node, row.kind, opset, used)
+    return Counter(row for _, row in chosen)
 
 
 def _spell(node: ir.Node, kind: str, opset: int, used: set[str | None]) -> None:

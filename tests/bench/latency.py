@@ -74,7 +74,7 @@ class Job:
 def wide(name: str) -> Family:
     """A family at realistic width."""
     family = FAMILIES[name]
-    return replace(family, options={k: v * FACTOR.get(k, 1) for k, v in family.options.items()})
+    return replace(family, options={k: v * FACTOR[k] if k in FACTOR else v for k, v in family.options.items()})
 
 
 def inputs(family: Family, path: Path) -> dict[str, Arrays]:
