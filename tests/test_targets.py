@@ -337,9 +337,8 @@ def test_a_skip_operator_that_is_slow_is_taken_apart(call: str, outputs: str, ta
     skipping("SkipLayerNormalization(x, r, w)", "y, s"),  # the mean is read
     skipping("SkipLayerNormalization(x, r, w)", "y, , s"),  # the deviation is read
     skipping("SkipSimplifiedLayerNormalization(x, r, w)", shape="2,3,width"),
-    skipping("SkipSimplifiedLayerNormalization(x, r)"),  # no weight, and no runtime takes it
-    skipping("SkipLayerNormalization(x, r, w, x)"),  # nor one like that
-], ids=["type", "mean", "deviation", "width", "no weight", "bias"])  # fmt: skip
+    skipping("SkipLayerNormalization(x, r, w, x)"),  # no bias, and no runtime takes it
+], ids=["type", "mean", "deviation", "width", "bias"])  # fmt: skip
 def test_a_skip_operator_stays_where_a_condition_is_broken(made: onnx.ModelProto) -> None:
     config = normfuse.Config(target="ort-cpu", ort_version="1.31")
     found, report = normfuse.optimize(made, config)
@@ -362,6 +361,19 @@ def test_a_layernorm_in_a_skip_operator_that_is_taken_apart_is_converted(target:
     feeds = {"ids": rng.integers(0, 20, (2, 3))}
     want, got = (session(tmp_path / f"{p}.onnx").run(None, feeds)[0] for p in ("in", "out"))
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize(("call", "message"), [
+    ("SkipSimplifiedLayerNormalization(x, r)", "has 2 inputs, and takes 3 to 4"),
+    ("SkipLayerNormalization()", "has 0 inputs, and takes 3 to 5"),
+    ('SkipLayerNormalization(x, r, "")', "lacks its input 2"),
+    ("SkipLayerNormalization<epsilon = 1>(x, r, w)", "'epsilon' of another type"),
+    ("SimplifiedLayerNormalization(x)", "has 1 inputs, and takes 2"),
+    ("QuickGelu()", "has 0 inputs, and takes 1"),
+])  # fmt: skip
+def test_operators_of_the_runtime_that_are_none(call: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        normfuse.inspect(skipping(call, "y"))
 
 
 def optimised(name: str, path: Path) -> Path:

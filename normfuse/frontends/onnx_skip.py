@@ -92,10 +92,12 @@ def take_apart(lowerings: Sequence[Lowering], table: Table, opset: int) -> Count
     kinds = {name: kind for kind, name in NAMES.items()}
     chosen: list[tuple[ir.Node, Row]] = []
     for low in lowerings:
-        for node in [n for n in low.source if n.domain == DOMAIN and n.op_type in kinds]:
+        for node in low.source:
+            if node.domain != DOMAIN or node.op_type not in kinds or len(node.inputs) < 3 or not all(node.inputs[:3]):
+                continue
             x, *others = [low.value(v) for v in node.inputs if v is not None]
             row, width = table.apart(kinds[node.op_type], x.dtype), x.shape[-1] if x.shape else None
-            known = isinstance(width, int) and len(x.shape or ()) > 1 and len(others) > 1 and all(node.inputs[:3])
+            known = isinstance(width, int) and len(x.shape or ()) > 1
             fits = all(v.dtype == x.dtype for v in others) and all(v.shape == (width,) for v in others[1:])
             if row is not None and known and fits and not any(
                     v.uses() or v.is_graph_output() for v in node.outputs[1:3]):  # fmt: skip

@@ -83,8 +83,21 @@ def _check_graph(graph: Any, outer: _Scope, opset: int, where: str) -> list[tupl
     return [(g, scope) for g in inner]
 
 
+Schema = tuple[range, range, frozenset[int], dict[str, int], frozenset[str]]
+_EPS: dict[str, int] = {"epsilon": onnx.AttributeProto.FLOAT}
+RUNTIME: dict[str, Schema] = {
+    "SimplifiedLayerNormalization": (range(2, 3), range(1, 3), frozenset(),
+                                     {**_EPS, "axis": onnx.AttributeProto.INT, "stash_type": onnx.AttributeProto.INT},
+                                     frozenset()),
+    "SkipSimplifiedLayerNormalization": (range(3, 5), range(1, 5), frozenset({3}), _EPS, frozenset()),
+    "SkipLayerNormalization": (range(3, 6), range(1, 5), frozenset({3, 4}), _EPS, frozenset()),
+    "QuickGelu": (range(1, 2), range(1, 2), frozenset(), {"alpha": onnx.AttributeProto.FLOAT}, frozenset()),
+}  # fmt: skip
+"""The same of ONNX Runtime's operators that are read (its docs/ContribOperators.md), which `onnx` does not know."""
+
+
 @cache
-def _schema(op: str, opset: int) -> tuple[range, range, frozenset[int], dict[str, int], frozenset[str]] | None:
+def _schema(op: str, opset: int) -> Schema | None:
     """Of an operator of ONNX: how many inputs and outputs, which inputs may be left out, the types of attributes, and
     which of them it has to have."""
     try:
@@ -101,6 +114,8 @@ def _schema(op: str, opset: int) -> tuple[range, range, frozenset[int], dict[str
 
 def _check_operands(node: onnx.NodeProto, opset: int, where: str) -> None:
     schema = _schema(node.op_type, opset) if node.domain in ("", "ai.onnx") else None
+    if schema is None and node.domain in ("", "com.microsoft"):
+        schema = RUNTIME.get(node.op_type)
     what = f"{where}: {node.op_type} {node.name[:100]!r}"
     if schema is not None:
         for side, given, allowed in (("inputs", node.input, schema[0]), ("outputs", node.output, schema[1])):
@@ -120,7 +135,7 @@ def _check_operands(node: onnx.NodeProto, opset: int, where: str) -> None:
         if attr.name in TYPES and attr.type == onnx.AttributeProto.INT and attr.i not in _known_types():
             raise InputError(f"{what}: there is no type {attr.i}")
         if schema is not None and schema[3].get(attr.name, attr.type) != attr.type:
-            raise InputError(f"{what} has an attribute {attr.name[:50]!r} of another type than ONNX says")
+            raise InputError(f"{what} has an attribute {attr.name[:50]!r} of another type than is said of it")
 
 
 @cache
