@@ -48,7 +48,8 @@ COMMANDS = (["inspect"], ["rewrite"], ["rewrite", "--verify", "off"], ["rewrite"
 
 def corpus() -> list[bytes]:
     """Small models to start from: with norms, near misses, branches, functions, weights in another file."""
-    made: list[bytes] = [norm_model().SerializeToString(), *[stream().SerializeToString()] * 8]
+    made: list[bytes] = [norm_model().SerializeToString(), *[stream().SerializeToString()] * 8,
+                         *[optimised().SerializeToString()] * 8]
     made += [case.build().SerializeToString() for case in NEAR_MISSES.values()]
     here = Path.cwd()
     with tempfile.TemporaryDirectory() as folder:
@@ -88,9 +89,27 @@ def stream() -> onnx.ModelProto:
         <domain: "acme", opset_import: ["" : 18]>
         Same (a) => (c) { d = Tanh (a) c = Identity (d) }
     """)
+    return _weighted(model, w0=(8, 8), b0=(8,), g=(8,), b=(8,), w1=(8, 16), w2=(16, 8), w3=(8, 4))
+
+
+def optimised() -> onnx.ModelProto:
+    """As ONNX Runtime's optimiser leaves a model: norms in its own operators, with the additions in front of them."""
+    model = onnx.parser.parse_model("""
+        <ir_version: 10, opset_import: ["" : 18, "com.microsoft" : 1]>
+        optimised (float[2, 5, 8] x) => (float[2, 5, 8] y) {
+            n = SimplifiedLayerNormalization <axis = -1, epsilon = 1e-5> (x, g)
+            m = MatMul (n, w0)
+            k, , , s = com.microsoft.SkipLayerNormalization <epsilon = 1e-5> (m, x, g, b, b0)
+            t = com.microsoft.QuickGelu <alpha = 1.7> (k)
+            y = com.microsoft.SkipSimplifiedLayerNormalization <epsilon = 1e-5> (t, s, g)
+        }
+    """)
+    return _weighted(model, w0=(8, 8), g=(8,), b=(8,), b0=(8,))
+
+
+def _weighted(model: onnx.ModelProto, **shapes: tuple[int, ...]) -> onnx.ModelProto:
     rng = np.random.default_rng(0)
-    for name, shape in (("w0", (8, 8)), ("b0", (8,)), ("g", (8,)), ("b", (8,)), ("w1", (8, 16)), ("w2", (16, 8)),
-                        ("w3", (8, 4))):  # fmt: skip
+    for name, shape in shapes.items():
         model.graph.initializer.append(numpy_helper.from_array(rng.standard_normal(shape).astype("f4"), name))
     return model
 
