@@ -91,7 +91,8 @@ class _Worker:
     def __init__(self, hash_seed: int) -> None:
         env = os.environ | {"PYTHONHASHSEED": str(hash_seed), "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen([sys.executable, "-m", "tests.fuzz", "--worker"], env=env, text=True,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        start_new_session=True)  # fmt: skip # Ctrl-C is for the one who counts
 
     def run(self, first: int, count: int) -> dict[str, Any]:
         assert self.process.stdin is not None and self.process.stdout is not None
@@ -117,7 +118,7 @@ def _blocks(count: int, seed: int, deadline: float) -> Iterator[tuple[int, int, 
 
 def run(count: int, seed: int, jobs: int, budget: float = float("inf"),
         told: Callable[[dict[str, Any]], None] = lambda failure: None) -> Tally:  # fmt: skip
-    """Judge seeds from `seed` on, in `jobs` processes at a time; after `budget` seconds no new block is begun.
+    """Judge seeds from `seed` on, in `jobs` processes at a time; after `budget` seconds, or Ctrl-C, no block is begun.
 
     `told` is called with each failure as it is met.
     """
@@ -127,6 +128,7 @@ def run(count: int, seed: int, jobs: int, budget: float = float("inf"),
     blocks, lock = _blocks(count, seed, started + budget), threading.Lock()
     tally, digests = Tally(), dict[int, str]()
     errors: queue.Queue[BaseException] = queue.Queue()
+    ended = threading.Event()
 
     def serve(number: int) -> None:
         workers: dict[int, _Worker] = {}
@@ -137,7 +139,7 @@ def run(count: int, seed: int, jobs: int, budget: float = float("inf"),
             return workers[which].run(first, size)
 
         try:
-            while errors.empty():
+            while errors.empty() and not ended.is_set():
                 with lock:
                     block = next(blocks, None)
                 if block is None:
@@ -165,7 +167,11 @@ def run(count: int, seed: int, jobs: int, budget: float = float("inf"),
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        while thread.is_alive():
+            try:
+                thread.join()
+            except KeyboardInterrupt:
+                ended.set()
     if not errors.empty():
         raise errors.get()
     tally.digest = hashlib.sha256("".join(digests[i] for i in sorted(digests)).encode()).hexdigest()
