@@ -129,12 +129,12 @@ def compare(name: str, *args: Any) -> int:
 
 
 def grid() -> Iterator[tuple[int, torch.dtype, str, str, float]]:
-    """(N, dtype, kind, cast, offset) for the tests of every operator; a third of them where NORMFUSE_SAMPLE is set."""
+    """(N, dtype, kind, cast, offset) for the tests of every operator; a fifth of them where NORMFUSE_SAMPLE is set."""
     for i, n in enumerate(SIZES):
         for j, dtype in enumerate((BF16, FP16, FP32, FP64)):
             if n in (7, 128, 4096) or dtype in ((BF16, FP32) if n > 4096 else (BF16, FP16, FP32)):
                 for k, kind in enumerate(KINDS):
-                    if "NORMFUSE_SAMPLE" in os.environ and (i + j + k) % 3:
+                    if "NORMFUSE_SAMPLE" in os.environ and (i + j + k) % 5:
                         continue
                     yield n, dtype, kind, ("first", "last")[(i + j + k) % 2], float((i + j // 2) % 2)
 

@@ -119,10 +119,8 @@ def test_family(name: str, dynamic: bool | None, graphs: list[torch.fx.GraphModu
     assert {op: n for op, n in made.items() if op not in ("rms_norm", "layer_norm")} == want
 
 
-@pytest.mark.parametrize("name", [
-    pytest.param(name, marks=() if name == "gemma3" else pytest.mark.slow) for name in FAMILIES
-    if name != "falcon"
-])  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "falcon"])
 def test_family_with_inductor(name: str) -> None:
     check_model(name, "inductor")
 

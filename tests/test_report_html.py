@@ -407,6 +407,7 @@ def test_colours_can_be_read(dark: bool) -> None:
 # -- size ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # exports them
 def test_eighty_layers_are_small(tmp_path: Path) -> None:
     code, _, _ = run("rewrite", cached_llama(80), tmp_path / "o.onnx", "--report", tmp_path / "r.html")
     assert code == 0
