@@ -74,9 +74,9 @@ class FuseNorm:
                 wider = self._with_statistics(plan, edit, alive, [*plan.fused, *chosen])
                 if wider is not None:
                     chosen[i] = wider
-                else:
-                    plan.refuse(edit.site, Refusal("NF116", edit.site.label, _reader(value, alive)))
-                    del chosen[i]
+                    break  # the others may have what they lack by this
+                plan.refuse(edit.site, Refusal("NF116", edit.site.label, _reader(value, alive)))
+                del chosen[i]
 
     def _with_statistics(self, plan: Plan, edit: Replace, alive: set[Node], edits: list[Edit]) -> Replace | None:
         """The replacement that also gives the mean and the standard deviation that are read outside the norm."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -184,3 +185,18 @@ def test_wrong_arguments(argv: list[str], tmp_path: Path, monkeypatch: pytest.Mo
     assert "\x1b" not in fails(run(*argv))
     fails_json(run(*argv, "--json"))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("size", ["-1", "-9223372036854775808"])
+def test_a_size_below_zero_is_unknown(size: str, tmp_path: Path) -> None:
+    """onnx.shape_inference ends the process at a Slice of one."""
+    made = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["" : 18]>
+        g (float[B,S,SIZE] x) => (float[B,S,64] y) <int64[1] zero = {0}, int64[1] end = {64}, int64[1] last = {-1},
+        float eps = {1e-5}> { h = Slice(x, zero, end, last) q = Mul(h, h) m = ReduceMean(q, last) e = Add(m, eps)
+        s = Sqrt(e) y = Div(h, s) }""".replace("SIZE", "S2"))
+    made.graph.input[0].type.tensor_type.shape.dim[2].dim_value = int(size)
+    onnx.save(made, tmp_path / "in.onnx")
+    argv = ["rewrite", str(tmp_path / "in.onnx"), str(tmp_path / "out.onnx"), "--json"]
+    done = subprocess.run([*COMMAND, *argv], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["summary"]["fused"] == 1

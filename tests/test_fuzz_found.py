@@ -166,6 +166,24 @@ def test_an_eps_in_the_type_of_x_is_rounded_in_the_check_too(kind: str) -> None:
     assert [(n.action, n.verified) for n in report.norms] == [("fused", True)]
 
 
+@pytest.mark.parametrize("opset", [13, 17])
+@pytest.mark.parametrize(("kind", "unseen"), [("double", True), ("float16", False)])
+def test_a_layernorm_behind_a_cast_from_float64_runs(kind: str, unseen: bool, opset: int) -> None:
+    """ONNX Runtime takes the Cast into a LayerNormalization of mixed types, and then has no kernel."""
+    text = f"""<ir_version: 8, opset_import: ["" : {opset}]> g ({kind}[2,3,8] a) => (float[2,3,8] y) {{
+        x = Cast<to = 1>(a) mu = ReduceMean<axes = [-1]>(x) c = Sub(x, mu) q = Mul(c, c) v = ReduceMean<axes = [-1]>(q)
+        e = Add(v, eps) s = Sqrt(e) n = Div(c, s) z = Mul(n, w) y = Add(z, b) }}"""
+    before, w = onnx.parser.parse_model(text), np.linspace(0.5, 1.5, 8).astype("f4")
+    tensors = {"w": w, "b": w, "eps": np.float32(0.01)}
+    before.graph.initializer.extend(onnx.numpy_helper.from_array(np.asarray(a), n) for n, a in tensors.items())
+    after, report = normfuse.optimize(before)
+    assert report.fused == 1
+    assert any("unseen" in n.op_type for n in after.graph.node) == (unseen and opset == 13)
+    feeds = {"a": np.random.default_rng(0).standard_normal((2, 3, 8)).astype("f8" if unseen else "f2")}
+    want, got = (session(m).run(None, feeds)[0] for m in (before, after))
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
 def _joined(x: Tensor, w: Tensor) -> Tensor:
     h = x.reshape(2, 24)
     n = h * torch.rsqrt((h * h).mean(-1, keepdim=True) + 0.01) * w
@@ -212,7 +230,8 @@ class _Module(torch.nn.Module):
 FX_SEEDS = (100016613, 200006769)
 
 
-@pytest.mark.parametrize(
-    "seed", [100001559, 100008095, 100010238, 100010411, 100018377, 200003933, 200016335, 300023312, *FX_SEEDS])
+@pytest.mark.parametrize("seed", [
+    100001559, 100008095, 100010238, 100010411, 100018377, 200003933, 200016335, 300023312, 300043230, 300057802, *FX_SEEDS,
+])  # fmt: skip
 def test_graphs_that_failed_once(seed: int) -> None:
     assert not judge(seed, "fx" if seed in FX_SEEDS else "onnx").failures

@@ -38,8 +38,10 @@ def shape_of(shape: ir.Shape | None) -> Shape | None:
 
 
 def _dim(d: Any) -> Dim:
-    """A size; "?" is how some exporters write that they do not know one."""
-    return d if isinstance(d, int) else None if d.value == "?" else d.value
+    """A size; "?" and -1 are how some exporters write that they do not know one."""
+    if isinstance(d, int):
+        return d if d >= 0 else None
+    return None if d.value == "?" else d.value
 
 
 def node_label(node: ir.Node) -> str:

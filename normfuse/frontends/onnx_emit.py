@@ -37,6 +37,7 @@ class Emitter:
         self.fold = fold  # make a computed weight a constant
         self.spelled = spelled  # write every norm as a function, whose body any evaluator can run in any type
         self.functions: dict[ir.OperatorIdentifier, ir.Function] = {}
+        self.unseen = False  # LayerNorms are written so that ONNX Runtime does not make one operator of them
         self.constants: dict[tuple[Any, ...], ir.Value] = {}
         self.fresh: list[ir.Value] = []
 
@@ -127,10 +128,11 @@ class Emitter:
         else:
             rank = len(norm.x.shape or ())
             key = (norm.kind, weight is not None, bias is not None and not rms_bias, inner, stash, self.opset)
-            function = function_for(*key, norm.eps)
+            unseen = self.unseen and norm.kind == "layer_norm"
+            function = function_for(*key, norm.eps, unseen)
             self.functions[function.identifier()] = function
             attrs = [ir.AttrInt64s("axes", [a - rank for a in norm.axes]), *attrs]
-            core = ir.Node(DOMAIN, function_name(*key, norm.eps), inputs, attrs, name=name)
+            core = ir.Node(DOMAIN, function_name(*key, norm.eps, unseen), inputs, attrs, name=name)
         nodes.append(core)
         y = core.outputs[0]
         if rms_bias and bias is not None:

@@ -26,9 +26,10 @@ DTYPES = {
 SHORT = {"float16": "f16", "bfloat16": "bf16", "float32": "f32", "float64": "f64"}
 
 
-def function_name(kind: str, weighted: bool, biased: bool, inner: str, stash: str, opset: int, eps: float) -> str:
+def function_name(kind: str, weighted: bool, biased: bool, inner: str, stash: str, opset: int, eps: float,
+                  unseen: bool = False) -> str:  # fmt: skip
     """The name of a function: the kind, then what departs from a float32 norm with all its parameters."""
-    parts = [kind]
+    parts = [kind, *(["unseen"] if unseen else [])]
     if not weighted or (kind == "layer_norm" and not biased):
         parts.append("scale" if weighted else "bias" if biased else "plain")
     if inner != "float32" or stash != "float32":
@@ -39,8 +40,11 @@ def function_name(kind: str, weighted: bool, biased: bool, inner: str, stash: st
 
 
 def function_for(kind: str, weighted: bool, biased: bool, inner: str, stash: str, opset: int,
-                 eps: float) -> ir.Function:  # fmt: skip
-    """The function of a norm; below opset 12, where a Constant takes no attribute of the call, eps is in the body."""
+                 eps: float, unseen: bool = False) -> ir.Function:  # fmt: skip
+    """The function of a norm; below opset 12, where a Constant takes no attribute of the call, eps is in the body.
+
+    `unseen`: ONNX Runtime is not to make one operator of it.
+    """
     x = ir.Value(name="x")
     inputs = [x] + [ir.Value(name=n) for n, on in (("scale", weighted), ("bias", biased)) if on]
     nodes: list[ir.Node] = []
@@ -67,8 +71,9 @@ def function_for(kind: str, weighted: bool, biased: bool, inner: str, stash: str
     if kind == "layer_norm":
         value = op("Sub", [value, mean(value, "mean")], "centred")
     # ONNX Runtime 1.31 takes Pow for the start of its own fusion, any Mul behind the body for the scale, even one that
-    # is wider than x, and 1e-5 for an eps that is not a float32: in these cases it must not see the pattern.
-    seen = weighted and stash == "float32"
+    # is wider than x, and 1e-5 for an eps that is not a float32: in these cases it must not see the pattern. Nor behind
+    # a Cast from float64, which it takes into a LayerNormalization of mixed types that it has no kernel for.
+    seen = weighted and stash == "float32" and not unseen
     squared = op("Pow", [value, constant(2.0, "two")], "squared") if seen else op("Mul", [value, value], "squared")
     statistic = mean(squared, "variance" if kind == "layer_norm" else "mean_square")
     if opset < 12:
@@ -88,7 +93,7 @@ def function_for(kind: str, weighted: bool, biased: bool, inner: str, stash: str
     graph = ir.Graph(inputs, [value], nodes=nodes, opset_imports={"": opset}, name="")
     kinds = {"axes": ir.AttributeType.INTS, "epsilon": ir.AttributeType.FLOAT}
     attributes: list[Any] = [ir.Attr(attr, kind, None) for attr, kind in kinds.items()]
-    name = function_name(kind, weighted, biased, inner, stash, opset, eps)
+    name = function_name(kind, weighted, biased, inner, stash, opset, eps, unseen)
     function = ir.Function("normfuse", name, graph=graph, attributes=attributes)
     function.doc_string = _FORMULA[kind]
     return function

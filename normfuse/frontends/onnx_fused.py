@@ -112,6 +112,7 @@ class FusedEmitter:
             # an operator's weight is of the type of its x, and a function has no initializer for one that is missing
             bare = spec.weight is None or (spec.cast == "first" and spec.dtype != spec.x.dtype)
             alone = Emitter(self.emitter.opset, self.emitter.spelled or bare)
+            alone.unseen = self.emitter.unseen
             eps = "eps" if self.emitter.opset >= FIRST_WITH_EPS else ""
             return body.take(alone.emit(spec, x, operands, name, rows=rows, eps=eps), alone)
 

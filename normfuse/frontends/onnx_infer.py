@@ -42,6 +42,7 @@ def infer(model: ir.Model, known: dict[ir.Value, Value], arrays: dict[ir.Value, 
     finally:
         for value, tensor in held:
             value.const_value = tensor
+    _forget_negative(proto.graph)
     stated = {info.name: info for info in proto.graph.value_info}
     for value, seen in known.items():
         if seen.shape is not None and seen.dtype in DTYPES and value.producer() is not None and value.name:
@@ -65,6 +66,18 @@ def infer(model: ir.Model, known: dict[ir.Value, Value], arrays: dict[ir.Value, 
         dtype = DTYPE_NAMES.get(ir.DataType(tensor_type.elem_type)) if tensor_type.elem_type else None
         out[info.name] = (dims, dtype)
     return out
+
+
+def _forget_negative(graph: onnx.GraphProto) -> None:
+    """Sizes below zero mean nothing, or "unknown" to some exporters; ONNX's C++ ends the process at a Slice of one."""
+    for info in (*graph.input, *graph.output, *graph.value_info):
+        for dim in info.type.tensor_type.shape.dim:
+            if dim.dim_value < 0:
+                dim.Clear()
+    for node in graph.node:
+        for attr in node.attribute:
+            for inner in (*([attr.g] if attr.HasField("g") else ()), *attr.graphs):
+                _forget_negative(inner)
 
 
 def _long(known: dict[ir.Value, Value], arrays: dict[ir.Value, Any]) -> bool:

@@ -58,6 +58,7 @@ class OnnxModel:
         self.apart = take_apart(self.lowerings, self.table, self.opset) if changes else Counter[Row]()
         if self.apart:
             self.lowerings = lower(model)
+        self.emitter.unseen = any(_narrows(node) for low in self.lowerings for node in low.graph.nodes)
         self.progress("recognising", 0.2)
         self.fused = (SkipEmitter(self.emitter, self.table) if config.target in PROVIDERS else
                       FusedEmitter(self.emitter, config.numerics == "exact"))  # fmt: skip
@@ -300,6 +301,13 @@ class OnnxModel:
                     todo.append(producer)
                 elif v.is_initializer() and not v.is_graph_input() and v.graph is not None:
                     v.graph.initializers.pop(v.name)
+
+
+def _narrows(node: Node) -> bool:
+    """A tensor of float64 is cast to float32."""
+    if node.kind != "cast" or node.inputs[0].dtype != "float64" or node.outputs[0].dtype != "float32":
+        return False
+    return node.outputs[0].rank is None or node.outputs[0].rank > 1
 
 
 def module_of(node: ir.Node) -> str:
