@@ -54,7 +54,7 @@ class OnnxModel:
         self.operators_before = self.operators()
         self.nodes_before = sum(self.operators_before.values())
         self.table = Table(config)
-        changes = rewrite or config.converts
+        changes = (rewrite or config.converts) and self.opset > 0  # no operators of ONNX where none are imported
         self.apart = take_apart(self.lowerings, self.table, self.opset) if changes else Counter[Row]()
         if self.apart:
             self.lowerings = lower(model)

@@ -184,6 +184,10 @@ def norm(kind: str) -> Row:
     return row
 
 
+SKIP_EPSILON = 1e-12
+"""What the contrib Skip operators add where the model does not say."""
+
+
 def skip_norm(kind: str) -> Row:
     """The contrib Skip operators: add, then norm; the fourth output is the sum."""
 
@@ -201,7 +205,7 @@ def skip_norm(kind: str) -> Row:
         low.emit("add", [x, skip], total, node)
         scale, bias = (slots.get(2), slots.get(3) if kind == "layer_norm" else None)
         out = low.output(node, x.shape, x.dtype)
-        eps = float(attribute(node, "epsilon", 1e-12))
+        eps = float(attribute(node, "epsilon", SKIP_EPSILON))
         assert x.shape is not None
         norm_stages(low, node, kind, total, None if scale is None else low.value(scale),
                     None if bias is None else low.value(bias), (len(x.shape) - 1,), eps,

@@ -17,6 +17,7 @@ from normfuse.frontends.onnx_fold import attribute
 from normfuse.frontends.onnx_functions import function_body, function_for
 from normfuse.frontends.onnx_fused import FusedEmitter
 from normfuse.frontends.onnx_infer import DTYPES
+from normfuse.frontends.onnx_ops import SKIP_EPSILON
 from normfuse.graph import Value
 from normfuse.norm import Expr
 from normfuse.plan import Fused, Reason
@@ -24,8 +25,6 @@ from normfuse.targets import Row, Table
 
 NAMES = {"rms_norm": "SkipSimplifiedLayerNormalization", "layer_norm": "SkipLayerNormalization"}
 DOMAIN = "com.microsoft"
-EPSILON = 1e-12
-"""What the contrib operators add where the model does not say."""
 
 
 class SkipEmitter(FusedEmitter):
@@ -117,7 +116,7 @@ def _spell(node: ir.Node, kind: str, opset: int, used: set[str | None]) -> None:
     beta = rest.pop(0) if kind == "layer_norm" and rest else None
     nodes = [ir.Node("", "Add", [x, bias]) for bias in rest if bias is not None]
     nodes.append(ir.Node("", "Add", [nodes[0].outputs[0] if nodes else x, skip]))
-    total, eps = nodes[-1].outputs[0], attribute(node, "epsilon", EPSILON)
+    total, eps = nodes[-1].outputs[0], attribute(node, "epsilon", SKIP_EPSILON)
     given = [v for v in (total, gamma, beta) if v is not None]
     function = function_for(kind, True, beta is not None, "float32", "float32", opset, eps)
     call = ir.Node(function.domain, function.name, given, [ir.AttrInt64s("axes", [-1]), ir.AttrFloat32("epsilon", eps)])
