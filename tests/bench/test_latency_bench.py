@@ -1,0 +1,40 @@
+"""What two files have in common once ONNX Runtime has loaded them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+pytest.importorskip("onnxruntime")
+
+from tests.bench.latency import against_best, loaded
+
+OTHER = {"names": {"prefix": "other_"}, "order": {"swapped": True}, "constant": {"factor": 3.0}, "axis": {"axis": 0}}
+
+
+def write(path: Path, prefix: str = "", factor: float = 2.0, axis: int = 1, swapped: bool = False) -> Path:
+    """softmax(x) * factor + exp(x)."""
+    a, b, c = (prefix + name for name in "abc")
+    nodes = [helper.make_node("Softmax", ["x"], [a], axis=axis), helper.make_node("Exp", ["x"], [b])]
+    nodes = (nodes[::-1] if swapped else nodes) + [
+        helper.make_node("Mul", [a, "k"], [c]), helper.make_node("Add", [c, b], ["y"])]  # fmt: skip
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2, 3]) for name in "xy"]
+    constants = [numpy_helper.from_array(np.array(factor, np.float32), "k")]
+    graph = helper.make_graph(nodes, "g", values[:1], values[1:], constants)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8), path)
+    return path
+
+
+@pytest.mark.parametrize(("what", "same"), [("names", True), ("order", True), ("constant", False), ("axis", False)])
+def test_loaded(tmp_path: Path, what: str, same: bool) -> None:
+    first, second = write(tmp_path / "a.onnx"), write(tmp_path / "b.onnx", **OTHER[what])  # type: ignore[arg-type]
+    assert (loaded(first, "cpu", False) == loaded(second, "cpu", False)) is same
+
+
+def test_ratio_to_the_best_of_the_others() -> None:
+    runs = [{"input": [3.0, 3.0], "onnxsim": [2.0], "normfuse onnx": [x]} for x in (1.0, 2.0, 6.0)]
+    assert against_best(runs) == ({"normfuse onnx": 1.0}, {"normfuse onnx": [0.5, 3.0]})
