@@ -204,10 +204,11 @@ class _Trial:
             if all(gap <= TOLERANCE * most for gap, most in zip(gaps, tops, strict=True)):
                 continue
             chances = spread(self.program, given, wanted, flat, DOUBLE, SINGLE)
-            was = [distance(a, b) for a, b in zip(before(given), made, strict=True)]
-            for value, *both, most, by_chance in zip(self.program.outputs, gaps, was, tops, chances, strict=True):
-                self.verdict.blind += MARGIN * by_chance > BLIND * most
-                gap = min(both)
+            was = [(distance(a, b), top(a)) for a, b in zip(before(given), made, strict=True)]
+            described = zip(gaps, tops, strict=True)
+            for value, *both, by_chance in zip(self.program.outputs, described, was, chances, strict=True):
+                self.verdict.blind += MARGIN * by_chance > BLIND * both[0][1]
+                gap, most = min(both, key=lambda one: one[0] - TOLERANCE * one[1])
                 if not gap <= TOLERANCE * most + MARGIN * by_chance:
                     self.fail(front, "different", f"{value.name} on {kind} rows is off by {gap:.2g} of {most:.2g}, "
                               f"by roundings {by_chance:.2g}")  # fmt: skip
