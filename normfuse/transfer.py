@@ -144,7 +144,16 @@ def _mul(node: Node, facts: list[Fact]) -> Fact:  # (a1 x + b1)(a2 x + b2) = a1 
         events = ["scale"]  # a power of two rounds nothing
     kappa = add(mul(f.alpha, g.alpha), add(mul(f.kappa, g.beta), mul(f.beta, g.kappa)))
     alpha = add(mul(f.alpha, g.beta), mul(f.beta, g.alpha))
+    if "norm" in events and all(abs(abs(c) - 1.0) <= 1e-6 for c in alpha.values()):
+        f, g = _unscaled(f, _dtype(node)), _unscaled(g, _dtype(node))
     return _combine(node, f, g, kappa, alpha, mul(f.beta, g.beta), events)
+
+
+def _unscaled(f: Fact, dtype: str) -> Fact:
+    """A constant that x was multiplied by leaves no more than a rounding where the statistic has it, too."""
+    if PRECISION.get(dtype, 0) < 24:
+        return f
+    return replace(f, trace=tuple(event for event in f.trace if event != ("scale", dtype)))
 
 
 def _inverse(f: Fact) -> Fact:

@@ -453,6 +453,19 @@ def test_casts_are_events_where_x_is() -> None:
     assert cast(twice, "float64", "float32").trace == (("cast", "float32"),)
 
 
+@pytest.mark.parametrize(("dtype", "under", "left"), [
+    ("float32", 25.0, False), ("float32", 1.0, True), ("float32", -25.0, True), ("float64", 25.0, True),
+    ("float16", 25.0, True),
+])  # fmt: skip
+def test_a_factor_that_the_statistic_has_too_leaves_no_trace(dtype: str, under: float, left: bool) -> None:
+    """5 x (25 mean(x^2) + eps)^-1/2 is a norm of x; not where 5 x is rounded to a narrow or another type."""
+    scaled = apply("mul", x1, C5, dtype="float16" if dtype == "float16" else "float32")
+    value = Value("i0", ("B", 5, 64), dtype, index=20)  # no cast in between
+    done = apply("mul", scaled, stat(power({SQ_MEAN: abs(under), ONE: 1e-3}, -0.5 if under > 0 else -0.75)),
+                 inputs=(value, wide), dtype=dtype)  # fmt: skip
+    assert done.trace == (*scaled.trace * left, ("norm", dtype))
+
+
 def test_traces_of_elementwise_results() -> None:
     centred = apply("sub", x1, stat({MEAN: 1.0}))
     assert centred.trace == (("centre", "float32"),)

@@ -227,12 +227,12 @@ class _Module(torch.nn.Module):
         return self.function(x, self.w)
 
 
-FX_SEEDS = (100016613, 200006769)
+FX_SEEDS = (100016613, 200006769, 500057939)
 
 
 @pytest.mark.parametrize("seed", [
     100001559, 100008095, 100010238, 100010411, 100018377, 200003933, 200016335, 300023312, 300043230, 300057802,
-    500048047, *FX_SEEDS,
+    500048047, 500050577, 500063205, 500066786, 500068188, 500078911, *FX_SEEDS,
 ])  # fmt: skip
 def test_graphs_that_failed_once(seed: int) -> None:
     assert not judge(seed, "fx" if seed in FX_SEEDS else "onnx").failures

@@ -20,6 +20,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, fx, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.decomposition import select_decomp_table
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.shape_prop import ShapeProp
 
 import normfuse
@@ -544,6 +545,41 @@ def test_a_rewritten_graph_is_left_alone(how: str) -> None:
     again, report = normfuse.optimize(found.after[0])
     assert not report.fused and len(report.norms) == FAMILIES["qwen3"].norms
     assert str(again.graph) == str(found.after[0].graph)
+
+
+def scaled(x: Tensor, w: Tensor) -> Tensor:
+    """Unbiased: torch's operator, and a factor."""
+    c = x - x.mean(-1, keepdim=True)
+    return F.silu(c / (c.pow(2).sum(-1, keepdim=True) / 63 + 1e-3).sqrt())
+
+
+def widened(x: Tensor, w: Tensor) -> Tensor:
+    """A cast, torch's operator with a weight in float32, a cast."""
+    y = x.bfloat16().float()
+    return F.silu((y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6) * w).bfloat16())
+
+
+@pytest.mark.parametrize("form", [scaled, widened])
+@pytest.mark.parametrize("how", ["shapes", "values", "fake", "export"])
+def test_a_norm_in_several_nodes_is_left_alone(form: Callable[[Tensor, Tensor], Tensor], how: str) -> None:
+    """It is found again, whatever kind of metadata the graph has, and stays as it was written."""
+    module, x = NearMissModule(form), torch.randn(2, 64)
+    model: Any
+    if how == "export":
+        model = torch.export.export(module, (x,))
+    else:
+        model = fx.symbolic_trace(module)
+        ShapeProp(model).propagate(x)
+        with FakeTensorMode() if how == "fake" else contextlib.nullcontext():
+            for node in model.graph.nodes:
+                if how != "shapes" and "tensor_meta" in node.meta:
+                    meta = node.meta["tensor_meta"]
+                    node.meta["val"] = torch.ones(meta.shape, dtype=meta.dtype)
+    first, before = normfuse.optimize(model)
+    second, after = normfuse.optimize(first)
+    assert before.fused == 1 and "," in str(before.norms[0].emitted)
+    assert (after.fused, [n.action for n in after.norms]) == (0, ["kept"])
+    assert str(second.graph) == str(first.graph)
 
 
 def test_gradients_flow_through_the_operator() -> None:

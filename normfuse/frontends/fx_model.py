@@ -13,7 +13,10 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export.graph_signature import InputKind
+from torch.fx.passes.shape_prop import TensorMetadata, _extract_tensor_metadata
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from normfuse.config import Config
@@ -30,12 +33,13 @@ from normfuse.graph import Node, Value
 from normfuse.passes.remove_dead import live
 from normfuse.passmanager import fuse, plan
 from normfuse.plan import Abilities, Edit, Fused, Plan
-from normfuse.norm import Refusal, Site
+from normfuse.norm import Refusal, Site, region
 from normfuse.report import Report
 from normfuse.verify import Check
 
 Leave = Callable[[Site], str | None]
 _OWN_META = ("val", "example_value", "tensor_meta", "original_aten")
+_PLAIN = (torch.Tensor, torch.nn.Parameter, FakeTensor, TensorMetadata)
 
 
 def run(model: Any, config: Config, rewrite: bool, leave: Leave | None = None,
@@ -139,7 +143,8 @@ class _Module:
         self.emitter = Emitter(level or level_of(self.graph), config.numerics)
         self.fused = FusedEmitter(self.emitter.level, config.numerics)
         self.can = Abilities(lambda norm, value: self.emitter.expressible(self.low, norm, value),
-                             operator=lambda edit: self.fused.unfit(self.low, edit), leave=leave)  # fmt: skip
+                             operator=lambda edit: self.fused.unfit(self.low, edit), leave=leave,
+                             done=self._done)  # fmt: skip
         self.plan: Plan = plan(self.low.graph, config, self.can, rewrite)
         self.checks: dict[Site, Check] = {}
         self.emitted: dict[Site, str] = {}
@@ -151,6 +156,23 @@ class _Module:
             part = source.get_submodule(path)
             if path not in self.inner and isinstance(part, fx.GraphModule):
                 self.inner[path] = _Module(part, config, rewrite, None, self.emitter.level, leave)
+
+    def _done(self, site: Site) -> bool:
+        """Whether a norm stands there already in the several nodes that it would get."""
+        norm, value = site.norm, site.value
+        written = any(node.kind in ("rms_norm", "layer_norm") for node in region(value, norm))
+        if site.is_op or not written or self.emitter.expressible(self.low, norm, value) is not None:
+            return False
+        scratch, olds, news = fx.Graph(), dict[fx.Node, Any](), dict[Any, fx.Node]()
+
+        def operand(value: Value) -> fx.Node:
+            if value.native not in news:
+                news[value.native] = scratch.placeholder("operand")
+                olds[news[value.native]] = value.native
+            return news[value.native]
+
+        made = self.emitter.emit(scratch, norm, operand(norm.x), operand, order_of(meta_of(value.native)))
+        return _alike(made[-1], value.native, olds)
 
     def check(self) -> None:
         """Compare every replaced region with its replacement; roll back those that differ, and try what is left."""
@@ -307,6 +329,17 @@ def _sort(graph: fx.Graph) -> None:
                 heapq.heappush(ready, (place[user], user))
 
 
+def _alike(new: Any, old: Any, olds: dict[fx.Node, Any]) -> bool:
+    """Whether two nodes compute the same of the same operands, of which `olds` has the nodes or attributes' names."""
+    if isinstance(new, fx.Node) and isinstance(old, fx.Node):
+        if new in olds:
+            return olds[new] is old or (old.op == "get_attr" and olds[new] == old.target)
+        new, old = ((n.op, n.target, n.args, *n.kwargs.items()) for n in (new, old))
+    if isinstance(new, (tuple, list)) and isinstance(old, (tuple, list)):
+        return len(new) == len(old) and all(_alike(a, b, olds) for a, b in zip(new, old, strict=True))
+    return type(new) is type(old) and bool(new == old)
+
+
 def _tuple(node: fx.Node, parts: list[fx.Node], olds: list[fx.Node]) -> bool:
     """Give the call of which the parts are the results their meta, which is known."""
     key = next((k for k in ("val", "example_value") if k in olds[0].meta), None)
@@ -317,18 +350,31 @@ def _tuple(node: fx.Node, parts: list[fx.Node], olds: list[fx.Node]) -> bool:
 
 
 def _infer(node: fx.Node, like: fx.Node) -> None:
-    """The meta of a new inner node, by running it on the fake tensors of its operands."""
-    key = next((k for k in ("val", "example_value") if k in like.meta), None)
-    mode = getattr(like.meta.get(key or ""), "fake_mode", None)
-    if key is None or mode is None:
+    """The meta of a new inner node, by running it on fake tensors of what its operands are."""
+    key = next((k for k in ("val", "example_value", "tensor_meta") if k in like.meta), None)
+    if key is None or any(key not in n.meta for n in node.all_input_nodes):
         return
-    operands = node.all_input_nodes
-    if any(key not in n.meta for n in operands):
-        return
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta[key])
+    metas = [n.meta[key] for n in (like, *node.all_input_nodes)]
+    if type(metas[0]) not in _PLAIN or any(is_tensor(m) and type(m) not in _PLAIN for m in metas):
+        return  # a DTensor, or what a file says of a tensor
+    mode = getattr(like.meta[key], "fake_mode", None) or FakeTensorMode()
+
+    def fake(operand: fx.Node) -> Any:
+        meta = operand.meta[key]
+        if not is_tensor(meta) or getattr(meta, "fake_mode", None) is mode:
+            return meta
+        stride = meta.stride if isinstance(meta, TensorMetadata) else meta.stride()
+        return torch.empty_strided(meta.shape, stride, dtype=meta.dtype, device=getattr(meta, "device", None),
+                                   requires_grad=meta.requires_grad)  # fmt: skip
+
     target: Any = node.target
     with mode, torch.set_grad_enabled(bool(like.meta[key].requires_grad)):
+        args, kwargs = fx.map_arg((node.args, node.kwargs), fake)
         if node.op == "call_method":
-            node.meta[key] = getattr(args[0], target)(*args[1:], **kwargs)
+            made = getattr(args[0], target)(*args[1:], **kwargs)
         elif node.op == "call_function":
-            node.meta[key] = target(*args, **kwargs)
+            made = target(*args, **kwargs)
+        else:
+            return
+    node.meta[key] = made if key != "tensor_meta" else pytree.tree_map_only(
+        torch.Tensor, _extract_tensor_metadata, made)  # fmt: skip

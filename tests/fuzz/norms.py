@@ -120,7 +120,8 @@ class Norm:
             correction = b.pick(0, 0, 1)
             return b.reduce("var", v, self.axes, correction=correction), n / (n - correction)
         if way == "unbiased":
-            return b.op("div", self.total(centred), b.number(n - 1, v.dtype)), n / (n - 1)
+            written = float(np.dtype(v.dtype).type(n - 1))  # above 2048, float16 has even numbers only
+            return b.op("div", self.total(centred), b.number(written, v.dtype)), n / written
         if way == "again":
             centred = b.op("sub", v, self.mean(v))
         return self.second(centred)
