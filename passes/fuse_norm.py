@@ -95,6 +95,8 @@ class FuseNorm:
             fact = plan.found.facts.get(value.index, {}).get(key)
             if fact is None or fact.layout != reduced or value.dtype != norm.compute:
                 continue
+            if fact.linear or fact.absolute or fact.partial:
+                continue  # |mean| is another number
             if any(use.index < last.index for use in value.uses if use in staying):
                 continue  # it is read before the operator could stand
             if fact.beta == {MEAN: 1.0}:
@@ -102,7 +104,8 @@ class FuseNorm:
             elif fact.beta == {tuple(powers): 1.0}:  # of a norm there is one
                 found["rstd"] = value
         # a mean that what the deviation is made of still read may come in the next round
-        return Replace(site, False, edit.mean or found.get("mean"), edit.rstd or found.get("rstd")) if found else None
+        wider = Replace(site, False, edit.mean or found.get("mean"), edit.rstd or found.get("rstd"))
+        return wider if (wider.mean, wider.rstd) != (edit.mean, edit.rstd) else None
 
 
 def stuck(plan: Plan) -> list[Fused]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -32,6 +33,16 @@ def test_two_thousand_graphs() -> None:
     assert tally.graphs == 2000 and tally.found == tally.norms > 3000
     assert tally.with_miss > 0.4 * tally.graphs and tally.blocks_twice >= 4
     assert tally.runs["onnx"] == 2000 and tally.runs["fx"] > 600 and tally.runs["runtime"] > 20
+
+
+def test_a_graph_that_never_ends_is_a_failure() -> None:
+    def judge(seed: int) -> check.Verdict:
+        while True:
+            with contextlib.suppress(Exception):
+                pass
+
+    assert runner.limited(judge, 7, 0.2).failures == [("all", "hang", "not done within 0.2 s")]
+    assert runner.limited(check.Verdict, 7).seed == 7
 
 
 def caught(only: str = "onnx") -> Iterator[str]:

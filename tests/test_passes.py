@@ -690,6 +690,7 @@ def test_the_mean_and_the_deviation_may_come_out_of_the_operator(read: tuple[str
 @pytest.mark.parametrize("other", [
     lambda g, v: g.mean(v["c"]),  # zero
     lambda g, v: g.op("mul", v["mean"], g.c(2.0)),
+    lambda g, v: g.op("abs", v["mean"]),
     lambda g, v: rstd(g, v["c"], eps=1e-3),  # of another eps
     lambda g, v: g.op("squeeze", v["mean"], axes=(2,), shape=("B", "S")),  # of another shape
     lambda g, v: g.op("cast", v["mean"], dtype="float64"),
@@ -724,6 +725,16 @@ def test_a_statistic_that_is_read_before_the_operator_could_stand() -> None:
     plan = start(g, y, later)
     FuseNorm(able(statistics=lambda norm: True))(plan)
     assert [e.mean for e in plan.replace] == [mean]
+
+
+def test_a_statistic_that_it_gives_already_is_no_way_out() -> None:
+    """The variance is read, and two more means behind the norm, of which it gives one: this ended never."""
+    g = Build()
+    v = deviations(g)
+    (_, variance) = [n.outputs[0] for n in g.graph.nodes if n.kind == "mean"]
+    plan = start(g, v["y"], *(g.op("opaque", u) for u in (variance, g.mean(g.x), g.mean(g.x))))
+    FuseNorm(able(statistics=lambda norm: True))(plan)
+    assert not plan.replace and [r.code for r in plan.refused.values()] == ["NF116"]
 
 
 def test_an_rms_norm_gives_no_statistics() -> None:

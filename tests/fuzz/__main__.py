@@ -90,7 +90,7 @@ def judge(args: argparse.Namespace, count: int, seconds: float) -> dict[str, Any
     tally = runner.run(count, args.seed, args.jobs, seconds, told)
     from tests.fuzz.save import save
 
-    for seed in dict.fromkeys(f["seed"] for f in tally.failures[:50]):
+    for seed in dict.fromkeys(f["seed"] for f in tally.failures[:50] if f["kind"] != "hang"):
         print(f"seed {seed}: {save(seed, args.save)}")
     data = tally.to_dict()
     print(table(data), flush=True)

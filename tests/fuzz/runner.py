@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -15,9 +16,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tests.fuzz.check import Verdict
 
 BLOCK = 50
+LIMIT = 60.0
+"""Seconds of processor time for one graph; one takes a twentieth of a second."""
 TWICE = 10
 """One block in so many runs again, in a process with another PYTHONHASHSEED."""
 
@@ -58,6 +64,28 @@ class Tally:
         }  # fmt: skip
 
 
+class Hang(BaseException):
+    """A graph took longer than LIMIT: no Exception, which somebody might catch."""
+
+
+def limited(judge: Callable[[int], Verdict], seed: int, limit: float = LIMIT) -> Verdict:
+    """The verdict on a seed, or that there was none in time."""
+    from tests.fuzz.check import Verdict
+
+    def late(_signal: int, _frame: object) -> None:
+        raise Hang
+
+    old = signal.signal(signal.SIGPROF, late)
+    signal.setitimer(signal.ITIMER_PROF, limit)
+    try:
+        return judge(seed)
+    except Hang:
+        return Verdict(seed, failures=[("all", "hang", f"not done within {limit:g} s")])
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, old)
+
+
 def work() -> None:
     """A worker: a line with the first seed and the number of seeds comes in, a line of JSON goes out."""
     import gc
@@ -72,7 +100,7 @@ def work() -> None:
         first, count = map(int, line.split())
         tally, digest = Tally(), hashlib.sha256()
         for seed in range(first, first + count):
-            verdict = judge(seed)
+            verdict = limited(judge, seed)
             digest.update(verdict.digest)
             tally.add({
                 "graphs": 1, "norms": verdict.norms, "found": verdict.found, "fused": verdict.fused,
