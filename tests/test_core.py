@@ -25,6 +25,7 @@ VAR: Poly = {SQ_MEAN: 1.0, MEAN_SQ: -1.0}
 UNDER: Poly = {SQ_MEAN: 1.0, ONE: 1e-5}
 RSTD = power(UNDER, -0.5)
 (((ROOT, _),),) = RSTD
+(ROOT_KEY,) = RSTD
 
 
 def refusal(call: Any, *args: Any) -> str:
@@ -451,6 +452,13 @@ def test_casts_are_events_where_x_is() -> None:
     assert cast(stat(UNDER), "float32", "float16").types == {"float32", "float16"}
     twice = Fact(hx, ZERO, {ONE: 1.0}, ZERO, WHOLE, (("cast", "float32"), ("cast", "float64")))
     assert cast(twice, "float64", "float32").trace == (("cast", "float32"),)
+
+
+@pytest.mark.parametrize(("factor", "whole"), [
+    (1 - 1e-8, 1.0), (1 + 1e-8, 1.0), (0.5 - 1e-8, 0.5), (-1 + 1e-8, -1.0), (1 - 1e-5, 1 - 1e-5), (0.75, 0.75),
+])  # fmt: skip
+def test_a_power_of_two_but_for_roundings_is_one(factor: float, whole: float) -> None:
+    assert match(line({ROOT_KEY: factor})).weight == {ONE: whole}
 
 
 @pytest.mark.parametrize(("dtype", "under", "left"), [

@@ -547,6 +547,26 @@ def test_a_rewritten_graph_is_left_alone(how: str) -> None:
     assert str(again.graph) == str(found.after[0].graph)
 
 
+@pytest.mark.parametrize("how", ["dynamo", "aot", "export"])
+@pytest.mark.parametrize(
+    "after", [lambda y, w: y * 1000.0, lambda y, w: y * w, lambda y, w: y + w], ids=["number", "weight", "bias"]
+)
+def test_a_norm_that_is_scaled_in_a_wider_type_behind_the_cast_back(how: str, after: Any) -> None:
+    """It keeps that type, which a number alone does not give, and does not overflow where the model does not."""
+
+    def spell(x: Tensor, w: Tensor) -> Tensor:
+        y = x.float()
+        return after((y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6)).half().float(), 100 * w)
+
+    module, x = NearMissModule(spell), torch.randn(4, 64).half()
+    x[0, 1:] = 0  # a spike: 8 in the norm
+    x[1, 0] = 1000
+    found, want = Rewritten(module, (x,), how, normfuse.Config(verify="off")), module(x)
+    got = found(x)
+    assert found.norms[0].action == "fused" and got.dtype == want.dtype == SINGLE
+    assert ((got - want).abs() <= 2.0**-10 * want.abs() + 1e-6).all()
+
+
 def scaled(x: Tensor, w: Tensor) -> Tensor:
     """Unbiased: torch's operator, and a factor."""
     c = x - x.mean(-1, keepdim=True)

@@ -111,7 +111,8 @@ class Emitter:
         make = Maker(self.level, graph, norm)
         compute = "float32" if norm.compute in HALF else norm.compute
         late = norm.cast == "first"
-        factor = _factor(norm.weight) if late else 1.0  # a constant is applied before the cast, in the wider type
+        wider = late and norm.dtype != norm.x.dtype
+        factor = _factor(norm.weight) if late and not wider else 1.0  # applied before the cast, in the wider type
         direct = norm.x.dtype in HALF and compute == "float32" and (factor == 1.0 if late else _rounds_alike(norm))
         stored = norm.x.dtype if direct or late else compute
         assert stored is not None
@@ -134,8 +135,10 @@ class Emitter:
             weight = tuple((c / factor, factors) for c, factors in weight if factors) or None
         if late and not direct:
             x = make.cast(x, stored)
+        if wider and not shape_of_expr(weight if weight is not None else bias or ()):
+            x = make.cast(x, norm.dtype)  # a number does not, what torch does for a wider weight
         if late:
-            stored = norm.dtype  # as torch promotes, where the weight is wider
+            stored = norm.dtype
         if weight is not None and fused_weight is None:
             x = make.arithmetic("mul", x, make.plain(weight, stored, operand))
         if bias is not None and fused_bias is None:
