@@ -556,7 +556,8 @@ def test_a_norm_that_is_scaled_in_a_wider_type_behind_the_cast_back(how: str, af
 
     def spell(x: Tensor, w: Tensor) -> Tensor:
         y = x.float()
-        return after((y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6)).half().float(), 100 * w)
+        out: Tensor = after((y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6)).half().float(), 100 * w)
+        return out
 
     module, x = NearMissModule(spell), torch.randn(4, 64).half()
     x[0, 1:] = 0  # a spike: 8 in the norm

@@ -727,14 +727,31 @@ def test_a_statistic_that_is_read_before_the_operator_could_stand() -> None:
     assert [e.mean for e in plan.replace] == [mean]
 
 
-def test_a_statistic_that_it_gives_already_is_no_way_out() -> None:
+@pytest.mark.parametrize("again", ["mean", "rstd"])
+def test_a_statistic_that_it_gives_already_is_no_way_out(again: str) -> None:
     """The variance is read, and two more means behind the norm, of which it gives one: this ended never."""
     g = Build()
     v = deviations(g)
     (_, variance) = [n.outputs[0] for n in g.graph.nodes if n.kind == "mean"]
-    plan = start(g, v["y"], *(g.op("opaque", u) for u in (variance, g.mean(g.x), g.mean(g.x))))
+    more = [g.mean(g.x) if again == "mean" else rstd(g, v["c"]) for _ in range(2)]
+    plan = start(g, v["y"], *(g.op("opaque", u) for u in (variance, *more)))
     FuseNorm(able(statistics=lambda norm: True))(plan)
     assert not plan.replace and [r.code for r in plan.refused.values()] == ["NF116"]
+
+
+@pytest.mark.parametrize(("kind", "before", "after", "attrs", "copy"), [
+    ("transpose", (4, 4, 64), (4, 4, 64), {"perm": (0, 1, 2)}, True),
+    ("transpose", (4, 4, 64), (4, 4, 64), {"perm": (1, 0, 2)}, False),
+    ("reshape", (4, "S", 64), (4, "S", 64), {}, True),
+    ("reshape", (4, 4, 64), (16, 64), {}, False),
+    ("reshape", (4, None, 64), (4, None, 64), {}, False),
+    ("reshape", None, None, {}, False),
+    ("identity", (4, 64), (4, 64), {}, True),
+    ("neg", (4, 64), (4, 64), {}, False),
+])  # fmt: skip
+def test_a_view_that_changes_nothing_is_a_copy(kind: str, before: Any, after: Any, attrs: Any, copy: bool) -> None:
+    source, out = Value("a", before, "float32", index=1), Value("b", after, "float32", index=2)
+    assert copies(Node(kind, [source], [out], attrs)) is copy
 
 
 def test_an_rms_norm_gives_no_statistics() -> None:
