@@ -568,6 +568,20 @@ def test_a_norm_that_is_scaled_in_a_wider_type_behind_the_cast_back(how: str, af
     assert ((got - want).abs() <= 2.0**-10 * want.abs() + 1e-6).all()
 
 
+def test_a_replacement_of_another_type_is_rolled_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Although its numbers are near enough."""
+    emit = fx_emit.Emitter.emit
+
+    def wrong(self: Any, graph: fx.Graph, *args: Any) -> list[fx.Node]:
+        nodes = emit(self, graph, *args)
+        return [*nodes, graph.call_method("double", (nodes[-1],))]
+
+    monkeypatch.setattr(fx_emit.Emitter, "emit", wrong)
+    found = Rewritten(NearMissModule(lambda x, w: F.silu(rms(x) * w)), (torch.randn(4, 64),), "export")
+    assert found.codes == ["NF201"] and found.norms[0].action == "refused"
+    assert "gives torch.float64 instead of torch.float32" in found.reports[0].refusals[0].message
+
+
 def scaled(x: Tensor, w: Tensor) -> Tensor:
     """Unbiased: torch's operator, and a factor."""
     c = x - x.mean(-1, keepdim=True)

@@ -80,6 +80,8 @@ class Checker:
                                     out.dtype or "", self.exact)  # fmt: skip
                     if not found.ok:
                         return found
+                    if old.types.get(k) != new.types.get(k):
+                        return Check(False, message=f"gives {new.types[k]} instead of {old.types[k]}")
                     worst = max(worst, found, key=lambda check: check.after)
         except Exception as why:  # torch raises anything; not checked means not kept
             text = (str(why) or type(why).__name__).splitlines()[0]
@@ -189,6 +191,7 @@ class _Program:
                  symbols: dict[str, int], inputs: Mapping[Value, fx.Node] | None = None) -> None:  # fmt: skip
         self.low, self.nodes, self.boundary, self.results, self.symbols = low, nodes, boundary, results, symbols
         self.inputs = [inputs[v] if inputs is not None else v.native for v in boundary]
+        self.types: dict[int, torch.dtype] = {}  # of the results, as they were run last
 
     def text(self) -> str:
         """The program, with names by position."""
@@ -223,6 +226,8 @@ class _Program:
             if wide and isinstance(slot, Value) and slot.number is not None:
                 env[node] = torch.full_like(env[node], slot.number)  # a constant as its own type holds it
         out: torch.Tensor = env[self.results[k]]
+        if not wide:
+            self.types[k] = out.dtype
         return out.detach().to(torch.float64).numpy()
 
     def _step(self, node: fx.Node, env: dict[Any, Any], wide: bool) -> Any:
