@@ -19,7 +19,7 @@ from torch import Tensor
 
 from normfuse.ops import meaning
 from tests.kernel_tools import (BF16, CASES, CLASSES, EPS, FP16, FP32, FP64, KINDS, RARE, Found, apart,
-                                assert_bits, assert_close, case, compare, draw, grid, kernels, neighbour,
+                                assert_bits, assert_close, assert_rounded, case, compare, draw, grid, kernels, neighbour,
                                 same_form, tensors, views)  # fmt: skip
 
 
@@ -154,7 +154,11 @@ def many_rows_and_half_numbers(device: str) -> Found:
 
 @case
 def strided(device: str) -> Found:
-    """Views give the bits of their contiguous copies, and results that lie as `torch.empty_like` lies."""
+    """Views give what their contiguous copies give, and results that lie as `torch.empty_like` lies.
+
+    In the interpreter bit for bit. A GPU loads rows of another alignment in other vectors, and so sums in another order.
+    """
+    same = assert_bits if device == "cpu" else assert_rounded
     launch, where = kernels(), (EPS, 0.0, "rms_norm")
     for n, dtype in ((64, BF16), (100, FP32), (3, FP16)):
         w = draw(n, dtype=dtype, device=device)
@@ -171,7 +175,7 @@ def strided(device: str) -> Found:
                         launch.norm_backward(*(t.contiguous() for t in (a, b)), w, None, c.contiguous(), *where, True,
                                              False)[0]) for a, b, c in ((x, r, r), (r, x, r), (r, r, x)))]  # fmt: skip
             for i, (got, want) in enumerate(pairs):
-                assert_bits(got, want, name, n, i)
+                same(got, want, name, n, i)
             y = pairs[0][0]
             if name not in ("last axis not dense", "four axes"):
                 assert y.stride() == torch.empty_like(x).stride(), (name, y.stride())

@@ -59,11 +59,15 @@ class Compiled(NamedTuple):
     local: bool
     registers: int
     stack: int
+    shared: int
 
 
 def accesses(ptx: str, what: str) -> dict[str, int]:
-    """How many global loads or stores there are of each number of bits."""
+    """How many global loads, copies to shared memory among them, or stores there are of each number of bits."""
     found: dict[str, int] = {}
+    for size in re.findall(r"\bcp\.async\.c[ag]\.shared\.global \[[^,]*, \[[^,]*, (\w+)", ptx) if what == "ld" else ():
+        width = str(8 * int(size, 0))
+        found[width] = found.get(width, 0) + 1
     for vector, bits in re.findall(rf"\b{what}\.global(?:\.\w+)*?(\.v\d)?\.[bfsu](\d+)\b", ptx):
         width = str(int(bits) * int(vector[2:] or 1))
         found[width] = found.get(width, 0) + 1
@@ -81,7 +85,8 @@ def compiled(kernel: Any) -> Compiled:
     registers, stack = (int(re.findall(rf"{name}:(\d+)", usage)[0]) for name in ("REG", "STACK"))
     local = bool(re.search(r"\.local\b", ptx))
     double = ".f64" in ptx
-    return Compiled(kernel.metadata.name, accesses(ptx, "ld"), accesses(ptx, "st"), double, local, registers, stack)
+    return Compiled(kernel.metadata.name, accesses(ptx, "ld"), accesses(ptx, "st"), double, local, registers, stack,
+                    kernel.metadata.shared)  # fmt: skip
 
 
 def calls() -> Iterator[tuple[str, Callable[[], object]]]:
@@ -107,6 +112,10 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
             yield f"{op} {name} {n}", call
 
 
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+"""Bytes of shared memory a program, by compute capability (CUDA C++ programming guide, technical specifications)."""
+
+
 def compile_all(capability: int, wanted: list[str]) -> dict[str, list[dict[str, Any]]]:
     """Every call that is wanted, all of them if none is named, and its kernels."""
     found: list[Compiled] = []
@@ -116,6 +125,8 @@ def compile_all(capability: int, wanted: list[str]) -> dict[str, list[dict[str, 
         found.append(compiled(kernel.warmup(*args, grid=grid, num_warps=warps, enable_fp_fusion=False)))
 
     launch._launch = compile_only
+    room = SHARED[capability]
+    launch._shared_memory = lambda device: room
     out = {}
     for name, call in calls():
         if not wanted or name in wanted:

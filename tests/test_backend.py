@@ -72,7 +72,7 @@ def run(model: Callable[..., Any], args: tuple[Any, ...], parameters: dict[str, 
         p.grad = None
     out = model(*args)
     out = out[0] if isinstance(out, tuple) else out
-    slope = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
+    slope = torch.linspace(-1, 1, out.numel(), dtype=out.dtype, device=out.device).view(out.shape)
     (out * slope).sum().backward()
     return [out.detach(), *(torch.zeros_like(p) if p.grad is None else p.grad for p in parameters.values())]
 

@@ -48,7 +48,8 @@ def assert_good(capability: int, kernels: Kernels) -> None:
             if part["kernel"] not in ("sum_partials", "partials_long"):  # one writes columns, the other few lines
                 assert part["stores"].get("128"), about
                 assert set(part["stores"]) <= ({"128", "32"} if "backward" in part["kernel"] else {"128"}), about
-            assert part["loads"].get("128"), about
+            if part["kernel"] != "sum_partials":  # it reads what the L2 cache holds, with more threads than vectors
+                assert part["loads"].get("128"), about
 
 
 def test_code_for_hopper() -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from normfuse.ops.kernels import (long_statistics, mean, normalised, read, round_to,
+from normfuse.ops.kernels import (at, long_statistics, mean, normalised, read, round_to,
                                   rounded, rows_of, widen, write)  # fmt: skip
 
 
@@ -46,7 +46,8 @@ def store_partial(partial, line, cols, total, how: tl.constexpr):
 
 
 @triton.jit
-def backward_tiles(program, programs, dy, ds, x, dx, w, dw, db, x1, dx1, w1, dw1, db1, m, sizes, how: tl.constexpr):
+def backward_tiles(program, programs, dy, ds, x, dx, w, dw, db, x1, dx1, w1, dw1, db1, m, sizes, how: tl.constexpr,
+                   stages: tl.constexpr):  # fmt: skip
     """`norm_backward` and, with x1, `norm_add_norm_backward`: there x is the sum that the second norm reads."""
     cols = tl.arange(0, how.block)[None, :]
     if w is not None and how.rows > 1:  # a row's weight is brought to the layout of many rows once
@@ -57,22 +58,27 @@ def backward_tiles(program, programs, dy, ds, x, dx, w, dw, db, x1, dx1, w1, dw1
     sum_b = tl.full([how.rows, how.block], 0.0, how.c)
     sum_w1 = tl.full([how.rows, how.block], 0.0, how.c)
     sum_b1 = tl.full([how.rows, how.block], 0.0, how.c)
-    for tile in range(program, tl.cdiv(m, how.rows), programs):
+    for tile in tl.range(program, tl.cdiv(m, how.rows), programs, num_stages=stages):
         row, inside = rows_of(tile, m, cols, how.n, how)
-        d = read(dy, row, sizes, cols, inside, how.c)
-        h = read(x, row, sizes, cols, inside, how.c)
-        out, n = gradient(h, d, w, cols, how)
+        # all that is read is asked for before the first reduction waits
+        d = tl.load(at(dy, row, sizes) + cols, mask=inside, other=0.0)
+        h = tl.load(at(x, row, sizes) + cols, mask=inside, other=0.0)
+        if ds is not None:
+            add = tl.load(at(ds, row, sizes) + cols, mask=inside, other=0.0)
+        if x1 is not None:
+            h1 = tl.load(at(x1, row, sizes) + cols, mask=inside, other=0.0)
+        d = widen(d, how.c)
+        out, n = gradient(widen(h, how.c), d, w, cols, how)
         if dw is not None:
             sum_w += d * n
         if db is not None:
             sum_b += d
         if ds is not None:
-            out += read(ds, row, sizes, cols, inside, how.c)
+            out += widen(add, how.c)
         write(dx, row, sizes, cols, inside, out)
         if x1 is not None:
             d = rounded(out, dx[0].dtype.element_ty)
-            h = read(x1, row, sizes, cols, inside, how.c)
-            out, n = gradient(h, d, w1, cols, how)
+            out, n = gradient(widen(h1, how.c), d, w1, cols, how)
             if dw1 is not None:
                 sum_w1 += d * n
             if db1 is not None:
@@ -89,21 +95,23 @@ def backward_tiles(program, programs, dy, ds, x, dx, w, dw, db, x1, dx1, w1, dw1
 
 
 @triton.jit(do_not_specialize=["m"])
-def backward(dy, ds, x, dx, w, dw, db, x1, dx1, w1, dw1, db1, m, sizes, how: tl.constexpr):
+def backward(dy, ds, x, dx, w, dw, db, x1, dx1, w1, dw1, db1, m, sizes, how: tl.constexpr, stages: tl.constexpr):
     """Grid (P,)."""
-    backward_tiles(tl.program_id(0), tl.num_programs(0), dy, ds, x, dx, w, dw, db, x1, dx1, w1, dw1, db1, m, sizes, how)
+    backward_tiles(tl.program_id(0), tl.num_programs(0), dy, ds, x, dx, w, dw, db, x1, dx1, w1, dw1, db1, m, sizes, how,
+                   stages)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["programs", "m", "m2"])
-def backward_pair(programs, dy, x, dx, w, dw, db, m, sizes, how: tl.constexpr,
-                  dy2, x2, dx2, w2, dw2, db2, m2, sizes2, how2: tl.constexpr):  # fmt: skip
+def backward_pair(programs, dy, x, dx, w, dw, db, m, sizes, how: tl.constexpr, stages: tl.constexpr,
+                  dy2, x2, dx2, w2, dw2, db2, m2, sizes2, how2: tl.constexpr, stages2: tl.constexpr):  # fmt: skip
     """`qk_norm_backward`: the first `programs` programs are q's, the others k's."""
     program = tl.program_id(0)
     if program < programs:
-        backward_tiles(program, programs, dy, None, x, dx, w, dw, db, None, None, None, None, None, m, sizes, how)
+        backward_tiles(program, programs, dy, None, x, dx, w, dw, db, None, None, None, None, None, m, sizes, how,
+                       stages)  # fmt: skip
     else:
         backward_tiles(program - programs, tl.num_programs(0) - programs, dy2, None, x2, dx2, w2, dw2, db2,
-                       None, None, None, None, None, m2, sizes2, how2)  # fmt: skip
+                       None, None, None, None, None, m2, sizes2, how2, stages2)  # fmt: skip
 
 
 @triton.jit

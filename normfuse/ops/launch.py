@@ -34,12 +34,16 @@ TYPES: dict[torch.dtype, Any] = {torch.bfloat16: tl.bfloat16, torch.float16: tl.
 
 
 class Config(NamedTuple):
-    """A tile of `rows` by `block`, its warps, and the most programs that share the rows for a weight's gradient."""
+    """A tile of `rows` by `block`, its warps, and the most programs that share the rows for a weight's gradient.
+
+    Of `stages` tiles that such a program loads, all but one are under way while it works on that one.
+    """
 
     rows: int
     block: int
     warps: int
     programs: int
+    stages: int = 1
 
 
 TUNED: dict[tuple[int, int, int], Config] = {}
@@ -54,9 +58,14 @@ def config(n: int, itemsize: int, tensors: int) -> Config:
     if block * tensors * wide > ON_CHIP:
         block = min(block // 2, 8192 if tensors < 2 else 4096)
     rows = max(1, 2048 // block)
-    # 16 elements to a thread, 8 where several tiles are held: at least one access of 128 bits, and no spilling
-    warps = min(max(rows * block * wide // (512 if tensors < 2 else 256), 4), 32)
-    return Config(rows, block, warps, 132 * 32 // warps)
+    tile = rows * block * wide
+    if tensors < 3:
+        # 16 elements to a thread, 8 where two tiles are held: at least one access of 128 bits, and no spilling
+        return Config(rows, block, min(max(tile // (512 if tensors < 2 else 256), 4), 32), 0)
+    if rows > 2:
+        return Config(rows, block, 4, 264)
+    # a loop with its loads under way has no use for many warps: measured on an H200
+    return Config(rows, block, min(max(tile // 1024, 2), 32), 132 * max(1, 8192 // tile), 3)
 
 
 class Plan(NamedTuple):
@@ -271,9 +280,8 @@ class _Gradients:
         """The gradients, an empty tensor for each that is not needed."""
         if self.outs:
             lines, sizes = zip(*(p.shape for p in self.partials), strict=True)
-            height = min(1 << (max(lines) - 1).bit_length(), 64)
-            width = 2048 // height
-            _launch(kernels_backward.sum_partials, (-(-max(sizes) // width), len(lines)), self.x, 4,
+            height, width = min(1 << (max(lines) - 1).bit_length(), 256), 16
+            _launch(kernels_backward.sum_partials, (-(-max(sizes) // width), len(lines)), self.x, 8,
                     tuple(self.partials), tuple(self.outs), lines, sizes, height, width)  # fmt: skip
         outs = iter(self.outs)
         return [next(outs) if need and p is not None else self.x.new_empty(0) for p, need in parameters]
@@ -291,6 +299,18 @@ def _programs(x: Tensor, tile: Config, needed: int) -> int:
     """The programs of a backward: one for each tile, or as many as have lines in the partials."""
     tiles = -(-(x.numel() // x.shape[-1]) // tile.rows)
     return min(tiles, tile.programs) if needed else tiles
+
+
+@lru_cache(maxsize=64)
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have on a GPU."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 0
+
+
+def _stages(x: Tensor, tile: Config, loads: int) -> int:
+    """As many tiles of so many loads as there is room for beside the reductions' own; it changes no result."""
+    room = _shared_memory(x.device) - 8192
+    return max(1, min(tile.stages, room // (tile.rows * tile.block * x.itemsize * loads)))
 
 
 def norm_backward(dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, ds: Tensor | None, eps: float,
@@ -315,7 +335,8 @@ def norm_backward(dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | N
         programs = _programs(x, tile, needed)
         lines = gradients.lines(programs, plan.s, *parameters)
         _launch(kernels_backward.backward, (programs,), x, tile.warps, *views, flat, *lines, None, None, None, None,
-                None, x.numel() // x.shape[-1], sizes, plan.how)  # fmt: skip
+                None, x.numel() // x.shape[-1], sizes, plan.how,
+                _stages(x, tile, 2 + (ds is not None)))  # fmt: skip
     dw, db = gradients.sums(*parameters)
     return dx, dw, db
 
@@ -356,7 +377,8 @@ def norm_add_norm_backward(dy: Tensor, ds: Tensor, x: Tensor, s: Tensor, weight1
     programs, gradients = _programs(x, plan.config, needed), _Gradients(x)
     lines = gradients.lines(programs, plan.s, *parameters)
     _launch(kernels_backward.backward, (programs,), x, plan.config.warps, *views[:4], _flat(weight2), *lines[2:],
-            *views[4:], _flat(weight1), *lines[:2], x.numel() // x.shape[-1], sizes, plan.how)  # fmt: skip
+            *views[4:], _flat(weight1), *lines[:2], x.numel() // x.shape[-1], sizes, plan.how,
+            _stages(x, plan.config, 4))  # fmt: skip
     return dx, dr, *gradients.sums(*parameters)
 
 
@@ -380,7 +402,8 @@ def qk_norm_backward(dq: Tensor, dk: Tensor, q: Tensor, k: Tensor, q_weight: Ten
         programs.append(_programs(x, plan.config, needed))
         outs.append(dx)
         lines = gradients[-1].lines(programs[-1], plan.s, *own)
-        args += [*found[1], _flat(own[0][0]), *lines, x.numel() // x.shape[-1], found[0], plan.how]
+        args += [*found[1], _flat(own[0][0]), *lines, x.numel() // x.shape[-1], found[0], plan.how,
+                 _stages(x, plan.config, 2)]  # fmt: skip
         warps.append(plan.config.warps)
     if len(outs) < 2:
         a, dwq, dbq = norm_backward(dq, q, q_weight, q_bias, None, eps, offset, kind, need[0], need[1])

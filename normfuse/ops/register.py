@@ -4,7 +4,8 @@ Each has: a schema; one kernel for every device, which is the definition itself 
 kernel; autograd by a fused backward operator. Second derivatives come from the definition of the backward, which is
 plain torch. `Library.define` and not `custom_op`, whose call takes half as long again.
 
-Results have the strides of ``torch.empty_like(x)``, as the elementwise operations of a model's own norm give them.
+Results of x's shape, gradients too, have the strides of ``torch.empty_like`` of x (of q and k, of x and s: each its
+own), as the elementwise operations of a model's own norm give them.
 Integer or complex tensors, a weight of another length, eps <= 0, several devices, an empty last axis and a residual of
 another shape than x raise `InputError`.
 """
@@ -210,27 +211,25 @@ def _kernels() -> Where:
 
 
 def _lay(results: Any, likes: tuple[Tensor, ...]) -> Any:
-    """Results with the strides that the operator promises."""
+    """Results, of which the first have the strides that the operator promises: those of `empty_like`, each of its own."""
     if isinstance(results, tuple):
-        return tuple(_lay(r, likes[i : i + 1] or likes[-1:]) for i, r in enumerate(results))
+        return tuple(_lay(r, (like,)) for r, like in zip(results, likes, strict=False)) + results[len(likes) :]
     promised = torch.empty_like(likes[0], dtype=results.dtype, device="meta").stride()
     return results if results.stride() == promised else torch.empty_like(likes[0], dtype=results.dtype).copy_(results)
 
 
-def _register(name: str, schema: str, run: Callable[..., Any], save: Callable[..., None] | None = None,
-              gradients: Callable[..., Any] | None = None) -> None:  # fmt: skip
-    """Register one operator; without `gradients` it is a backward."""
-    paired = 2 if name == "qk_norm" else 1  # the results that lie as arguments of their own do
+def _register(name: str, schema: str, like: tuple[int, ...], run: Callable[..., Any],
+              save: Callable[..., None] | None = None, gradients: Callable[..., Any] | None = None) -> None:  # fmt: skip
+    """Register one operator, whose results lie as these arguments do; without `gradients` it is a backward."""
 
     def kernel(*args: Any) -> Any:
         out = run(name, _kernels() if args[0].is_cuda else meaning, *args)
-        return out if gradients is None else _lay(out, args[:paired])
+        return _lay(out, tuple(args[i] for i in like))
 
     def fake(*args: Any) -> Any:
         if "torch.distributed.tensor" in sys.modules:
             sharding.register()
-        out = run(name, meaning, *args)
-        return out if gradients is None else _lay(out, args[:paired])
+        return _lay(run(name, meaning, *args), tuple(args[i] for i in like))
 
     def decomposition(*args: Any) -> Any:
         return NotImplemented if args[0].is_cuda else run(name, meaning, *args)
@@ -247,21 +246,22 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {}
 """What each operator is made of, for tensors that are not on a GPU."""
 
 for _name in ("rms_norm", "layer_norm"):
-    _register(_name, _NORM, _norm, partial(_save_norm, kind=_name), _norm_gradients)
-    _register(f"add_{_name}", _ADD, _add_norm, partial(_save_add_norm, kind=_name), _add_norm_gradients)
+    _register(_name, _NORM, (0,), _norm, partial(_save_norm, kind=_name), _norm_gradients)
+    _register(f"add_{_name}", _ADD, (0, 0), _add_norm, partial(_save_add_norm, kind=_name), _add_norm_gradients)
 _register("norm_add", f"(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, {_HOW}, {_KIND}) -> Tensor",
-          _norm_add, _save_norm_add, _norm_add_gradients)  # fmt: skip
+          (0,), _norm_add, _save_norm_add, _norm_add_gradients)  # fmt: skip
 _register("norm_add_norm", f"(Tensor x, Tensor residual, {_SANDWICH}, {_HOW}, {_KIND}) -> (Tensor y, Tensor s)",
-          _norm_add_norm, _save_norm_add_norm, _norm_add_norm_gradients)  # fmt: skip
+          (0, 0), _norm_add_norm, _save_norm_add_norm, _norm_add_norm_gradients)  # fmt: skip
 _register("qk_norm", f"(Tensor q, Tensor k, {_PAIR}, {_HOW}, {_KIND}) -> (Tensor, Tensor)",
-          _qk_norm, _save_qk_norm, _qk_norm_gradients)  # fmt: skip
+          (0, 1), _qk_norm, _save_qk_norm, _qk_norm_gradients)  # fmt: skip
 _register("norm_backward", "(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor? ds, "
           f"{_BACK}, bool need_weight, bool need_bias) -> (Tensor dx, Tensor dweight, Tensor dbias)",
-          _backward)  # fmt: skip
+          (1,), _backward)  # fmt: skip
 _SIX = "bool[] need) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 _register("norm_add_norm_backward", f"(Tensor dy, Tensor ds, Tensor x, Tensor s, {_SANDWICH}, {_BACK}, {_SIX}",
-          _backward)  # fmt: skip
-_register("qk_norm_backward", f"(Tensor dq, Tensor dk, Tensor q, Tensor k, {_PAIR}, {_BACK}, {_SIX}", _backward)
+          (2, 3), _backward)  # fmt: skip
+_register("qk_norm_backward", f"(Tensor dq, Tensor dk, Tensor q, Tensor k, {_PAIR}, {_BACK}, {_SIX}",
+          (2, 3), _backward)  # fmt: skip
 
 
 @cache

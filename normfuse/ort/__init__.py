@@ -59,11 +59,13 @@ def register(options: Any, model: str | Path | onnx.ModelProto | None = None, pr
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
         raise UnsupportedError(f"NormFuse's operators need ONNX Runtime {'.'.join(map(str, OLDEST))} or newer, and "
                                f"this is {version}: update it, or load the model without them")  # fmt: skip
-    found = names(provider)
-    if model is not None or provider == "cuda":
-        wanted = found if model is None else [n for n in called(model, provider) if n in set(found)]
-        options.add_session_config_entry(_ENTRY, " ".join(wanted))
+    wanted = None if provider == "cpu" else "cuda"
+    if model is not None:
+        found = set(names(provider))
+        wanted = " ".join(n for n in called(model, provider) if n in found)
     try:
+        if wanted is not None:
+            options.add_session_config_entry(_ENTRY, wanted)
         options.register_custom_ops_library(str(path))
     except Exception as why:
         raise UnsupportedError(f"ONNX Runtime {version} does not take the operators of {path}: {why}") from why

@@ -16,8 +16,10 @@ static struct {
   size_t count;
 } library;
 
-/* A session option: the names of the operators to register, with spaces between them; all of them without it. */
+/* A session option: the names of the operators to register, with spaces between them, or all that have a CUDA kernel,
+ * whose names would be longer than a session option may be; all of them without it. */
 #define OPERATORS "normfuse.operators"
+#define WITH_CUDA "cuda"
 
 static const int ELEMENT[] = {ORT_FLOAT, ORT_FLOAT16, ORT_BFLOAT16};
 
@@ -240,11 +242,18 @@ static int listed(const char *text, const char *name) {
   return 0;
 }
 
+/* Whether the operator of that name has a CUDA kernel: it is there twice, the CPU's first. */
+static int has_cuda(size_t i) {
+  const Operator *own = library.operators + i;
+  return own->cuda || (i + 1 < library.count && own[1].cuda && !strcmp(own->name, own[1].name));
+}
+
 /* A domain of the operators named in `words`, of all where it is NULL. It has to outlive every session, and stays. */
 static OrtStatus *make_domain(OrtApi *api, const char *words, OrtDomain **out) {
   TRY(ORT(api, CreateCustomOpDomain)("normfuse", out));
+  int cuda = words && !strcmp(words, WITH_CUDA);
   for (size_t i = 0; i < library.count; i++)
-    if (!words || listed(words, library.operators[i].name))
+    if (!words || (cuda ? has_cuda(i) : listed(words, library.operators[i].name)))
       TRY(ORT(api, CustomOpDomain_Add)(*out, &library.operators[i].op));
   return NULL;
 }

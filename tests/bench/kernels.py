@@ -1,6 +1,7 @@
 """Milliseconds and GB/s of the operators, forward and backward, beside what else computes the same on a CUDA GPU.
 
-python -m tests.bench.kernels [--quick] [--tune] [--kinds rms_norm ...] [--types bf16 ...] [--out FILE.json]
+python -m tests.bench.kernels [--quick] [--tune] [--kinds rms_norm ...] [--types bf16 ...] [--widths 4096 ...]
+    [--rows 4096 ...] [--out FILE.json]
 
 GB/s counts each tensor that has to be read or written once. `share` is in parts of what a copy of as many bytes reaches
 in the same run. Inputs rotate through more memory than the L2 cache holds; times are of CUDA graphs, so that they are
@@ -15,7 +16,7 @@ import argparse
 import importlib.metadata
 import itertools
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -220,9 +221,9 @@ def measure(kind: str, m: int, n: int, name: str, device: str = "cuda") -> Itera
             yield about | {"what": what, "who": who} | rates | took
 
 
-def shapes(kind: str, quick: bool) -> Iterator[tuple[int, int]]:
+def shapes(kind: str, widths: Sequence[int], rows: Sequence[int]) -> Iterator[tuple[int, int]]:
     """(rows, N) to measure an operator on; heads are narrow, and a token has some."""
-    for n, m in itertools.product(QUICK_WIDTHS if quick else WIDTHS, QUICK_ROWS if quick else ROWS):
+    for n, m in itertools.product(widths, rows):
         if m * n <= MOST and (kind != "qk_norm" or (n <= WIDEST_HEAD and m >= HEADS + KV_HEADS)):
             yield m, n
 
@@ -248,8 +249,9 @@ def candidates(n: int, itemsize: int, tensors: int) -> Iterator[Any]:
             for warps in (1, 2, 4, 8, 16, 32):
                 per_thread = rows * block / (32 * warps)
                 if (rows == 1 or block >= n) and 4 <= per_thread <= 64:
-                    for programs in (132, 264, 528, 1056, 2112) if tensors > 2 else (base.programs,):
-                        yield Config(rows, block, warps, programs)
+                    loop = tensors > 2
+                    for programs, stages in itertools.product((132, 264, 528), (1, 3, 4)) if loop else ((0, 1),):
+                        yield Config(rows, block, warps, programs, stages)
 
 
 def tune(names: list[str], widths: tuple[int, ...], m: int = 8192) -> dict[str, Any]:
@@ -299,6 +301,8 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true", help="look for better tiles instead")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=None)
     parser.add_argument("--types", nargs="+", choices=TYPES, default=None)
+    parser.add_argument("--widths", type=int, nargs="+", help="N (128 and 4096 with --quick)")
+    parser.add_argument("--rows", type=int, nargs="+", help="how many (16 and 4096 with --quick)")
     parser.add_argument("--out", type=Path, default=RESULT)
     given = parser.parse_args()
     if not torch.cuda.is_available():
@@ -311,12 +315,14 @@ def main() -> None:
 def run(given: argparse.Namespace) -> None:
     """What was asked for, on a stream that can be captured."""
     names = given.types or (["bf16"] if given.quick else list(TYPES))
+    widths = given.widths or (QUICK_WIDTHS if given.quick else WIDTHS)
+    rows = given.rows or (QUICK_ROWS if given.quick else ROWS)
     if given.tune:
-        tune(names, QUICK_WIDTHS if given.quick else WIDTHS)
+        tune(names, widths)
         return
     results: list[dict[str, Any]] = []
     for kind, name in itertools.product(given.kinds or KINDS, names):
-        for m, n in shapes(kind, given.quick):
+        for m, n in shapes(kind, widths, rows):
             found = list(measure(kind, m, n, name))
             results += found
             print(show(found), end="\n\n", flush=True)
