@@ -19,8 +19,8 @@ from torch import Tensor
 
 from normfuse.ops import meaning
 from tests.kernel_tools import (BF16, CASES, CLASSES, EPS, FP16, FP32, FP64, KINDS, RARE, Found, apart,
-                                assert_bits, assert_close, assert_rounded, case, compare, draw, grid, kernels, neighbour,
-                                same_form, tensors, views)  # fmt: skip
+                                assert_bits, assert_close, assert_rounded, case, compare, draw, grid, kernels,
+                                neighbour, same_form, tensors, views)  # fmt: skip
 
 
 # -- forward -----------------------------------------------------------------------------------------------------------
@@ -156,7 +156,7 @@ def many_rows_and_half_numbers(device: str) -> Found:
 def strided(device: str) -> Found:
     """Views give what their contiguous copies give, and results that lie as `torch.empty_like` lies.
 
-    In the interpreter bit for bit. A GPU loads rows of another alignment in other vectors, and so sums in another order.
+    In the interpreter bit for bit; a GPU loads rows of another alignment in other vectors, and sums in another order.
     """
     same = assert_bits if device == "cpu" else assert_rounded
     launch, where = kernels(), (EPS, 0.0, "rms_norm")

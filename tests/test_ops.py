@@ -238,6 +238,24 @@ def test_bit_for_bit_the_sums_around_a_models_own(dtype: torch.dtype) -> None:
     assert torch.equal(b, op("rms_norm")(k, olmo.weight, None, 1e-5, cast="first"))
 
 
+@pytest.mark.parametrize("name", BACKWARD)
+def test_gradients_lie_as_their_inputs_do(name: str) -> None:
+    """The strides that the fake kernels promise to Inductor are those that the kernels on a GPU give."""
+    heads = torch.randn(2, 3, 4, 8).transpose(1, 2)
+    dy, other, w = torch.randn(2, 4, 3, 8), torch.randn(4, 3, 2, 8).transpose(0, 2), torch.randn(8)
+    args, of = {
+        "norm_backward": ((dy, heads, w, w, dy, 1e-6, 0.0, "rms_norm", True, True), (heads,)),
+        "norm_add_norm_backward": ((dy, dy, heads, other.transpose(1, 2), w, None, w, w, 1e-6, 0.0, "rms_norm",
+                                    [True] * 4), (heads, other.transpose(1, 2))),
+        "qk_norm_backward": ((dy, dy, heads, other.transpose(1, 2), w, None, w, None, 1e-6, 0.0, "rms_norm",
+                              [True] * 4), (heads, other.transpose(1, 2))),
+    }[name]  # fmt: skip
+    assert all(not t.is_contiguous() and t.shape == dy.shape for t in of)
+    for device in ("cpu", "meta"):
+        found = op(name)(*(a.to(device) if isinstance(a, Tensor) else a for a in args))
+        assert [t.stride() for t in found[: len(of)]] == [torch.empty_like(t).stride() for t in of]
+
+
 def ulps(a: Tensor, b: Tensor) -> Tensor:
     """How many numbers of their type lie between each two elements."""
     bits = {2: torch.int16, 4: torch.int32}[a.element_size()]

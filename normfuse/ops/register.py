@@ -211,15 +211,18 @@ def _kernels() -> Where:
 
 
 def _lay(results: Any, likes: tuple[Tensor, ...]) -> Any:
-    """Results, of which the first have the strides that the operator promises: those of `empty_like`, each of its own."""
+    """Results, of which the first have the strides that the operator promises: of `empty_like`, each of its own."""
     if isinstance(results, tuple):
         return tuple(_lay(r, (like,)) for r, like in zip(results, likes, strict=False)) + results[len(likes) :]
+    if results.is_contiguous() and likes[0].is_contiguous():  # the rest takes as long as a launch
+        return results
     promised = torch.empty_like(likes[0], dtype=results.dtype, device="meta").stride()
     return results if results.stride() == promised else torch.empty_like(likes[0], dtype=results.dtype).copy_(results)
 
 
 def _register(name: str, schema: str, like: tuple[int, ...], run: Callable[..., Any],
-              save: Callable[..., None] | None = None, gradients: Callable[..., Any] | None = None) -> None:  # fmt: skip
+              save: Callable[..., None] | None = None, gradients: Callable[..., Any] | None = None,
+              ) -> None:  # fmt: skip
     """Register one operator, whose results lie as these arguments do; without `gradients` it is a backward."""
 
     def kernel(*args: Any) -> Any:
@@ -232,7 +235,8 @@ def _register(name: str, schema: str, like: tuple[int, ...], run: Callable[..., 
         return _lay(run(name, meaning, *args), tuple(args[i] for i in like))
 
     def decomposition(*args: Any) -> Any:
-        return NotImplemented if args[0].is_cuda else run(name, meaning, *args)
+        kept = args[0].is_cuda and not _small(args[0]) and (gradients is not None or args[0].shape[-1] <= WIDEST)
+        return NotImplemented if kept else run(name, meaning, *args)
 
     library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     library.impl(name, kernel, "CompositeExplicitAutograd")
@@ -243,7 +247,22 @@ def _register(name: str, schema: str, like: tuple[int, ...], run: Callable[..., 
 
 
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {}
-"""What each operator is made of, for tensors that are not on a GPU."""
+"""What each operator is made of, where Inductor does better with that: off a GPU, and on it what is small or wide."""
+SMALL = 2**22
+"""Elements below which operators are left to Inductor: a step takes as long as its calls then, and to call one takes
+longer than to call a kernel of Inductor's (a Llama decoded 2^14 in 1.8 times the time, and ran 2^22 in 0.98 of it:
+tests/bench/results/models-cuda.json)."""
+WIDEST = 8192
+"""The longest rows of which a backward stays: at 16,384 it took 1.4 times as long as Inductor's (kernels.json there)."""
+
+
+def _small(x: Tensor) -> bool:
+    """Whether a tensor of a graph has few elements, by the sizes that it is compiled with where they are symbols."""
+    number: Any = x.numel()
+    if not isinstance(number, int):
+        number = number.node.hint if number.node.has_hint() else SMALL
+    return bool(number < SMALL)
+
 
 for _name in ("rms_norm", "layer_norm"):
     _register(_name, _NORM, (0,), _norm, partial(_save_norm, kind=_name), _norm_gradients)
@@ -266,9 +285,9 @@ _register("qk_norm_backward", f"(Tensor dq, Tensor dk, Tensor q, Tensor k, {_PAI
 
 @cache
 def decompose_on_cpu() -> None:
-    """Let Inductor see what the operators are made of, so that it fuses them itself where there is no GPU.
+    """Let Inductor see what the operators are made of, so that it fuses them itself where `DECOMPOSITIONS` say so.
 
-    On a GPU they stay. By itself Inductor refuses a fallback for an operator that has a decomposition.
+    Otherwise they stay. By itself Inductor refuses a fallback for an operator that has a decomposition.
     """
     from torch._inductor import decomposition, lowering
     from torch._library.utils import get_layout_constraint_tag

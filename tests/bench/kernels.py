@@ -320,15 +320,16 @@ def run(given: argparse.Namespace) -> None:
     if given.tune:
         tune(names, widths)
         return
+    device = {"name": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    versions = {name: version(name) for name in ("triton", "liger-kernel", "quack-kernels")}
     results: list[dict[str, Any]] = []
     for kind, name in itertools.product(given.kinds or KINDS, names):
         for m, n in shapes(kind, widths, rows):
             found = list(measure(kind, m, n, name))
             results += found
             print(show(found), end="\n\n", flush=True)
-    device = {"name": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
-    versions = {name: version(name) for name in ("triton", "liger-kernel", "quack-kernels")}
-    save(given.out, {"device": device, "versions": versions, "results": results})
+        # at once: the next may run out of time
+        save(given.out, {"device": device, "versions": versions, "results": results})
 
 
 def version(package: str) -> str | None:

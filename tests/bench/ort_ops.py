@@ -95,7 +95,8 @@ def model(nodes: list[onnx.NodeProto], length: int, shape: tuple[int, int], dtyp
     graph = helper.make_graph(
         nodes, "chain", [value(n, kind, dims) for n in ("y0", "s0")],
         [value(f"{n}{length}", kind, dims) for n in "ys"],
-        [onnx.numpy_helper.from_array(np.asarray(a), n) for n, a in constants(shape[1], dtype).items() if n in read])  # fmt: skip
+        [onnx.numpy_helper.from_array(np.asarray(a), n) for n, a in constants(shape[1], dtype).items()
+         if n in read])  # fmt: skip
     opsets = [helper.make_opsetid(*o) for o in (("", 23), ("com.microsoft", 1), (OURS, 1))]
     return bytes(helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString())
 
@@ -142,7 +143,7 @@ def race(kind: str, dtype: str, shape: tuple[int, int], threads: int, repeats: i
     for i in range(LENGTH):
         for name, nodes in FORMS[kind](i, dtype):
             forms.setdefault(name, []).extend(nodes)
-    links = {name: nodes for name, nodes in FORMS[kind](0, dtype)}
+    links = dict(FORMS[kind](0, dtype))
     runs: dict[str, Callable[[], object]] = {}
     errors: dict[str, float] = {}
     for name, nodes in forms.items():
@@ -181,21 +182,23 @@ def main() -> None:
     parser.add_argument("--provider", default="cpu", choices=PROVIDERS)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    results = []
+    device = torch.cuda.get_device_name() if given.provider == "cuda" else None
+    about = {"provider": given.provider, "device": device, "length": LENGTH,
+             "instructions": normfuse.ort.instructions()}  # fmt: skip
+    results: list[dict[str, Any]] = []
     for kind in given.norms:
         for dtype in given.types if kind == "rms" else ["float32"]:
             for shape in SHAPES[given.provider]:
                 for threads in given.threads if given.provider == "cpu" else [1]:
                     results.append(race(kind, dtype, shape, threads, given.repeats, given.provider))
                     found = results[-1]
-                    print(kind, dtype, *shape, threads, found["ms"], found["to_best_stock"], found["to_decomposed"],
-                          flush=True)  # fmt: skip
+                    print(kind, dtype, *shape, threads, found["ms"], found["error"], found["to_best_stock"],
+                          found["to_decomposed"], flush=True)  # fmt: skip
+            save(given.out, about | {"chains": results})  # at once: the next may run out of time
     head = ["norm", "type", "rows", "size", "threads", "ours, ms", "to the best stock form", "to decomposed"]
     columns = ("norm", "type", "rows", "size", "threads", "to_best_stock", "to_decomposed")
     lines = [[r[name] for name in columns] for r in results]
     print("\n" + table(head, [[*a[:5], r["ms"][OURS], *a[5:]] for r, a in zip(results, lines, strict=True)], left=2))
-    device = torch.cuda.get_device_name() if given.provider == "cuda" else None
-    save(given.out, {"provider": given.provider, "device": device, "length": LENGTH, "instructions": normfuse.ort.instructions(), "chains": results})
 
 
 if __name__ == "__main__":
