@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes as c
 import json
 import os
@@ -347,3 +348,19 @@ def test_only_operators_with_a_cuda_kernel_are_registered_for_cuda() -> None:
     assert told(calls([-1], [-2]), "cuda") == [""] and told(calls([-2]), "cpu") == ["rms_norm rms_norm_f16"]
     with pytest.raises(InputError, match="provider='gpu' is not known"):
         normfuse.ort.register(Options(), None, "gpu")
+
+
+@pytest.mark.parametrize(("op", "kind", "there"), [("rms_norm", "float", True), ("rms_norm_f16", "float16", False)])
+def test_all_with_a_cuda_kernel_at_once(op: str, kind: str, there: bool) -> None:
+    """Their names are longer than a session option may be. The others are not there, not on the CPU either."""
+    ort = pytest.importorskip("onnxruntime")
+    if normfuse.ort.library_path() is None:
+        pytest.skip("the library is not compiled")
+    made = onnx.parser.parse_model(f'''<ir_version: 8, opset_import: ["": 18, "normfuse": 1]>
+        g ({kind}[2,3,4] x, {kind}[4] w) => ({kind}[2,3,4] y) {{ y = normfuse.{op}<axes=[-1], epsilon=1e-6>(x, w) }}''')
+    for provider, loads in (("cpu", True), ("cuda", there)):
+        options = ort.SessionOptions()
+        options.log_severity_level = 4
+        normfuse.ort.register(options, None, provider)
+        with contextlib.nullcontext() if loads else pytest.raises(Exception, match=op):
+            ort.InferenceSession(made.SerializeToString(), options, providers=["CPUExecutionProvider"])

@@ -60,8 +60,8 @@ def config(n: int, itemsize: int, tensors: int) -> Config:
     rows = max(1, 2048 // block)
     tile = rows * block * wide
     if tensors < 3:
-        # 16 elements to a thread, 8 where two tiles are held: at least one access of 128 bits, and no spilling
-        return Config(rows, block, min(max(tile // (512 if tensors < 2 else 256), 4), 32), 0)
+        # 16 elements to a thread: two accesses of 128 bits, and no spilling
+        return Config(rows, block, min(max(tile // 512, 4), 32), 0)
     if rows > 2:
         return Config(rows, block, 4, 264)
     # a loop with its loads under way has no use for many warps: measured on an H200
