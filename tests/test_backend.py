@@ -414,7 +414,8 @@ print([[f"= torch.ops.normfuse.{{name}}.default(" in c for name in ("norm_add", 
 
 
 @pytest.mark.parametrize(("rows", "n", "left"), [
-    (8, 2048, "both"), (2047, 2048, "both"), (2048, 2048, "none"), (512, 8192, "none"), (512, 16384, "backward")])  # fmt: skip
+    (8, 2048, "both"), (2047, 2048, "both"), (2048, 2048, "none"), (512, 8192, "none"),
+    (512, 16384, "backward")])  # fmt: skip
 @pytest.mark.parametrize("symbols", [False, True])
 def test_what_is_small_or_wide_on_a_gpu_is_left_to_inductor(rows: int, n: int, left: str, symbols: bool) -> None:
     """What operators say to AOTAutograd of tensors on a GPU, which need not be there for that."""

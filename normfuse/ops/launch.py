@@ -280,7 +280,8 @@ class _Gradients:
         """The gradients, an empty tensor for each that is not needed."""
         if self.outs:
             lines, sizes = zip(*(p.shape for p in self.partials), strict=True)
-            height, width = min(1 << (max(lines) - 1).bit_length(), 256), 16
+            height = min(1 << (max(lines) - 1).bit_length(), 256)
+            width = max(16, 1024 // height)
             _launch(kernels_backward.sum_partials, (-(-max(sizes) // width), len(lines)), self.x, 8,
                     tuple(self.partials), tuple(self.outs), lines, sizes, height, width)  # fmt: skip
         outs = iter(self.outs)
