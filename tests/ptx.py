@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -125,8 +125,7 @@ def compile_all(capability: int, wanted: list[str]) -> dict[str, list[dict[str, 
         found.append(compiled(kernel.warmup(*args, grid=grid, num_warps=warps, enable_fp_fusion=False)))
 
     launch._launch = compile_only
-    room = SHARED[capability]
-    launch._shared_memory = lambda device: room
+    launch._shared_memory = cache(lambda device: SHARED[capability])
     out = {}
     for name, call in calls():
         if not wanted or name in wanted:

@@ -421,9 +421,9 @@ def test_what_is_small_or_wide_on_a_gpu_is_left_to_inductor(rows: int, n: int, l
     """What operators say to AOTAutograd of tensors on a GPU, which need not be there for that."""
     ops = torch.ops.normfuse
     forward, back = (register.DECOMPOSITIONS[op] for op in (ops.add_rms_norm.default, ops.norm_backward.default))
-    how = StatelessSymbolicContext([DimDynamic.DYNAMIC if symbols else DimDynamic.STATIC, DimDynamic.STATIC])
+    how: Any = StatelessSymbolicContext([DimDynamic.DYNAMIC if symbols else DimDynamic.STATIC, DimDynamic.STATIC])
     mode, real = FakeTensorMode(shape_env=ShapeEnv()), torch.empty(rows, n, device="meta")
-    sizes = mode.from_tensor(real, symbolic_context=how).shape  # type: ignore[arg-type]
+    sizes = mode.from_tensor(real, symbolic_context=how).shape
     with mode:
         x, w = (torch.empty(s, device="cuda", dtype=torch.bfloat16) for s in (sizes, sizes[1:]))
         outs = forward(x, x, w, None, 1e-6, 0.0, "first"), back(x, x, w, None, None, 1e-6, 0.0, "rms_norm", True, False)

@@ -305,7 +305,10 @@ def _programs(x: Tensor, tile: Config, needed: int) -> int:
 @lru_cache(maxsize=64)
 def _shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that a program may have on a GPU."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 0
+    if device.type != "cuda":
+        return 0
+    found: Any = torch.cuda.get_device_properties(device)
+    return int(found.shared_memory_per_block_optin)
 
 
 def _stages(x: Tensor, tile: Config, loads: int) -> int:
