@@ -36,7 +36,8 @@ TYPES: dict[torch.dtype, Any] = {torch.bfloat16: tl.bfloat16, torch.float16: tl.
 class Config(NamedTuple):
     """A tile of `rows` by `block`, its warps, and the most programs that share the rows for a weight's gradient.
 
-    Of `stages` tiles that such a program loads, all but one are under way while it works on that one.
+    Of `stages` tiles that such a program loads, all but one are under way while it works on that one. Without a
+    weight's gradient, and for rows in blocks, both mean nothing.
     """
 
     rows: int
@@ -62,6 +63,8 @@ def config(n: int, itemsize: int, tensors: int) -> Config:
     if tensors < 3:
         # 16 elements to a thread: two accesses of 128 bits, and no spilling
         return Config(rows, block, min(max(tile // 512, 4), 32), 0)
+    if block < n:
+        return Config(rows, block, min(max(tile // 256, 4), 32), 0)
     if rows > 2:
         return Config(rows, block, 4, 264)
     # a loop with its loads under way has no use for many warps: measured on an H200
