@@ -119,7 +119,7 @@ def _whole(c: float) -> float:
     """c, or the power of two that it is but for the roundings of constants in float32."""
     fraction, exponent = math.frexp(c)
     near = round(2 * fraction) / 2  # of 0.5 to 1
-    return math.ldexp(near, exponent) if abs(near) in (0.5, 1.0) and abs(fraction - near) <= NEAR / 4 else c
+    return math.ldexp(near, exponent) if abs(fraction - near) <= NEAR / 4 else c
 
 
 def _under(under: Poly) -> tuple[str, float]:

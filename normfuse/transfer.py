@@ -306,7 +306,7 @@ def _var(node: Node, facts: list[Fact], root_of: bool = False) -> Fact:  # mean(
         if n is None or n <= correction:
             raise Refused("NF110", "an unbiased variance over an axis whose size is not known")
         poly = {key: c * n / (n - correction) for key, c in poly.items()}
-    return replace(square, beta=power(poly, 0.5) if root_of else poly, types=square.types | mean.types)
+    return replace(square, beta=power(poly, 0.5) if root_of else poly)
 
 
 def _vecnorm(node: Node, facts: list[Fact]) -> Fact:  # sqrt(sum(v^2))
@@ -325,13 +325,13 @@ def _matmul(node: Node, facts: list[Fact]) -> Fact:  # sum_k a[.., i, k] b[.., k
     if inner != other and SPREAD not in (inner, other):
         raise Refused("NF106", "a matrix product over other axes than the ones normalised")
     related = [bool(f.linear or f.advanced) for f in facts]
-    if (all(related) and (rows or column)) or (related[1] and not related[0] and rows):
+    if (all(related) and column) or (related[1] and rows):
         raise Refused("NF106", "a matrix product that mixes rows")
     if SPREAD in la[:-2] + lb[:-2]:
         raise Refused("NF106", "a matrix product with unknown operands")
     product = _mul(node, [replace(a, layout=(inner,)), replace(b, layout=(other,))])
     poly = _whole(_reduced(product, product.layout, total=True)).beta
-    layout = broadcast(la[:-2], () if one else lb[:-2]) + (rows,) + (() if one else (column,))
+    layout = broadcast(la[:-2], lb[:-2]) + (rows,) + (() if one else (column,))
     return replace(product, kappa=ZERO, alpha=ZERO, beta=poly, layout=layout, trace=(),
                    types=product.types | {_dtype(node)})  # fmt: skip
 
@@ -353,7 +353,7 @@ def regroup(layout: Layout, shape: tuple[Dim, ...], root: Root) -> Layout:
     middle: list[tuple[int, ...]] = []
     while len(dims) > 1:
         take = 0 if dims[0] == 1 else 1
-        while take and take <= len(left) and not spans(tuple(left[:take]), dims[0], root):
+        while take <= len(left) and not spans(tuple(left[:take]), dims[0], root):
             take += 1
         if take > len(left):
             raise Refused("NF106", "a reshape that splits or joins rows")

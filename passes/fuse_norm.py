@@ -95,7 +95,7 @@ class FuseNorm:
             fact = plan.found.facts.get(value.index, {}).get(key)
             if fact is None or fact.layout != reduced or value.dtype != norm.compute:
                 continue
-            if fact.linear or fact.absolute or fact.partial:
+            if fact.absolute:
                 continue  # |mean| is another number
             if any(use.index < last.index for use in value.uses if use in staying):
                 continue  # it is read before the operator could stand

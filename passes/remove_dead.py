@@ -44,4 +44,4 @@ class RemoveDead:
         if edits := plan.edits():
             before = live(plan.graph)
             after = live(plan.graph, edits, [node for node in plan.graph.nodes if node not in before])
-            plan.remove.extend(node for node in plan.graph.nodes if node in before and node not in after)
+            plan.remove.extend(node for node in plan.graph.nodes if node not in after)
