@@ -698,6 +698,9 @@ def test_a_constant_that_a_norm_reads_itself_is_not_copied() -> None:
     plan = planned(g, y, g.act(queries), untie=True)
     assert counts(plan) == (0, 0, 1) and not plan.copies
     assert reasons(plan)[0][0] == "NF302" and "reads it as it is" in reasons(plan)[0][1]
+    moved = g.lin(g.norm(g.op("add", queries, g.held(2, 6, D))))  # nor where a sum asks for it, too
+    plan = planned(g, y, moved, g.act(queries), untie=True)
+    assert queries not in plan.copies and plan.sites == []
 
 
 def test_a_constant_that_the_caller_may_replace_is_not_copied() -> None:

@@ -60,7 +60,7 @@ def test_a_polynomial_has_at_most_so_many_terms() -> None:
     (48.0, single(1 / 48), 1.0), (single(1 / 48), 48.0, 1.0), (-48.0, single(1 / 48), -1.0), (3.0, 0.5, 1.5),
     (1.0, 1 + 1e-9, 1 + 1e-9), (3.0, 0.333333, 3.0 * 0.333333), (48.0, single(1 / 47), 48.0 * single(1 / 47)),
     (1.5, single(1 / 1.5), 1.5 * single(1 / 1.5)), (2.0, 4.0, 8.0),
-    (48.0, 1 / 48 * (1 + 5e-7), 48.0 * (1 / 48 * (1 + 5e-7))),
+    (48.0, 1 / 48 * (1 + 5e-7), 48.0 * (1 / 48 * (1 + 5e-7))), (5120.0, single(1 / 5120), 1.0),
 ])  # fmt: skip
 def test_n_times_its_reciprocal_in_float32_is_one(a: float, c: float, product: float) -> None:
     assert scale({MEAN: a}, c) == {MEAN: product} == mul({MEAN: a}, constant(c))
@@ -275,7 +275,8 @@ def test_whether_axes_have_a_size(entry: tuple[int, ...], d: Any, fits: bool) ->
     (leaf(5, 64, number=2.0), WHOLE, LAST, ((1,), (2,))), (leaf(7, 64, number=2.0), WHOLE, LAST, "NF109"),
     (leaf(7, number=2.0), WHOLE, LAST, "NF108"), (leaf("B", 5, 64, number=2.0), WHOLE, LAST, WHOLE),
     (leaf(5), ((0,), (1,)), LAST, "NF109"), (leaf(64, 1, 1, 1), WHOLE, LAST, "NF108"),
-    (leaf(64, 1), ((0,), (1,), (), ()), LAST, ((2,), ())),
+    (leaf(64, 1), ((0,), (1,), (), ()), LAST, ((2,), ())), (leaf(320), ((0,), ()), BOTH, ((1, 2),)),
+    (leaf(64), ((),), SQUARE, ((1,),)), (leaf(2), ROW, Root(Value("t", ("B", 5, 2), "float32"), (2,), 2), ((2,),)),
 ])  # fmt: skip
 def test_align(value: Value, layout: Any, root: Root, aligned: Any) -> None:
     if isinstance(aligned, str):
@@ -285,10 +286,12 @@ def test_align(value: Value, layout: Any, root: Root, aligned: Any) -> None:
 
 
 def test_align_takes_the_axis_at_its_own_place_first() -> None:
-    """Of two normalised axes of one size, a vector beside the statistics means the last."""
+    """Of two normalised axes of one size, a vector beside the statistics means the last, or the one not there yet."""
     square = Root(Value("u", ("B", 8, 8), "float32"), (1, 2), 64)
     assert align(leaf(8), ((0,), (), ()), square) == ((2,),)
     assert align(leaf(8, 1), ((0,), (), ()), square) == ((1,), ())
+    assert align(leaf(8), ((1,), ()), square) == ((2,),)
+    assert align(leaf(8, 1), ((), (0,), (), ()), square) == ((1,), ())  # behind an axis more, places say nothing
 
 
 def test_a_power_beyond_all_numbers() -> None:
@@ -318,9 +321,12 @@ def test_broadcast(a: Any, b: Any, both: Any) -> None:
     (((0,), (1,), (2,), (3,)), (6, 4, 5), ((0, 1), (2,), (3,))), (((0,), (1,), (2,), (3,)), (24, 5), ((0, 1, 2), (3,))),
     (((0,), (1,), (2,), (3,)), (2, 2, 6, 5), "NF106"), (((0,), (1,), (2,), (3,)), (6, 2, 10), "NF106"),
     (((0,), (1,), (2,), (3,)), (6, 1, 20), ((0, 1), (), (2, 3))),
+    (WHOLE, ("n", 1), ((0, 1, 2), ())), (WHOLE, (0, 64), ((0, 1), (2,))), (((1,), (2,)), (320, "n"), ((1, 2), ())),
+    (((0,), (1,), (2,), (3,), (4,)), (12, 2, 30), ((0, 1), (2,), (3, 4))),
 ])  # fmt: skip
 def test_regroup(layout: Any, shape: Any, after: Any) -> None:
-    root = Root(Value("t", (2, 3, 4, 5), "float32"), (3,), 5) if len(layout) == 4 else LAST
+    sizes = {4: (2, 3, 4, 5), 5: (3, 4, 2, 5, 6)}.get(len(layout))
+    root = Root(Value("t", sizes, "float32"), (3,), 5) if sizes else LAST
     if isinstance(after, str):
         assert refusal(regroup, layout, shape, root) == after
     else:
@@ -377,6 +383,9 @@ PARAM = Fact(LAST, ZERO, ZERO, {PW: 1.0}, ((2,),))
     ("add", (C5, stat({MEAN: 1.0}, partial=frozenset({2}))), "NF106"),
     ("abs", (stat({SQ_MEAN: 1.0}, partial=frozenset({2})),), "NF106"),
     ("neg", (stat({MEAN: 1.0}, partial=frozenset({2})),), "NF106"),
+    ("mul", (line({ONE: 1.0}, absolute=True), line({ONE: 1.0}, {ONE: 1.0}, absolute=True)), "NF112"),
+    ("sqrt", (stat({MEAN: 1.0}, absolute=True),), "NF112"),
+    ("square", (stat({MEAN: 1.0}, absolute=True),), "mean(x)^2"),
 ])  # fmt: skip
 def test_rule(kind: str, facts: tuple[Fact, ...], text: str) -> None:
     if text.startswith("NF"):
@@ -397,6 +406,19 @@ def test_power_of_x(q: float | None, text: str) -> None:
     else:
         assert formula(apply("pow", x1, fact, inputs=inputs)) == text
         assert apply("pow", x1, fact, inputs=inputs).via is X
+
+
+@pytest.mark.parametrize(("q", "text"), [(1.0, "|mean(x)|"), (2.0, "mean(x)^2"), (-1.0, "NF112"), (4.0, "NF112")])
+def test_power_of_a_magnitude(q: float, text: str) -> None:
+    def call() -> Fact:
+        return apply("pow", stat({MEAN: 1.0}, absolute=True), C5, inputs=(X, leaf(number=q)))
+
+    assert refusal(call) == text if text.startswith("NF") else formula(call()) == text
+
+
+@pytest.mark.parametrize("q", [math.inf, -math.inf, math.nan])
+def test_a_power_that_is_no_number(q: float) -> None:
+    assert refusal(lambda: apply("pow", stat(UNDER), C5, inputs=(X, leaf(number=q)))) == "NF105"
 
 
 @pytest.mark.parametrize("q", [0.5, -0.5, 0.25, 1.75, -1.0, 2.0, 1 / 3])
@@ -445,6 +467,8 @@ def test_casts_are_events_where_x_is() -> None:
     assert refusal(cast, x1, "int32", "float32") == refusal(cast, x1, "float32", "int64") == "NF113"
     done = line(RSTD, trace=(("norm", "float32"),))
     assert cast(done, "float32", "float16").trace == (("norm", "float32"), ("cast", "float16"))
+    done = Fact(hx, ZERO, RSTD, ZERO, WHOLE, (("norm", "float32"),))
+    assert cast(done, "float32", "float16").trace == (("norm", "float32"), ("cast", "float16"))
     squares = line(ZERO, ZERO, {ONE: 1.0}, types=frozenset({"float16"}))
     assert cast(squares, "float16", "float32").types == {"float16", "float32"} and not cast(
         squares, "float16", "float32").trace  # fmt: skip
@@ -456,6 +480,7 @@ def test_casts_are_events_where_x_is() -> None:
 
 @pytest.mark.parametrize(("factor", "whole"), [
     (1 - 1e-8, 1.0), (1 + 1e-8, 1.0), (0.5 - 1e-8, 0.5), (-1 + 1e-8, -1.0), (1 - 1e-5, 1 - 1e-5), (0.75, 0.75),
+    (1 + 4.5e-7, 1.0),
 ])  # fmt: skip
 def test_a_power_of_two_but_for_roundings_is_one(factor: float, whole: float) -> None:
     assert match(line({ROOT_KEY: factor})).weight == {ONE: whole}
@@ -482,12 +507,19 @@ def test_traces_of_elementwise_results() -> None:
     assert apply("add", x1, stat({MEAN: 1.0, ONE: 1.0})).trace == (("centre", "float32"), ("bias", "float32"))
     assert apply("mul", x1, PARAM).trace == apply("mul", PARAM, x1).trace == (("weight", "float32"),)
     assert apply("mul", x1, C5).trace == (("scale", "float32"),)
+    for c, rounds in ((2.0, False), (-0.25, False), (1.5, True), (-3.0, True)):
+        assert apply("mul", x1, replace(C5, beta={ONE: c})).trace == (("scale", "float32"),) * rounds
+    third = line({ONE: 1 / 3}, trace=(("scale", "float32"),))
+    assert apply("mul", third, replace(C5, beta={ONE: 3.0})).trace == (("scale", "float32"),) * 2  # no statistic has it
+    part = line({ONE: 2.0, PW: 1.0}, trace=(("scale", "float32"),))
+    assert apply("mul", part, stat(RSTD)).trace == (("scale", "float32"), ("norm", "float32"))
     assert apply("mul", x1, stat(RSTD)).trace == apply("mul", stat(UNDER), x1).trace == (("norm", "float32"),)
     assert apply("mul", x1, stat({((M2, 1.0), (W, 1.0)): 1.0})).trace == (("norm", "float32"), ("weight", "float32"))
     assert apply("add", x1, apply("mul", x1, PARAM)).trace == (("weight", "float32"), ("weight", "float32"))
     assert apply("add", x1, x1).trace == (("scale", "float32"),)
     assert apply("mul", x1, x1).trace == () and apply("mul", x1, x1).types == {"float32"}
     assert apply("mul", stat(UNDER), C5, dtype="float64").types == {"float32", "float64"}
+    assert not apply("add", stat(UNDER), C5).trace
     a, b = line({ONE: 1.0}, trace=(("weight", "float32"),)), line({ONE: 1.0}, trace=(("norm", "float32"),))
     assert ("mixed", "float32") in apply("add", a, b).trace
     assert ("mixed", "float32") not in apply("add", a, x1).trace and apply("add", x1, a).trace[0] == a.trace[0]
@@ -587,6 +619,8 @@ def test_an_unbiased_variance(correction: int, factor: float | None) -> None:
     ("reshape", {}, stat(UNDER, ((0,), (1,), S)), ("B", 5, 64), ((0,), (1,), S)),
     ("reshape", {}, stat(UNDER, ((0,), (1,), S)), ("n", 32), "NF107"),
     ("reshape", {}, stat(UNDER, ((0,), S, S)), ("B", 1, 5, 64), ((0,), (), S, S)),
+    ("reshape", {}, stat(UNDER, (S, S, S)), ("B", 5, 64), (S, S, S)),
+    ("reshape", {}, stat(UNDER, (S, S, S)), (1, "B", 5, 64), ((), S, S, S)),
 ])  # fmt: skip
 def test_view(kind: str, attrs: dict[str, Any], fact: Fact, shape: Any, layout: Any) -> None:
     if isinstance(layout, str):
@@ -609,6 +643,7 @@ def test_operators_that_are_norms() -> None:
     assert "6*mean(x)" in formula(apply("rms_norm", shifted, axes=(2,), eps=1e-5))
     for kind in ("rms_norm", "layer_norm"):
         assert refusal(lambda k=kind: apply(k, replace(x1, root=BOTH), axes=(2,), eps=1e-5)) == "NF106"
+        assert refusal(lambda k=kind: apply(k, replace(x1, absolute=True), axes=(2,), eps=1e-5)) == "NF112"
 
 
 # -- reading a fact as a norm -----------------------------------------------------------------------------------------
@@ -694,6 +729,7 @@ def test_precision(x: str, trace: Any, types: str, want: Any) -> None:
 
 def test_powers_of_two_are_exact() -> None:
     assert exact({ONE: 0.125, PW: -4.0}) and exact(ZERO) and not exact({ONE: 1.0, PW: 3.0}) and not exact({ONE: -0.75})
+    assert exact({((W, 2.0),): 1.0}) and not exact({((W, -1.0),): 1.0})
 
 
 def test_what_an_operator_reads() -> None:
@@ -742,6 +778,7 @@ MX = {ONE: 1.0}
     (matrix(((0,), S), beta={MEAN: 1.0}), matrix((S, ()), beta={MEAN: 2.0}), "NF106", None),
     (matrix(((), ()), beta={MEAN: 1.0}), matrix(((), ()), beta={MEAN: 2.0}), "2*mean(x)^2", ((), ())),
     (matrix(((0,), ()), beta={MEAN: 1.0}), matrix(((), ()), beta={MEAN: 2.0}), "NF106", None),
+    (matrix(((0,), S, ()), beta={MEAN: 1.0}), matrix(((), ()), beta={ONE: 2.0}), "2*mean(x)", ((0,), S, ())),
     (matrix(FLAT, {PW: 1.0}), matrix(COLUMN, MX), "NF106", None),
     (matrix(FLAT, MX, absolute=True), matrix(COLUMN, MX), "NF112",
                                                                    None),

@@ -646,6 +646,12 @@ def test_a_value_read_elsewhere_that_holds_no_reduction_is_no_obstacle() -> None
     plan = start(g, y, g.op("opaque", wide))
     FuseNorm(able())(plan)
     assert len(plan.replace) == 1 and not plan.refused
+    g = Build()
+    square = g.op("square", g.x)
+    y = g.op("mul", g.x, g.op("rsqrt", g.op("add", g.mean(square), g.c(1e-5))))
+    plan = start(g, y, g.op("opaque", square))
+    FuseNorm(able())(plan)
+    assert len(plan.replace) == 1 and not plan.refused
 
 
 def test_a_norm_that_falls_away_takes_those_behind_it_along() -> None:
@@ -717,6 +723,9 @@ def test_a_statistic_that_is_read_before_the_operator_could_stand() -> None:
     plan = start(g, y)
     FuseNorm(able(statistics=lambda norm: True))(plan)
     assert [e.mean for e in plan.replace] == [None]  # nobody needs it, and what reads it still may not
+    plan = start(g, y, g.op("opaque", mean))
+    FuseNorm(able(statistics=lambda norm: True))(plan)
+    assert not plan.replace and [r.code for r in plan.refused.values()] == ["NF116"]
     g = Build()
     c = centred(g, g.x)
     (mean,) = [n.outputs[0] for n in g.graph.nodes if n.kind == "mean"]
@@ -725,6 +734,27 @@ def test_a_statistic_that_is_read_before_the_operator_could_stand() -> None:
     plan = start(g, y, later)
     FuseNorm(able(statistics=lambda norm: True))(plan)
     assert [e.mean for e in plan.replace] == [mean]
+
+
+def test_a_mean_that_two_norms_could_give_is_given_once() -> None:
+    g = Build()
+    v = deviations(g)
+    other = g.op("mul", g.op("mul", v["c"], v["rstd"]), g.b)
+    plan = start(g, v["y"], other, g.op("opaque", v["mean"]))
+    FuseNorm(able(statistics=lambda norm: True))(plan)
+    assert [e.site.value for e in plan.replace] == [v["y"], other] and not plan.refused
+    assert [e.mean for e in plan.replace] == [v["mean"], None]
+
+
+def test_a_magnitude_of_a_mean_does_not_end_the_search() -> None:
+    g = Build()
+    magnitude = g.op("abs", g.mean(g.x))
+    c = centred(g, g.x)
+    r = rstd(g, c)
+    y = g.op("mul", c, r)
+    plan = start(g, y, g.op("opaque", magnitude), g.op("opaque", r))
+    FuseNorm(able(statistics=lambda norm: True))(plan)
+    assert [e.rstd for e in plan.replace] == [r]
 
 
 @pytest.mark.parametrize("again", ["mean", "rstd"])
@@ -851,6 +881,21 @@ def test_what_an_operator_makes_of_a_norm_keeps_nothing_alive() -> None:
     z.producer.outputs.append(deviation)  # what such an operator gives besides stands behind its last stage
     deviation.producer, deviation.kept = z.producer, True
     assert computed_twice(g.graph, [edit], live(g.graph, [edit])) == {edit: deviation}
+
+
+def test_stages_of_an_operator_may_read_each_other_and_what_it_read() -> None:
+    g = Build(dtype="float16")
+    wide = g.op("cast", g.x, dtype="float32")
+    y = rms(g, wide)
+    last = g.op("add", g.op("mul", y, wide), g.op("opaque", g.x, dtype="float32"))
+    native = object()
+    for node in g.graph.nodes:
+        if node.kind != "opaque":
+            node.native = native
+    plan = start(g, last)
+    (site,) = plan.found.sites
+    edit = Replace(site)
+    assert site.value is y and not computed_twice(g.graph, [edit], live(g.graph, [edit]))
 
 
 def test_a_norm_that_has_such_an_operator_in_it_is_refused() -> None:

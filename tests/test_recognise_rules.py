@@ -3,6 +3,7 @@ which miss is the nearest."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from normfuse.facts import formula
 from normfuse.graph import Shape, Value
 from normfuse.norm import Refusal
-from normfuse.recognise import MAX_ROOTS, MAX_WALK, Recognition, recognise
+from normfuse.recognise import MAX_ROOTS, MAX_ROUNDS, MAX_WALK, Recognition, recognise
 from tests.neutral import compare
 from tests.test_recognise import Build
 
@@ -302,6 +303,18 @@ def test_a_value_has_facts_in_so_many_roots_and_keeps_the_latest() -> None:
     assert sorted(found.facts[before.index]) == keys  # its own is planted whatever there is
 
 
+def test_of_too_many_roots_the_latest_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[recognise.__module__], "MAX_ROOTS", 2)
+    assert (MAX_ROOTS, MAX_ROUNDS) == (32, 8)
+    g = Build()
+    v, keys = g.x, []
+    for _ in range(3):
+        keys.append((v.index, (2,)))
+        v = g.op("add", v, g.op("mul", g.mean(v), g.c(0.5)))
+    found = g.found(v)
+    assert sorted(found.facts[v.index]) == keys[1:] and list(found.facts[v.index]) == keys[:0:-1]
+
+
 # -- products with matrices -------------------------------------------------------------------------------------------
 
 
@@ -469,6 +482,47 @@ def test_what_a_root_is_made_of_does_not_scale_it() -> None:
     assert {site.value.name for site in found.sites} >= {n.name}
 
 
+def test_what_a_view_is_one_of_does_not_scale_a_norm_of_the_view() -> None:
+    g = Build((64,))
+    u = g.op("unsqueeze", g.x, axes=(0,), shape=(1, 64))
+    found = g.found(g.op("mul", rms(g, u, (1,)), g.x))
+    assert roots(found, g.x) == [(0,)] and roots(found, u) == [(1,)]
+    assert found.sites and not any(site.norm.parameters() for site in found.sites)
+
+
+def scaled_row(make: Callable[[Build], tuple[Value, Value]]) -> list[str]:
+    """The formulas of a norm of a row times what may be its weight."""
+    g = Build((64,))
+    row, weight = make(g)
+    found = g.found(g.op("mul", rms(g, row, (0,)), weight))
+    return [formula(site.fact, "x", lambda atom: "w") for site in found.sites]
+
+
+def doubled(g: Build, v: Value) -> Value:
+    for _ in range(40):  # 2**40 ways back
+        v = g.op("add", v, v)
+    return v
+
+
+@pytest.mark.parametrize(("make", "scaled"), [
+    (lambda g: (opaque(g, g.x, shape=(64,)), g.op("neg", g.x)), False),
+    (lambda g: (opaque(g, g.x, shape=(64,)), g.x), False),
+    (lambda g: (opaque(g, g.op("neg", g.x), shape=(64,)), doubled(g, g.x)), False),
+    (lambda g: (opaque(g, g.x, shape=(64,)), g.op("neg", leaf(g, 64))), True),
+    (lambda g: (opaque(g, g.x, g.b, shape=(64,)), g.op("add", g.w, g.b)), True),  # a constant is nobody's data
+    (lambda g: (opaque(g, g.op("mul", g.x, s := leaf(g, 1))), g.op("mul", leaf(g, 64), s)), True),  # nor is a number
+])  # fmt: skip
+def test_what_is_made_of_the_same_row_does_not_scale_it(make: Callable[[Build], tuple[Value, Value]],
+                                                        scaled: bool) -> None:  # fmt: skip
+    assert scaled_row(make) == [f"w*{NORM}" if scaled else NORM]
+
+
+def test_a_weight_that_is_used_twice_is_one() -> None:
+    g = Build()
+    w = leaf(g, 64)
+    assert facts(g.found(g.op("mul", rms(g, opaque(g, g.op("mul", g.x, w), shape=ROW[0])), w)))[0].startswith("z*")
+
+
 def test_a_row_of_one_axis_has_weights_of_one() -> None:
     g = Build((64,))
     y = g.op("mul", rms(g, g.x, (0,)), g.w)
@@ -515,6 +569,17 @@ def test_a_tensor_that_is_written_in_place_is_no_root(statistic: Spell, code: st
         node.outputs[0].tainted = node.outputs[0] is not v
     found = g.found(v)
     assert codes(found) == ([(code, v.name)] if code else []) and roots(found, g.x) == []
+
+
+def test_a_row_that_is_written_in_place_is_told_whatever_scales_it() -> None:
+    g = Build()
+    row, factor = leaf(g, "B", "S", 64, fixed=True), leaf(g, 1, 1, 1, fixed=True)
+    row.tainted = factor.tainted = True
+    v = g.op("mul", row, factor)
+    square = g.op("square", v)
+    v.tainted = square.tainted = True
+    m = g.mean(square)
+    assert codes(g.found(m)) == [("NF120", m.name)]
 
 
 def test_a_copy_taken_before_a_write_is_a_root() -> None:
