@@ -601,13 +601,7 @@ def doubled(x: Tensor, w: Tensor) -> Tensor:
     return F.silu(n + n)
 
 
-def eighth(x: Tensor, w: Tensor) -> Tensor:
-    """All in half precision; numerics="fast" computes it in float32."""
-    y = x.half()
-    return F.silu(y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-3) / 8)
-
-
-@pytest.mark.parametrize("form", [scaled, widened, doubled, eighth])
+@pytest.mark.parametrize("form", [scaled, widened, doubled])
 @pytest.mark.parametrize("how", ["shapes", "values", "fake", "export"])
 def test_a_norm_in_several_nodes_is_left_alone(form: Callable[[Tensor, Tensor], Tensor], how: str) -> None:
     """It is found again, whatever kind of metadata the graph has, and stays as it was written."""
@@ -623,9 +617,8 @@ def test_a_norm_in_several_nodes_is_left_alone(form: Callable[[Tensor, Tensor], 
                 if how != "shapes" and "tensor_meta" in node.meta:
                     meta = node.meta["tensor_meta"]
                     node.meta["val"] = torch.ones(meta.shape, dtype=meta.dtype)
-    config = normfuse.Config(numerics="fast" if form is eighth else "exact")
-    first, before = normfuse.optimize(model, config)
-    second, after = normfuse.optimize(first, config)
+    first, before = normfuse.optimize(model)
+    second, after = normfuse.optimize(first)
     assert before.fused == 1 and "," in str(before.norms[0].emitted)
     assert (after.fused, [n.action for n in after.norms]) == (0, ["kept"])
     assert str(second.graph) == str(first.graph)

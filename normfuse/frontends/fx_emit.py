@@ -160,8 +160,7 @@ def _factor(weight: Expr | None) -> float:
 def _late(norm: Norm) -> bool:
     """Whether weight and bias follow the cast back: the model's do, or all there is is a power of two, which may."""
     power = not norm.parameters() and norm.bias is None and _factor(norm.weight) == 1.0
-    casts = norm.cast == "last" or norm.x.dtype in HALF  # with numerics="fast" also what the model computes in half
-    return norm.cast == "first" or (casts and power and norm.dtype == norm.x.dtype)
+    return norm.cast == "first" or (norm.cast == "last" and power and norm.dtype == norm.x.dtype)
 
 
 def _rounds_alike(norm: Norm) -> bool:
