@@ -79,7 +79,7 @@ class Placer:
     def _adds_of(self, value: Value) -> list[Node]:
         """Residual additions that read a value, casts and reshapes aside."""
         out = list(self.stream.get(value, ()))
-        out += [node for node, _ in _forward(value, THROUGH, SHORT_WALK, self.inside) if node in self.adds]
+        out += [node for node, _ in _forward(value, THROUGH, SHORT_WALK) if node in self.adds]
         return [node for i, node in enumerate(out) if node not in out[:i]]
 
     def _closes_with_norm(self, site: Site) -> bool:
@@ -153,13 +153,12 @@ class Placer:
         return False
 
     def _feeds_linear(self, y: Value) -> bool:
-        through = THROUGH | {"mul", "add", "slice"}
-        return any(node.kind == "linear" for node, _ in _forward(y, through, SHORT_WALK, self.inside))
+        return any(node.kind == "linear" for node, _ in _forward(y, THROUGH | {"mul", "add", "slice"}, SHORT_WALK))
 
     def _attends(self, y: Value) -> Node | None:
         """The attention product that y goes into before it goes through any linear layer."""
         through = THROUGH | set("add sub mul div neg slice concat where gather opaque".split())
-        for node, _ in _forward(y, through, LONG_WALK, self.inside):
+        for node, _ in _forward(y, through, LONG_WALK):
             if node.kind == "attention":
                 return node
             if node.kind == "matmul" and not any(weight(v) for v in node.inputs):
@@ -168,7 +167,7 @@ class Placer:
 
     def _gated(self, x: Value, y: Value) -> bool:
         """The norm's input or output is multiplied by an activation."""
-        products = [node for node, _ in _forward(y, THROUGH, SHORT_WALK, self.inside) if node.kind == "mul"]
+        products = [node for node, _ in _forward(y, THROUGH, SHORT_WALK) if node.kind == "mul"]
         if x.producer is not None and x.producer.kind == "mul":
             products.append(x.producer)
         return any(_activated(v) for node in products for v in node.inputs)
@@ -215,15 +214,14 @@ def _activated(value: Value) -> bool:
     return False
 
 
-def _forward(value: Value, through: frozenset[str] | set[str], limit: int,
-             inside: set[Node]) -> Iterator[tuple[Node, Value]]:  # fmt: skip
-    """Readers of a value outside norms, walking on through the given kinds; each with the value it reads."""
+def _forward(value: Value, through: frozenset[str] | set[str], limit: int) -> Iterator[tuple[Node, Value]]:
+    """Readers of a value, walking on through the given kinds; each with the value it reads."""
     todo = [value]
     seen: set[Node] = set()
     while todo and len(seen) < limit:
         v = todo.pop(0)
         for node in v.uses:
-            if node in seen or node in inside:
+            if node in seen:
                 continue
             seen.add(node)
             yield node, v

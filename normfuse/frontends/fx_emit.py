@@ -110,7 +110,7 @@ class Emitter:
         """
         make = Maker(self.level, graph, norm)
         compute = "float32" if norm.compute in HALF else norm.compute
-        late = _late(norm)
+        late = norm.cast == "first"
         wider = late and norm.dtype != norm.x.dtype
         factor = _factor(norm.weight) if late and not wider else 1.0  # applied before the cast, in the wider type
         direct = norm.x.dtype in HALF and compute == "float32" and (factor == 1.0 if late else _rounds_alike(norm))
@@ -155,12 +155,6 @@ def _factor(weight: Expr | None) -> float:
     if weight is None or len(weight) != 1:
         return 1.0
     return 1.0 if math.frexp(weight[0][0])[0] in (0.5, -0.5) else weight[0][0]
-
-
-def _late(norm: Norm) -> bool:
-    """Whether weight and bias follow the cast back: the model's do, or all there is is a power of two, which may."""
-    power = not norm.parameters() and norm.bias is None and _factor(norm.weight) == 1.0
-    return norm.cast == "first" or (norm.cast == "last" and power and norm.dtype == norm.x.dtype)
 
 
 def _rounds_alike(norm: Norm) -> bool:

@@ -211,7 +211,8 @@ class FusedEmitter:
         if value is None or value.shape != width(maker.spec):
             if value is not None:
                 expr = ((1.0, ((value, 1),)),)
-            return maker.weight(expr, maker.spec.dtype if how.cast == "first" else maker.spec.compute, operand)
+            dtype = value.dtype if value is not None and how.cast == "first" else maker.spec.compute
+            return maker.weight(expr, dtype or maker.spec.compute, operand)
         return operand(value if how.cast == "first" else _base(value))
 
 
