@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from normfuse.graph import Graph, Node, Value
-from normfuse.norm import Site
+from normfuse.norm import Site, region
 
 THROUGH = frozenset("cast identity reshape unsqueeze squeeze transpose expand".split())
 SHORT_WALK, LONG_WALK = 24, 400
@@ -24,7 +24,7 @@ class Placer:
     def __init__(self, graph: Graph, sites: Sequence[Site]) -> None:
         self.sites = sites
         self.normed = {site.value: site for site in sites}
-        self.inside = _interiors(sites)
+        self.inside = _inside(graph, sites)
         self.roots: dict[Value, list[Site]] = {}
         for site in sites:
             self.roots.setdefault(self.base(site.norm.x), []).append(site)
@@ -79,7 +79,7 @@ class Placer:
     def _adds_of(self, value: Value) -> list[Node]:
         """Residual additions that read a value, casts and reshapes aside."""
         out = list(self.stream.get(value, ()))
-        out += [node for node, _ in _forward(value, THROUGH, SHORT_WALK) if node in self.adds]
+        out += [node for node, _ in _forward(value, THROUGH, SHORT_WALK, self.inside) if node in self.adds]
         return [node for i, node in enumerate(out) if node not in out[:i]]
 
     def _closes_with_norm(self, site: Site) -> bool:
@@ -153,12 +153,13 @@ class Placer:
         return False
 
     def _feeds_linear(self, y: Value) -> bool:
-        return any(node.kind == "linear" for node, _ in _forward(y, THROUGH | {"mul", "add", "slice"}, SHORT_WALK))
+        through = THROUGH | {"mul", "add", "slice"}
+        return any(node.kind == "linear" for node, _ in _forward(y, through, SHORT_WALK, self.inside))
 
     def _attends(self, y: Value) -> Node | None:
         """The attention product that y goes into before it goes through any linear layer."""
         through = THROUGH | set("add sub mul div neg slice concat where gather opaque".split())
-        for node, _ in _forward(y, through, LONG_WALK):
+        for node, _ in _forward(y, through, LONG_WALK, self.inside):
             if node.kind == "attention":
                 return node
             if node.kind == "matmul" and not any(weight(v) for v in node.inputs):
@@ -167,7 +168,7 @@ class Placer:
 
     def _gated(self, x: Value, y: Value) -> bool:
         """The norm's input or output is multiplied by an activation."""
-        products = [node for node, _ in _forward(y, THROUGH, SHORT_WALK) if node.kind == "mul"]
+        products = [node for node, _ in _forward(y, THROUGH, SHORT_WALK, self.inside) if node.kind == "mul"]
         if x.producer is not None and x.producer.kind == "mul":
             products.append(x.producer)
         return any(_activated(v) for node in products for v in node.inputs)
@@ -214,14 +215,15 @@ def _activated(value: Value) -> bool:
     return False
 
 
-def _forward(value: Value, through: frozenset[str] | set[str], limit: int) -> Iterator[tuple[Node, Value]]:
-    """Readers of a value, walking on through the given kinds; each with the value it reads."""
+def _forward(value: Value, through: frozenset[str] | set[str], limit: int,
+             inside: set[Node]) -> Iterator[tuple[Node, Value]]:  # fmt: skip
+    """Readers of a value that are not `inside` a norm, walking on through the given kinds; each with what it reads."""
     todo = [value]
     seen: set[Node] = set()
     while todo and len(seen) < limit:
         v = todo.pop(0)
         for node in v.uses:
-            if node in seen:
+            if node in seen or node in inside:
                 continue
             seen.add(node)
             yield node, v
@@ -229,19 +231,15 @@ def _forward(value: Value, through: frozenset[str] | set[str], limit: int) -> It
                 todo.extend(node.outputs)
 
 
-def _interiors(sites: Sequence[Site]) -> set[Node]:
-    """The nodes that make up the norms."""
+def _inside(graph: Graph, sites: Sequence[Site]) -> set[Node]:
+    """The nodes that are left without a reader once each norm is one operator."""
+    norms = {site.value for site in sites}
+    regions = {node for site in sites for node in region(site.value, site.norm)}
     inside: set[Node] = set()
-    for site in sites:
-        stop = {site.norm.x, *site.norm.parameters()}
-        todo = [site.value]
-        while todo:
-            value = todo.pop()
-            node = value.producer
-            if value in stop or node is None or node in inside:
-                continue
+    for node in reversed(graph.nodes):
+        unread = all(not v.kept and all(user in inside for user in v.uses) for v in node.outputs)
+        if node in regions and (unread or any(v in norms for v in node.outputs)):
             inside.add(node)
-            todo.extend(node.inputs)
     return inside
 
 

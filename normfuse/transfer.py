@@ -123,10 +123,12 @@ def _add(node: Node, facts: list[Fact], sign: float = 1.0) -> Fact:  # sums of f
     _plain(f, g)
     other = f.beta if g.linear and not f.linear else g.beta
     events = [e for e, on in (("centre", has(other, "m")), ("bias", has(other, "p") or ONE in other)) if on]
-    if f.linear and g.linear:
-        events = ["weight"] if has(f.alpha, "p") or has(g.alpha, "p") else ["scale"]
     if sign < 0:
         g = replace(g, kappa=scale(g.kappa, -1), alpha=scale(g.alpha, -1), beta=scale(g.beta, -1))
+    if f.linear and g.linear:
+        events = ["weight"] if has(f.alpha, "p") or has(g.alpha, "p") else ["scale"]
+        if f.trace == g.trace and (f.alpha, f.beta) == (g.alpha, g.beta):
+            events = []  # twice the same: a power of two rounds nothing
     return _combine(node, f, g, add(f.kappa, g.kappa), add(f.alpha, g.alpha), add(f.beta, g.beta), events)
 
 

@@ -175,6 +175,14 @@ def test_norm_add() -> None:
     assert fused(post, tensors((3, 4, N), (3, 4, N), (N,), (N, N))) == {"norm_add": 1}
 
 
+def test_norm_add_with_a_bias_that_is_taken_away() -> None:
+    """Behind the cast back, it stays in the type that the model has it in."""
+    def f(x: Tensor, r: Tensor, b: Tensor) -> Tensor:
+        return r + (rms(x, None) - b)
+
+    assert fused(f, tensors(*ROWS[:3], dtype=torch.float16), exact=True)["norm_add"] == 1
+
+
 @pytest.mark.parametrize(("function", "shapes"), [
     pytest.param(lambda f, r, w: (n := rms(f, w)) * n + (r + n), ROWS[:3], id="norm read twice"),
     pytest.param(lambda f, r, w: r - rms(f, w), ROWS[:3], id="difference"),

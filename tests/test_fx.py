@@ -594,7 +594,14 @@ def widened(x: Tensor, w: Tensor) -> Tensor:
     return F.silu((y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6) * w).bfloat16())
 
 
-@pytest.mark.parametrize("form", [scaled, widened])
+def doubled(x: Tensor, w: Tensor) -> Tensor:
+    """A factor of two behind the cast back, which is read again as one before it."""
+    y = x.double()
+    n = (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6)).float()
+    return F.silu(n + n)
+
+
+@pytest.mark.parametrize("form", [scaled, widened, doubled])
 @pytest.mark.parametrize("how", ["shapes", "values", "fake", "export"])
 def test_a_norm_in_several_nodes_is_left_alone(form: Callable[[Tensor, Tensor], Tensor], how: str) -> None:
     """It is found again, whatever kind of metadata the graph has, and stays as it was written."""

@@ -123,6 +123,15 @@ def test_norms_of_query_and_key() -> None:
     assert recipe(sites) == "RMSNorm, QK-norm over the full width"
 
 
+@pytest.mark.parametrize("spell", [lambda g, v: op(g, v), norm])
+def test_what_stands_behind_the_next_norm_does_not_count(spell: Step) -> None:
+    g = Build()
+    q, k = (heads(g, spell(g, op(g, linear(g, g.x)))) for _ in range(2))
+    assert places(g, attended(g, q, k)) == ["other", "qk"] * 2
+    h = Build()
+    assert places(h, linear(h, spell(h, op(h, linear(h, h.x)))))[0] == "other"
+
+
 def test_a_norm_of_a_latent() -> None:
     g = Build()
     down = g.op("slice", g.op("linear", g.x, matrix(g, 80, 64), shape=("B", "S", 80)), shape=ROWS)

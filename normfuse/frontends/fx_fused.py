@@ -211,9 +211,14 @@ class FusedEmitter:
         if value is None or value.shape != width(maker.spec):
             if value is not None:
                 expr = ((1.0, ((value, 1),)),)
-            dtype = value.dtype if value is not None and how.cast == "first" else maker.spec.compute
-            return maker.weight(expr, dtype or maker.spec.compute, operand)
+            dtype = _type(expr) if how.cast == "first" else maker.spec.compute
+            return maker.weight(expr, dtype, operand)
         return operand(value if how.cast == "first" else _base(value))
+
+
+def _type(expr: Expr) -> str:
+    """The type that a weight or bias has in the model, where it is one of parameters alone."""
+    return max((v.dtype or "" for _, factors in expr for v, _ in factors), key=lambda t: PRECISION.get(t, 0))
 
 
 def _base(value: Value) -> Value:
