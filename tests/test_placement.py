@@ -242,6 +242,31 @@ def test_the_nodes_inside_the_norms() -> None:
     assert placer(g).inside == inside and len(inside) == 8
 
 
+@pytest.mark.parametrize("how", ["read", "output"])
+def test_what_others_read_of_a_norm_is_not_inside(how: str) -> None:
+    g = Build()
+    copy, unread = g.op("neg", g.x), g.op("neg", g.x)
+    turned = g.op("cast", copy, dtype="float64")
+    y = g.op("cast", norm(g, turned), dtype="float32")
+    g.op("opaque", y)
+    found = placer(g)
+    (site,) = found.sites
+    assert site.value is y and site.norm.x is copy
+    assert turned.producer in found.inside and {copy.producer, unread.producer}.isdisjoint(found.inside)
+    if how == "read":
+        g.op("opaque", turned)
+    else:
+        turned.kept = True
+    assert turned.producer not in placer(g).inside and len(placer(g).inside) == len(found.inside) - 1
+
+
+def test_a_view_that_a_norm_shares_is_walked_through() -> None:
+    g = Build()
+    y = norm(g, linear(g, g.x))
+    view = g.op("reshape", y, shape=("B", "S", 64))
+    assert places(g, norm(g, view), linear(g, view))[0] == "latent"
+
+
 def adds(g: Build, v: Value) -> list[Value]:
     return [node.outputs[0] for node in placer(g)._adds_of(v)]
 
