@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint trust bench clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
@@ -17,6 +17,14 @@ test: lint
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# Hostile files in full, then random graphs, damaged files and kills, then mutants of the core, for BUDGET seconds each.
+BUDGET ?= 7200
+trust: $(STAMP)
+	$(BIN)/python -m pytest -n 2 -m "not gpu" tests/test_attacks.py tests/test_pt2_attacks.py tests/test_near_misses.py \
+	  tests/test_large_models.py
+	$(BIN)/python -m tests.fuzz all --budget $(BUDGET) --json build/trust.json
+	$(BIN)/python -m tests.mutation --jobs 2 --budget $(BUDGET)
 
 bench: $(STAMP)
 	$(PIP) install --quiet -c constraints.txt -e ".[bench]"

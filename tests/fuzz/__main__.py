@@ -49,6 +49,7 @@ def main() -> int:
         seconds = min(args.budget * share, until - time.monotonic())
         found[what] = RUNS[what](args, args.count or COUNTS[what], seconds)
     if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(found | {"date": date.today().isoformat()}, indent=2) + "\n")
     return int(any(part["failures"] for part in found.values()))
 

@@ -1,6 +1,6 @@
 """Proof that the guards guard: break the core in thousands of small ways and see that the tests tell.
 
-    python -m tests.mutation [--file facts.py] [--jobs 2] [--sample 60 --seed 1] [--json FILE]
+    python -m tests.mutation [--file facts.py] [--jobs 2] [--sample 60] [--budget SECONDS] [--seed 1] [--json FILE]
 
 mutmut, cosmic-ray and mutatest start a pytest session for each mutant, or fork one and collect in it: torch and
 the cases of four exporters take longer to import and to collect than a mutant takes to die here. So this
@@ -53,10 +53,12 @@ def warm(modules: tuple[str, ...] = MODULES) -> Runner:
     return Runner(found, tape)
 
 
-def work(runner: Runner, todo: list[tuple[Source, Mutant]], loud: bool = True) -> list[Result]:
-    """Run mutants one after the other."""
-    out = []
+def work(runner: Runner, todo: list[tuple[Source, Mutant]], until: float, loud: bool = True) -> list[Result]:
+    """Run mutants one after the other, and begin none later than `until`."""
+    out: list[Result] = []
     for i, (source, mutant) in enumerate(todo):
+        if time.perf_counter() > until:
+            break
         what, by = runner.run(source, mutant)
         out.append({"key": mutant.key, "file": mutant.file, "line": mutant.line, "before": mutant.before,
                     "after": mutant.after, "result": what, "by": runner.cases[by].name if by >= 0 else ""})  # fmt: skip
@@ -65,28 +67,28 @@ def work(runner: Runner, todo: list[tuple[Source, Mutant]], loud: bool = True) -
     return out
 
 
-def spread(runner: Runner, todo: list[tuple[Source, Mutant]], jobs: int) -> list[Result]:
-    """The same in several processes."""
+def spread(runner: Runner, todo: list[tuple[Source, Mutant]], jobs: int, until: float) -> list[Result]:
+    """The same in several processes; in the order of the files."""
     pipes = []
     for job in range(1, jobs):
         read, write = os.pipe()
         if os.fork() == 0:
             with os.fdopen(write, "w") as pipe:
-                json.dump(work(runner, todo[job::jobs], loud=False), pipe)
+                json.dump(work(runner, todo[job::jobs], until, loud=False), pipe)
             os._exit(0)
         os.close(write)
         pipes.append(read)
-    out = work(runner, todo[::jobs])
+    out = work(runner, todo[::jobs], until)
     for read in pipes:
         with os.fdopen(read) as pipe:
             out += json.load(pipe)
-    return out
+    return sorted(out, key=lambda result: (result["file"], result["line"]))
 
 
 def choose(files: list[Path], sample: int, seed: int) -> list[tuple[Source, Mutant]]:
-    """The mutants of these files, or some of them."""
+    """The mutants of these files, or some of them, in a random order: what a budget leaves is a sample, too."""
     todo = [(source, mutant) for source in map(Source, files) for mutant in source.mutants()]
-    return random.Random(seed).sample(todo, min(sample, len(todo))) if sample else todo
+    return random.Random(seed).sample(todo, min(sample or len(todo), len(todo)))
 
 
 def table(results: list[Result], why: dict[str, str]) -> tuple[str, float]:
@@ -132,6 +134,7 @@ def main() -> int:
     parser.add_argument("--tests", help="only these test modules, with commas")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--sample", type=int, default=0)
+    parser.add_argument("--budget", type=float, default=float("inf"), help="begin no mutant after so many seconds")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--share", type=float, default=0.95, help="what share has to be killed")
     parser.add_argument("--json", type=Path)
@@ -142,7 +145,7 @@ def main() -> int:
         print("explained.toml names mutants that there are none of:", *gone, sep="\n")
         return 1
     runner = warm(tuple(given.tests.split(",")) if given.tests else MODULES)
-    results = spread(runner, choose(files, given.sample, given.seed), given.jobs)
+    results = spread(runner, choose(files, given.sample, given.seed), given.jobs, started + given.budget)
     text, share = table(results, why)
     print(text, f"{time.perf_counter() - started:.0f} s", sep="\n")
     if given.json:
