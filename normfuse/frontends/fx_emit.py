@@ -112,8 +112,8 @@ class Emitter:
         compute = "float32" if norm.compute in HALF else norm.compute
         late = norm.cast == "first"
         wider = late and norm.dtype != norm.x.dtype
-        factor = _factor(norm.weight) if late and not wider else 1.0  # applied before the cast, in the wider type
-        direct = norm.x.dtype in HALF and compute == "float32" and (factor == 1.0 if late else _rounds_alike(norm))
+        early = early_factor(norm)
+        direct = norm.x.dtype in HALF and compute == "float32" and (early == 1.0 if late else _rounds_alike(norm))
         stored = norm.x.dtype if direct or late else compute
         assert stored is not None
         weight, bias, fused_weight, fused_bias = norm.weight, norm.bias, None, None
@@ -130,9 +130,9 @@ class Emitter:
             if shifts and bias is not None and shape_of_expr(bias):
                 fused_bias = make.weight(bias, stored, operand)
         x = make.norm(x, fused_weight, fused_bias)
-        if factor != 1.0 and weight is not None:
-            x = make.arithmetic("mul", x, factor)
-            weight = tuple((c / factor, factors) for c, factors in weight if factors) or None
+        if early != 1.0 and weight is not None:
+            x = make.arithmetic("mul", x, early)
+            weight = tuple((c / early, factors) for c, factors in weight if factors) or None
         if late and not direct:
             x = make.cast(x, stored)
         if wider and not shape_of_expr(weight if weight is not None else bias or ()):
@@ -150,11 +150,12 @@ class Emitter:
         return make.nodes
 
 
-def _factor(weight: Expr | None) -> float:
-    """The constant factor of a weight that rounds when it multiplies a half type."""
-    if weight is None or len(weight) != 1:
+def early_factor(norm: Norm) -> float:
+    """The constant factor to multiply by before the cast back, in the wider type: behind it, it would round."""
+    if norm.cast != "first" or norm.dtype != norm.x.dtype or norm.weight is None or len(norm.weight) != 1:
         return 1.0
-    return 1.0 if math.frexp(weight[0][0])[0] in (0.5, -0.5) else weight[0][0]
+    c = norm.weight[0][0]
+    return 1.0 if math.frexp(c)[0] in (0.5, -0.5) else c
 
 
 def _rounds_alike(norm: Norm) -> bool:

@@ -17,7 +17,7 @@ from torch import fx
 import normfuse.ops  # noqa: F401 - registers the operators
 from normfuse.frontends.fx import Lowering
 from normfuse.frontends.fx_effects import MODES, is_assert, name_of, written
-from normfuse.frontends.fx_emit import Maker, Operands, is_one, lossless, shape_of_expr, width
+from normfuse.frontends.fx_emit import Maker, Operands, early_factor, is_one, lossless, shape_of_expr, width
 from normfuse.frontends.fx_meta import is_tensor, meta_of, size_of
 from normfuse.graph import PRECISION, Value
 from normfuse.norm import Expr, Norm, region
@@ -51,8 +51,8 @@ def attributes(norm: Norm, numerics: str) -> Attributes:
     offset = 0.0
     if norm.weight is not None:
         offset = _offset(norm)[1]
-        if cast == "first" and not is_one(norm.weight):
-            raise Unfit("a computed weight is applied in a narrow type")
+        if early_factor(norm) != 1.0:
+            raise Unfit("a constant factor is applied before the cast back, and the weight after it")
     if norm.axes != (len(norm.x.shape or ()) - 1,):
         raise Unfit("the operators normalise the last axis")
     for expr in (norm.weight, norm.bias):
@@ -211,14 +211,9 @@ class FusedEmitter:
         if value is None or value.shape != width(maker.spec):
             if value is not None:
                 expr = ((1.0, ((value, 1),)),)
-            dtype = _type(expr) if how.cast == "first" else maker.spec.compute
+            dtype = maker.spec.dtype if how.cast == "first" else maker.spec.compute
             return maker.weight(expr, dtype, operand)
         return operand(value if how.cast == "first" else _base(value))
-
-
-def _type(expr: Expr) -> str:
-    """The type that a weight or bias has in the model, where it is one of parameters alone."""
-    return max((v.dtype or "" for _, factors in expr for v, _ in factors), key=lambda t: PRECISION.get(t, 0))
 
 
 def _base(value: Value) -> Value:
