@@ -287,10 +287,10 @@ def tell(report: Report, sites: Sequence[Site], records: Sequence[Record]) -> No
     found: dict[str | None, tuple[Site, NormRecord]] = {}
     now = {site: site for site in sites}
     for site, norm in zip(sites, report.norms, strict=True):
-        found |= dict.fromkeys(_names(site), (site, norm))
+        found |= dict.fromkeys(names_of(site), (site, norm))
     for record in records:
         was = record_of(record.site)
-        names = [record.result] if record.result else _names(record.site)
+        names = [record.result] if record.result else names_of(record.site)
         known = next((found[name] for name in names if name in found), None)
         if known is None and record.verdict == "kept":
             continue
@@ -315,7 +315,7 @@ def tell(report: Report, sites: Sequence[Site], records: Sequence[Record]) -> No
         report.recipe = recipe(list(now.values()))
 
 
-def _names(site: Site) -> list[str]:
+def names_of(site: Site) -> list[str]:
     """The names of the values that a norm is made of, the last one first."""
     end = site.value
     while end.native is None and end.uses:

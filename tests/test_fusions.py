@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import normfuse
+from normfuse.frontends import fx_model
 from tests.test_backend import operators
 
 N = 16
@@ -342,3 +343,53 @@ def test_a_norm_in_half_precision_throughout_is_left_unless_fast() -> None:
 
     args = tensors((32, 64), (32, 64), (64,), dtype=torch.bfloat16)
     assert not fused(f, args, exact=True)
+
+
+# -- a graph that is read again ----------------------------------------------------------------------------------------
+
+
+def two_norms(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum has to wait for a norm that is made of the other summand, until each has an operator."""
+    c = x - x.mean(-1, keepdim=True)
+    n = c / torch.sqrt(c.pow(2).mean(-1, keepdim=True) + 1e-5)
+    m = -n
+    m = m.permute(0, 1, 2)
+    return m + n.permute(0, 1, 2), F.rms_norm(m, (N,), w, 1e-6)
+
+
+def tripled(x: Tensor, w: Tensor) -> tuple[Tensor]:
+    """Computed in a half type and widened: a factor behind that is the norm's own once it has an operator."""
+    n = x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + 0.01)
+    return (torch.tanh((n + n).float() * 3),)
+
+
+@pytest.mark.parametrize(("function", "dtype", "numerics", "rounds", "emitted"), [
+    (two_norms, torch.float32, "exact", 3, ["native_layer_norm, mul", "normfuse.norm_add"]),
+    (tripled, torch.float16, "fast", 3, ["_fused_rms_norm, _to_copy, mul"]),
+    (tripled, torch.float16, "exact", 1, [""]),
+    (lambda x, w: (rms(x, w),), torch.float32, "exact", 1, ["_fused_rms_norm"]),
+])  # fmt: skip
+def test_what_a_change_shows_is_done_too(function: Callable[..., Any], dtype: torch.dtype, numerics: Any, rounds: int,
+                                         emitted: list[str], monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """A graph is read again where that may show more, and the report tells what was done in all."""
+    read: list[object] = []
+
+    class Counted(fx_model._Module):
+        def __init__(self, source: Any, *args: Any) -> None:
+            read.append(source)
+            super().__init__(source, *args)
+
+    monkeypatch.setattr(fx_model, "_Module", Counted)
+    config = normfuse.Config(numerics=numerics)
+    args = tensors((3, 4, N), (N,), dtype=dtype)
+    made, report = normfuse.optimize(make_fx(function)(*args), config)
+    assert [norm.emitted for norm in report.norms] == emitted and len(read) == rounds
+    assert all(norm.action == ("fused" if norm.emitted else "refused") for norm in report.norms)
+    assert [r.code for r in report.refusals] == ["NF202"] * emitted.count("")
+    again, after = normfuse.optimize(made, config)
+    assert str(again.graph) == str(made.graph) and not after.fused
+    assert report.nodes_after == after.nodes_before == len([n for n in made.graph.nodes if n.op == "call_function"]) - (
+        str(made.graph).count("operator.getitem"))
+    for exact, own, new in zip(function(*(a.double() for a in args)), function(*args), made(*args), strict=True):
+        ulp = torch.finfo(dtype).eps * 4  # of what is added, which is less
+        assert (new - exact).abs().max() <= (own - exact).abs().max() + ulp and new.dtype == own.dtype

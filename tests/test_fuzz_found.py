@@ -230,7 +230,8 @@ class _Module(torch.nn.Module):
         return self.function(x, self.w)
 
 
-FX_SEEDS = (100016613, 200006769, 500057939)
+FX_SEEDS = (100016613, 200006769, 500057939, 700001347, 700024285, 700054430, 800017229, 800025810, 800030158,
+            900009894)  # fmt: skip
 
 
 @pytest.mark.parametrize("seed", [

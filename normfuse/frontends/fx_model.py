@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from normfuse.config import Config
-from normfuse.convert import Record, tell
+from normfuse.convert import Record, names_of, tell
 from normfuse.errors import UnsupportedError
 from normfuse.frontends import fx_effects
 from normfuse.frontends.fx import Lowering
@@ -34,11 +34,15 @@ from normfuse.passes.remove_dead import live
 from normfuse.passmanager import fuse, plan
 from normfuse.plan import Abilities, Edit, Fused, Plan
 from normfuse.norm import Refusal, Site, region
-from normfuse.report import Report
+from normfuse.report import NormRecord, Report
 from normfuse.verify import Check
 
 Leave = Callable[[Site], str | None]
 _OWN_META = ("val", "example_value", "tensor_meta", "original_aten")
+MORE_ROUNDS = 4
+"""How often a graph that was changed is read again."""
+_DONE = ("fact", "weight", "bias", "cast", "action", "emitted", "reason", "verified", "proved", "error_before",
+         "error_after")  # fmt: skip
 _PLAIN = (torch.Tensor, torch.nn.Parameter, FakeTensor, TensorMetadata)
 
 
@@ -75,21 +79,45 @@ def _run(model: Any, config: Config, rewrite: bool, leave: Leave | None, calibra
     source = model.graph_module if exported else model
     state = _state(model) if exported else None
     level = {"ATEN": "core", "TRAINING": "aten"}.get(model.dialect) if exported else None
-    whole = _Module(source, config, rewrite, state, level, leave)
+    whole = last = _Module(source, config, rewrite, state, level, leave)
+    later: list[_Module] = []
     if rewrite:
-        if config.verify != "off":
-            whole.check()
-        changed = whole.apply()
+        changed = whole.carry_out()
+        while last.may_show_more() and len(later) < MORE_ROUNDS:
+            last = _Module(changed, config, True, state, level, leave)
+            changed = last.carry_out()
+            later.append(last)
         model = _program(model, changed) if exported else changed
     report = whole.report()
     report.approximation = cost
     report.notes += notes
-    tell(report, [site for part in (whole, *whole.inner.values()) for site in part.plan.found.sites], records)
+    known = {names_of(site)[0]: norm for site, norm in zip(whole.sites(), report.norms, strict=True)}
+    tell(report, whole.sites(), records)
+    for part in later:
+        _resume(report, known, part)
     report.format = "exported" if exported else "fx"
     if report.converted:
         state = _state(original) if exported else None
         report.recall(_Module(original.graph_module if exported else original, config, False, state).report())
     return model, report
+
+
+def _resume(report: Report, known: dict[str, NormRecord], part: _Module) -> None:
+    """Put what a later round has done into the report on the first, whose norms are `known` by their results."""
+    more = part.report()
+    for site, new in zip(part.sites(), more.norms, strict=True):
+        old = next((known[name] for name in names_of(site) if name in known), None)
+        if new.action != "fused" or (old is not None and old.conversion is not None):
+            continue
+        if old is None:
+            report.norms.append(new)
+            continue
+        if old.action == "refused":
+            report.refusals = [r for r in report.refusals if r.node != old.name]
+        for name in _DONE:
+            setattr(old, name, getattr(new, name))
+    report.operators_after, report.nodes_after = more.operators_after, more.nodes_after
+    report.seconds = {name: report.seconds.get(name, 0.0) + s for name, s in more.seconds.items()}
 
 
 def report_on(program: Any, config: Config) -> tuple[Report, list[Site]]:
@@ -101,7 +129,7 @@ def report_on_graph(module: fx.GraphModule, state: Mapping[str, torch.Tensor | N
                     config: Config) -> tuple[Report, list[Site]]:  # fmt: skip
     """The same for the graph of an exported program and its `state`, as `Lowering` takes it."""
     whole = _Module(module, config, False, state)
-    return whole.report(), [site for part in (whole, *whole.inner.values()) for site in part.plan.found.sites]
+    return whole.report(), whole.sites()
 
 
 def _state(program: Any) -> dict[str, torch.Tensor | None]:
@@ -173,6 +201,27 @@ class _Module:
 
         made = self.emitter.emit(scratch, norm, operand(norm.x), operand, order_of(meta_of(value.native)))
         return _alike(made[-1], value.native, olds)
+
+    def sites(self) -> list[Site]:
+        """The norms of this graph and of those inside it."""
+        return [site for part in (self, *self.inner.values()) for site in part.plan.found.sites]
+
+    def may_show_more(self) -> bool:
+        """Whether the graph may be read otherwise, now that it is changed.
+
+        Norms of one tensor were made of one another, and no longer are; with other roundings, more is an operator's.
+        """
+        for part in (self, *self.inner.values()):
+            roots = [site.norm.x for site in part.plan.found.sites]
+            if part.plan.edits() and (self.config.numerics == "fast" or len(set(roots)) < len(roots)):
+                return True
+        return False
+
+    def carry_out(self) -> fx.GraphModule:
+        """Check the edits, make them, and give the new module."""
+        if self.config.verify != "off":
+            self.check()
+        return self.apply()
 
     def check(self) -> None:
         """Compare every replaced region with its replacement; roll back those that differ, and try what is left."""
