@@ -43,7 +43,7 @@ class RemoveDead:
         """Mark each node that was live before the replacements and is not after them."""
         if edits := plan.edits():
             before = live(plan.graph)
-            used = {node.native for node in before} - {None}  # of an operator with several results, some may be unread
-            dead = [node for node in plan.graph.nodes if node not in before and node.native not in used]
+            used = {node.native for node in before}  # of an operator with several results, some may be unread
+            dead = [node for node in plan.graph.nodes if node.native not in used]
             after = live(plan.graph, edits, dead)
             plan.remove.extend(node for node in plan.graph.nodes if node not in after)

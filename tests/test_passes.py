@@ -949,6 +949,11 @@ def test_what_was_dead_before_stays() -> None:
     RemoveDead()(plan)
     assert dead.producer not in plan.remove and y.producer in plan.remove
     assert len(plan.remove) == 5 and square not in plan.remove  # nor what it reads
+    assert dead.producer is not None
+    dead.producer.native = y.producer.native  # of an operator with two results, of which one is unread
+    plan.remove.clear()
+    RemoveDead()(plan)
+    assert len(plan.remove) == 7 and square in plan.remove
 
 
 # -- plans ------------------------------------------------------------------------------------------------------------
