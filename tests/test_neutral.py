@@ -23,7 +23,7 @@ from tests.neutral import compare
 from tests.spellings import CANNOT_EXPORT, LOSES_EPS, SPELLINGS, Exporter, Spelling, parameters
 from tests.test_families import RECIPES
 from tests.test_near_misses import CODES
-from tests.test_spellings import EXPORTERS, SINGLE, exported
+from tests.test_spellings import EXPORTERS, SINGLE, exported, marks
 
 NOT_NAMED = {"rms_row_dot_bmm", "rms_flatten_rows", "ln_flatten_rows"}
 """Reshapes whose sizes torchscript leaves unknown, so that no values can be computed."""
@@ -64,7 +64,7 @@ def is_spelling(found: Recognition, spelling: Spelling) -> None:
 
 
 @pytest.mark.parametrize(("exporter", "opset", "name"), [
-    (e, o, n) for e, o in EXPORTERS for n in SPELLINGS
+    pytest.param(e, o, n, marks=marks(e, SINGLE, i, o)) for e, o in EXPORTERS for i, n in enumerate(SPELLINGS)
     if n not in CANNOT_EXPORT[e, o] and n not in LOSES_EPS[e]
 ])  # fmt: skip
 def test_onnx_spelling(exporter: Exporter, opset: int, name: str) -> None:
