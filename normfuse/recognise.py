@@ -306,7 +306,9 @@ class _Recogniser:
             ahead = [steps.get(node.outputs[0].index, set()) if node.outputs else set() for node in value.uses]
             leads = own.intersection(*ahead) if ahead and not value.kept and value.index not in read else set()
             final[value.index] = not leads
-            steps[value.index] = leads | {f.root.key() for f, _ in matches.get(value.index, ())}
+            # a copy is not another norm: what reads the one reads the other
+            steps[value.index] = leads | {f.root.key() for f, _ in matches.get(value.index, ())
+                                          if not self._idle(value, f)}  # fmt: skip
         return final
 
     def _best(self, found: list[tuple[Fact, Match]]) -> tuple[Fact, Match]:

@@ -842,6 +842,17 @@ def test_a_step_that_is_read_by_somebody_else_stands_for_itself() -> None:
         assert g.found(y).sites[0].norm.weight is None
 
 
+@pytest.mark.parametrize("copy", [
+    None, lambda g, n: g.op("transpose", n, perm=(0, 1, 2)), lambda g, n: g.op("identity", n),
+    lambda g, n: g.op("cast", n, dtype="float32")])  # fmt: skip
+def test_a_step_that_is_read_through_a_copy_stands_for_itself(copy: Callable[[Build, Value], Value] | None) -> None:
+    g = Build()
+    n = ln(g, g.x)
+    y = g.op("mul", g.op("neg", n), g.w)
+    g.op("opaque", n if copy is None else copy(g, n))
+    assert [site.value for site in g.found(y).sites] == [n]
+
+
 def test_a_step_that_another_norm_reads_stands_for_itself() -> None:
     """w*n + b where n is read by a norm of its own: the step has two uses, both come to norms of x and of n."""
     g = Build()
