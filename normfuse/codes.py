@@ -20,7 +20,8 @@ class Code(NamedTuple):
 CODES: dict[str, Code] = {
     "NF100": Code(
         "too complex to be a norm",
-        "The formula grew past what any norm needs: more than a dozen terms, or roots inside roots inside roots. "
+        "The formula grew past what any norm needs: more than a dozen terms, roots inside roots inside roots, or a "
+        "factor beyond all numbers. "
         "Example: ((x + a)*(x + b) + c)*... before the mean is taken. NormFuse stops there, so that its time stays "
         "linear in the size of the model.",
         "Nothing, if this is not meant to be a norm. If it is, compute it in fewer steps, or with the framework's own "

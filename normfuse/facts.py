@@ -61,7 +61,7 @@ def add(p: Poly, q: Poly) -> Poly:
     out = dict(p)
     for key, c in q.items():
         old = out.get(key, 0.0)
-        new = old + c
+        new = _finite(old + c)
         if abs(new) <= 1e-12 * max(abs(old), abs(c)):
             out.pop(key, None)
         else:
@@ -76,9 +76,15 @@ def scale(p: Poly, c: float) -> Poly:
     return {key: _times(v, c) for key, v in p.items()} if c else {}
 
 
+def _finite(c: float) -> float:
+    if not math.isfinite(c):
+        raise Refused("NF100", "a constant factor is beyond all numbers")
+    return c
+
+
 def _times(a: float, c: float) -> float:
     """a * c, exact where c is the float32 reciprocal of the integer a (or the other way round)."""
-    product = a * c
+    product = _finite(a * c)
     for n, r in ((a, c), (c, a)):
         near = abs(abs(product) - 1.0) < 1e-6
         if 1 < abs(n) < 2**53 and n == int(n) and near and single(abs(1.0 / n)) == single(abs(r)):

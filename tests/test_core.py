@@ -819,3 +819,15 @@ def test_the_nodes_of_a_norm_last_first() -> None:
         node.native = None
     assert not is_op(y, site.norm)
     assert region(shifted, site.norm) == []
+
+
+def test_numbers_beyond_all_are_refused() -> None:
+    """A file may scale by 1e308 twice: no step of the algebra may meet an infinity."""
+    huge = replace(C5, beta={ONE: 1e308})
+    once = apply("mul", x1, huge)
+    assert once.alpha == {ONE: 1e308}
+    for kind, facts in (("mul", (once, huge)), ("add", (once, once)), ("sub", (once, apply("neg", once)))):
+        with pytest.raises(Refused, match="beyond all numbers") as why:
+            apply(kind, *facts)
+        assert why.value.code == "NF100"
+    assert apply("sub", once, once).alpha == {}

@@ -367,8 +367,16 @@ SHAPES: tuple[list[dict[str, Any]], ...] = ([], [{"as_int": 1}], [{"as_int": 0}]
 
 def wrong_parts(data: dict[str, Any]) -> Iterator[str]:
     """The program with one argument after another of a wrong kind or left out, and one tensor after another of another
-    shape or type; it is put right again after each."""
-    graph = graph_of(data)
+    shape or type, in sub-graphs too; it is put right again after each."""
+    todo = [graph_of(data)]
+    while todo:
+        graph = todo.pop()
+        todo += [given["arg"]["as_graph"]["graph"] for node in graph["nodes"] for given in node["inputs"]
+                 if "as_graph" in given["arg"]]  # fmt: skip
+        yield from _wrong_parts_of(graph)
+
+
+def _wrong_parts_of(graph: dict[str, Any]) -> Iterator[str]:
     for node in graph["nodes"]:
         for i, given in enumerate(node["inputs"]):
             good = given["arg"]
