@@ -6,8 +6,9 @@ The graph is rewritten before AOTAutograd, so that the fused operators bring the
 "normfuse.backend" (``TORCH_LOGS=normfuse.backend``, a line a norm at ``+normfuse.backend``) and kept for `last_report`.
 
 An operator of ours is a barrier to Inductor's fusions. So a norm is replaced where the operator takes in a neighbour or
-where its backward pays: on a GPU, when training. Any other norm is left to Inductor. On the CPU the operators are taken
-apart again in AOTAutograd, and Inductor fuses the pieces.
+where its backward pays: on a GPU, when training. Any other norm is left to Inductor; on a GPU, without training, those
+of query and key too, which it fuses with the rotation that reads them. On the CPU the operators are taken apart again
+in AOTAutograd, and Inductor fuses the pieces.
 """
 
 from __future__ import annotations
@@ -62,9 +63,9 @@ def backend(graph: fx.GraphModule, inputs: Sequence[Any], *, mode: str | None = 
 def rewrite(graph: fx.GraphModule, config: Config, inner: str = "inductor", training: bool = False) -> fx.GraphModule:
     """The module with the norms of its graph fused, in place: what Dynamo has noted on it stays."""
 
-    def leave(site: Site) -> str | None:
-        device = getattr(meta_of(site.value.native), "device", torch.device("cpu"))
-        if device.type == "cuda" and training:
+    def leave(site: Site, pair: bool) -> str | None:
+        cuda = getattr(meta_of(site.value.native), "device", torch.device("cpu")).type == "cuda"
+        if (cuda and training) or (pair and not (cuda and inner == "inductor")):
             return None
         if site.is_op:
             return "it is one operator already, and has no neighbour to take in"

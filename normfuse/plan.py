@@ -99,14 +99,15 @@ class Abilities:
     `expressible` is its veto on a norm alone; `functions`: it can make a function of nodes; `statistics`: whether its
     operator for a norm also gives the mean and the reciprocal of the standard deviation; `operator`: its veto on a
     fused operator, None where it has none; `leave`: why a norm without a neighbour had better be left as it is, or
-    None to replace it; `done`: whether a norm stands there as the front end would write it.
+    None to replace it, and, if told that it is one of a pair, whether that had better be no pair; `done`: whether a
+    norm stands there as the front end would write it.
     """
 
     expressible: Callable[[Norm, Value], Reason | None]
     functions: bool = False
     statistics: Callable[[Norm], bool] = lambda norm: False
     operator: Callable[[Fused], Reason | None] | None = None
-    leave: Callable[[Site], str | None] | None = None
+    leave: Callable[[Site, bool], str | None] | None = None
     done: Callable[[Site], bool] = lambda site: False
 
 

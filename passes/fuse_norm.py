@@ -40,7 +40,7 @@ class FuseNorm:
         for site in plan.free():
             if self.can.done(site):
                 continue
-            reason = self.can.leave(site) if self.can.leave is not None else None
+            reason = self.can.leave(site, False) if self.can.leave is not None else None
             if reason is not None:
                 plan.left[site] = reason
                 continue

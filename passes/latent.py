@@ -17,5 +17,5 @@ class Latent:
     def __call__(self, plan: Plan) -> None:
         """Add a `Fused` for each latent norm that is worth an operator of its own."""
         for site in plan.free():
-            if site.placement == "latent" and (self.can.leave is None or self.can.leave(site) is None):
+            if site.placement == "latent" and (self.can.leave is None or self.can.leave(site, False) is None):
                 plan.fuse(Fused("norm", (site,), (site.norm.x,), (site.value,)), self.can)

@@ -22,10 +22,12 @@ class QKPair:
     can: Abilities
 
     def __call__(self, plan: Plan) -> None:
-        """Add a `Fused` for each pair."""
+        """Add a `Fused` for each pair that pays."""
         groups: dict[tuple[Node, bool], list[Site]] = defaultdict(list)
         for site in plan.free():
-            if site.placement == "qk" and site.attends is not None:
+            if site.placement != "qk" or site.attends is None:
+                continue
+            if self.can.leave is None or self.can.leave(site, True) is None:
                 groups[site.attends, site.norm.weight is None].append(site)
         pairs = [pair for sites in groups.values() for pair in zip(sites[::2], sites[1::2], strict=False)]
         end = -1

@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache, run_and_get_code
 from torch._subclasses import FakeTensorMode
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils.checkpoint import checkpoint
 
 import normfuse
-from normfuse import backend
+from normfuse import backend, verify
+from normfuse.frontends import fx_check
 from normfuse.ops import meaning, register
 from tests.families import FAMILIES
 
@@ -395,6 +397,7 @@ def test_the_operators_stay_where_they_do_not_come_apart(before: bool) -> None:
 import torch
 from torch._inductor.utils import fresh_cache, run_and_get_code
 from torch._subclasses import FakeTensorMode
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from normfuse.ops import register
 from tests.test_backend import Stack
@@ -414,7 +417,7 @@ print([[f"= torch.ops.normfuse.{{name}}.default(" in c for name in ("norm_add", 
 
 
 @pytest.mark.parametrize(("rows", "n", "left"), [
-    (8, 2048, "both"), (2047, 2048, "both"), (2048, 2048, "none"), (512, 8192, "none"),
+    (8, 2048, "both"), (4095, 2048, "both"), (4096, 2048, "none"), (1024, 8192, "none"),
     (512, 16384, "backward")])  # fmt: skip
 @pytest.mark.parametrize("symbols", [False, True])
 def test_what_is_small_or_wide_on_a_gpu_is_left_to_inductor(rows: int, n: int, left: str, symbols: bool) -> None:
@@ -429,6 +432,49 @@ def test_what_is_small_or_wide_on_a_gpu_is_left_to_inductor(rows: int, n: int, l
         outs = forward(x, x, w, None, 1e-6, 0.0, "first"), back(x, x, w, None, None, 1e-6, 0.0, "rms_norm", True, False)
     assert isinstance(x.shape[0], int) != symbols
     assert [out is not NotImplemented for out in outs] == [left == "both", left != "none"]
+
+
+def attention(queries: tuple[int, ...], keys: tuple[int, ...], device: str) -> torch.fx.GraphModule:
+    """A graph with norms of query and key, on a device that need not be there."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
+        q, k = (w * (t * torch.rsqrt(t.pow(2).mean(-1, keepdim=True) + 1e-6)) for t in (q, k))
+        return nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+    graph = torch.fx.symbolic_trace(attend)
+    with FakeTensorMode() as mode:
+        args = [torch.empty(*shape, device=device) for shape in (queries, keys, keys, queries[-1:])]
+    FakeTensorProp(graph, mode).propagate_dont_convert_inputs(*args)
+    return graph
+
+
+@pytest.mark.parametrize(("device", "inner", "training", "fused"), [
+    ("cuda", "inductor", False, 0), ("cuda", "inductor", True, 2), ("cuda", "eager", False, 2),
+    ("cpu", "inductor", False, 2)])  # fmt: skip
+def test_norms_of_query_and_key_are_inductors_where_nothing_is_trained(
+    device: str, inner: str, training: bool, fused: int
+) -> None:
+    graph = attention((2, 4, 8, 16), (2, 4, 8, 16), device)
+    backend.rewrite(graph, normfuse.Config(verify="off"), inner, training)
+    report = normfuse.last_report()
+    assert report is not None and report.fused == fused
+    assert [n.emitted for n in report.norms] == (["normfuse.qk_norm"] * 2 if fused else [""] * 2)
+    assert fused or all("Inductor fuses it as well" in (n.reason or "") for n in report.norms)
+
+
+def test_a_check_takes_as_long_for_any_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where there are fewer heads of keys than of queries, so that the shapes differ."""
+    shapes: list[tuple[int, ...]] = []
+
+    def compare(old: Any, new: Any, shape: tuple[int, ...], *more: Any) -> verify.Check:
+        shapes.append(shape)
+        return verify.compare(old, new, shape, *more)
+
+    monkeypatch.setattr(fx_check, "compare", compare)
+    backend.rewrite(attention((2, 16, 4096, 16), (2, 4, 4096, 16), "cpu"), normfuse.Config())
+    report = normfuse.last_report()
+    assert report is not None and [(n.emitted, n.verified) for n in report.norms] == [("normfuse.qk_norm", True)] * 2
+    assert shapes == [(2, 3, 3, 16)] * 2
 
 
 # -- caches and the plugin ---------------------------------------------------------------------------------------------
@@ -472,6 +518,7 @@ def test_inductor_plugin(name: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("default")  # Inductor's advice on how a GPU is used
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "olmo2", "gpt2"])
 def test_on_a_gpu(name: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:

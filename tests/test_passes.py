@@ -490,12 +490,21 @@ def test_a_pair_that_cannot_be_made_does_not_stand_in_the_way() -> None:
     assert [e.sites[0].value for e in plan.fused] == [made[1]]
 
 
+def test_a_pair_is_left_where_the_front_end_gains_nothing_by_it() -> None:
+    g, made, product = heads(True, False, True, False)
+    plan = attending(g, made, product)
+    QKPair(able(leave=lambda site, pair: "no gain" if pair else None))(plan)
+    assert not plan.fused and not plan.left  # each may still be replaced alone
+    QKPair(able(leave=lambda site, pair: None if pair else "no gain"))(plan)
+    assert plan.fused
+
+
 # -- latents ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("place", "leave", "made"), [
-    ("latent", None, True), ("latent", lambda site: None, True), ("latent", lambda site: "no gain", False),
-    ("pre", None, False),
+    ("latent", None, True), ("latent", lambda *_: None, True), ("latent", lambda *_: "no gain", False),
+    ("latent", lambda site, pair: "no gain" if pair else None, True), ("pre", None, False),
 ])  # fmt: skip
 def test_a_latent_norm_gets_an_operator_of_its_own(place: str, leave: Any, made: bool) -> None:
     g = Build()
@@ -545,14 +554,14 @@ def test_a_norm_that_is_an_operator_stays_where_nothing_is_to_be_gained() -> Non
     _g, _y, plan = single(operator)
     FuseNorm(able())(plan)
     assert not plan.edits() and not plan.refused
-    FuseNorm(able(leave=lambda site: "as fast"))(plan)
+    FuseNorm(able(leave=lambda site, pair: "as fast"))(plan)
     assert not plan.edits() and list(plan.left.values()) == ["as fast"]
     plan.clear()
-    FuseNorm(able(leave=lambda site: None))(plan)
+    FuseNorm(able(leave=lambda site, pair: None))(plan)
     assert [e.op for e in plan.fused] == ["norm"] and not plan.replace
     plan.clear()
     veto: dict[str, Any] = {"expressible": lambda norm, value: ("NF202", "no such type")}
-    FuseNorm(able(lambda edit: ("", ""), leave=lambda site: None, **veto))(plan)  # no plain operator for another
+    FuseNorm(able(lambda edit: ("", ""), leave=lambda site, pair: None, **veto))(plan)  # no plain operator for another
     assert not plan.edits() and not plan.refused
 
 
@@ -566,21 +575,21 @@ def test_a_norm_that_is_settled_does_not_end_the_pass(first: str) -> None:
         return yes if getattr(site, "value", None) is y else no
 
     can = {"done": able(None, done=lambda s: is_first(s, True, False)),
-           "left": able(None, leave=lambda s: is_first(s, "small", None)),
-           "fused": able(lambda e: is_first(e.sites[0], None, ("", "")), leave=lambda s: None)}[first]  # fmt: skip
+           "left": able(None, leave=lambda s, pair: is_first(s, "small", None)),
+           "fused": able(lambda e: is_first(e.sites[0], None, ("", "")), leave=lambda *_: None)}[first]  # fmt: skip
     FuseNorm(can)(plan)
     assert [e.site.value for e in plan.replace] == [z]
 
 
 def test_an_operator_of_its_own_goes_first_where_the_front_end_weighs_gains() -> None:
     _g, _y, plan = single()
-    FuseNorm(able(leave=lambda site: None))(plan)
+    FuseNorm(able(leave=lambda site, pair: None))(plan)
     assert [e.op for e in plan.fused] == ["norm"] and not plan.replace
     plan.clear()
-    FuseNorm(able(lambda edit: ("", ""), leave=lambda site: None))(plan)
+    FuseNorm(able(lambda edit: ("", ""), leave=lambda site, pair: None))(plan)
     assert not plan.fused and len(plan.replace) == 1
     plan.clear()
-    FuseNorm(able(leave=lambda site: "small"))(plan)
+    FuseNorm(able(leave=lambda site, pair: "small"))(plan)
     assert not plan.edits() and list(plan.left.values()) == ["small"]
 
 

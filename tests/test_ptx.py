@@ -21,9 +21,13 @@ SOME = [f"{op} {dtype} {n}" for op, dtype, n in (
     *((op, "bf16", n) for op in FORWARD for n in (64, 4096)), *((op, "bf16", n) for op in BACKWARD for n in (64, 4096)),
     ("norm", "fp16", 8192), ("norm", "fp32", 4096), ("layer", "fp32", 8192), ("norm_backward", "fp16", 8192),
     ("norm_backward", "fp32", 4096), ("dx_backward", "fp32", 8192), ("norm", "bf16", 32768),
-    ("add_norm", "bf16", 65536), ("layer_backward", "bf16", 65536))]  # fmt: skip
+    ("norm_add_norm_backward", "bf16", 16384), ("add_norm", "bf16", 65536),
+    ("layer_backward", "bf16", 65536))]  # fmt: skip
 SPILLED = {80: 8, 90: 8, 100: 80}
 """Bytes that ptxas may put by to run more warps at once; for Blackwell it keeps backwards at 64 registers a thread."""
+
+FASTEST = {("norm_add_norm_backward", 1024): 88, ("qk_norm_backward", 4096): 16}
+"""The same for tiles that were the fastest of a dozen all the same (H200, bfloat16)."""
 
 Kernels = dict[str, list[dict[str, Any]]]
 
@@ -40,16 +44,23 @@ def compiled(capability: int, *names: str) -> Kernels:
 
 
 def assert_good(capability: int, kernels: Kernels) -> None:
-    """No arithmetic in float64, nothing in local memory, and rows read and written 128 bits at a time."""
+    """No arithmetic in float64, nothing in local memory, and rows read and written 128 bits at a time.
+
+    The longest rows 64 bits at a time: twice the threads took 828 us for 904 in a backward of N = 65,536 on an H200.
+    """
     for name, parts in kernels.items():
+        op, dtype, n = name.split()
+        spilled = max(SPILLED[capability], FASTEST.get((op, int(n)), 0))
         for part in parts:
             about = (name, part)
-            assert not part["double"] and not part["local"] and part["stack"] <= SPILLED[capability], about
+            assert not part["double"] and not part["local"] and part["stack"] <= spilled, about
+            half = part["kernel"] == "backward_long" and int(n) > 16384
+            width = "64" if half and dtype != "fp32" else "128"
             if part["kernel"] not in ("sum_partials", "partials_long"):  # one writes columns, the other few lines
-                assert part["stores"].get("128"), about
-                assert set(part["stores"]) <= ({"128", "32"} if "backward" in part["kernel"] else {"128"}), about
+                assert part["stores"].get(width), about
+                assert set(part["stores"]) <= ({width, "32"} if "backward" in part["kernel"] else {"128"}), about
             if part["kernel"] != "sum_partials":  # it reads what the L2 cache holds, with more threads than vectors
-                assert part["loads"].get("128"), about
+                assert part["loads"].get(width if part["kernel"] == "backward_long" else "128"), about
 
 
 def test_code_for_hopper() -> None:

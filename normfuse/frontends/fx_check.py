@@ -49,7 +49,7 @@ class Checker:
         if nodes is None:
             return Check(False, message="the region depends on values that cannot be reproduced alone")
         symbols: dict[str, int] = {}
-        fixed = any(name_of(n) in _SHAPED for n in nodes) or len({v.shape for v in inputs}) > 1
+        fixed = any(name_of(n) in _SHAPED for n in nodes) or len({len(v.shape or ()) for v in inputs}) > 1
         axes = edit.sites[0].norm.axes
         shapes = [_shape(v, axes if i < len(inputs) else None, fixed, symbols) for i, v in enumerate(boundary)]
         old = _Program(low, nodes, boundary, [v.native for v in outputs], symbols)

@@ -37,7 +37,7 @@ from normfuse.norm import Refusal, Site, region
 from normfuse.report import NormRecord, Report
 from normfuse.verify import Check
 
-Leave = Callable[[Site], str | None]
+Leave = Callable[[Site, bool], str | None]
 _OWN_META = ("val", "example_value", "tensor_meta", "original_aten")
 MORE_ROUNDS = 4
 """How often a graph that was changed is read again."""
@@ -50,8 +50,8 @@ def run(model: Any, config: Config, rewrite: bool, leave: Leave | None = None,
         calibration: Any = None) -> tuple[Any, Report]:  # fmt: skip
     """Find the norms of a GraphModule or ExportedProgram and, for a rewrite, fuse them in a copy.
 
-    `leave` says of a norm without a neighbour why it had better stay as it is, or None. Gives (a model of the same
-    type, the report). Raises `UnsupportedError` for verify="model".
+    `leave` says of a norm without a neighbour, or of one of a pair, why it had better stay, or None. Gives (a model of
+    the same type, the report). Raises `UnsupportedError` for verify="model".
     """
     with _disable_current_modes():  # a backend is called under the tracer's fake mode
         return _run(model, config, rewrite, leave, calibration)

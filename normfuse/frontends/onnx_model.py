@@ -94,7 +94,9 @@ class OnnxModel:
         found = [None if node is None else self.emitter.name_of(node) for node in natives]
         return found[-len(form):] == form and all(list(natives.values())[:-len(form)])
 
-    def _leave(self, site: Site) -> str | None:
+    def _leave(self, site: Site, pair: bool) -> str | None:
+        if pair:
+            return None
         row = self.table.row(site.norm)
         if row is not None and row.form == "leave" and not site.is_op:
             return f"{self.table.name}: {row.evidence}"

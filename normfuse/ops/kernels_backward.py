@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from normfuse.ops.kernels import (at, long_statistics, mean, normalised, read, round_to,
+from normfuse.ops.kernels import (at, inverse_root, long_statistics, mean, normalised, read, round_to,
                                   rounded, rows_of, widen, write)  # fmt: skip
 
 
@@ -119,10 +119,10 @@ def backward_long(dy, ds, x, dx, w, statistics, sizes, how: tl.constexpr):
     """Grid (M,): dx of one row in blocks; `statistics` (M, 2), or None, gets its mean and inverse root."""
     row = tl.program_id(0) + tl.zeros([1, 1], tl.int32)
     lane = tl.arange(0, how.block)[None, :]
-    middle, rstd = long_statistics(x, None, row, how.n, how.eps, sizes, how)
-    if statistics is not None:
-        tl.store(statistics + 2 * row.to(tl.int64), middle)
-        tl.store(statistics + 2 * row.to(tl.int64) + 1, rstd)
+    middle, rstd = tl.full([1, 1], 0.0, how.c), tl.full([1, 1], 1.0, how.c)
+    if how.layer:
+        middle, rstd = long_statistics(x, None, row, how.n, how.eps, sizes, how)
+    squares = tl.full([1, how.block], 0.0, how.c)
     along = tl.full([1, how.block], 0.0, how.c)
     total = tl.full([1, how.block], 0.0, how.c)
     for start in range(0, how.n, how.block):
@@ -130,8 +130,15 @@ def backward_long(dy, ds, x, dx, w, statistics, sizes, how: tl.constexpr):
         inside = cols < how.n
         g = scaled(read(dy, row, sizes, cols, inside, how.c), w, cols, how)
         n = (read(x, row, sizes, cols, inside, how.c) - middle) * rstd
+        squares += n * n
         along += g * n
         total += g
+    if not how.layer:  # n was x so far: an RMS norm needs no pass before this one
+        rstd = inverse_root(mean(squares, how.n) + how.eps)
+        along *= rstd
+    if statistics is not None:
+        tl.store(statistics + 2 * row.to(tl.int64), middle)
+        tl.store(statistics + 2 * row.to(tl.int64) + 1, rstd)
     along = mean(along, how.n)
     total = mean(total, how.n)
     for start in range(0, how.n, how.block):

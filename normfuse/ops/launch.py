@@ -60,11 +60,11 @@ def config(n: int, itemsize: int, tensors: int) -> Config:
         block = min(block // 2, 8192 if tensors < 2 else 4096)
     rows = max(1, 2048 // block)
     tile = rows * block * wide
-    if tensors < 3:
-        # 16 elements to a thread: two accesses of 128 bits, and no spilling
-        return Config(rows, block, min(max(tile // 512, 4), 32), 0)
     if block < n:
-        return Config(rows, block, min(max(tile // 256, 4), 32), 0)
+        return Config(rows, block, min(max((1 << (n - 1).bit_length()) * wide // 1024, 4), 32), 0)
+    if tensors < 3:
+        # 16 elements to a thread: two accesses of 128 bits; 64 of a long row, so that two programs have room
+        return Config(rows, block, min(max(tile // (2048 if tensors < 2 and tile > 8192 else 512), 4), 32), 0)
     if rows > 2:
         return Config(rows, block, 4, 264)
     # a loop with its loads under way has no use for many warps: measured on an H200

@@ -25,7 +25,10 @@ def environment() -> dict[str, Any]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
-    found["onnxruntime"] = __import__("onnxruntime").__version__
+    try:
+        found["onnxruntime"] = __import__("onnxruntime").__version__
+    except ImportError:  # not every benchmark needs it
+        found["onnxruntime"] = None
     return found | {"cpu": _cpu(), "cpus": os.cpu_count()}
 
 

@@ -297,6 +297,7 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     notes: dict[str, dict[str, str]] = {}
     names = ["input", *contenders(given.provider)]
+    about = {"times as large": TIMES, "library": library.library_path() is not None}
     with tempfile.TemporaryDirectory() as folder:
         for job in jobs(given.only, given.types):
             found_files = files(job, given.provider, Path(folder))
@@ -306,6 +307,8 @@ def main() -> None:
                 for found in race(job, found_files, threads, given.provider, given.seconds):
                     results.append(found)
                     print(*row(found, names), flush=True)
+            # at once: the next may run out of time
+            save(given.out, {"shapes": about, "notes": notes, "models": results})
     print("\n" + table(["model", "tokens", "threads", *names], [row(r, names) for r in results]))
     for name, why in notes.items():
         print(f"{name}: " + "; ".join(f"{tool}: {reason}" for tool, reason in why.items()))
@@ -318,8 +321,6 @@ def main() -> None:
                   f"in {sure} by more than noise")  # fmt: skip
     controls = [r["control"][1] for r in results]
     print(f"control: the input against itself {min(controls):.3f} to {max(controls):.3f}")
-    about = {"times as large": TIMES, "library": library.library_path() is not None}
-    save(given.out, {"shapes": about, "notes": notes, "models": results})
 
 
 if __name__ == "__main__":

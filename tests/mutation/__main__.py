@@ -145,7 +145,7 @@ def main() -> int:
         print("explained.toml names mutants that there are none of:", *gone, sep="\n")
         return 1
     runner = warm(tuple(given.tests.split(",")) if given.tests else MODULES)
-    results = spread(runner, choose(files, given.sample, given.seed), given.jobs, started + given.budget)
+    results = spread(runner, choose(files, given.sample, given.seed), given.jobs, time.perf_counter() + given.budget)
     text, share = table(results, why)
     print(text, f"{time.perf_counter() - started:.0f} s", sep="\n")
     if given.json:
