@@ -1002,6 +1002,10 @@ def test_a_site_is_called_after_its_last_node_that_is_no_copy() -> None:
     y = g.op("identity", n)
     assert [site.label for site in g.found(y).sites] == [n.name]
     g = Build()
+    n = rms(g, g.op("transpose", g.x, perm=(1, 0, 2)))
+    y = g.op("transpose", n, perm=(1, 0, 2))
+    assert [(site.value, site.label) for site in g.found(y).sites] == [(y, n.name)]
+    g = Build()
     n = rms(g, g.x)
     assert n.producer is not None
     n.producer.name = "node"
