@@ -29,6 +29,7 @@ trust: $(STAMP)
 bench: $(STAMP)
 	$(PIP) install --quiet -c constraints.txt -e ".[bench]"
 	$(BIN)/python -m tests.bench.peers
+	$(BIN)/python -m tests.bench.pretrained
 	$(BIN)/python -m tests.bench.speed --peers
 	$(BIN)/python -m tests.bench.latency
 	$(BIN)/python -m tests.bench.ort_ops
@@ -39,7 +40,7 @@ clean:
 	rm -rf $(VENV) build dist normfuse.egg-info .pytest_cache .ruff_cache .mypy_cache
 
 # ONNX Runtime: the GPU build where there is a wheel of it (it runs on the CPU too), else the CPU build.
-# rapidocr-onnxruntime is there for the model it holds; --no-deps, or it brings a second ONNX Runtime.
+# The last three are there for the models they hold; --no-deps, or they bring a second ONNX Runtime and much else.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "NormFuse needs Python 3.11 or newer, and '$(PYTHON)' is not: try 'make PYTHON=python3.12 ...'" >&2; exit 1; }
@@ -47,5 +48,5 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) install --quiet --upgrade pip
 	$(PIP) install --quiet -c constraints.txt -e ".[test,transformers]"
 	$(PIP) install --quiet -c constraints.txt onnxruntime-gpu || $(PIP) install --quiet -c constraints.txt onnxruntime
-	$(PIP) install --quiet -c constraints.txt --no-deps rapidocr-onnxruntime
+	$(PIP) install --quiet -c constraints.txt --no-deps rapidocr-onnxruntime magika pipecat-ai
 	@touch $@

@@ -42,6 +42,8 @@ def main() -> None:
     print(f"{len(report.norms)} norms: {report.recipe}")
     for (placement, made), count in Counter((n.placement, n.emitted or n.reason) for n in report.norms).items():
         print(f"  {count} x {placement}: {made}")
+    for note in report.notes:
+        print(f"note: {note}")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from normfuse.errors import InputError, UnsupportedError
 from normfuse.frontends import fx_model
 from normfuse.frontends.fx_meta import meta_of
 from normfuse.norm import Site
-from normfuse.ops.register import decompose_on_cpu
+from normfuse.ops.register import decompose_on_cpu, stays
 from normfuse.report import Report
 
 log = logging.getLogger("normfuse.backend")
@@ -60,7 +60,8 @@ def backend(graph: fx.GraphModule, inputs: Sequence[Any], *, mode: str | None = 
     return _inductor(graph, inputs, mode)
 
 
-def rewrite(graph: fx.GraphModule, config: Config, inner: str = "inductor", training: bool = False) -> fx.GraphModule:
+def rewrite(graph: fx.GraphModule, config: Config, inner: str = "inductor", training: bool = False,
+            before_autograd: bool = True) -> fx.GraphModule:  # fmt: skip
     """The module with the norms of its graph fused, in place: what Dynamo has noted on it stays."""
 
     def leave(site: Site, pair: bool) -> str | None:
@@ -74,6 +75,8 @@ def rewrite(graph: fx.GraphModule, config: Config, inner: str = "inductor", trai
     if config.converts:
         _demand_constants(graph, config)
     changed, report = fx_model.run(graph, config, rewrite=True, leave=leave)
+    if inner == "inductor" and before_autograd:
+        report.notes += _taken_apart(changed.graph)
     _last[:] = [report]
     _tell(report)
     if report.fused or report.converted:
@@ -84,6 +87,14 @@ def rewrite(graph: fx.GraphModule, config: Config, inner: str = "inductor", trai
             setattr(graph, name, part)
         graph.graph = changed.graph
     return graph
+
+
+def _taken_apart(graph: fx.Graph) -> list[str]:
+    """A note on the operators of which Inductor gets the definitions and not the kernels, if there are any."""
+    read = [meta_of(n.args[0]) for n in graph.nodes if getattr(n.target, "namespace", "") == "normfuse"]
+    apart = sum(isinstance(x, torch.Tensor) and not stays(x) for x in read)
+    return [f"{apart} of {len(read)} operators are taken apart again, and Inductor fuses the pieces, which is faster "
+            "on a CPU and for few elements"] if apart else []  # fmt: skip
 
 
 def _demand_constants(graph: fx.GraphModule, config: Config) -> None:
@@ -145,6 +156,8 @@ def _tell(report: Report) -> None:
              ", ".join(f"{k} for {v}" for k, v in made.items()) or "none fused", left)  # fmt: skip
     for norm in report.norms:
         log.debug("%s: %s (%s) -> %s", norm.name, norm.kind, norm.placement, norm.emitted or norm.reason or norm.action)
+    for note in report.notes:
+        log.info(note)
     for refusal in report.refusals:
         log.info("%s at %s: %s", refusal.code, refusal.node, refusal.message)
 
@@ -174,7 +187,7 @@ class InductorPass(CustomGraphPass):
         if module is None or (after and not any(t.is_cuda for t in tensors)):
             return
         training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-        rewrite(module, self.config, "inductor", training and not after)
+        rewrite(module, self.config, "inductor", training and not after, before_autograd=not after)
         if module.graph is not graph:  # whoever called goes on with the graph that he gave
             inputs = [[n for n in g.nodes if n.op == "placeholder"] for g in (module.graph, graph)]
             for node in reversed([n for n in graph.nodes if n.op != "placeholder"]):

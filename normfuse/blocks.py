@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 
 from normfuse.graph import Graph, Node, Value
 from normfuse.norm import Site
-from normfuse.placement import THROUGH, Placer, weight
+from normfuse.placement import MIXING, THROUGH, Placer, weight
 
-MIXING = ("linear", "attention", "matmul")
 BUDGET = 40
 """Steps of the walks, per node of the graph: one with skips over skips is left without blocks, not without an end."""
 NEAR = 64
@@ -24,8 +23,9 @@ SHARP = {"silu": "SiLU", "swish": "SiLU", "gelu": "GELU", "quickgelu": "QuickGEL
 
 @dataclass(slots=True, eq=False)
 class Part:
-    """One summand of a branch: its kind ("attention", "cross_attention", "feed_forward", "convolution", "linear"), what
-    is in it, and its norms: ahead of everything, inside (each with what it is the norm of, such as "q"), behind it.
+    """One summand of a branch: its kind ("attention", "cross_attention", "feed_forward", "recurrent", "convolution",
+    "linear"), what is in it, and its norms: ahead of everything, inside (each with what it is the norm of, such as
+    "q"), behind it.
     """
 
     kind: str
@@ -164,6 +164,8 @@ class _Finder:
         mixing = [n for n in nodes if n.kind in MIXING]
         if not mixing:
             return ""
+        if any(n.kind == "recurrent" for n in mixing):
+            return "recurrent"
         if "conv" in _op(mixing[0]):
             return "convolution"
         return "feed_forward" if any(_activation(n) for n in nodes) else "linear"

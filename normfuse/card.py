@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 OPERATORS = {"rms_norm": "RMSNorm", "layer_norm": "LayerNorm"}
 KINDS = {"attention": "attention", "cross_attention": "cross-attention", "feed_forward": "feed-forward",
-         "convolution": "convolution", "linear": "linear"}  # fmt: skip
+         "recurrent": "recurrent", "convolution": "convolution", "linear": "linear"}  # fmt: skip
 
 
 @dataclass(slots=True)

@@ -171,7 +171,6 @@ def _before(args: argparse.Namespace, output: str) -> Before:
 
 
 def _verify(args: argparse.Namespace) -> Outcome:
-    from normfuse import verify
     from normfuse.cli_report import comparison_blocks
 
     from normfuse.calibrate import load
@@ -187,7 +186,9 @@ def _verify(args: argparse.Namespace) -> Outcome:
     elif any(programs):
         raise InputError("a .pt2 and an ONNX model are not compared; give two of a kind")
     else:
-        result = verify.compare_models(args.a, args.b, seed=args.seed, inputs=inputs)
+        from normfuse.frontends.onnx_wide import compare_rewritten
+
+        result = compare_rewritten(args.a, args.b, seed=args.seed, inputs=inputs)
     code = DONE if result["equal"] else DIFFERENT
     return Outcome(code, {"schema": SCHEMA} | result, comparison_blocks(result, args.quiet))
 

@@ -21,7 +21,7 @@ PRECISION = {"bfloat16": 8, "float16": 11, "float32": 24, "float64": 53}
 KINDS = frozenset(
     """add sub mul div neg abs square pow sqrt rsqrt reciprocal max cast identity
     mean sum var std vecnorm matmul reshape unsqueeze squeeze expand transpose layer_norm rms_norm
-    linear attention activation gather slice concat where opaque""".split()
+    linear recurrent attention activation gather slice concat where quantize opaque""".split()
 )
 
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from normfuse.graph import Graph, Node, Value
+from normfuse.graph import Dim, Graph, Node, Value
 from normfuse.norm import Site, region
 
-THROUGH = frozenset("cast identity reshape unsqueeze squeeze transpose expand".split())
+THROUGH = frozenset("cast identity quantize reshape unsqueeze squeeze transpose expand".split())
+MIXING = frozenset("linear recurrent attention matmul".split())
 SHORT_WALK, LONG_WALK = 24, 400
 
 
@@ -39,10 +40,10 @@ class Placer:
                 self.fed.update(node.outputs)
 
     def base(self, value: Value) -> Value:
-        """The value behind casts, copies and reshapes."""
+        """The value behind casts, quantizations, copies and reshapes."""
         for _ in range(SHORT_WALK):
             node = value.producer
-            if value in self.normed or node is None or node.kind not in ("cast", "identity", "reshape"):
+            if value in self.normed or node is None or node.kind not in ("cast", "identity", "quantize", "reshape"):
                 break
             value = node.inputs[0]
         return value
@@ -51,9 +52,9 @@ class Placer:
         if node.kind != "add" or node in self.inside:
             return False
         a, b = node.inputs
-        if any(v.number is not None or v.fixed for v in (a, b)) or a.shape is None:
+        if any(v.number is not None or v.fixed for v in (a, b)) or a.shape is None or b.shape is None:
             return False
-        return a.shape == b.shape and len(a.shape) > 1
+        return len(a.shape) == len(b.shape) > 1 and a.shape[-1] == b.shape[-1] and all(map(_alike, a.shape, b.shape))
 
     def run(self) -> None:
         for site in self.sites:
@@ -137,7 +138,7 @@ class Placer:
             node = value.producer
             if node is None or (value in self.stream and not (added and value is self.base(x))):
                 return False
-            if node.kind in ("linear", "attention", "matmul"):
+            if node.kind in MIXING:
                 return True
             if node.kind == "add":  # the bias of a linear layer
                 moving = [v for v in node.inputs if not v.fixed and v.number is None]
@@ -154,7 +155,7 @@ class Placer:
 
     def _feeds_linear(self, y: Value) -> bool:
         through = THROUGH | {"mul", "add", "slice"}
-        return any(node.kind == "linear" for node, _ in _forward(y, through, SHORT_WALK, self.inside))
+        return any(node.kind in ("linear", "recurrent") for node, _ in _forward(y, through, SHORT_WALK, self.inside))
 
     def _attends(self, y: Value) -> Node | None:
         """The attention product that y goes into before it goes through any linear layer."""
@@ -199,6 +200,11 @@ def weight(value: Value) -> bool:
     return False
 
 
+def _alike(a: Dim, b: Dim) -> bool:
+    """Whether two sizes may be the same; inference has a name of its own for each that it does not know."""
+    return a == b or (1 not in (a, b) and not (isinstance(a, int) and isinstance(b, int)))
+
+
 def _activated(value: Value) -> bool:
     """silu(z) or an activation itself, casts and reshapes aside."""
     for _ in range(6):
@@ -227,8 +233,8 @@ def _forward(value: Value, through: frozenset[str] | set[str], limit: int,
                 continue
             seen.add(node)
             yield node, v
-            if node.kind in through:
-                todo.extend(node.outputs)
+            if node.kind in through:  # of what is quantized the first result alone, not its scale
+                todo.extend(node.outputs[:1] if node.kind == "quantize" else node.outputs)
 
 
 def _inside(graph: Graph, sites: Sequence[Site]) -> set[Node]:

@@ -204,6 +204,7 @@ def test_report_and_log_say_what_was_done_and_why_not(caplog: pytest.LogCaptureF
     assert report.norms[0].reason == "it is one operator already, and has no neighbour to take in"
     assert "2 norms (RMSNorm" in caplog.text and "normfuse.add_rms_norm for 1; 1 left" in caplog.text
     assert report.norms[0].reason in caplog.text
+    assert "1 of 1 operators are taken apart again" in report.notes[0] and report.notes[0] in caplog.text
 
 
 # -- what it must not add ----------------------------------------------------------------------------------------------
@@ -432,6 +433,22 @@ def test_what_is_small_or_wide_on_a_gpu_is_left_to_inductor(rows: int, n: int, l
         outs = forward(x, x, w, None, 1e-6, 0.0, "first"), back(x, x, w, None, None, 1e-6, 0.0, "rms_norm", True, False)
     assert isinstance(x.shape[0], int) != symbols
     assert [out is not NotImplemented for out in outs] == [left == "both", left != "none"]
+
+
+@pytest.mark.parametrize(("device", "rows", "more", "apart"), [
+    ("cuda", 4096, {}, False), ("cuda", 4095, {}, True), ("cpu", 4096, {}, True), ("cpu", 8, {"inner": "eager"}, False),
+    ("cuda", 8, {"before_autograd": False}, False)])  # fmt: skip
+def test_a_note_says_which_operators_inductor_takes_apart(
+    device: str, rows: int, more: dict[str, Any], apart: bool
+) -> None:
+    graph = torch.fx.symbolic_trace(small)
+    with FakeTensorMode() as mode:
+        args = [torch.empty(*shape, device=device) for shape in ((rows, 2048), (2048,))]
+    FakeTensorProp(graph, mode).propagate_dont_convert_inputs(*args)
+    backend.rewrite(graph, normfuse.Config(verify="off"), **more)
+    report = normfuse.last_report()
+    assert report is not None and report.norms[0].emitted == "normfuse.add_rms_norm"
+    assert [note.split(" are ")[0] for note in report.notes] == ["1 of 1 operators"] * apart
 
 
 def attention(queries: tuple[int, ...], keys: tuple[int, ...], device: str) -> torch.fx.GraphModule:

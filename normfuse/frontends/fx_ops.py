@@ -300,6 +300,7 @@ OPS: dict[str, Row] = _table(
         "ones ones_like new_ones": filled(-1, 1.0),
         "zeros zeros_like new_zeros": filled(-1, 0.0),
         "addmm baddbmm conv1d conv2d conv3d convolution conv_transpose1d conv_transpose2d": role("linear"),
+        "gru lstm rnn_tanh rnn_relu": role("recurrent"),
         "scaled_dot_product_attention _scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention "
         "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_cudnn_attention "
         "flex_attention multi_head_attention_forward": role("attention"),
@@ -324,6 +325,9 @@ MODULES: dict[type[nn.Module], Row] = {
     nn.Linear: role("linear"),
     nn.Conv1d: role("linear"),
     nn.Conv2d: role("linear"),
+    nn.GRU: role("recurrent"),
+    nn.LSTM: role("recurrent"),
+    nn.RNN: role("recurrent"),
     nn.Embedding: role("gather"),
 }
 """Class of a module that stands in the graph as a call -> how to lower it."""

@@ -252,6 +252,15 @@ def _array(tensor: onnx.TensorProto) -> Array:
     return np.asarray(ir.serde.deserialize_tensor(tensor).numpy()).astype(np.float64)
 
 
+class Expand(OpRun):
+    """The operand keeps its size where the shape has -1, which `region` leaves for a size that is not known alone."""
+
+    op_domain = ""
+
+    def _run(self, data: Array, shape: Array) -> tuple[Array]:
+        return (np.broadcast_to(data, np.broadcast_shapes(data.shape, tuple(np.abs(shape)))),)
+
+
 class ReduceMean(OpRun):
     """A mean rounded once, as runtimes compute it; the reference adds up in the type of the data."""
 
@@ -294,7 +303,7 @@ class RMSNormalization(LayerNormalization):
     centred = False
 
 
-OPS = [ReduceMean, LayerNormalization, RMSNormalization]
+OPS = [Expand, ReduceMean, LayerNormalization, RMSNormalization]
 
 
 def _runner(model: Model, boundary: list[Value], shapes: Shapes) -> Runner:

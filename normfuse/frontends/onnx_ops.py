@@ -214,6 +214,39 @@ def skip_norm(kind: str) -> Row:
     return row
 
 
+def _batch_norm(low: Lowering, node: ir.Node) -> None:
+    """``(x - mean) * (var + epsilon)^-1/2 * scale + B`` along axis 1. With statistics of x itself, as Keras's
+    LayerNormalization calls it in training mode, it may be a norm; with those of a training it is not."""
+    x, *rows = low.inputs(node)
+    if x.shape is None or any(v.fixed for v in rows[2:]) or attribute(node, "training_mode", 0):
+        return low.opaque(node)
+    behind = tuple(range(1, len(x.shape) - 1))
+    scale, bias, mean, var = (_unsqueezed(low, node, v, behind) for v in rows)
+    eps = low.number(float(attribute(node, "epsilon", 1e-5)), x.dtype)
+    steps = [("sub", [x, mean]), ("mul", [_rsqrt(low, node, var, eps)]), ("mul", [scale]), ("add", [bias])]
+    for i, (kind, operands) in enumerate(steps):
+        last = i == len(steps) - 1
+        out = low.output(node, x.shape, x.dtype) if last else low.virtual(x.shape, x.dtype)
+        low.emit(kind, operands if i == 0 else [x, *operands], out, node)
+        x = out
+
+
+def _unsqueezed(low: Lowering, node: ir.Node, value: Value, axes: tuple[int, ...]) -> Value:
+    if not axes or value.shape is None:
+        return value
+    out = low.virtual((*value.shape, *(1 for _ in axes)), value.dtype)
+    low.emit("unsqueeze", [value], out, node, axes=axes)
+    out.number = value.number
+    return out
+
+
+def _rsqrt(low: Lowering, node: ir.Node, value: Value, eps: Value) -> Value:
+    total, out = low.virtual(value.shape, value.dtype), low.virtual(value.shape, value.dtype)
+    low.emit("add", [value, eps], total, node)
+    low.emit("rsqrt", [total], out, node)
+    return out
+
+
 def role(kind: str) -> Row:
     """Operators that only matter for where a norm stands."""
     return lambda low, node: low.opaque(node, kind)
@@ -227,6 +260,14 @@ def _same_type(kind: str) -> Row:
         low.emit(kind, low.inputs(node), low.output(node, x.shape, x.dtype), node)
 
     return row
+
+
+def _quantize(low: Lowering, node: ir.Node) -> None:
+    """To fewer bits and back: the shape stays; what happens to numbers is no norm's."""
+    inputs = low.inputs(node)
+    types = [*(v.dtype for v in inputs), "uint8", "uint8"]  # a zero point that is not there is one of uint8
+    dtype = types[1 if node.op_type == "DequantizeLinear" else 2]
+    low.emit("quantize", inputs, low.output(node, inputs[0].shape, dtype), node)
 
 
 OPS: dict[str, Row] = {
@@ -261,6 +302,7 @@ OPS: dict[str, Row] = {
     "Squeeze": views.view_axes("squeeze"),
     "Expand": views.expand,
     "Transpose": views.transpose,
+    "BatchNormalization": _batch_norm,
     "LayerNormalization": norm("layer_norm"),
     "RMSNormalization": norm("rms_norm"),
     "SimplifiedLayerNormalization": norm("rms_norm"),
@@ -270,12 +312,21 @@ OPS: dict[str, Row] = {
     "com.microsoft::Attention": role("attention"),
     "com.microsoft::MultiHeadAttention": role("attention"),
     "com.microsoft::GroupQueryAttention": role("attention"),
+    "com.microsoft::QAttention": role("attention"),
     "Attention": role("attention"),
     "Gemm": role("linear"),
     "Conv": role("linear"),
     "ConvTranspose": role("linear"),
     "com.microsoft::MatMulNBits": role("linear"),
     "MatMulInteger": role("linear"),
+    "QLinearMatMul": role("linear"),
+    "QLinearConv": role("linear"),
+    "ConvInteger": role("linear"),
+    "com.microsoft::DynamicQuantizeMatMul": role("linear"),
+    "com.microsoft::MatMulIntegerToFloat": role("linear"),
+    "GRU": role("recurrent"),
+    "LSTM": role("recurrent"),
+    "RNN": role("recurrent"),
     "Gather": role("gather"),
     "GatherElements": role("gather"),
     "GatherND": role("gather"),
@@ -291,6 +342,11 @@ OPS: dict[str, Row] = {
     "HardSwish": _same_type("activation"),
     "Softplus": _same_type("activation"),
     "com.microsoft::QuickGelu": _same_type("activation"),
+    "QuantizeLinear": _quantize,
+    "DynamicQuantizeLinear": _quantize,
+    "DequantizeLinear": _quantize,
+    "com.microsoft::QuantizeLinear": _quantize,
+    "com.microsoft::DequantizeLinear": _quantize,
     "Softmax": _same_type("opaque"),
 }
 """ONNX operator (with its domain where that is not ONNX's own) -> how to lower it."""

@@ -91,6 +91,8 @@ RUNTIME: dict[str, Schema] = {
                                      frozenset()),
     "SkipSimplifiedLayerNormalization": (range(3, 5), range(1, 5), frozenset({3}), _EPS, frozenset()),
     "SkipLayerNormalization": (range(3, 6), range(1, 5), frozenset({3, 4}), _EPS, frozenset()),
+    "QuantizeLinear": (range(2, 4), range(1, 2), frozenset({2}), {}, frozenset()),
+    "DequantizeLinear": (range(2, 4), range(1, 2), frozenset({2}), {}, frozenset()),
     "QuickGelu": (range(1, 2), range(1, 2), frozenset(), {"alpha": onnx.AttributeProto.FLOAT}, frozenset()),
 }  # fmt: skip
 """The same of ONNX Runtime's operators that are read (its docs/ContribOperators.md), which `onnx` does not know."""

@@ -235,8 +235,7 @@ def _register(name: str, schema: str, like: tuple[int, ...], run: Callable[..., 
         return _lay(run(name, meaning, *args), tuple(args[i] for i in like))
 
     def decomposition(*args: Any) -> Any:
-        kept = args[0].is_cuda and not _small(args[0]) and (gradients is not None or args[0].shape[-1] <= WIDEST)
-        return NotImplemented if kept else run(name, meaning, *args)
+        return NotImplemented if stays(args[0], backward=gradients is None) else run(name, meaning, *args)
 
     library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     library.impl(name, kernel, "CompositeExplicitAutograd")
@@ -255,6 +254,11 @@ without the operators; a Llama of 2^22, whose products are larger, took 0.98).""
 WIDEST = 8192
 """The longest rows of which a backward stays: of an add_rms_norm at 16,384 it took 1.03 times Inductor's time
 (tests/bench/results/kernels.json)."""
+
+
+def stays(x: Tensor, backward: bool = False) -> bool:
+    """Whether an operator on such a tensor is a call in what Inductor compiles, and not what it is made of."""
+    return x.is_cuda and not _small(x) and not (backward and x.shape[-1] > WIDEST)
 
 
 def _small(x: Tensor) -> bool:

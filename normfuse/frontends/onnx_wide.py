@@ -1,0 +1,125 @@
+"""The same model with its norms computed in float64: what a model and its rewrite are measured against.
+
+A model may be far from what it means itself: a variance as mean(x^2) - mean(x)^2 in float32 loses most of its digits
+where the mean is large (Flax computes it so). Its rewrite is then nearer to the meaning, and far from the model.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from normfuse.errors import NormFuseError
+
+from normfuse.frontends.onnx import Lowering, lower
+from normfuse.frontends.onnx_functions import DTYPES
+from normfuse.frontends.onnx_region import region
+from normfuse.plan import Replace
+from normfuse.io.files import read_onnx, write_onnx
+from normfuse.recognise import recognise
+from normfuse.verify import ROUNDINGS, Array, compare_models
+
+FLOATS = frozenset(DTYPES.values())
+
+
+def compare_rewritten(source: str | Path, result: str | Path, *, roundings: float = ROUNDINGS, seed: int = 0,
+                      inputs: dict[str, Array] | None = None) -> dict[str, Any]:  # fmt: skip
+    """What `compare_models` says of a model and its rewrite; where they differ, the norms in float64 decide.
+
+    They count as equal then where no output of the rewrite is further from the model with its norms in float64 than
+    twice as far as the model itself is, give or take the roundings. Each output then has both distances, relative to
+    its largest element: "before", the model's, and "after", the rewrite's.
+    """
+    found = compare_models(source, result, seed=seed, inputs=inputs, roundings=roundings)
+    if found["equal"]:
+        return found
+    with tempfile.TemporaryDirectory(prefix="normfuse-") as folder:
+        wide = Path(folder) / "wide.onnx"
+        try:
+            model, _ = read_onnx(source)
+            if not widen_norms(model):
+                return found
+            write_onnx(model, wide)
+            before, after = (compare_models(wide, path, seed=seed, inputs=inputs, roundings=roundings)
+                             for path in (source, result))  # fmt: skip
+        except NormFuseError:  # such as a norm of which ONNX Runtime has no kernel in float64
+            return found
+    equal = True
+    for output, old, new in zip(found["outputs"], before["outputs"], after["outputs"], strict=True):
+        if old["max_rel"] is None or new["max_rel"] is None:
+            return found
+        output["before"], output["after"] = old["max_rel"], new["max_rel"]
+        unit = np.finfo(output["dtype"]).eps if output["dtype"].startswith("float") else 0.0
+        equal = equal and math.isfinite(old["max_rel"]) and new["max_rel"] <= 2 * old["max_rel"] + roundings * unit
+    return found | {"equal": equal}
+
+
+def widen_norms(model: ir.Model) -> int:
+    """Compute the model's own nodes of each norm of the main graph in float64, in place; how many norms these are.
+
+    What goes in is cast to float64 and what comes out is cast back, so that one rounding of the result is left.
+    """
+    low = lower(model)[0]
+    nodes: dict[ir.Node, None] = {}
+    count = 0
+    for site in recognise(low.graph).sites:
+        found = region(low, Replace(site))
+        if found is not None:
+            nodes.update(dict.fromkeys(found.nodes))
+            count += 1
+    _widen(low, nodes)
+    return count
+
+
+def _widen(low: Lowering, nodes: dict[ir.Node, None]) -> None:
+    made = {v for node in nodes for v in node.outputs}
+    types = {v: _type(low, v) for node in nodes for v in (*node.inputs, *node.outputs) if v is not None}
+    wide: dict[ir.Value, ir.Value] = {}
+    graph = low.source
+    for node in [n for n in graph if n in nodes]:
+        for i, value in enumerate(node.inputs):
+            if value is None or value in made or types[value] not in FLOATS:
+                continue
+            if value not in wide:
+                wide[value] = _cast(graph, value, ir.DataType.DOUBLE, before=node)
+            node.replace_input_with(i, wide[value])
+        to = node.attributes.get("to")
+        if to is not None and ir.DataType(to.as_int()) in FLOATS:
+            node.attributes["to"] = ir.AttrInt64("to", ir.DataType.DOUBLE)
+    for node in [n for n in graph if n in nodes]:
+        for value in node.outputs:
+            dtype = types[value]
+            readers = [(user, i) for user, i in value.uses() if user not in nodes]
+            if dtype not in FLOATS or not (readers or value.is_graph_output()):
+                continue
+            narrow = _cast(graph, value, dtype, after=node)
+            for user, i in readers:
+                if user is not narrow.producer():
+                    user.replace_input_with(i, narrow)
+            if value.is_graph_output():
+                narrow.name, value.name = value.name, f"{value.name}_float64"
+                narrow.shape, narrow.dtype = value.shape, dtype
+                graph.outputs[:] = [narrow if v is value else v for v in graph.outputs]
+            value.dtype = ir.DataType.DOUBLE
+
+
+def _type(low: Lowering, value: ir.Value) -> ir.DataType | None:
+    known = low.values.get(value)
+    return DTYPES.get(known.dtype or "") if known is not None else value.dtype
+
+
+def _cast(graph: ir.Graph, value: ir.Value, to: ir.DataType, before: ir.Node | None = None,
+          after: ir.Node | None = None) -> ir.Value:  # fmt: skip
+    node = ir.Node("", "Cast", [value], [ir.AttrInt64("to", to)], name=f"{value.name}_to_{to.name.lower()}")
+    node.outputs[0].name = node.name
+    if after is not None:
+        graph.insert_after(after, node)
+    else:
+        assert before is not None
+        graph.insert_before(before, node)
+    return node.outputs[0]

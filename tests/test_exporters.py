@@ -1,0 +1,288 @@
+"""Norms as other exporters than torch's write them: Keras by tf2onnx, Flax by jax2tf, quantised models, recurrent ones.
+
+The graphs are modelled on those of published models, which tests/test_pretrained.py reads where they are installed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+import normfuse
+from normfuse.frontends.onnx_wide import compare_rewritten, widen_norms
+from normfuse.io.files import read_onnx, write_onnx
+from normfuse.verify import compare_models, session
+from tests.cli_tools import run, saved
+from tests.families import FAMILIES, cached_export
+
+Array = np.ndarray[Any, Any]
+N = 8
+NUMBERS: dict[str, Any] = {
+    "w": np.linspace(0.5, 1.5, N), "v": np.linspace(-1, 1, N), "W": np.eye(N)[::-1] + 0.1, "eps": 1e-3, "c0": 0.0,
+    "c1": 1.0, "share": 1 / N, "small": 1e-3, "tenth": 0.1, "ten": 10.0,
+    "scale": 0.02, "fixed": np.linspace(0, 1, 4),
+}  # fmt: skip
+WHOLE: dict[str, Any] = {
+    "zero": [0], "one": [1], "pair": [2], "last": [-1], "behind": [0, 2, 3], "four": [1, -1, N, 1],
+    "size": [N],
+}  # fmt: skip
+ARRAYS: dict[str, Array] = {
+    "point": np.array(3, "i1"), "W8": np.arange(N * N, dtype="i1").reshape(N, N), "U8": np.eye(N, dtype="i1") * 50,
+    "G": np.random.default_rng(0).standard_normal((1, 3 * N, N)).astype("f4") / 4,
+    "R": np.random.default_rng(1).standard_normal((1, 3 * N, N)).astype("f4") / 4,
+}  # fmt: skip
+
+
+def model(lines: str, inputs: str, output: str, opset: int) -> onnx.ModelProto:
+    """A model of lines in ONNX's own language, with those constants of the three tables that they read."""
+    made = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["": {opset}]> g ({inputs}) => ({output}) '
+                                   f"{{ {lines} }}")  # fmt: skip
+    tables = {k: np.array(v, "f4") for k, v in NUMBERS.items()} | {k: np.array(v) for k, v in WHOLE.items()} | ARRAYS
+    read = {name for node in made.graph.node for name in node.input}
+    made.graph.initializer.extend(onnx.numpy_helper.from_array(a, k) for k, a in tables.items() if k in read)
+    onnx.checker.check_model(made, full_check=True)
+    return made
+
+
+def rows(count: int = 4) -> dict[str, Array]:
+    """Rows to be normalised that are random, offset, of a large mean, tiny, large, and zero."""
+    normal = np.random.default_rng(3).standard_normal((count, N))
+    kinds = {"random": normal, "offset": normal + 3, "large mean": normal + 100, "tiny": normal * 1e-3,
+             "large": normal * 1e4, "zero": normal * 0}  # fmt: skip
+    return {name: array.astype("f4") for name, array in kinds.items()}
+
+
+def layer_norm(x: Array, eps: float, w: Array | float = 1.0, v: Array | float = 0.0) -> Array:
+    wide = x.astype("f8")
+    centred = wide - wide.mean(-1, keepdims=True)
+    out: Array = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + eps) * w + v
+    return out
+
+
+# -- Keras: LayerNormalization by way of FusedBatchNormV3 in training mode ---------------------------------------------
+
+
+KERAS = """r = Reshape(x, four) mean = ReduceMean<axes=[0, 2, 3], keepdims=1>({of}) d = Sub(r, mean)
+ss = ReduceSumSquare<axes=[0, 2, 3], keepdims=0>(d) m = Squeeze(mean, behind) s = Shape(r)
+dims = Gather<axis=0>(s, behind) count = ReduceProd<axes=[0], keepdims=0>(dims) many = Cast<to=1>(count)
+var = Div(ss, many) shape = Shape(x) lead = Slice(shape, zero, one, zero) ones = Expand(c1, lead)
+zeros = Expand(c0, lead) {outputs} = BatchNormalization<epsilon=0.001{mode}>(r, {statistics})
+back = Reshape(b, shape) h = Mul(back, w) y = Add(h, v)"""
+WRITTEN = {"of": "r", "outputs": "b", "mode": "", "statistics": "ones, zeros, m, var"}
+
+
+def keras(opset: int, **changes: str) -> onnx.ModelProto:
+    inputs = f"float[B, {N}] x" + (f", float[1, B, {N}, 1] z" if "z" in changes.values() else "")
+    return model(KERAS.format(**WRITTEN | changes), inputs, f"float[B, {N}] y", opset)
+
+
+@pytest.mark.parametrize("opset", [13, 15, 17])
+@pytest.mark.parametrize("target", ["onnx", "normfuse"])
+def test_keras_layer_norm(opset: int, target: Any, tmp_path: Path) -> None:
+    source, out = saved(keras(opset), tmp_path / "in.onnx"), tmp_path / "out.onnx"
+    report = normfuse.rewrite(source, out, normfuse.Config(target=target, verify="model"))
+    (norm,) = report.norms
+    assert (norm.kind, norm.size, norm.action, norm.verified, norm.proved) == ("layer_norm", N, "fused", True, True)
+    assert norm.eps == pytest.approx(1e-3)
+    left = [node.op_type for node in onnx.load(out).graph.node]
+    assert left == ["LayerNormalization" if opset >= 17 else "layer_norm"]
+    before, after = session(source), session(out)
+    for name, x in rows().items():
+        want = layer_norm(x, 1e-3, NUMBERS["w"], NUMBERS["v"])
+        old, new = (np.abs(s.run(None, {"x": x})[0] - want).max() for s in (before, after))
+        assert new <= 2 * old + 4 * 2.0**-23 * np.abs(want).max(), name
+
+
+@pytest.mark.parametrize("changes", [
+    {"statistics": "ones, zeros, fixed, fixed"},  # statistics of a training
+    {"statistics": "ones, zeros, m, m"},  # the mean twice
+    {"of": "z"},  # the mean of another tensor
+])  # fmt: skip
+def test_batch_normalization_that_is_no_norm(changes: dict[str, str], tmp_path: Path) -> None:
+    source = saved(keras(13, **changes), tmp_path / "in.onnx")
+    report = normfuse.rewrite(source, tmp_path / "out.onnx", normfuse.Config())
+    assert not report.norms
+    assert (tmp_path / "out.onnx").read_bytes() == source.read_bytes()
+
+
+def test_batch_normalization_in_training_mode_is_left() -> None:
+    assert not normfuse.inspect(keras(15, outputs="b, mean2, var2", mode=", training_mode=1")).norms
+
+
+# -- Flax: a variance in one pass, clamped, through reshapes and expansions to a computed shape ------------------------
+
+
+FLAX = """shape = Shape(u) lead = Slice(shape, zero, one, zero) column = Concat<axis=0>(lead, one)
+sum = ReduceSum<keepdims=0>({x}, last) mean = Mul(sum, share) q = Mul({x}, {x})
+sum2 = ReduceSum<keepdims=0>(q, last) mean2 = Mul(sum2, share) m2 = Mul(mean, mean) diff = Sub(mean2, m2)
+var = Max({floor}, diff) vr = Reshape(var, column) ve = Expand(vr, {spread}) a = Add(ve, eps) s = Sqrt(a)
+inv = Reciprocal(s) g = Mul(inv, w) mr = Reshape(mean, column) me = Expand(mr, column) d = Sub({x}, me) h = Mul(d, g)
+y = Add(h, v)"""
+
+
+def flax(ahead: str = "", x: str = "x", floor: str = "c0", spread: str = "column") -> onnx.ModelProto:
+    """Nothing says that x and u, of which a size is read, have as many rows."""
+    lines = ahead + FLAX.format(x=x, floor=floor, spread=spread)
+    return model(lines, f"float[A, {N}] x, float[B, {N}] u", f"float[A, {N}] y", 15)
+
+
+def test_flax_layer_norm(tmp_path: Path) -> None:
+    source, out = saved(flax(), tmp_path / "in.onnx"), tmp_path / "out.onnx"
+    report = normfuse.rewrite(source, out, normfuse.Config(verify="model"))
+    (norm,) = report.norms
+    assert (norm.kind, norm.action, norm.verified) == ("layer_norm", "fused", True) and not report.refusals
+    assert [node.op_type for node in onnx.load(out).graph.node] == ["layer_norm"]
+    before, after = session(source), session(out)
+    for name, x in rows().items():
+        want = layer_norm(x, 1e-3, NUMBERS["w"], NUMBERS["v"])
+        old, new = (np.abs(s.run(None, {"x": x, "u": x})[0] - want).max() for s in (before, after))
+        assert new <= 2 * old + 4 * 2.0**-23 * np.abs(want).max(), name
+
+
+def test_a_clamp_that_acts_is_refused() -> None:
+    report = normfuse.inspect(flax(floor="small"))
+    assert not report.norms and [r.code for r in report.refusals] == ["NF119"]
+
+
+# -- a model that is far from what it means ----------------------------------------------------------------------------
+
+
+FAR = "t = Mul(x, tenth) x1 = Add(t, ten) "
+"""A mean of a hundred standard deviations: of a variance in one pass in float32 three digits are right."""
+
+
+def test_a_rewrite_is_measured_against_the_norms_in_float64(tmp_path: Path) -> None:
+    source, out = saved(flax(FAR, "x1"), tmp_path / "in.onnx"), tmp_path / "out.onnx"
+    report = normfuse.rewrite(source, out, normfuse.Config(verify="model"))
+    assert report.fused == 1 and report.model_check is not None and report.model_check["equal"]
+    (output,) = report.model_check["outputs"]
+    assert output["before"] > 100 * 2.0**-23 and output["after"] < output["before"] / 10
+    assert not compare_models(source, out)["equal"]  # by themselves the two are told apart
+    code, text, _ = run("verify", source, out)
+    assert code == 0 and "from the input with its norms in float64" in text
+    code, text, _ = run("reduce", source, tmp_path / "less.onnx")
+    assert code == 1 and "nothing goes wrong" in text and not (tmp_path / "less.onnx").exists()
+
+
+@pytest.mark.parametrize("change", ["eps", "w", "v", "kind"])
+def test_a_wrong_rewrite_of_such_a_model_is_told(change: str, tmp_path: Path) -> None:
+    source, right = saved(flax(FAR, "x1"), tmp_path / "in.onnx"), tmp_path / "right.onnx"
+    normfuse.rewrite(source, right, normfuse.Config())
+    wrong = onnx.load(right)
+    (norm,) = (node for node in wrong.graph.node if node.domain == "normfuse")
+    if change == "eps":
+        next(a for a in norm.attribute if a.name == "epsilon").f *= 2
+    elif change == "kind":
+        wrong = onnx.load(source)
+        next(node for node in wrong.graph.node if node.output[0] == "diff").input[1] = "c0"  # an RMSNorm's variance
+    else:
+        tensor = next(t for t in wrong.graph.initializer if t.name == change)
+        array = onnx.numpy_helper.to_array(tensor) + np.float32(0.1)
+        tensor.CopyFrom(onnx.numpy_helper.from_array(array, change))
+    assert compare_rewritten(source, right)["equal"]
+    assert not compare_rewritten(source, saved(wrong, tmp_path / "wrong.onnx"))["equal"]
+
+
+def test_norms_in_float64_are_the_same_model(tmp_path: Path) -> None:
+    """Also where a result is an output of the graph and is read inside, and where sizes and casts are in between."""
+    lines = FAR + FLAX.format(x="x1", floor="c0", spread="column") + " o = Neg(mean)"
+    made = model(lines, f"float[A, {N}] x, float[B, {N}] u", f"float[A, {N}] y, float[A] mean, float[A] o", 15)
+    source = saved(made, tmp_path / "in.onnx")
+    wide, _ = read_onnx(source)
+    assert widen_norms(wide) == 1
+    write_onnx(wide, tmp_path / "wide.onnx")
+    x = rows()["random"]
+    t = x * np.float32(0.1) + np.float32(10)
+    y, mean, less = session(tmp_path / "wide.onnx").run(None, {"x": x, "u": x})
+    want = layer_norm(t, 1e-3, NUMBERS["w"], NUMBERS["v"])
+    assert np.abs(y - want).max() <= 1e-6 * np.abs(want).max() and y.dtype == np.float32
+    assert np.abs(mean - t.astype("f8").mean(-1)).max() <= 2.0**-21 and (less == -mean).all()
+
+
+# -- quantised models --------------------------------------------------------------------------------------------------
+
+
+BLOCK = """n = LayerNormalization(x, w, v) n8 = QuantizeLinear(n, scale, point) nf = DequantizeLinear(n8, scale, point)
+V = DequantizeLinear(W8, scale, point) U = DequantizeLinear(U8, scale, point) h = MatMul(nf, V) r = Relu(h)
+r8 = QuantizeLinear(r, scale, point) rf = DequantizeLinear(r8, scale, point) f = MatMul(rf, U) y = Add(x, f)"""
+
+
+def test_placements_are_read_through_quantisation() -> None:
+    report = normfuse.inspect(model(BLOCK, f"float[B, 3, {N}] x", f"float[B, 3, {N}] y", 18))
+    assert report.recipe == "LayerNorm, pre-norm" and [n.placement for n in report.norms] == ["pre"]
+    assert report.card is not None
+    assert [report.card.formula(b) for b in report.card.stacks[0].blocks[0].branches] == [
+        "x + feed-forward(LayerNorm(x))"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["gemma3", "olmo2", "gpt2", "deepseek_v3"])
+def test_a_model_that_onnx_runtime_quantised_has_the_same_placements(name: str, tmp_path: Path) -> None:
+    from onnxruntime.quantization import quantize_dynamic
+
+    source, out = cached_export(name, 18), tmp_path / "out.onnx"
+    made = onnx.load(source)
+    del made.graph.value_info[:]  # of the weights before they were transposed, which the quantiser does not take
+    quantize_dynamic(made, tmp_path / "in.onnx", op_types_to_quantize=["MatMul", "Gemm"])
+    before, after = normfuse.inspect(source), normfuse.inspect(tmp_path / "in.onnx")
+    assert "MatMulInteger" in after.operators_before
+    assert after.recipe == before.recipe and not after.refusals
+    assert [(n.kind, n.placement) for n in after.norms] == [(n.kind, n.placement) for n in before.norms]
+    report = normfuse.rewrite(tmp_path / "in.onnx", out, normfuse.Config(target="normfuse", verify="model"))
+    assert report.fused == FAMILIES[name].norms or name == "gpt2"  # whose norms are operators, and its first stays
+
+
+def test_a_norm_around_a_quantised_value_is_none() -> None:
+    """Rounded to eight bits, a mean is another number; what is left is the RMSNorm of the difference."""
+    lines = ("m = ReduceMean(x, last) m8 = QuantizeLinear(m, scale, point) mf = DequantizeLinear(m8, scale, point) "
+             "d = Sub(x, mf) q = Mul(d, d) var = ReduceMean(q, last) a = Add(var, eps) s = Sqrt(a) y = Div(d, s)")
+    made = model(lines, f"float[B, {N}] x", f"float[B, {N}] y", 18)
+    assert [n.kind for n in normfuse.inspect(made).norms] == ["rms_norm"]
+    plain = model(lines.replace("Sub(x, mf)", "Sub(x, m)"), f"float[B, {N}] x", f"float[B, {N}] y", 18)
+    assert [n.kind for n in normfuse.inspect(plain).norms] == ["layer_norm"]
+
+
+# -- sizes that nobody knows to be the same, and recurrent layers ------------------------------------------------------
+
+
+def test_a_residual_of_sizes_that_have_other_names() -> None:
+    """It is one in the drawing; but the addition is not taken into an operator, which demands that it is proved."""
+    lines = ("a = LayerNormalization(x, w, v) h = MatMul(a, W) shape = Shape(u) lead = Slice(shape, zero, pair, zero) "
+             "target = Concat<axis=0>(lead, size) f = Reshape(h, target) s = Add(x, f) y = LayerNormalization(s, w, v)")
+    for name, emitted in (("u", {""}), ("x", {"", "function normfuse.add_layer_norm"})):
+        made = model(lines.replace("Shape(u)", f"Shape({name})"), f"float[A, S, {N}] x, float[B, T, {N}] u",
+                     f"float[A, S, {N}] y", 18)  # fmt: skip
+        report = normfuse.optimize(made, normfuse.Config(target="normfuse"))[1]
+        assert [n.placement for n in report.norms] == ["pre", "final"]
+        assert {n.emitted for n in report.norms} == emitted
+
+
+def test_recurrent_layers_are_told_from_attention() -> None:
+    lines = ("n = LayerNormalization(x, w, v) all, state = GRU<hidden_size=8>(n, G, R) f = Squeeze(all, one) "
+             "y = Add(x, f)")  # fmt: skip
+    report = normfuse.inspect(model(lines, f"float[S, B, {N}] x", f"float[S, B, {N}] y", 18))
+    assert [n.placement for n in report.norms] == ["pre"] and report.card is not None
+    assert [report.card.formula(b) for b in report.card.stacks[0].blocks[0].branches] == [
+        "x + recurrent(LayerNorm(x))"]  # fmt: skip
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.gru = nn.LayerNorm(N), nn.GRU(N, N, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.gru(self.norm(x))[0]
+        return out
+
+
+@pytest.mark.filterwarnings("ignore:The tensor attributes")
+def test_recurrent_layers_in_torch() -> None:
+    card = normfuse.inspect(torch.export.export(Recurrent(), (torch.randn(2, 5, N),))).card
+    assert card is not None
+    assert [card.formula(b) for b in card.stacks[0].blocks[0].branches] == ["x + recurrent(LayerNorm(x))"]
