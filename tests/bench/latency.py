@@ -6,13 +6,14 @@ Transformers' own classes, 4 layers, hidden size 1024, random weights, dynamic s
 (six of them, any by name), and the PP-OCRv4 recogniser that rapidocr-onnxruntime holds. Every contender is a file, run
 by a session with ONNX Runtime's default optimisations; the sessions take turns in one process, and all of it is done
 several times with new sessions, since where the weights of a session come to lie makes it faster or slower for as long
-as it lives. `ratio` is our median in parts of the best median of the others, `interval` the least and the greatest that
-it was among the repetitions: with six, the true median lies between them in 97 of 100 cases, whatever the distribution.
-What ONNX Runtime runs for two files, node by node on the same values, is compared before: if that is the same, one is
-measured and the other has its times. The input is run twice for a "control", its second session in parts of its first.
-`normfuse` is target "normfuse" with the library of operators loaded, where this installation has one, and "after
-onnxscript" the same on what onnxscript has made, whose fusions of attention NormFuse leaves to it. --provider cuda
-measures on a GPU, with targets for it.
+as it lives, and each time another session comes first, since the first is often the slowest. `ratio` is our median in
+parts of the best median of the others, `interval` the least and the greatest that it was among the repetitions: with
+six, the true median lies between them in 97 of 100 cases, whatever the distribution. What ONNX Runtime runs for two
+files, node by node on the same values, is compared before: if that is the same, one is measured and the other has its
+times. The input is run twice for a "control", its second session in parts of its first. `normfuse` is target "normfuse"
+with the library of operators loaded, where this installation has one, and "after onnxscript" the same on what
+onnxscript has made, whose fusions of attention NormFuse leaves to it. --provider cuda measures on a GPU, with targets
+for it.
 """
 
 from __future__ import annotations
@@ -226,9 +227,10 @@ def _digest(data: bytes, *more: object) -> str:
 def race(job: Job, files: Files, threads: int, provider: str, seconds: float) -> Iterator[dict[str, Any]]:
     """Run all contenders in turns, for each input."""
     runs: dict[str, list[dict[str, list[float]]]] = {label: [] for label in job.inputs}
-    for _ in range(RESTARTS):
-        sessions = {name: session(path, threads, provider, operators(name)) for name, path in files.made.items()}
-        sessions["control"] = session(job.path, threads, provider, False)
+    paths = [*files.made.items(), ("control", job.path)]
+    for turn in range(RESTARTS):
+        order = paths[turn % len(paths) :] + paths[: turn % len(paths)]
+        sessions = {name: session(path, threads, provider, operators(name)) for name, path in order}
         for label, inputs in job.inputs.items():
             tasks = [partial(s.run, None, inputs) for s in sessions.values()]
             started = time.perf_counter()
