@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from normfuse.graph import Dim, Graph, Node, Value
+from normfuse.graph import Graph, Node, Shape, Value
 from normfuse.norm import Site, region
 
 THROUGH = frozenset("cast identity quantize reshape unsqueeze squeeze transpose expand".split())
@@ -52,9 +52,7 @@ class Placer:
         if node.kind != "add" or node in self.inside:
             return False
         a, b = node.inputs
-        if any(v.number is not None or v.fixed for v in (a, b)) or a.shape is None or b.shape is None:
-            return False
-        return len(a.shape) == len(b.shape) > 1 and a.shape[-1] == b.shape[-1] and all(map(_alike, a.shape, b.shape))
+        return not any(v.number is not None or v.fixed for v in (a, b)) and _alike(a.shape, b.shape)
 
     def run(self) -> None:
         for site in self.sites:
@@ -200,9 +198,11 @@ def weight(value: Value) -> bool:
     return False
 
 
-def _alike(a: Dim, b: Dim) -> bool:
-    """Whether two sizes may be the same; inference has a name of its own for each that it does not know."""
-    return a == b or (1 not in (a, b) and not (isinstance(a, int) and isinstance(b, int)))
+def _alike(a: Shape | None, b: Shape | None) -> bool:
+    """Whether two shapes of rows may be the same: inference has a name of its own for each size it does not know."""
+    if a is None or b is None or not len(a) == len(b) > 1 or a[-1] != b[-1]:
+        return False
+    return all(p == q or (1 not in (p, q) and {type(p), type(q)} != {int}) for p, q in zip(a, b, strict=True))
 
 
 def _activated(value: Value) -> bool:

@@ -132,6 +132,48 @@ def test_what_stands_behind_the_next_norm_does_not_count(spell: Step) -> None:
     assert places(h, linear(h, spell(h, op(h, linear(h, h.x)))))[0] == "other"
 
 
+@pytest.mark.parametrize(("shape", "other", "residual"), [
+    (ROWS, ROWS, True),
+    (ROWS, ("A", "T", 64), True), (ROWS, ("B", None, 64), True), ((2, "S", 64), ("B", 3, 64), True),  # they may be
+    ((2, 3, 64), (2, 3, 64), True), ((2, 3, 64), (2, 4, 64), False),
+    (ROWS, (1, "S", 64), False), ((1, "S", 64), ROWS, False), ((1, "S", 64), (1, "S", 64), True),
+    (ROWS, ("B", "S", "N"), False), (ROWS, ("B", "S", 1), False),
+    (ROWS, ("S", 64), False), (ROWS, None, False),
+])  # fmt: skip
+def test_a_residual_addition_is_of_shapes_that_may_be_the_same(shape: Any, other: Any, residual: bool) -> None:
+    for turned in (False, True):
+        g = Build()
+        h = g.op("gather", matrix(g, 100, 64), leaf(g, *shape[:-1], dtype="int64"), shape=shape, dtype="float32")
+        f = g.op("reshape", branch(g, norm(g, h)), shape=other)
+        f.shape = other
+        s = g.op("add", *((f, h) if turned else (h, f)), shape=shape)
+        assert places(g, s) == ["pre" if residual else "other"]
+
+
+def test_a_sum_of_vectors_is_no_residual_addition() -> None:
+    g = Build()
+    y = norm(g, embedded(g))
+    f = g.op("reshape", linear(g, y), shape=(64,))
+    assert places(g, g.op("add", g.op("reshape", y, shape=(64,)), f, shape=(64,))) == ["other"]
+
+
+def test_of_what_is_quantized_the_scale_is_not_followed() -> None:
+    g = Build()
+    y = norm(g, g.op("slice", g.op("linear", g.x, matrix(g, 80, 64), shape=("B", "S", 80)), shape=ROWS))
+    codes, scale = g.graph.value("codes", ROWS, "uint8"), g.graph.value("scale", (), "float32")
+    g.graph.node("quantize", [y], [codes, scale])
+    q, k = (heads(g, g.op("mul", g.op("cast", linear(g, codes), dtype="float32"), scale)) for _ in range(2))
+    assert places(g, attended(g, q, k)) == ["latent"]
+
+
+def test_of_what_is_split_all_parts_are_followed() -> None:
+    g = Build()
+    y = norm(g, linear(g, g.x))
+    parts = [g.graph.value(name, ROWS, "float32") for name in "ab"]
+    g.graph.node("slice", [y], parts)
+    assert places(g, attended(g, heads(g, parts[1]), heads(g, linear(g, g.x)))) == ["qk"]
+
+
 def test_a_norm_of_a_latent() -> None:
     g = Build()
     down = g.op("slice", g.op("linear", g.x, matrix(g, 80, 64), shape=("B", "S", 80)), shape=ROWS)
