@@ -25,7 +25,7 @@ Array = np.ndarray[Any, Any]
 N = 8
 NUMBERS: dict[str, Any] = {
     "w": np.linspace(0.5, 1.5, N), "v": np.linspace(-1, 1, N), "W": np.eye(N)[::-1] + 0.1, "eps": 1e-3, "c0": 0.0,
-    "c1": 1.0, "share": 1 / N, "small": 1e-3, "tenth": 0.1, "ten": 10.0,
+    "c1": 1.0, "share": 1 / N, "small": 1e-3, "tenth": 0.1, "ten": 10.0, "large": 1e3,
     "scale": 0.02, "fixed": np.linspace(0, 1, 4),
 }  # fmt: skip
 WHOLE: dict[str, Any] = {
@@ -187,6 +187,22 @@ def test_a_wrong_rewrite_of_such_a_model_is_told(change: str, tmp_path: Path) ->
         tensor.CopyFrom(onnx.numpy_helper.from_array(array, change))
     assert compare_rewritten(source, right)["equal"]
     assert not compare_rewritten(source, saved(wrong, tmp_path / "wrong.onnx"))["equal"]
+
+
+def test_a_label_has_no_leeway(tmp_path: Path) -> None:
+    """Where the model's own label is off by one, that of the rewrite may still not be."""
+    lines = FAR + FLAX.format(x="x1", floor="c0", spread="column") + "many = Mul(y, large) label = Cast<to=7>(many) "
+    given = f"float[A, {N}] x, float[B, {N}] u"
+    source = saved(model(lines, given, f"int64[A, {N}] label", 15), tmp_path / "in.onnx")
+    wrong = saved(model(lines.replace("label =", "less =") + "label = Add(less, one)", given,
+                        f"int64[A, {N}] label", 15), tmp_path / "wrong.onnx")  # fmt: skip
+    for path, right in ((source, True), (wrong, False)):
+        out = tmp_path / f"out-{path.name}"
+        normfuse.rewrite(path, out, normfuse.Config())
+        assert not compare_models(source, out)["equal"]
+        found = compare_rewritten(source, out)
+        assert found["equal"] == right
+        assert found["outputs"][0]["before"] * 2 >= found["outputs"][0]["after"]
 
 
 def test_norms_in_float64_are_the_same_model(tmp_path: Path) -> None:
