@@ -5,6 +5,7 @@ The graphs are modelled on those of published models, which tests/test_pretraine
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ WHOLE: dict[str, Any] = {
 }  # fmt: skip
 ARRAYS: dict[str, Array] = {
     "point": np.array(3, "i1"), "W8": np.arange(N * N, dtype="i1").reshape(N, N), "U8": np.eye(N, dtype="i1") * 50,
+    "M": np.random.default_rng(2).standard_normal((16, 8)).astype("f4"),
+    "M16": np.eye(16, dtype="f4"),
     "G": np.random.default_rng(0).standard_normal((1, 3 * N, N)).astype("f4") / 4,
     "R": np.random.default_rng(1).standard_normal((1, 3 * N, N)).astype("f4") / 4,
 }  # fmt: skip
@@ -44,7 +47,7 @@ def model(lines: str, inputs: str, output: str, opset: int) -> onnx.ModelProto:
     made = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["": {opset}]> g ({inputs}) => ({output}) '
                                    f"{{ {lines} }}")  # fmt: skip
     tables = {k: np.array(v, "f4") for k, v in NUMBERS.items()} | {k: np.array(v) for k, v in WHOLE.items()} | ARRAYS
-    read = {name for node in made.graph.node for name in node.input}
+    read = set(re.findall(r"\w+", lines))
     made.graph.initializer.extend(onnx.numpy_helper.from_array(a, k) for k, a in tables.items() if k in read)
     onnx.checker.check_model(made, full_check=True)
     return made
@@ -148,6 +151,36 @@ def test_flax_layer_norm(tmp_path: Path) -> None:
 def test_a_clamp_that_acts_is_refused() -> None:
     report = normfuse.inspect(flax(floor="small"))
     assert not report.norms and [r.code for r in report.refusals] == ["NF119"]
+
+
+# -- the branches of an If ---------------------------------------------------------------------------------------------
+
+
+BRANCHES = """y = If(c) <then_branch = t () => (float[B, 8] a) {{ h = Gemm(x, {then}) m = ReduceMean<axes=[-1]>(h)
+d = Sub(h, m) q = Mul(d, d) var = ReduceMean<axes=[-1]>(q) e = Add(var, eps) r = Sqrt(e) n = Div(d, r) a = Mul(n, w) }},
+else_branch = f () => (float[B, 8] b) {{ {name} = Gemm(x, {other}) b = Slice({name}, zero, size, one) }}>"""
+
+
+def branches(then: str = "M", name: str = "k", other: str = "M") -> onnx.ModelProto:
+    lines = BRANCHES.format(then=then, name=name, other=other)
+    return model(lines, "float[B, 16] x, bool c", "float[B, 8] y", 13)
+
+
+def test_a_norm_in_a_branch_of_which_no_shape_is_stated(tmp_path: Path) -> None:
+    source, out = saved(branches(), tmp_path / "in.onnx"), tmp_path / "out.onnx"
+    report = normfuse.rewrite(source, out, normfuse.Config(verify="model"))
+    assert [(n.kind, n.size, n.action, n.verified) for n in report.norms] == [("layer_norm", 8, "fused", True)]
+    assert not report.refusals
+    x = np.random.default_rng(0).standard_normal((3, 16)).astype("f4")
+    for c in (True, False):
+        want, got = (session(path).run(None, {"x": x, "c": np.array(c)})[0] for path in (source, out))
+        assert np.abs(want - got).max() <= 4 * 2.0**-23 * np.abs(want).max()
+
+
+def test_two_branches_that_call_values_of_other_shapes_the_same() -> None:
+    """The shape of h is then not known; what is left is the RMSNorm of d, which has a name of its own."""
+    assert [n.kind for n in normfuse.inspect(branches(name="h", other="M16")).norms] == ["rms_norm"]
+    assert [n.kind for n in normfuse.inspect(branches(name="h", other="M")).norms] == ["layer_norm"]
 
 
 # -- a model that is far from what it means ----------------------------------------------------------------------------

@@ -402,7 +402,7 @@ def lower(model: ir.Model) -> list[Lowering]:
     first = Lowering(model.graph)
     for _ in range(MAX_ROUNDS):
         wanted = first.stuck or first.controlled or any(node.kind in REDUCTIONS for node in first.graph.nodes)
-        if not (first.missing or first.stuck) or not wanted:
+        if not (first.missing or first.stuck or first.controlled) or not wanted:
             break
         inferred = infer(model, first.values, first.arrays)
         if inferred == first.inferred or not inferred:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -56,28 +57,38 @@ def infer(model: ir.Model, known: dict[ir.Value, Value], arrays: dict[ir.Value, 
     except Exception:  # the C++ checker raises various kinds for graphs it does not understand
         return {}
     out: Inferred = {}
-    for info in done.graph.value_info:
-        tensor_type = info.type.tensor_type
-        dims: Shape | None = None
-        if tensor_type.HasField("shape"):
-            dims = tuple(
-                d.dim_value if d.HasField("dim_value") else (d.dim_param or None) for d in tensor_type.shape.dim
-            )
-        dtype = DTYPE_NAMES.get(ir.DataType(tensor_type.elem_type)) if tensor_type.elem_type else None
-        out[info.name] = (dims, dtype)
+    for graph in _graphs(done.graph):
+        for info in graph.value_info:
+            found = _facts(info)
+            if out.setdefault(info.name, found) != found:  # the branches of an If may have a name in common
+                out[info.name] = (None, None)
     return out
+
+
+def _facts(info: onnx.ValueInfoProto) -> tuple[Shape | None, str | None]:
+    tensor_type = info.type.tensor_type
+    dims: Shape | None = None
+    if tensor_type.HasField("shape"):
+        dims = tuple(d.dim_value if d.HasField("dim_value") else (d.dim_param or None) for d in tensor_type.shape.dim)
+    return dims, DTYPE_NAMES.get(ir.DataType(tensor_type.elem_type)) if tensor_type.elem_type else None
+
+
+def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """A graph and those inside its nodes."""
+    yield graph
+    for node in graph.node:
+        for attr in node.attribute:
+            for inner in (*([attr.g] if attr.HasField("g") else ()), *attr.graphs):
+                yield from _graphs(inner)
 
 
 def _forget_negative(graph: onnx.GraphProto) -> None:
     """Sizes below zero mean nothing, or "unknown" to some exporters; ONNX's C++ ends the process at a Slice of one."""
-    for info in (*graph.input, *graph.output, *graph.value_info):
-        for dim in info.type.tensor_type.shape.dim:
-            if dim.dim_value < 0:
-                dim.Clear()
-    for node in graph.node:
-        for attr in node.attribute:
-            for inner in (*([attr.g] if attr.HasField("g") else ()), *attr.graphs):
-                _forget_negative(inner)
+    for one in _graphs(graph):
+        for info in (*one.input, *one.output, *one.value_info):
+            for dim in info.type.tensor_type.shape.dim:
+                if dim.dim_value < 0:
+                    dim.Clear()
 
 
 def _long(known: dict[ir.Value, Value], arrays: dict[ir.Value, Any]) -> bool:
