@@ -222,6 +222,15 @@ def test_a_wrong_rewrite_of_such_a_model_is_told(change: str, tmp_path: Path) ->
     assert not compare_rewritten(source, saved(wrong, tmp_path / "wrong.onnx"))["equal"]
 
 
+def test_of_external_data_nothing_is_copied(tmp_path: Path) -> None:
+    """There the difference is an error, and nothing is written."""
+    made = flax(FAR, "x1")
+    onnx.save(made, tmp_path / "in.onnx", save_as_external_data=True, location="w.bin", size_threshold=60)
+    with pytest.raises(normfuse.VerificationError, match="differs after the rewrite"):
+        normfuse.rewrite(tmp_path / "in.onnx", tmp_path / "out.onnx", normfuse.Config(verify="model"))
+    assert {p.name for p in tmp_path.iterdir()} == {"in.onnx", "w.bin"}
+
+
 def test_a_label_has_no_leeway(tmp_path: Path) -> None:
     """Where the model's own label is off by one, that of the rewrite may still not be."""
     lines = FAR + FLAX.format(x="x1", floor="c0", spread="column") + "many = Mul(y, large) label = Cast<to=7>(many) "

@@ -180,7 +180,7 @@ def test_an_output_that_exists(tmp_path: Path) -> None:
 
 def test_a_difference_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = {"equal": False, "outputs": [{"name": "y", "max_rel": 0.5}], "tolerance": 64.0, "provider": "CPU"}
-    monkeypatch.setattr("normfuse.verify.compare_models", lambda *_, **__: found)
+    monkeypatch.setattr("normfuse.frontends.onnx_wide.compare_rewritten", lambda *_, **__: found)
     with pytest.raises(VerificationError, match="'y' differs"):
         normfuse.export(Block(), (torch.randn(2, 16),), tmp_path / "out.onnx", normfuse.Config(verify="model"),
                         kwargs={"scale": torch.rand(16)})  # fmt: skip
