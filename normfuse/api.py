@@ -301,9 +301,9 @@ def _rewrite_ir(model: ir.Model, config: Config, progress: Progress | None, cali
 def _check_file(source: Path, report: Report, config: Config, candidate: Path) -> None:
     """Run the input and the result in ONNX Runtime before the result gets its name."""
     from normfuse.frontends.onnx_wide import compare_rewritten
-    from normfuse.verify import CONVERTED, ROUNDINGS, demand_equal
+    from normfuse.verify import demand_equal, roundings_for
 
-    found = compare_rewritten(source, candidate, roundings=CONVERTED if config.converts else ROUNDINGS)
+    found = compare_rewritten(source, candidate, roundings=roundings_for(config.converts))
     demand_equal(found, source)
     report.model_check = found
 

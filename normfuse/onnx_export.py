@@ -147,7 +147,7 @@ def _compare(before: ir.Model, after: ir.Model, args: tuple[Any, ...] | None, kw
 
     from normfuse.frontends.onnx_wide import compare_rewritten
     from normfuse.io import files
-    from normfuse.verify import CONVERTED, ROUNDINGS, demand_equal
+    from normfuse.verify import demand_equal, roundings_for
 
     given = [v for v in _pytree.tree_leaves((args or (), dict(kwargs or {}))) if isinstance(v, torch.Tensor)]
     names = [str(v.name) for v in before.graph.inputs]
@@ -157,6 +157,6 @@ def _compare(before: ir.Model, after: ir.Model, args: tuple[Any, ...] | None, kw
         one, two = Path(folder) / "before.onnx", Path(folder) / "after.onnx"
         files.write_new(before.clone(), one)
         files.write_new(after.clone(), two)
-        found = compare_rewritten(one, two, roundings=CONVERTED if converted else ROUNDINGS, inputs=inputs)
+        found = compare_rewritten(one, two, roundings=roundings_for(converted), inputs=inputs)
     demand_equal(found, target)
     return found

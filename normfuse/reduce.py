@@ -27,7 +27,7 @@ from normfuse.frontends.onnx_model import OnnxModel
 from normfuse.frontends.onnx_wide import compare_rewritten
 from normfuse.io import files
 from normfuse.norm import region
-from normfuse.verify import CONVERTED, EPSILON, ROUNDINGS, distance, feeds_for, session
+from normfuse.verify import EPSILON, distance, feeds_for, roundings_for, session
 
 Progress = Callable[[str, float], None]
 HELD = 2.0**-30
@@ -130,12 +130,12 @@ def _difference(model: onnx.ModelProto, made: onnx.ModelProto, config: Config, f
     except Exception as why:
         text = (str(why).strip() or type(why).__name__).splitlines()[0]
         return Failure("invalid", "", f"the rewritten model does not load: {text}")
-    feeds, tops = feeds_for(before), dict[int, float]()
+    feeds, tops, bound = feeds_for(before), dict[int, float](), roundings_for(config.converts)
     for scale in (1.0, 1e-3, 0.0):
         given = {k: (v * scale).astype(v.dtype) if v.dtype.kind == "f" else v for k, v in feeds.items()}
         for i, (a, b) in enumerate(zip(before.run(None, given), after.run(None, given), strict=True)):
-            name, message = before.get_outputs()[i].name, _apart(a, b, tops.setdefault(i, _top(a)), config)
-            if message and not compare_rewritten(*paths, inputs=given, roundings=_roundings(config))["equal"]:
+            name, message = before.get_outputs()[i].name, _apart(a, b, tops.setdefault(i, _top(a)), bound)
+            if message and not compare_rewritten(*paths, inputs=given, roundings=bound)["equal"]:
                 return Failure("different", "", f"output {name!r} {message}")
     return None
 
@@ -146,7 +146,7 @@ def _top(x: Any) -> float:
     return float(np.max(np.abs(x[np.isfinite(x)]), initial=0.0))
 
 
-def _apart(a: Any, b: Any, top: float, config: Config) -> str:
+def _apart(a: Any, b: Any, top: float, bound: float) -> str:
     """In what an output and that of the rewrite differ, or nothing; `top` is its largest element on random rows."""
     if not isinstance(a, np.ndarray) or a.dtype.kind not in "fiub":
         return "" if repr(a) == repr(b) else "has another value"
@@ -154,12 +154,8 @@ def _apart(a: Any, b: Any, top: float, config: Config) -> str:
         return "has another shape or type"
     gap = distance(a.astype(np.float64), b.astype(np.float64))
     unit = max(EPSILON.get(str(a.dtype), 0.0), HELD if a.dtype == np.float64 else 0.0)
-    allowed = _roundings(config) * unit * max(top, _top(a))
+    allowed = bound * unit * max(top, _top(a))
     return "" if gap <= allowed else f"differs by {gap:.2g}, of {max(top, _top(a)):.2g} at most"
-
-
-def _roundings(config: Config) -> float:
-    return CONVERTED if config.converts else ROUNDINGS
 
 
 def _regions(model: onnx.ModelProto, config: Config) -> Iterator[list[str]]:

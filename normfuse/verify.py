@@ -149,6 +149,11 @@ CONVERTED = 256.0
 the conversion 5), and the edited weights are rounded anew."""
 
 
+def roundings_for(converts: bool) -> float:
+    """Which of the two a rewrite has to keep to: `converts` where it turns LayerNorms into RMSNorms."""
+    return CONVERTED if converts else ROUNDINGS
+
+
 # -- whole models ------------------------------------------------------------------------------------------------
 
 

@@ -16,8 +16,7 @@ from normfuse.passes.fold_affine import (
 )  # fmt: skip
 from normfuse.recognise import recognise
 from tests.neutral import Evaluation
-from tests.test_recognise import Build
-from tests.test_recognise_rules import centred as less_mean, leaf, ln, matrix, rms
+from tests.build import Build, centred as less_mean, leaf, ln, matrix, rms
 
 SHAPE = (3, 5, 8)
 WHOLE = Centre(2, ((0, 8),))

@@ -15,7 +15,7 @@ from normfuse.facts import (
 from normfuse.graph import Node, Value
 from normfuse.norm import Norm, exact, is_op, match, precision, reads_x, region
 from normfuse.transfer import RULES, align, broadcast, identity_layout, regroup, spans
-from tests.test_recognise import Build
+from tests.build import Build
 
 W: Atom = ("p", 7, "w")
 B: Atom = ("p", 8, "b")

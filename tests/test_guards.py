@@ -44,8 +44,8 @@ from tests.mutation.runner import codes
 from tests.near_misses import NEAR_MISSES
 from tests.neutral import Evaluation, compare
 from tests.test_centring import onnx_net
-from tests.test_conversion_plan import Net, counts, planned as conversion, reasons
-from tests.test_recognise import Build
+from tests.build import Build
+from tests.conversion_tools import Net, counts, planned as conversion, reasons
 from tests.test_spellings import session
 
 

@@ -11,8 +11,7 @@ from normfuse.graph import Node, Value
 from normfuse.norm import Site
 from normfuse.placement import LONG_WALK, SHORT_WALK, Placer, per_head, place, recipe, weight
 from normfuse.recognise import recognise
-from tests.test_recognise import Build
-from tests.test_recognise_rules import leaf, ln, matrix, rms
+from tests.build import Build, leaf, ln, matrix, rms
 
 ROWS = ("B", "S", 64)
 Step = Callable[[Build, Value], Value]

@@ -5,50 +5,13 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 
 from normfuse.facts import formula, number
-from normfuse.graph import Graph, Shape, Value
+from normfuse.graph import Graph, Value
 from normfuse.recognise import Recognition, recognise
-
-
-class Build:
-    """A graph under construction: each call appends a node and gives back its value."""
-
-    def __init__(self, shape: Shape = ("B", "S", 64), dtype: str = "float32") -> None:
-        self.graph = Graph()
-        self.x = self.graph.leaf("x", shape, dtype)
-        self.w = self.graph.leaf("w", shape[-1:], dtype, fixed=True)
-        self.b = self.graph.leaf("b", shape[-1:], dtype, fixed=True)
-
-    def c(self, number: float, dtype: str = "float32") -> Value:
-        return self.graph.leaf(str(number), (), dtype, number=number, fixed=True)
-
-    def op(self, kind: str, *inputs: Value, shape: Shape | None = None, dtype: str | None = None,
-           **attrs: Any) -> Value:  # fmt: skip
-        rank = max((v.rank or 0) for v in inputs)
-        wide = next(v for v in inputs if v.rank == rank)
-        if shape is None and all(v.shape is not None for v in inputs):
-            shape = tuple(max((v.shape[i - rank] for v in inputs if (v.rank or 0) >= rank - i and v.shape),
-                              key=lambda d: d != 1) for i in range(rank))  # fmt: skip
-        out = self.graph.value(f"v{len(self.graph.nodes)}", shape, dtype or wide.dtype)
-        self.graph.node(kind, list(inputs), [out], native=object(), name=out.name, **attrs)
-        return out
-
-    def mean(self, v: Value, axes: tuple[int, ...] = (2,), keepdims: bool = True, kind: str = "mean") -> Value:
-        assert v.shape is not None
-        shape = tuple(1 if i in axes else d for i, d in enumerate(v.shape) if keepdims or i not in axes)
-        return self.op(kind, v, shape=shape, axes=axes, keepdims=keepdims)
-
-    def rstd(self, v: Value, eps: float = 1e-5) -> Value:
-        return self.op("rsqrt", self.op("add", self.mean(self.op("square", v)), self.c(eps)))
-
-    def found(self, *outputs: Value) -> Recognition:
-        for value in outputs:
-            value.kept = True
-        return recognise(self.graph)
+from tests.build import Build
 
 
 def facts(found: Recognition) -> list[str]:

@@ -20,7 +20,7 @@ from normfuse.io import files
 from normfuse.io.pt2 import Archive
 from normfuse.io.write import write
 from normfuse.report import Report
-from normfuse.verify import CONVERTED, ROUNDINGS, demand_equal
+from normfuse.verify import demand_equal, roundings_for
 
 OPERATORS = "the result calls operators of torch.ops.normfuse: where it is loaded, `import normfuse.ops` comes first"
 
@@ -50,7 +50,7 @@ def rewrite(source: Path, target: Path, config: Config, *, dry_run: bool, overwr
         report.notes.append(OPERATORS)
     if config.verify == "model" and changed:
         tell("running both programs", 0.6)
-        report.model_check = pt2_run.compare(source, program, result, CONVERTED if config.converts else ROUNDINGS)
+        report.model_check = pt2_run.compare(source, program, result, roundings_for(config.converts))
         demand_equal(report.model_check, source)
     planned = time.perf_counter()
     if not dry_run:

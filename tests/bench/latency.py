@@ -13,7 +13,8 @@ the repetitions: with six, the true median lies between them in 97 of 100 cases,
 Runtime runs for two files, node by node on the same values, is compared before: if that is the same, one is measured
 and the other has its times. The input is run twice for a "control", its second session in parts of its first.
 `normfuse` is target "normfuse" with the library of operators loaded, where this installation has one, and "after
-onnxscript" the same on what onnxscript has made, whose fusions of attention NormFuse leaves to it. --provider cuda
+onnxscript" and "after onnxsim" the same on what these have made: fusions of attention and folded scales, which are no
+norms, NormFuse leaves to them. --provider cuda
 measures on a GPU, with targets for it.
 """
 
@@ -50,7 +51,7 @@ SEQUENCES = (1, 512)
 LIMIT = 1.02
 RESTARTS = 6
 """How many times with new sessions: 1 - 2 / 2^6 is 97 %."""
-OPERATORS = ("normfuse normfuse", "normfuse after onnxscript")
+OPERATORS = ("normfuse normfuse", "normfuse after onnxscript", "normfuse after onnxsim")
 """The contenders that run with our library of operators."""
 TYPES = {"fp32": torch.float32, "fp16": torch.float16}
 TIMES = {
@@ -161,7 +162,7 @@ def contenders(provider: str) -> dict[str, Tool]:
     others: dict[str, Tool] = {"onnxruntime": runtime(PROVIDERS[provider]), "onnxscript": onnxscript_ort,
                                "onnxsim": onnxsim}  # fmt: skip
     return others | {f"normfuse {t}": ours(t) for t in ("onnx", f"ort-{provider}", "normfuse")} | {
-        "normfuse after onnxscript": after(onnxscript_ort)}  # fmt: skip
+        "normfuse after onnxscript": after(onnxscript_ort), "normfuse after onnxsim": after(onnxsim)}  # fmt: skip
 
 
 def session(path: Path, threads: int, provider: str, operators: bool) -> ort.InferenceSession:

@@ -1,0 +1,56 @@
+"""Plans for graphs written by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from normfuse.graph import Value
+from normfuse.plan import Abilities, Plan
+from normfuse.recognise import recognise
+from tests.build import Build, leaf, rms
+
+ROWS = ("B", "S", 64)
+
+
+def able(operator: Any = lambda edit: None, **more: Any) -> Abilities:
+    """A front end that has every operator, unless it is told otherwise."""
+    return Abilities(more.pop("expressible", lambda norm, value: None), operator=operator, **more)
+
+
+def rows(g: Build, name: str = "r", dtype: str = "float32") -> Value:
+    return leaf(g, *ROWS, name=name, dtype=dtype)
+
+
+def start(g: Build, *outputs: Value, places: Sequence[str] = ()) -> Plan:
+    """A plan without edits, whose norms stand where it is said."""
+    for value in outputs:
+        value.kept = True
+    out = Plan(g.graph, recognise(g.graph))
+    for site, place in zip(out.found.sites, places, strict=False):
+        site.placement = place
+    return out
+
+
+def shown(plan: Plan) -> list[tuple[str, list[str], list[str], list[str]]]:
+    """The fused operators: op, values of the sites, inputs, outputs."""
+    return [(e.op, [s.value.name for s in e.sites], [v.name for v in e.inputs], [v.name for v in e.outputs])
+            for e in plan.fused]  # fmt: skip
+
+
+def scaled(g: Build, v: Value) -> Value:
+    return g.op("mul", rms(g, v), g.w)
+
+
+def native(value: Value, what: Any = True) -> Value:
+    value.native = what
+    return value
+
+
+def sandwich() -> tuple[Build, list[Value]]:
+    g = Build()
+    f, r = rows(g, "f"), rows(g)
+    n = scaled(g, f)
+    s = native(g.op("add", r, n))
+    y = scaled(g, s)
+    return g, [f, r, n, s, y]

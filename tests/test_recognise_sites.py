@@ -1,0 +1,543 @@
+"""The recogniser condition by condition: the nearest miss, which values are sites,
+and the roundings of a norm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from normfuse.graph import Value
+from normfuse.recognise import Recognition, recognise
+from tests.build import Build, Spell, centred, codes, leaf, ln, rms, rstd
+from tests.neutral import compare
+
+ROW = (("B", "S", 64), (2,))
+
+
+# -- the nearest miss -------------------------------------------------------------------------------------------------
+
+
+def spoiled(*steps: Callable[[Build, Value, Value], Value]) -> tuple[Build, list[Value], Recognition]:
+    g = Build()
+    made = [step(g, g.x, g.mean(g.op("square", g.x))) for step in steps]
+    return g, made, g.found(*made)
+
+
+def test_a_statistic_that_goes_into_an_unknown_operator() -> None:
+    _g, (v,), found = spoiled(lambda g, x, m: g.op("activation", g.op("sqrt", m)))
+    assert codes(found) == [("NF106", v.name)] and found.refusals[0].message.endswith("not part of a norm")
+
+
+@pytest.mark.parametrize("step", [
+    lambda g, x, m: g.op("opaque", x),  # before any statistic
+    lambda g, x, m: g.op("opaque", g.mean(x)),  # a mean is none of a norm yet
+])  # fmt: skip
+def test_a_miss_before_the_second_moment_is_not_told(step: Callable[[Build, Value, Value], Value]) -> None:
+    g = Build()
+    found = g.found(step(g, g.x, g.x))
+    assert not found.refusals
+
+
+def test_a_mean_that_lost_its_axis_is_told() -> None:
+    g = Build((64, 64))
+    found = g.found(g.op("sub", g.x, g.mean(g.x, (1,), keepdims=False), shape=(64, 64)))
+    assert [r.code for r in found.refusals] == ["NF107"]
+
+
+def test_the_miss_that_came_furthest_is_told_and_of_two_the_first() -> None:
+    far = lambda g, x, m: g.op("add", g.op("rsqrt", g.op("add", m, g.c(1e-5))), leaf(g))  # noqa: E731
+    near = lambda g, x, m: g.op("max", m, g.c(1.0))  # noqa: E731
+    _g, (a, b), found = spoiled(near, far)
+    assert codes(found) == [("NF104", b.name)], a
+    _g, (a, b), found = spoiled(near, near)
+    assert codes(found) == [("NF119", a.name)]
+    _g, (a, b), found = spoiled(lambda g, x, m: g.op("opaque", g.op("rsqrt", m)), near)
+    assert codes(found) == [("NF119", b.name)]  # NF106 says the least
+
+
+def test_the_miss_of_a_norm_is_nearer_than_one_of_its_root() -> None:
+    g = Build()
+    r = rstd(g, centred(g, g.x))
+    at_run_time = g.op("add", r, leaf(g))
+    y = g.op("mul", g.x, r)
+    assert codes(g.found(at_run_time, y)) == [("NF102", y.name)]
+
+
+@pytest.mark.parametrize("step", [
+    lambda g, x: g.op("mul", g.w, rstd(g, x), shape=("B", "S", 64)),  # a statistic, and a weight
+    lambda g, x: g.op("mul", x, g.mean(g.op("square", x))),  # no root
+    lambda g, x: g.op("squeeze", g.op("add", x, g.op("mul", g.mean(x), g.c(0.0))), axes=(2,), shape=("B", "S")),
+])  # fmt: skip
+def test_what_is_not_even_nearly_a_norm(step: Callable[[Build, Value], Value]) -> None:
+    g = Build()
+    found = g.found(step(g, g.x))
+    assert not found.sites and not found.refusals
+
+
+@pytest.mark.parametrize("step", [
+    lambda g, x: g.op("mul", g.op("add", x, g.op("square", x)), rstd(g, x)),
+    lambda g, x: g.op("abs", rms(g, x)),
+    lambda g, x: g.op("mul", g.op("abs", x), rstd(g, x)),
+])  # fmt: skip
+def test_what_holds_a_square_or_a_magnitude_is_no_norm(step: Callable[[Build, Value], Value]) -> None:
+    g = Build()
+    y = step(g, g.x)
+    assert y.name not in names(g.found(y))
+
+
+def test_a_square_over_its_root_does_not_lack_an_eps() -> None:
+    g = Build()
+    found = g.found(g.op("mul", g.op("square", g.x), rstd(g, g.x)))
+    assert not found.sites and [code for code, _ in codes(found)] == ["NF106"]
+
+
+def test_a_miss_of_x_itself_is_none() -> None:
+    g = Build()
+    g.mean(g.x)
+    found = g.found(g.op("squeeze", g.x, axes=(2,), shape=("B", "S")))
+    assert not found.refusals
+
+
+def test_a_mean_that_meets_another_tensor_is_not_told() -> None:
+    g = Build()
+    found = g.found(g.op("add", g.mean(g.x), leaf(g, "B", "S", 64)))
+    assert not found.refusals and all(found.facts.values())
+
+
+def test_the_first_seed_without_a_miss_does_not_hide_the_next() -> None:
+    g = Build()
+    z = leaf(g, "B", "S", 64)
+    g.mean(z)
+    v = g.op("max", g.mean(g.op("square", g.x)), g.c(1.0))
+    norm = rms(g, leaf(g, "B", "S", 64, name="u"))
+    later = g.op("max", g.mean(g.op("square", leaf(g, "B", "S", 64, name="t"))), g.c(1.0))
+    assert codes(g.found(v, norm, later)) == [("NF119", v.name), ("NF119", later.name)]
+
+
+def test_a_cube_is_told_for_the_statistic_that_comes_of_it_only() -> None:
+    g = Build()
+    m = g.mean(g.op("square", g.x))
+    cube = g.op("pow", g.x, g.c(3.0))
+    v = g.op("max", m, g.c(1.0))
+    assert codes(g.found(cube, v)) == [("NF119", v.name)]  # NF106 alone is explained by another miss
+    h = Build()
+    h.mean(h.x)
+    assert not h.found(h.op("pow", h.x, h.c(3.0))).refusals  # and there was no statistic
+
+
+def test_an_operator_without_results_ends_nothing() -> None:
+    g = Build()
+    n = rms(g, g.x)
+    g.graph.node("opaque", [n], [], native=object(), name="print")
+    y = g.op("mul", n, g.w)
+    found = g.found(y)
+    assert names(found) == [n.name]
+
+
+def test_a_value_is_described_by_its_fact() -> None:
+    g = Build()
+    m = g.mean(g.op("opaque", g.x))
+    found = g.found(m)
+    assert found.describe(m) == "mean(v0)" and found.describe(g.x) == "x"
+
+
+def test_a_lost_axis_is_told_where_nothing_came_further() -> None:
+    g = Build((64, 64))
+    g.op("neg", g.op("neg", g.op("opaque", g.x)))
+    lost = g.op("sub", g.x, g.mean(g.x, (1,), keepdims=False), shape=(64, 64))
+    further = g.op("add", g.mean(g.op("square", g.x), (1,)), leaf(g, 64, 1))
+    assert codes(g.found(lost, further)) == [("NF106", further.name)]
+
+
+def test_a_power_before_any_statistic_says_why_nothing_came_of_it() -> None:
+    g = Build()
+    fourth = g.op("pow", g.x, g.c(4.0))
+    second = g.op("opaque", g.op("sqrt", g.mean(g.op("square", g.x))))
+    found = g.found(g.mean(fourth), second)
+    assert codes(found) == [("NF112", fourth.name)]
+
+
+def test_each_norm_that_was_missed_is_told_once() -> None:
+    g = Build()
+    z = leaf(g, "B", "S", 64)
+    out = [g.op("max", g.mean(g.op("square", v)), g.c(1.0)) for v in (g.x, z)]
+    found = g.found(*out)
+    assert codes(found) == [("NF119", v.name) for v in out]
+    h = Build()
+    m = h.mean(h.op("square", h.x))
+    v = h.op("max", h.op("add", m, h.mean(h.op("square", h.x))), h.c(1.0))
+    assert codes(h.found(v)) == [("NF119", v.name)]  # two seeds of one root
+
+
+def test_a_root_with_a_norm_is_not_missed() -> None:
+    g = Build()
+    m = g.mean(g.op("square", g.x))
+    y = g.op("mul", g.x, g.op("rsqrt", g.op("add", m, g.c(1e-5))))
+    found = g.found(y, g.op("max", m, g.c(1.0)))
+    assert len(found.sites) == 1 and not found.refusals
+
+
+def test_a_norm_with_a_flaw_is_missed_at_the_node_that_gives_it() -> None:
+    g = Build()
+    y = g.op("mul", g.x, rstd(g, centred(g, g.x)))
+    assert codes(g.found(y)) == [("NF102", y.name)]
+
+
+# -- sites ------------------------------------------------------------------------------------------------------------
+
+
+def names(found: Recognition) -> list[str]:
+    return [site.value.name for site in found.sites]
+
+
+def test_the_last_of_the_steps_is_the_site() -> None:
+    g = Build()
+    n = rms(g, g.x)
+    y = g.op("add", g.op("mul", n, g.w), g.b)
+    assert names(g.found(y)) == [y.name]
+
+
+def test_a_step_that_is_read_by_somebody_else_stands_for_itself() -> None:
+    for kept in (True, False):
+        g = Build()
+        n = rms(g, g.x)
+        y = g.op("mul", n, g.w)
+        n.kept = kept
+        if not kept:
+            g.op("opaque", n).kept = True
+        found = g.found(y)
+        assert names(found) == [n.name]
+        assert g.found(y).sites[0].norm.weight is None
+
+
+@pytest.mark.parametrize("copy", [
+    None, lambda g, n: g.op("transpose", n, perm=(0, 1, 2)), lambda g, n: g.op("identity", n),
+    lambda g, n: g.op("cast", n, dtype="float32")])  # fmt: skip
+def test_a_step_that_is_read_through_a_copy_stands_for_itself(copy: Callable[[Build, Value], Value] | None) -> None:
+    g = Build()
+    n = ln(g, g.x)
+    y = g.op("mul", g.op("neg", n), g.w)
+    g.op("opaque", n if copy is None else copy(g, n))
+    assert [site.value for site in g.found(y).sites] == [n]
+
+
+def test_a_step_that_another_norm_reads_stands_for_itself() -> None:
+    """w*n + b where n is read by a norm of its own: the step has two uses, both come to norms of x and of n."""
+    g = Build()
+    n = g.op("mul", rms(g, g.x), g.w)
+    y = g.op("add", n, g.b)
+    second = rms(g, y)
+    found = g.found(second)
+    assert names(found) == [y.name, second.name]
+    assert compare(found, g.graph) == 2
+
+
+def test_a_norm_whose_own_norm_is_scaled_is_two_norms() -> None:
+    g = Build()
+    first = g.op("mul", ln(g, g.x), g.w)
+    second = g.op("mul", ln(g, first), g.b)
+    found = g.found(second)
+    assert names(found) == [first.name, second.name] and [s.norm.x for s in found.sites] == [g.x, first]
+    assert compare(found, g.graph) == 2
+
+
+def test_a_norm_of_a_centred_tensor_is_a_layer_norm_of_the_tensor() -> None:
+    g = Build()
+    c = centred(g, g.x)
+    found = g.found(g.op("mul", c, rstd(g, c)))
+    assert [(s.norm.x.name, s.norm.kind) for s in found.sites] == [("x", "layer_norm")]
+    g = Build()
+    c = g.op("add", centred(g, g.x), g.b)
+    found = g.found(g.op("mul", c, rstd(g, c)))
+    assert [(s.norm.x.name, s.norm.kind) for s in found.sites] == [(c.name, "rms_norm")]
+
+
+@pytest.mark.parametrize(("before", "norm", "root"), [
+    (lambda g: g.op("mul", g.x, g.c(3.0)), rms, "v"),  # eps would be another
+    (lambda g: g.op("mul", g.x, g.c(3.0)), ln, "v"),
+    (lambda g: g.op("neg", g.x), rms, "v"),
+    (lambda g: g.op("add", g.x, g.c(1.0)), ln, "v"),
+    (lambda g: g.op("mul", g.x, g.c(1.0)), rms, "x"),
+    (lambda g: g.op("identity", g.x), rms, "x"),
+    (lambda g: centred(g, g.x), rms, "x"),
+    (lambda g: centred(g, g.x), ln, "x"),
+    (lambda g: g.op("mul", centred(g, g.x), g.c(3.0)), rms, "x"),  # an RMSNorm of what is centred is a LayerNorm
+    (lambda g: g.op("mul", centred(g, g.x), g.c(3.0)), ln, "v"),
+    (lambda g: g.op("sub", g.x, g.op("mul", g.mean(g.x), g.c(0.5))), ln, "v"),
+])  # fmt: skip
+def test_which_of_two_tensors_a_norm_is_one_of(before: Spell, norm: Callable[[Build, Value], Value],
+                                               root: str) -> None:  # fmt: skip
+    g = Build()
+    v = before(g)
+    found = g.found(norm(g, v))
+    (site,) = found.sites
+    assert site.norm.x is (v if root == "v" else g.x)
+    assert compare(found, g.graph) == 1
+
+
+@pytest.mark.parametrize("nothing", [
+    lambda g, n: g.op("mul", n, g.c(1.0)), lambda g, n: g.op("add", n, g.c(0.0)), lambda g, n: g.op("identity", n),
+    lambda g, n: g.op("reshape", n, shape=("B", "S", 64)),
+])  # fmt: skip
+def test_a_norm_that_a_norm_reads_through_a_step_that_does_nothing(nothing: Callable[[Build, Value], Value]) -> None:
+    g = Build()
+    n = rms(g, g.x)
+    y = nothing(g, n)
+    second = rms(g, y)
+    found = g.found(second)
+    assert names(found) == [n.name, second.name] and found.sites[1].norm.x is n
+    assert compare(found, g.graph) == 2
+
+
+def test_a_norm_that_one_operator_reads_is_a_site() -> None:
+    g = Build()
+    n = g.op("mul", rms(g, g.x), g.w)
+    second = g.op("rms_norm", n, axes=(2,), eps=1e-5)
+    third = g.op("layer_norm", second, axes=(2,), eps=1e-5)
+    found = g.found(third)
+    assert [(site.value, site.norm.x) for site in found.sites] == [(n, g.x), (second, n), (third, second)]
+    assert [site.is_op for site in found.sites] == [False, True, True]
+
+
+def test_a_norm_that_nothing_reads_is_a_site() -> None:
+    g = Build()
+    n = rms(g, g.x)
+    assert names(recognise(g.graph)) == [n.name]
+
+
+def test_a_norm_of_a_transposed_tensor_is_its_own() -> None:
+    g = Build((4, 6, 8))
+    t = g.op("transpose", g.x, perm=(0, 2, 1), shape=(4, 8, 6))
+    n = rms(g, t)
+    (site,) = g.found(n).sites
+    assert (site.value, site.norm.x, site.norm.axes) == (n, t, (2,))
+
+
+def test_of_a_transposed_norm_no_part_is_taken_for_one_of_x() -> None:
+    g = Build((4, 6, 8), dtype="float16")
+    t = g.op("transpose", g.x, perm=(0, 2, 1), shape=(4, 8, 6))
+    wide = g.op("cast", t, dtype="float32")
+    n = g.op("cast", rms(g, wide), dtype="float16")
+    y = g.op("transpose", g.op("cast", n, dtype="bfloat16"), perm=(0, 2, 1), shape=(4, 6, 8))
+    (site,) = g.found(y).sites
+    assert (site.value, site.norm.x, site.norm.cast) == (y, g.x, "mixed") and "cast twice" in site.mixed
+
+
+def test_a_norm_in_a_view_is_a_norm_of_the_tensor_where_it_comes_back() -> None:
+    g = Build((4, 6, 64))
+    flat = g.op("reshape", g.x, shape=(24, 64))
+    n = rms(g, flat, (1,))
+    y = g.op("reshape", n, shape=(4, 6, 64))
+    found = g.found(y)
+    (site,) = found.sites
+    assert (site.value, site.norm.x, site.norm.axes) == (y, g.x, (2,)) and compare(found, g.graph) == 1
+
+
+def test_a_norm_over_an_inner_axis_behind_transposes() -> None:
+    g = Build((4, 6, 8))
+    t = g.op("transpose", g.x, perm=(0, 2, 1), shape=(4, 8, 6))
+    n = rms(g, t)
+    y = g.op("transpose", n, perm=(0, 2, 1), shape=(4, 6, 8))
+    found = g.found(y)
+    (site,) = found.sites
+    assert (site.value, site.norm.x, site.norm.axes) in ((n, t, (2,)), (y, g.x, (1,)))
+    assert compare(found, g.graph) == 1
+
+
+def test_copies_after_a_norm_are_not_part_of_it() -> None:
+    for kind, more in (("identity", {}), ("cast", {"dtype": "float32"}), ("cast", {"dtype": "float64"}),
+                       ("reshape", {"shape": ("B", "S", 64)})):  # fmt: skip
+        g = Build()
+        n = rms(g, g.x)
+        found = g.found(g.op(kind, n, **more))
+        assert names(found) == [n.name], found.sites
+    g = Build()
+    n = rms(g, g.x)
+    narrow = g.op("cast", n, dtype="float16")
+    assert names(g.found(narrow)) == [narrow.name]
+
+
+def test_a_copy_read_twice_is_one_site() -> None:
+    g = Build()
+    n = g.op("mul", rms(g, g.x), g.w)
+    a, b = g.op("identity", n), g.op("identity", n)
+    assert names(g.found(a, b)) == [n.name]
+
+
+def test_a_site_is_called_after_its_last_node_that_is_no_copy() -> None:
+    g = Build()
+    n = rms(g, g.x)
+    y = g.op("identity", n)
+    assert [site.label for site in g.found(y).sites] == [n.name]
+    g = Build()
+    n = rms(g, g.op("transpose", g.x, perm=(1, 0, 2)))
+    y = g.op("transpose", n, perm=(1, 0, 2))
+    assert [(site.value, site.label) for site in g.found(y).sites] == [(y, n.name)]
+    g = Build()
+    n = rms(g, g.x)
+    assert n.producer is not None
+    n.producer.name = "node"
+    assert [site.label for site in g.found(n).sites] == ["node"]
+    n.producer.name = ""
+    n.name = "value"
+    assert [site.label for site in g.found(n).sites] == ["value"]
+
+
+def test_a_row_sum_squared_beside_the_norm_is_no_norm() -> None:
+    """x*rstd + (x*rstd)^2 is no norm; its summand is."""
+    g = Build()
+    n = rms(g, g.x)
+    found = g.found(g.op("add", n, g.op("square", n)))
+    assert names(found) == [n.name]
+
+
+@pytest.mark.parametrize(("number", "weight"), [
+    (1.0, None), (1.0 + 4e-7, None), (1.0 + 6e-7, 1.0 + 6e-7), (2.0, 2.0), (-1.0, -1.0), (1.0 - 4e-7, None),
+    (1.0 - 6e-7, 1.0 - 6e-7),
+])  # fmt: skip
+def test_a_factor_that_is_one_but_for_rounding_is_none(number: float, weight: float | None) -> None:
+    g = Build()
+    (site,) = g.found(g.op("mul", rms(g, g.x), g.c(number))).sites
+    ((c, factors),) = site.norm.weight or ((None, ()),)
+    assert c == (None if weight is None else pytest.approx(weight, rel=1e-12)) and not factors
+    assert site.norm.bias is None
+
+
+def test_weight_and_bias_are_sums_of_products_of_parameters() -> None:
+    g = Build()
+    z = leaf(g, 64, fixed=True)
+    n = g.op("add", g.op("mul", g.op("mul", rms(g, g.x), g.w), z), g.op("mul", rms(g, g.x), g.b))
+    y = g.op("sub", g.op("add", n, g.c(2.0)), g.op("div", g.b, z))
+    (site,) = g.found(y).sites
+    norm = site.norm
+    assert norm.weight == ((1.0, ((g.w, 1), (z, 1))), (1.0, ((g.b, 1),))) or set(norm.weight or ()) == {
+        (1.0, ((g.b, 1),)), (1.0, ((g.w, 1), (z, 1)))}  # fmt: skip
+    assert norm.bias is not None and len(norm.bias) == 2 and (2.0, ()) in norm.bias
+    assert norm.size == 64 and norm.eps == pytest.approx(1e-5) and norm.dtype == "float32"
+    assert compare(g.found(y), g.graph) == 1
+
+
+@pytest.mark.parametrize("number", [1.0, -1.0, 2.0])
+def test_a_bias_that_is_a_number(number: float) -> None:
+    g = Build()
+    (site,) = g.found(g.op("add", rms(g, g.x), g.c(number))).sites
+    assert site.norm.bias == ((number, ()),)
+
+
+def test_a_row_of_unknown_size_has_none() -> None:
+    g = Build(("B", "S", "D"))
+    (site,) = g.found(rms(g, g.x)).sites
+    assert site.norm.size is None
+    g = Build((4, 6, 64))
+    (site,) = g.found(rms(g, g.x, (1, 2))).sites
+    assert site.norm.size == 384
+
+
+# -- roundings --------------------------------------------------------------------------------------------------------
+
+
+def half(spell: Callable[[Build, Value], Sequence[Value]]) -> tuple[Build, list[Value], Recognition]:
+    """A norm in float32 of a tensor in float16, and what becomes of it."""
+    g = Build(dtype="float16")
+    wide = g.op("cast", g.x, dtype="float32")
+    made = list(spell(g, rms(g, wide)))
+    return g, made, g.found(made[-1])
+
+
+def described(found: Recognition) -> list[tuple[str, str, str, str]]:
+    return [(s.value.name, s.norm.compute, s.norm.cast, s.norm.dtype) for s in found.sites]
+
+
+def test_the_longest_part_with_roundings_of_an_operator_is_taken() -> None:
+    _g, (n, y), found = half(lambda g, n: (c := g.op("cast", n, dtype="float16"), g.op("mul", c, g.w)))
+    assert described(found) == [(y.name, "float32", "first", "float16")]
+    # a cast to a third type is left outside
+    _g, (n, y), found = half(lambda g, n: (c := g.op("cast", n, dtype="float16"), g.op("cast", c, dtype="bfloat16")))
+    assert described(found) == [(n.name, "float32", "last", "float16")]
+
+
+def test_a_factor_that_would_be_rounded_stays_outside() -> None:
+    _g, (c, y), found = half(lambda g, n: (c := g.op("cast", n, dtype="float16"),
+                                          g.op("mul", c, g.c(3.0, "float16"))))  # fmt: skip
+    assert described(found) == [(c.name, "float32", "last", "float16")]
+    _g, (c, y), found = half(lambda g, n: (c := g.op("cast", n, dtype="float16"),
+                                          g.op("mul", c, g.c(2.0, "float16"))))  # fmt: skip
+    assert described(found)[0][0] == y.name
+    _g, (_m, y), found = half(lambda g, n: (m := g.op("mul", n, g.c(3.0)), g.op("cast", m, dtype="float16")))
+    assert described(found) == [(y.name, "float32", "last", "float16")]
+
+
+def test_a_norm_in_half_precision_with_a_factor_is_mixed() -> None:
+    g = Build(dtype="float16")
+    y = g.op("mul", rms(g, g.x), g.c(3.0, "float16"))
+    (site,) = g.found(y).sites
+    assert site.norm.cast in ("none", "mixed") and (site.value is not y or site.norm.cast == "mixed")
+
+
+def test_statistics_in_another_type_are_mixed_and_say_why() -> None:
+    g = Build(dtype="float16")
+    m = g.op("cast", g.mean(g.op("square", g.x)), dtype="float32")
+    r = g.op("cast", g.op("rsqrt", g.op("add", m, g.c(1e-3))), dtype="float16")
+    (site,) = g.found(g.op("mul", g.x, r)).sites
+    assert (site.norm.cast, site.norm.compute) == ("mixed", "float32")
+    assert "float16/float32" in site.mixed
+
+
+def test_of_the_reasons_for_mixed_roundings_the_one_about_roundings_is_told() -> None:
+    g = Build(dtype="float16")
+    m = g.op("cast", g.mean(g.op("square", g.x)), dtype="float32")
+    r = g.op("cast", g.op("rsqrt", g.op("add", m, g.c(1e-3))), dtype="float16")
+    (site,) = g.found(g.op("mul", g.op("mul", g.x, g.w), r)).sites
+    assert site.norm.cast == "mixed" and "float16/float32" in site.mixed
+
+
+def test_a_norm_in_two_narrow_types_is_computed_in_float32() -> None:
+    g = Build(dtype="float16")
+    m = g.op("cast", g.mean(g.op("square", g.x)), dtype="bfloat16")
+    r = g.op("cast", g.op("rsqrt", g.op("add", m, g.c(1e-3))), dtype="float16")
+    (site,) = g.found(g.op("mul", g.x, r)).sites
+    assert (site.norm.cast, site.norm.compute) == ("mixed", "float32")
+
+
+def test_an_unbiased_variance_of_unknown_size_is_told() -> None:
+    g = Build(("B", "S", "D"))
+    v = g.op("var", g.x, shape=("B", "S", 1), axes=(2,), keepdims=True, correction=1)
+    assert codes(g.found(v)) == [("NF110", v.name)]
+
+
+def test_a_factor_in_float32_is_not_rounded_to_a_narrow_type() -> None:
+    g = Build()
+    n = g.op("cast", rms(g, g.op("cast", g.x, dtype="float64")), dtype="float32")
+    y = g.op("mul", n, g.c(3.0))
+    (site,) = g.found(y).sites
+    assert (site.value, site.norm.cast, site.norm.weight) == (y, "first", ((3.0, ()),))
+
+
+def test_a_float64_norm_is_computed_in_float64() -> None:
+    g = Build(dtype="float32")
+    wide = g.op("cast", g.x, dtype="float64")
+    y = g.op("cast", rms(g, wide), dtype="float32")
+    (site,) = g.found(y).sites
+    assert (site.norm.compute, site.norm.cast, site.norm.x) == ("float64", "last", g.x)
+
+
+def test_a_sum_of_two_parts_with_other_roundings_is_not_taken_in_part() -> None:
+    """cast(x*rstd)*w + x*rstd: the first summand alone is a norm, and the other is the rest of it."""
+    def spell(g: Build, n: Value) -> list[Value]:
+        wide = g.op("cast", g.op("mul", g.op("cast", n, dtype="float16"), g.w), dtype="float32")
+        return [g.op("add", wide, n)]
+
+    _g, (y,), found = half(spell)
+    assert [(site.value, site.norm.cast) for site in found.sites] == [(y, "mixed")]
+
+
+def test_of_a_chain_of_roundings_the_longest_part_that_will_do_is_taken() -> None:
+    def spell(g: Build, n: Value) -> list[Value]:
+        c = g.op("cast", n, dtype="float16")
+        a = g.op("mul", c, g.w)
+        b = g.op("cast", a, dtype="bfloat16")
+        return [a, b, g.op("mul", b, g.c(3.0, "bfloat16"))]
+
+    _g, (a, *_), found = half(spell)
+    assert described(found) == [(a.name, "float32", "first", "float16")]
