@@ -23,12 +23,15 @@ from normfuse.transfer import REDUCTIONS, RULES, SPREAD, align, identity_layout,
 MAX_ROOTS = 32
 MAX_WALK = 16
 MAX_ROUNDS = 8
+MAX_READERS = 64
 HEAVY = 99
 """The rank that what is no parameter counts for."""
 
 RootKey = tuple[int, tuple[int, ...]]
 COPIES = frozenset({*VIEWS, "identity"})
 ELEMENTWISE = frozenset("add sub mul div neg abs square pow sqrt rsqrt reciprocal max cast identity".split())
+STATISTICS = frozenset("mean sum var std vecnorm".split())
+ROOTED = frozenset("sqrt rsqrt std vecnorm".split())
 TELLING = ("NF112", "NF117")
 """Refusals that explain a miss even where they stand before any statistic."""
 
@@ -112,10 +115,10 @@ class _Recogniser:
     def _seed(self, node: Node) -> None:
         value = node.inputs[0] if node.inputs[0].number is None else node.inputs[-1]
         if node.kind == "mean" and value.dtype not in FLOATS and value.dtype is not None:
-            self.out.refusals.append(Refusal("NF113", node.name, f"the mean of a tensor of type {value.dtype}"))
+            self._unread(node, "NF113", f"the mean of a tensor of type {value.dtype}")
         if value.rank is None:
             if node.kind in ("mean", "var", "std"):
-                self.out.refusals.append(Refusal("NF115", node.name, f"the shape of {value.name} is not known"))
+                self._unread(node, "NF115", f"the shape of {value.name} is not known")
             return
         if node.kind == "matmul":
             if self._parameter(value) or value.rank < 2:
@@ -129,7 +132,7 @@ class _Recogniser:
         else:
             axes = node.attrs["axes"]
         if axes is None:
-            self.out.refusals.append(Refusal("NF114", node.name, "the axes of the mean are known only at run time"))
+            self._unread(node, "NF114", "the axes of the mean are known only at run time")
             return
         found: list[Root] = []
         written = False
@@ -144,6 +147,11 @@ class _Recogniser:
         if written and not found and (squared or node.kind in ("var", "std", "vecnorm")):
             self.out.refusals.append(Refusal("NF120", node.name, f"{value.name} or a view of it is written in place"))
         self.seeds[node.index] = found
+
+    def _unread(self, node: Node, code: str, message: str) -> None:
+        """Refuse a statistic of which nothing is known; a mean that goes into no root is no norm's."""
+        if _rooted(node):
+            self.out.refusals.append(Refusal(code, node.name, message))
 
     def _origins(self, value: Value, axes: tuple[int, ...]) -> Iterator[tuple[Value, tuple[int, ...]]]:
         """The tensors that a statistic of `value` may be a statistic of, with the axes seen from them."""
@@ -411,6 +419,20 @@ class _Recogniser:
                 said.add((code, node))
                 self.out.refusals.append(Refusal(code, node, message))
         self.out.refusals.extend(Refusal(*note) for note in self.graph.notes)
+
+
+def _rooted(node: Node) -> bool:
+    """Whether a root is taken of what a statistic goes into. Of so many readers that nobody looks at all, one may."""
+    todo, seen = [node], {node.index}
+    for one in todo:
+        power = one.inputs[1].number if one.kind == "pow" else 1.0
+        if one.kind in ROOTED or power is None or power % 1 or len(todo) > MAX_READERS:
+            return True
+        if one.kind in ELEMENTWISE | VIEWS | STATISTICS:
+            readers = [user for out in one.outputs for user in out.uses if user.index not in seen]
+            seen.update(user.index for user in readers)
+            todo += readers
+    return False
 
 
 def _label(value: Value) -> str:

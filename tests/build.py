@@ -25,7 +25,7 @@ class Build:
     def op(self, kind: str, *inputs: Value, shape: Shape | None = None, dtype: str | None = None,
            **attrs: Any) -> Value:  # fmt: skip
         rank = max((v.rank or 0) for v in inputs)
-        wide = next(v for v in inputs if v.rank == rank)
+        wide = next(v for v in inputs if (v.rank or 0) == rank)
         if shape is None and all(v.shape is not None for v in inputs):
             shape = tuple(max((v.shape[i - rank] for v in inputs if (v.rank or 0) >= rank - i and v.shape),
                               key=lambda d: d != 1) for i in range(rank))  # fmt: skip

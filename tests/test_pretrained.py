@@ -22,6 +22,7 @@ def installed(package: str, path: str) -> Path:
 
 MAGIKA = "magika", "models/standard_v3_3/model.onnx"
 SMART_TURN = "pipecat", "audio/turn/smart_turn/data/smart-turn-v3.2-cpu.onnx"
+SILERO = "pipecat", "audio/vad/data/silero_vad.onnx"
 
 
 @pytest.mark.parametrize("target", ["onnx", "normfuse"])
@@ -50,3 +51,9 @@ def test_smart_turn_a_quantized_whisper(tmp_path: Path) -> None:
     assert [card.formula(b) for b in stack.blocks[0].branches] == [
         "x + attention(LayerNorm(x))", "x + feed-forward(LayerNorm(x))"]  # fmt: skip
     assert stack.depth == 4 and len(stack.blocks) == 1
+
+
+def test_silero_takes_means_and_has_no_norm() -> None:
+    """Of tensors whose shape is not known, in the branches of an If: no root is taken of them."""
+    report = normfuse.inspect(installed(*SILERO))
+    assert not report.norms and not report.refusals

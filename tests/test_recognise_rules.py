@@ -11,7 +11,7 @@ import pytest
 from normfuse.facts import formula
 from normfuse.graph import Shape, Value
 from normfuse.norm import Refusal
-from normfuse.recognise import MAX_ROOTS, MAX_ROUNDS, MAX_WALK, recognise
+from normfuse.recognise import MAX_READERS, MAX_ROOTS, MAX_ROUNDS, MAX_WALK, recognise
 from tests.build import Build, Spell, codes, facts, leaf, matrix, opaque, rms, roots, rstd
 from tests.neutral import compare
 
@@ -571,7 +571,7 @@ def unknown(kind: str) -> tuple[Build, Value]:
                                             ("vecnorm", "")])  # fmt: skip
 def test_a_statistic_of_a_tensor_of_unknown_shape(kind: str, code: str) -> None:
     g, v = unknown(kind)
-    found = g.found(v)
+    found = g.found(g.op("sqrt", v))
     assert codes(found) == ([(code, v.name)] if code else []) and not found.facts
 
 
@@ -582,14 +582,53 @@ def test_the_mean_of_integers(kind: str, dtype: str | None, code: str) -> None:
     g = Build()
     z = g.graph.leaf("z", ("B", 64), dtype)
     v = g.mean(z, (1,), kind=kind)
-    assert codes(g.found(v)) == ([(code, v.name)] if code else [])
+    assert codes(g.found(g.op("sqrt", v, shape=v.shape))) == ([(code, v.name)] if code else [])
 
 
 def test_axes_that_are_known_only_at_run_time() -> None:
     g = Build()
     v = g.op("mean", g.x, axes=None, keepdims=True, shape=("B", "S", 1))
-    found = g.found(v)
+    found = g.found(g.op("sqrt", v))
     assert codes(found) == [("NF114", v.name)] and not found.facts
+
+
+def raised(exponent: float | None) -> Callable[[Build, Value], Value]:
+    return lambda g, v: g.op("pow", v, g.w if exponent is None else g.c(exponent))
+
+
+@pytest.mark.parametrize(("after", "told"), [
+    (lambda g, v: v, False),
+    (lambda g, v: g.op("sqrt", v), True),
+    (lambda g, v: g.op("rsqrt", v), True),
+    (lambda g, v: node(g, "std", v, axes=(-1,), keepdims=True), True),
+    (lambda g, v: node(g, "vecnorm", v, axes=(-1,), keepdims=True), True),
+    (raised(0.5), True), (raised(-0.5), True), (raised(None), True), (raised(2.0), False), (raised(-1.0), False),
+    (lambda g, v: g.op("sqrt", node(g, "mean", g.op("square", g.op("sub", g.w, v)), axes=(-1,), keepdims=True)), True),
+    (lambda g, v: g.op("sqrt", node(g, "reshape", v)), True),
+    (lambda g, v: g.op("sqrt", opaque(g, v)), False),
+    (lambda g, v: g.op("matmul", v, g.w), False),
+    (lambda g, v: g.op("neg", g.op("add", v, g.op("sqrt", g.w))), False),
+])  # fmt: skip
+def test_a_mean_of_which_nothing_is_known_is_told_where_a_root_follows(after: Callable[[Build, Value], Value],
+                                                                       told: bool) -> None:  # fmt: skip
+    """Squeeze and excitation, pooling and the like take means too, which are no norms."""
+    g, v = unknown("mean")
+    assert (("NF115", v.name) in codes(g.found(after(g, v)))) is told
+
+
+def test_of_two_readers_one_with_a_root_is_enough() -> None:
+    g, v = unknown("mean")
+    assert codes(g.found(g.op("neg", v), g.op("sqrt", g.op("neg", v)))) == [("NF115", v.name)]
+
+
+@pytest.mark.parametrize(("readers", "told"), [(MAX_READERS - 1, False), (MAX_READERS, True)])
+def test_so_many_readers_are_looked_at(readers: int, told: bool) -> None:
+    """The statistic counts too; of more than those one may take a root."""
+    g, v = unknown("mean")
+    for _ in range(readers):
+        g.op("neg", v)
+    assert bool(codes(g.found(v))) is told
+    assert MAX_READERS == 64
 
 
 def test_notes_of_the_front_end_are_refusals() -> None:

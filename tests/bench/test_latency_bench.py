@@ -38,3 +38,10 @@ def test_loaded(tmp_path: Path, what: str, same: bool) -> None:
 def test_ratio_to_the_best_of_the_others() -> None:
     runs = [{"input": [3.0, 3.0], "onnxsim": [2.0], "normfuse onnx": [x]} for x in (1.0, 2.0, 6.0)]
     assert against_best(runs) == ({"normfuse onnx": 1.0}, {"normfuse onnx": [0.5, 3.0]})
+
+
+def test_which_of_the_others_is_best_the_other_runs_say() -> None:
+    """Of two that are the same but for noise neither gains by having been the faster one."""
+    times = [(1.0, 1.1), (1.1, 1.0), (1.0, 1.1), (1.1, 1.0)]
+    runs = [{"input": [a], "onnxsim": [b], "normfuse onnx": [1.05]} for a, b in times]
+    assert against_best(runs)[0]["normfuse onnx"] == pytest.approx(1.05 / 1.1, abs=1e-4)
