@@ -621,6 +621,14 @@ def test_of_two_readers_one_with_a_root_is_enough() -> None:
     assert codes(g.found(g.op("neg", v), g.op("sqrt", g.op("neg", v)))) == [("NF115", v.name)]
 
 
+def test_a_reader_is_looked_at_once() -> None:
+    """Eight sums of a value with itself are eight nodes, and 256 ways."""
+    g, v = unknown("mean")
+    for _ in range(8):
+        v = g.op("add", v, v)
+    assert not codes(g.found(v))
+
+
 @pytest.mark.parametrize(("readers", "told"), [(MAX_READERS - 1, False), (MAX_READERS, True)])
 def test_so_many_readers_are_looked_at(readers: int, told: bool) -> None:
     """The statistic counts too; of more than those one may take a root."""
