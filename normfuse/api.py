@@ -407,4 +407,4 @@ def _cast(norm: Norm) -> str:
     if norm.cast == "none":
         return norm.compute
     where = "before the weight" if norm.cast == "first" else "after the weight" if norm.weight else "at the end"
-    return f"{norm.compute}, cast to {norm.x.dtype if norm.cast == 'first' else norm.dtype} {where}"
+    return f"{norm.compute}, cast to {norm.narrow or norm.dtype} {where}"

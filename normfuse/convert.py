@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from normfuse.centring import Centre, Channels
-from normfuse.graph import Graph, Value
+from normfuse.graph import Graph, Node, Value
 from normfuse.norm import Expr, Site, region
 from normfuse.passes.fold_affine import Contraction, Linear, constant, elements, readers
 from normfuse.passes.layernorm_to_rmsnorm import Conversion, rms
@@ -316,9 +316,14 @@ def tell(report: Report, sites: Sequence[Site], records: Sequence[Record]) -> No
 
 
 def names_of(site: Site) -> list[str]:
-    """The names of the values that a norm is made of, the last one first."""
+    """The names of the values that a norm is made of, the last one first, or of an operator that nobody reads."""
     end = site.value
     while end.native is None and end.uses:
         end = end.uses[0].outputs[0]
-    values = [end, *(v for node in region(site.value, site.norm) for v in node.outputs)]
-    return [v.native.name for v in values if hasattr(v.native, "name")]
+    nodes = region(site.value, site.norm)
+    values = [end, *(v for node in nodes for v in node.outputs)]
+    return _names(values) or _names(nodes)
+
+
+def _names(parts: Iterable[Value | Node]) -> list[str]:
+    return [part.native.name for part in parts if hasattr(part.native, "name")]

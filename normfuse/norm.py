@@ -28,8 +28,9 @@ class Norm:
     """``weight * (x [- mean(x)]) * (mean-square or variance + eps)**-1/2 + bias``, as recognised.
 
     `weight` is None for 1, `bias` is None for 0. `compute` is the dtype of the statistics; `cast` says where the
-    result is rounded back: "none" (it stays in `compute`), "first" (before the weight), "last" (after it) or "mixed"
-    (an order of roundings that no single operator has). `dtype` is the type of the result.
+    result is rounded back: "none" (it stays in `compute`), "first" (before the weight, to `narrow`), "last" (after it)
+    or "mixed" (an order of roundings that no single operator has). `dtype` is the type of the result. `narrow` is the
+    type of x but where x is a sum in float32 of narrow tensors (vLLM).
     """
 
     kind: str
@@ -42,6 +43,7 @@ class Norm:
     compute: str
     cast: str
     dtype: str
+    narrow: str = ""
 
     def parameters(self) -> list[Value]:
         """The values that the weight and the bias are made of."""
@@ -142,15 +144,14 @@ def _under(under: Poly) -> tuple[str, float]:
 
 def reads_x(norm: Norm) -> bool:
     """Whether an operator for a norm reads x as it is, and not a cast of it."""
-    return norm.cast == "first" or (norm.cast == "none" and norm.compute == norm.x.dtype)
+    return norm.x.dtype == (norm.narrow if norm.cast == "first" else norm.compute if norm.cast == "none" else "")
 
 
-def precision(fact: Fact) -> tuple[str, str]:
-    """(compute dtype, where it is cast back) of a norm, or `Refused` when no operator has that order of casts."""
-    x = fact.root.value.dtype or "?"
+def precision(fact: Fact) -> tuple[str, str, str]:
+    """(compute dtype, where it is cast back, to what before the weight), or `Refused` when no operator casts so."""
     compute, back, promoted = "", "", ""
     affine: set[bool] = set()
-    current = x
+    current = fact.root.value.dtype or "?"
     for event, dtype in fact.trace:
         if event == "mixed":
             raise Refused("NF117", "the value is summed from branches with different roundings")
@@ -183,9 +184,7 @@ def precision(fact: Fact) -> tuple[str, str]:
     if fact.types != {compute}:
         raise Refused("NF117", f"statistics in {'/'.join(sorted(fact.types))}, normalised in {compute}")
     cast = "none" if not back else "first" if True in affine else "last"
-    if cast == "first" and back != x:
-        raise Refused("NF117", f"cast to {back} before the weight, though x is {x}")
-    return compute, cast
+    return compute, cast, back if cast == "first" else ""
 
 
 def exact(weight: Poly) -> bool:

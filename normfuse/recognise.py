@@ -350,14 +350,14 @@ class _Recogniser:
                 if value.index in self.taken:  # read through two copies
                     return
                 found = match(fact)
-                compute, cast = precision(fact)
-                narrow = _bits(compute) < 24 or (cast == "first" and _bits(value.dtype) < 24)
-                if narrow and not exact(found.weight):
+                compute, cast, narrow = precision(fact)
+                rounded = _bits(compute) < 24 or (cast == "first" and _bits(value.dtype) < 24)
+                if rounded and not exact(found.weight):
                     raise Refused("NF117", "a constant factor or 1/weight would be rounded to a narrow type")
             except Refused as why:
                 why_not = why.message
                 continue
-            norm = self._norm(value, fact, found, compute, cast)
+            norm = self._norm(value, fact, found, compute, cast, narrow)
             self.taken.add(value.index)
             self.out.sites.append(Site(value, norm, fact, is_op(value, norm), chain_name))
             return
@@ -380,11 +380,11 @@ class _Recogniser:
         copies = node.kind in VIEWS or node.kind == "identity" or (node.kind == "cast" and via.dtype == value.dtype)
         return copies and self.facts[via.index][fact.root.key()].layout == fact.layout
 
-    def _norm(self, value: Value, fact: Fact, found: Match, compute: str, cast: str) -> Norm:
+    def _norm(self, value: Value, fact: Fact, found: Match, compute: str, cast: str, narrow: str = "") -> Norm:
         root = fact.root
         weight, bias = self._expr(found.weight, 1.0), self._expr(found.bias, 0.0)
         return Norm(found.kind, root.value, root.axes, root.size, found.eps, weight, bias, compute, cast,
-                    value.dtype or "?")  # fmt: skip
+                    value.dtype or "?", narrow)  # fmt: skip
 
     def _expr(self, p: Poly, neutral: float) -> Expr | None:
         if not p or (set(p) == {ONE} and abs(p[ONE] - neutral) <= NEAR / 2):

@@ -2,7 +2,7 @@
 
     s = r + f; y = norm(s)      becomes      y, s = add_norm(r, f)
 
-    s32 = x.float() + r.float(); y = norm(s32); s = s32.to(x's type)
+    s32 = x.float() + r.float(); y = norm(s32); s = s32.to(x's type)      vLLM
 
 is one operator too: its norm reads the sum before it is rounded. Only where x and r are of one narrow type, and nothing
 but the norm and the one cast to that type reads s32.
@@ -55,7 +55,7 @@ def unrounded(site: Site, s: Value, node: Node) -> Fused | None:
     inside = set(region(site.value, site.norm))
     casts = [use for use in s.uses if use not in inside]
     x, r = map(_uncast, node.inputs)
-    if len(casts) != 1 or casts[0].kind != "cast" or x is None or r is None or x is r:
+    if len(casts) != 1 or casts[0].kind != "cast" or x is r:
         return None
     narrow = casts[0].outputs[0]
     if not x.dtype == r.dtype == narrow.dtype or x.dtype not in NARROW:
@@ -63,7 +63,7 @@ def unrounded(site: Site, s: Value, node: Node) -> Fused | None:
     return Fused("add_norm", (site,), (x, r), (site.value, narrow), round_sum=False)
 
 
-def _uncast(value: Value) -> Value | None:
-    """What a value is a cast of."""
+def _uncast(value: Value) -> Value:
+    """What a value is a cast of, or the value, which an addition in torch may widen by itself."""
     node = value.producer
-    return node.inputs[0] if node is not None and node.kind == "cast" and not node.inputs[0].tainted else None
+    return node.inputs[0] if node is not None and node.kind == "cast" and not node.inputs[0].tainted else value

@@ -21,7 +21,7 @@ from tests.kernel_tools import BF16, FP16, FP32
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "normfuse" / "ort"
-OPS = ("norm", "add_norm", "norm_add", "norm_add_norm", "qk_norm")
+OPS = ("norm", "add_norm", "norm_add", "norm_add_norm", "qk_norm", "add_norm_unrounded")
 KINDS = ("rms_norm", "layer_norm")
 TYPES = (FP32, FP16, BF16)
 FORMS = 12
@@ -36,7 +36,8 @@ NUMBERS = ("m", "n", "m2", "n2", "tiles")
 class Spec(c.Structure):
     """`Spec` of ops.h."""
 
-    _fields_ = [(name, c.c_int) for name in "op layer x compute first result has_w1 has_b1 has_w2 has_b2".split()]
+    _fields_ = [(name, c.c_int) for name in "op layer x compute first result".split()]
+    _fields_ += [(name, c.c_int) for name in "has_w1 has_b1 has_w2 has_b2 unrounded".split()]
 
 
 class Args(c.Structure):
@@ -76,8 +77,9 @@ def spec(op: str, kind: str, types: Types, weights: str = "wb", compute: torch.d
     x, first, result = types
     has = [int(name in weights) for name in "wb"]
     has += has if op in ("norm_add_norm", "qk_norm") else [0, 0]
-    return Spec(OPS.index(op), KINDS.index(kind), TYPES.index(x), TYPES.index(compute), int(first),
-                TYPES.index(result), *has)  # fmt: skip
+    kept = op.removesuffix("_unrounded")
+    return Spec(OPS.index(kept), KINDS.index(kind), TYPES.index(x), TYPES.index(compute), int(first),
+                TYPES.index(result), *has, kept != op)  # fmt: skip
 
 
 class Driver:
@@ -166,7 +168,7 @@ class Interpreted:
         def compute(launch: Launch) -> None:
             ops = [o for o in (op, "norm", "norm_add") if o != "qk_norm"]
             ((name, form),) = {(o, found[launch.text]) for o in dict.fromkeys(ops) if launch.text in (
-                found := self.driver.forms(OPS.index(o), KINDS.index(kind), types))}  # fmt: skip
+                found := self.driver.forms(aot.OPS.index(o), KINDS.index(kind), types))}  # fmt: skip
             i = ALL_TYPES.index(types)
             variant = aot.Variant(name, kind[: -len("_norm")], aot.TYPES[i], aot.FORMS[form], 90)
             dtypes = {t: getattr(torch, str(v).replace("fp", "float").replace("bf16", "bfloat16"))
@@ -192,4 +194,4 @@ class Interpreted:
 
 def numbers() -> list[tuple[int, int]]:
     """(architecture, number) of every kernel."""
-    return list(product(range(2), range(4 * 2 * len(ALL_TYPES) * FORMS)))
+    return list(product(range(2), range(5 * 2 * len(ALL_TYPES) * FORMS)))

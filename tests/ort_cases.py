@@ -21,7 +21,7 @@ from normfuse.norm import Expr, Norm, Site
 from normfuse.plan import Fused
 
 EPS = 1e-5
-OPS = ("norm", "add_norm", "norm_add", "norm_add_norm", "qk_norm")
+OPS = ("norm", "add_norm", "add_norm_unrounded", "norm_add", "norm_add_norm", "qk_norm")
 KINDS = ("rms_norm", "layer_norm")
 NARROW = ("float16", "bfloat16")
 TWO = ("norm_add_norm", "qk_norm")
@@ -88,29 +88,37 @@ def alone(op: str, kind: str, how: Types, role: Roles) -> bool:
     return op == "norm" and how.cast == "none" and how.compute == how.x and (kind == "layer_norm" or not role[0][1])
 
 
+def there(op: str, how: Types) -> bool:
+    """A sandwich's two norms are alike; only a sum in a wider type than its summands can be rounded after the norm."""
+    return not (op == "norm_add_norm" and how.result != how.x) and not (
+        op == "add_norm_unrounded" and how.compute == how.x)  # fmt: skip
+
+
 def edit(op: str, kind: str, how: Types, role: Roles, sizes: Sequence[int] = (8, 8),
          lead: Sequence[int] = (2,)) -> Fused:  # fmt: skip
     """The fusion of a model that has this operator; `sizes` those of q and k."""
     floats = [how.x, how.result] if op.startswith("norm_add") else [how.x, how.x]
     inputs = [Value(n, (*lead, s), d, leaf=True) for n, s, d in zip("xr", sizes, floats, strict=True)]
     outputs = [Value(n, (*lead, s), how.result) for n, s in zip("ys", sizes, strict=True)]
-    if op == "add_norm":
+    kept, wide = op.removesuffix("_unrounded"), Value("wide", (*lead, sizes[0]), how.compute)
+    if kept == "add_norm":
         outputs[1].dtype = how.x
     sites = []
     for i, (weighted, biased) in enumerate(role):
         second = {"norm_add_norm": (inputs[0], outputs[1])[i], "qk_norm": inputs[i]}
-        x = outputs[1] if op == "add_norm" else second.get(op, inputs[0])
+        summed = {"add_norm": outputs[1], "add_norm_unrounded": wide}
+        x = summed[op] if op in summed else second.get(op, inputs[0])
         size = sizes[i if op == "qk_norm" else 0]
 
         def row(name: str, there: bool, size: int = size) -> Expr | None:
             return ((1.0, ((Value(name, (size,), how.affine, leaf=True, fixed=True), 1),)),) if there else None
 
         norm = Norm(kind, x, (len(lead),), size, EPS, row(f"w{i}", weighted), row(f"b{i}", biased), how.compute,
-                    how.cast, how.result)  # fmt: skip
+                    how.cast, how.result, how.x if how.first else "")  # fmt: skip
         sites.append(Site(outputs[i], norm, None, False))  # type: ignore[arg-type]
     given = inputs[:1] if op == "norm" else inputs
     results = {"norm": outputs[:1], "norm_add": outputs[1:]}.get(op, outputs)
-    return Fused(op, tuple(sites), tuple(given), tuple(results))
+    return Fused(kept, tuple(sites), tuple(given), tuple(results), round_sum=kept == op)
 
 
 def name(op: str, kind: str, how: Types, role: Roles) -> str:
@@ -203,7 +211,7 @@ def meaning(op: str, kind: str, how: Types, role: Roles, feeds: dict[str, Any], 
         return _norm(kind, how, axes, x, tensor(f"w{i}", how.affine), tensor(f"b{i}", how.affine), exact,
                      sums)  # fmt: skip
 
-    x, r = tensor("x", how.x), tensor("r", how.x if op in ("add_norm", "qk_norm") else how.result)
+    x, r = tensor("x", how.x), tensor("r", how.result if op.startswith("norm_add") else how.x)
     assert x is not None
     if op == "norm":
         found = [norm(0, x)]
@@ -211,6 +219,8 @@ def meaning(op: str, kind: str, how: Types, role: Roles, feeds: dict[str, Any], 
         raise ValueError(op)
     elif op == "add_norm":
         found = [norm(0, x + r), x + r]
+    elif op == "add_norm_unrounded":
+        found = [norm(0, x.to(torch.float64 if exact else torch.float32) + r), x + r]
     elif op == "qk_norm":
         found = [norm(0, x), norm(1, r)]
     else:

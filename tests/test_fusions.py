@@ -83,7 +83,7 @@ def wide_norm(s: Tensor, w: Tensor) -> Tensor:
 def round_sums(function: Callable[..., Any], args: Arguments) -> list[bool]:
     """`round_sum` of each add_norm that a function gets."""
     made, first = normfuse.optimize(make_fx(function)(*args))
-    calls = [n for n in made.graph.nodes if "add_rms_norm" in str(n.target)]
+    calls = [n for n in made.graph.nodes if "normfuse.add_" in str(n.target)]
     want, got = function(*args), made(*args)
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a, b) and a.dtype == b.dtype
@@ -93,11 +93,22 @@ def round_sums(function: Callable[..., Any], args: Arguments) -> list[bool]:
     return [len(n.args) < 9 or n.args[8] for n in calls]
 
 
+def vllm_norm(s: Tensor, w: Tensor) -> Tensor:
+    """The norm of a sum in float32, rounded to the type of the weight before that."""
+    return (s * torch.rsqrt(s.pow(2).mean(-1, keepdim=True) + 1e-6)).to(w.dtype) * w
+
+
+@pytest.mark.parametrize("norm", [
+    wide_norm, vllm_norm, lambda s, w: wide_norm(s, w.float()), lambda s, w: vllm_norm(s, w).float(),
+    lambda s, w: wide_norm(s - s.mean(-1, keepdim=True), w), lambda s, w: vllm_norm(s - s.mean(-1, keepdim=True), w) + w,
+])  # fmt: skip
+@pytest.mark.parametrize("wide", [Tensor.float, lambda r: r])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_norm_of_the_sum_before_it_is_rounded(dtype: torch.dtype) -> None:
+def test_a_norm_of_the_sum_before_it_is_rounded(dtype: torch.dtype, wide: Callable[[Tensor], Tensor],
+                                                norm: Callable[[Tensor, Tensor], Tensor]) -> None:  # fmt: skip
     def f(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-        s = x.float() + r.float()
-        return wide_norm(s, w), s.to(x.dtype)
+        s = x.float() + wide(r)
+        return norm(s, w), s.to(x.dtype)
 
     args = tensors((64, N), (64, N), (N,), dtype=dtype)
     assert round_sums(f, args) == [False]
@@ -383,3 +394,24 @@ def test_what_a_change_shows_is_done_too(function: Callable[..., Any], dtype: to
     for exact, own, new in zip(function(*(a.double() for a in args)), function(*args), made(*args), strict=True):
         ulp = torch.finfo(dtype).eps * exact.abs().max()
         assert (new - exact).abs().max() <= (own - exact).abs().max() + ulp and new.dtype == own.dtype
+
+
+def test_an_operator_whose_results_nobody_reads_goes() -> None:
+    """A trace takes all results of an operator; here its statistics are read by nobody."""
+    def f(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        s = x.float() + r.float()
+        return F.layer_norm(s, (N,), w.float()).to(w.dtype), s.to(x.dtype)
+
+    args = tensors((64, N), (64, N), (N,), dtype=torch.bfloat16)
+    assert round_sums(f, args) == [True]
+    made, _ = normfuse.optimize(make_fx(f)(*args))
+    assert not [n for n in made.graph.nodes if "native_layer_norm" in str(n.target)]
+
+
+def test_a_norm_that_nobody_reads_has_a_name() -> None:
+    def f(x: Tensor, w: Tensor) -> Tensor:
+        F.layer_norm(x, (N,), w)
+        return x + 1
+
+    made, report = normfuse.optimize(make_fx(f)(*tensors((64, N), (N,))))
+    assert [n.name for n in report.norms] == ["native_layer_norm"]

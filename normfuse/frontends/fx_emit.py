@@ -111,10 +111,11 @@ class Emitter:
         make = Maker(self.level, graph, norm)
         compute = "float32" if norm.compute in HALF else norm.compute
         late = norm.cast == "first"
-        wider = late and norm.dtype != norm.x.dtype
+        wider = late and norm.dtype != norm.narrow
         early = early_factor(norm)
-        direct = norm.x.dtype in HALF and compute == "float32" and (early == 1.0 if late else _rounds_alike(norm))
-        stored = norm.x.dtype if direct or late else compute
+        alike = early == 1.0 and norm.narrow == norm.x.dtype if late else _rounds_alike(norm)
+        direct = norm.x.dtype in HALF and compute == "float32" and alike
+        stored = norm.narrow if late else norm.x.dtype if direct else compute
         assert stored is not None
         weight, bias, fused_weight, fused_bias = norm.weight, norm.bias, None, None
         if order is not None and order == tuple(range(len(order))):
@@ -152,7 +153,7 @@ class Emitter:
 
 def early_factor(norm: Norm) -> float:
     """The constant factor to multiply by before the cast back, in the wider type: behind it, it would round."""
-    if norm.cast != "first" or norm.dtype != norm.x.dtype or norm.weight is None or len(norm.weight) != 1:
+    if norm.cast != "first" or norm.dtype != norm.narrow or norm.weight is None or len(norm.weight) != 1:
         return 1.0
     c = norm.weight[0][0]
     return 1.0 if math.frexp(c)[0] in (0.5, -0.5) else c

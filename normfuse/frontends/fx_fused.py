@@ -39,14 +39,16 @@ class Unfit(Exception):
     """No operator of the family is this norm; the message says why."""
 
 
-def attributes(norm: Norm, numerics: str) -> Attributes:
-    """The attributes of a norm; raises `Unfit`."""
-    x = norm.x.dtype or "?"
+def attributes(norm: Norm, numerics: str, narrow: str | None) -> Attributes:
+    """The attributes of a norm, of x or of the unrounded sum of tensors of type `narrow`; raises `Unfit`."""
+    x = narrow or "?"
     half = PRECISION.get(x, 0) < 24
     if norm.compute != ("float64" if x == "float64" else "float32") and not (half and numerics == "fast"):
         raise Unfit(f"it is computed in {norm.compute}, and the operator computes in float32")
     if norm.cast == "mixed" and numerics == "exact":
         raise Unfit("no operator has this order of roundings")
+    if norm.cast == "first" and norm.narrow != x:
+        raise Unfit(f"it is cast to {norm.narrow} before the weight, and the operator casts to {x}")
     cast = "first" if norm.cast == "first" else "last"
     offset = 0.0
     if norm.weight is not None:
@@ -101,8 +103,7 @@ class FusedEmitter:
         return None
 
     def _check(self, low: Lowering, edit: Fused) -> None:
-        norms = [site.norm for site in edit.sites]
-        if len({attributes(norm, self.numerics) for norm in norms}) > 1:
+        if len(set(self._attributes(edit))) > 1:
             raise Unfit("the norms are not alike")
         values = [*edit.inputs, *edit.outputs, *edit.parameters()]
         # a summand is read where the model reads it, so that writes to it before do no harm
@@ -130,6 +131,11 @@ class FusedEmitter:
         self._types(edit)
         self._layout(edit)
         self._order(low, edit)
+
+    def _attributes(self, edit: Fused) -> list[Attributes]:
+        """Those of each of its norms."""
+        return [attributes(site.norm, self.numerics, site.norm.x.dtype if edit.round_sum else edit.inputs[0].dtype)
+                for site in edit.sites]  # fmt: skip
 
     def _types(self, edit: Fused) -> None:
         """The additions promote as the operator does."""
@@ -176,7 +182,7 @@ class FusedEmitter:
         `operand` gives the node for a value, `size` that for a node of the model which is a size.
         """
         norms = [site.norm for site in edit.sites]
-        how = attributes(norms[0], self.numerics)
+        how = self._attributes(edit)[0]
         made: list[fx.Node] = []
         arguments: list[Any] = [operand(v) for v in edit.inputs]
         for norm in norms:

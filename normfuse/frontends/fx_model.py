@@ -308,7 +308,9 @@ class _Module:
                 check = fx_effects.is_assert(old) and all(
                     n in gone and all(fx_effects.is_assert(u) for u in n.users) for n in old.all_input_nodes
                 )
-                if old in gone or check:
+                # a trace takes every result of an operator, read or not
+                unread = old.target is operator.getitem and old.args[0] in gone
+                if old in gone or check or unread:
                     # what is no node of the neutral graph is a constant, a size or an element of a tuple
                     gone.update(n for n in old.all_input_nodes if n not in by_native)
                     self.graph.erase_node(old)

@@ -102,14 +102,13 @@ def fused(name: str) -> Row:
         if any(v is None or v.rank is None or (o is not None and o.rank != v.rank)
                for v, o in zip(sources, outs, strict=True)):  # fmt: skip
             raise Unfit
-        unrounded = at.get("round_sum") is False
-        if any(v is None for v in outs) or (unrounded and at["cast"] == "first"):
+        if any(v is None for v in outs):
             read, given = ([v for v in vs if v is not None] for vs in (values.values(), outs))
             call.low.graph.node("opaque", read, given, native=call.node, op=name, name=call.node.name)
             return True
 
-        def normed(x: Value, weight: str, bias: str, out: Value | None) -> Value:
-            return _fused_stages(call, kind, x, values[weight], values[bias], at, out)
+        def normed(x: Value, weight: str, bias: str, out: Value | None, narrow: str | None = None) -> Value:
+            return _fused_stages(call, kind, x, values[weight], values[bias], at, out, narrow or x.dtype)
 
         assert x is not None
         if name in ("rms_norm", "layer_norm"):
@@ -121,13 +120,12 @@ def fused(name: str) -> Row:
             normed(residual, "k_weight", "k_bias", outs[1])
         else:
             s = outs[-1]
-            if unrounded:  # the norm reads the sum in float32, s is rounded from it
+            if at.get("round_sum") is False:  # the norm reads the sum in float32, s is rounded from it
                 assert s is not None
                 wide = [call.emit_to("cast", [v], call.low.virtual(v.shape, "float32")) for v in (x, residual)]
                 total = call.emit_to("add", wide, call.low.virtual(s.shape, "float32"))
                 call.emit("cast", [total], s)
-                at["dtype"] = at["dtype"] or s.dtype
-                normed(total, "weight", "bias", outs[0])
+                normed(total, "weight", "bias", outs[0], s.dtype)
                 return True
             if name.startswith("add_"):
                 call.emit("add", [x, residual], s)
@@ -144,8 +142,8 @@ def fused(name: str) -> Row:
 
 
 def _fused_stages(call: Call, kind: str, x: Value, weight: Value | None, bias: Value | None, at: dict[str, Any],
-                  out: Value | None) -> Value:  # fmt: skip
-    """One norm of an operator of `normfuse.ops`, with the casts that its attributes ask for."""
+                  out: Value | None, narrow: str | None) -> Value:  # fmt: skip
+    """One norm of an operator of `normfuse.ops`, with the casts that its attributes ask for, those back to `narrow`."""
     compute = "float64" if x.dtype == "float64" else "float32"
     affine, last = compute, at["dtype"] and str(at["dtype"]).removeprefix("torch.")
     stages: list[tuple[str, list[Value], str, dict[str, Any]]] = []
@@ -154,7 +152,7 @@ def _fused_stages(call: Call, kind: str, x: Value, weight: Value | None, bias: V
     axes = (len(x.shape or ()) - 1,)
     stages.append((kind, [], compute, {"axes": axes, "eps": float(at["eps"])}))
     if at["cast"] == "first":
-        affine = x.dtype or compute
+        affine = narrow or compute
         if affine != compute:
             stages.append(("cast", [], affine, {}))
         for v in (weight, bias):
@@ -166,8 +164,9 @@ def _fused_stages(call: Call, kind: str, x: Value, weight: Value | None, bias: V
         shift = call.low.number(float(at["offset"]), affine)
         weight = call.emit_to("add", [wide, shift], call.low.virtual(weight.shape, affine))
     stages += [(k, [v], affine, {}) for k, v in (("mul", weight), ("add", bias)) if v is not None]
-    if (last or (affine if at["cast"] == "first" else x.dtype)) != stages[-1][2]:
-        stages.append(("cast", [], last or x.dtype or affine, {}))
+    result = last or (affine if at["cast"] == "first" else narrow or affine)
+    if result != stages[-1][2]:
+        stages.append(("cast", [], result, {}))
     for i, (k, more, dtype, attrs) in enumerate(stages):
         end = out if i == len(stages) - 1 else None
         x = call.emit_to(k, [x, *more], end or call.low.virtual(x.shape, dtype), **attrs)

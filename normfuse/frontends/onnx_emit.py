@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -76,15 +77,12 @@ class Emitter:
 
     def form(self, norm: Norm) -> list[str]:
         """The operators that a norm becomes, but for the making of its weight."""
-        first, native = reads_x(norm), self.native(norm)
-        inner = norm.x.dtype if first else norm.compute
-        wide = first and norm.dtype != inner
-        names = ["Cast"] if not first and norm.x.dtype != norm.compute else []
-        names.append(NATIVE[norm.kind][0] if native else f"function {DOMAIN}.{norm.kind}")
+        inner, wide = inside(norm)
+        names = ["Cast"] if not reads_x(norm) and norm.x.dtype != norm.compute else []
+        names.append(NATIVE[norm.kind][0] if self.native(norm) else f"function {DOMAIN}.{norm.kind}")
         if norm.kind == "rms_norm" and norm.bias is not None and not wide:
             names.append("Add")
-        if wide or (norm.cast in ("last", "mixed") and norm.dtype != inner):
-            names.append("Cast")
+        names += ["Cast"] * len(_casts(norm, inner))
         return names + [op for op, expr in (("Mul", norm.weight), ("Add", norm.bias)) if wide and expr is not None]
 
     @staticmethod
@@ -102,15 +100,12 @@ class Emitter:
         """
         nodes: list[ir.Node] = []
         rows = rows or (lambda expr, dtype, which: self.row(nodes, norm, expr, params, dtype, f"{name}/{which}"))
-        first = reads_x(norm)
-        inner = norm.x.dtype if first else norm.compute
-        assert inner is not None
-        if not first and norm.x.dtype != norm.compute:
+        inner, wide = inside(norm)
+        if not reads_x(norm) and norm.x.dtype != norm.compute:
             x = self._cast(nodes, x, norm.compute, f"{name}/upcast")
         native = self.native(norm)
         rms_bias = norm.kind == "rms_norm" and norm.bias is not None
         weight = bias = None
-        wide = first and norm.dtype != inner  # a wider weight after the cast back is applied by nodes of its own
         if norm.weight is not None and not wide:
             weight = rows(norm.weight, inner, "weight")
         elif native:
@@ -138,8 +133,8 @@ class Emitter:
         if rms_bias and bias is not None:
             nodes.append(ir.Node("", "Add", [y, bias], name=f"{name}/add"))
             y = nodes[-1].outputs[0]
-        if wide or (norm.cast in ("last", "mixed") and norm.dtype != inner):
-            y = self._cast(nodes, y, norm.dtype, f"{name}/downcast")
+        for dtype in _casts(norm, inner):
+            y = self._cast(nodes, y, dtype, f"{name}/downcast")
         for op, expr in (("Mul", norm.weight), ("Add", norm.bias)) if wide else ():
             if expr is not None:
                 operand = rows(expr, norm.dtype, op.lower())
@@ -217,6 +212,20 @@ class Emitter:
             shape = self.constant(np.array(_width(norm)), "int64", "shape")
             return self._node(nodes, "Reshape", [total, shape], name)
         return self._node(nodes, "Mul", [total, one], name)
+
+
+def inside(norm: Norm) -> tuple[str, bool]:
+    """The type that an operator for a norm gives, and whether weight and bias are applied behind it, by other nodes.
+
+    They are where they come after a cast back that the operator does not make, or are of a wider type than it gives.
+    """
+    inner = (norm.x.dtype if reads_x(norm) else norm.compute) or ""
+    return inner, norm.cast == "first" and not inner == norm.narrow == norm.dtype
+
+
+def _casts(norm: Norm, inner: str) -> list[str]:
+    """The types that the result of the operator is cast to, in order."""
+    return [b for a, b in pairwise((inner, norm.narrow or inner, norm.dtype)) if a != b]
 
 
 def plain(expr: Expr) -> bool:

@@ -16,8 +16,8 @@ from onnx_ir.traversal import RecursiveGraphIterator
 
 from normfuse.facts import number
 from normfuse.frontends.onnx import Lowering
-from normfuse.frontends.onnx_emit import DOMAIN, Emitter
-from normfuse.frontends.onnx_functions import SHORT, function_body
+from normfuse.frontends.onnx_emit import DOMAIN, Emitter, inside
+from normfuse.frontends.onnx_functions import DTYPES, SHORT, function_body
 from normfuse.graph import Shape, Value
 from normfuse.norm import Expr, Norm, Site
 from normfuse.plan import Fused, Reason
@@ -52,8 +52,8 @@ class FusedEmitter:
             return "no operator has this order of roundings"
         if len({_attributes(norm) for norm in norms}) > 1:
             return "the norms are not alike"
-        if not edit.round_sum:
-            return "the functions normalise the sum as it is rounded"
+        if any(norm.narrow not in ("", narrow_of(edit)) for norm in norms):
+            return f"it is cast to {norms[0].narrow} before the weight, and the functions cast to {narrow_of(edit)}"
         if edit.view is not None and not _reshaped(edit.view, edit.outputs[1]):
             return "between the sum and the norm stands more than a Reshape"
         for norm, site in zip(norms, edit.sites, strict=True):
@@ -110,7 +110,7 @@ class FusedEmitter:
                 return body.input(label)
 
             # an operator's weight is of the type of its x, and a function has no initializer for one that is missing
-            bare = spec.weight is None or (spec.cast == "first" and spec.dtype != spec.x.dtype)
+            bare = spec.weight is None or inside(spec)[1]
             alone = Emitter(self.emitter.opset, self.emitter.spelled or bare)
             alone.unseen = self.emitter.unseen
             eps = "eps" if self.emitter.opset >= FIRST_WITH_EPS else ""
@@ -122,9 +122,12 @@ class FusedEmitter:
             results = [norm(0, x)]
         elif edit.op == "qk_norm":
             results = [norm(0, x), norm(1, *other)]
-        elif edit.op == "add_norm":
+        elif edit.op == "add_norm" and edit.round_sum:
             s = body.op("Add", x, *other)
             results = [norm(0, s), s]
+        elif edit.op == "add_norm":
+            s = body.op("Add", *(body.cast(v, edit.sites[0].norm.x.dtype) for v in (x, *other)))
+            results = [norm(0, s), body.cast(s, edit.outputs[1].dtype)]
         else:
             s = body.op("Add", *other, norm(0, x))
             results = [s] if edit.op == "norm_add" else [norm(1, s), s]
@@ -160,9 +163,12 @@ class _Body:
         self.inputs.append(ir.Value(name=name))
         return self.inputs[-1]
 
-    def op(self, name: str, *inputs: ir.Value) -> ir.Value:
-        self.nodes.append(ir.Node("", name, inputs))
+    def op(self, name: str, *inputs: ir.Value, attributes: Sequence[ir.Attr] = ()) -> ir.Value:
+        self.nodes.append(ir.Node("", name, inputs, attributes))
         return self.nodes[-1].outputs[0]
+
+    def cast(self, value: ir.Value, dtype: str | None) -> ir.Value:
+        return self.op("Cast", value, attributes=[ir.AttrInt64("to", DTYPES[dtype or ""].value)])
 
     def take(self, nodes: list[ir.Node], emitter: Emitter) -> ir.Value:
         """Append nodes, calls of an emitter's functions as the functions' nodes; the result of the last."""
@@ -199,13 +205,20 @@ def function_name(edit: Fused, opset: int) -> str:
     roles = [(site.norm.weight is not None, site.norm.bias is not None) for site in edit.sites]
     if any(role != (True, norm.kind == "layer_norm") for role in roles):
         parts += [ROLES[role] for role in roles]
-    types = [norm.x.dtype or "", norm.compute, norm.dtype]
+    types = [narrow_of(edit), norm.compute, norm.dtype]
     if types != ["float32"] * 3:
         x, compute, result = (SHORT[t] for t in types)
         parts += [x, "in", compute, norm.cast, *(["to", result] if result != x else [])]
+    if not edit.round_sum:
+        parts.append("unrounded")
     if opset < FIRST_WITH_EPS:
         parts.append("eps" + number(norm.eps).replace("-", "m").replace(".", "p"))
     return "_".join(parts)
+
+
+def narrow_of(edit: Fused) -> str:
+    """The type of what an operator normalises, or of the summands where it normalises their sum in a wider one."""
+    return (edit.sites[0].norm.x if edit.round_sum else edit.inputs[0]).dtype or ""
 
 
 def _alike(a: Shape | None, b: Shape | None) -> bool:
@@ -223,7 +236,7 @@ def _reshaped(view: Value, source: Value) -> bool:
 
 def _attributes(norm: Norm) -> tuple[object, ...]:
     """What the norms of one operator have in common."""
-    return norm.kind, np.float32(norm.eps), norm.x.dtype, norm.compute, norm.cast, norm.dtype
+    return norm.kind, np.float32(norm.eps), norm.x.dtype, norm.compute, norm.cast, norm.narrow, norm.dtype
 
 
 def fused_already(site: Site) -> str | None:

@@ -44,6 +44,8 @@ class SkipEmitter(FusedEmitter):
         if row is None or row.form != "skip":
             return "NF202", "the target has no operator for it, or a slower one"
         norm = edit.sites[0].norm
+        if not edit.round_sum:
+            return "NF202", "the operator normalises the sum as it is rounded"
         if edit.view is not None:
             return "NF202", "a view stands between the sum and the norm"
         if norm.kind == "rms_norm" and norm.bias is not None:

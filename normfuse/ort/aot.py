@@ -31,7 +31,7 @@ ARCHITECTURES = (80, 90)
 """Compute capabilities times ten; a GPU takes the PTX of the last that it is not older than."""
 PTX_VERSION = 80
 """The instruction set of CUDA 12.0: a driver refuses PTX that is newer than itself."""
-OPS = ("norm", "add_norm", "norm_add", "norm_add_norm")
+OPS = ("norm", "add_norm", "norm_add", "norm_add_norm", "add_norm_unrounded")
 KINDS = ("rms", "layer")
 F32, F16, BF16 = tl.float32, tl.float16, tl.bfloat16
 NAMES = {F32: "F32", F16: "F16", BF16: "BF16"}
@@ -83,6 +83,8 @@ class Variant(NamedTuple):
     def exists(self) -> bool:
         """A sandwich's two norms are alike, so that its results are of the type of x; it has no form in blocks."""
         (x, _, result), (entry, block, _) = self.types, self.form
+        if self.op == "add_norm_unrounded" and x == F32:
+            return False  # a sum in float32 is not rounded
         if self.op == "norm_add_norm":
             return x == result and entry == "tile" and block * self.tensors() <= launch.ON_CHIP
         # a sum in float32 and a result in a half type are too much for the registers of a program on sm_80
@@ -121,14 +123,15 @@ def how_of(variant: Variant) -> How:
     op, (x, first, result), form = variant.op, variant.types, variant.form
     rows = variant.config().rows if form.entry == "tile" else 1
     weight = result if first else F32
-    return How(0, rows, form.block, 0.0, 0.0, variant.kind == "layer", F32, op, first, True, x, weight, result, weight,
-               optional=True)  # fmt: skip
+    what = op.removesuffix("_unrounded")
+    return How(0, rows, form.block, 0.0, 0.0, variant.kind == "layer", F32, what, first, op == what, x, weight, result,
+               weight, optional=True)  # fmt: skip
 
 
 def tensor_types(variant: Variant) -> dict[str, Any]:
     """The types of the tensors."""
     x, first, result = variant.types
-    sums, weight = x if variant.op == "add_norm" else result, result if first else F32
+    sums, weight = x if variant.op.startswith("add_norm") else result, result if first else F32
     types = (x, sums, result, sums, weight, weight, weight, weight, x, result)
     return dict(zip(TENSORS, types, strict=True))
 

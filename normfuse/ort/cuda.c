@@ -168,6 +168,11 @@ static int multiple_of_16(const void *p) {
   return (uintptr_t)p % 16 == 0;
 }
 
+/* The number of an operator among the kernels. */
+static int number_of(const Spec *spec) {
+  return spec->op == OP_QK_NORM ? OP_NORM : spec->unrounded ? ADD_NORM_UNROUNDED : spec->op;
+}
+
 /* The kernel of an operator. */
 static int choose(int op, const Spec *spec, const Args *a) {
   Types types = types_of(spec);
@@ -251,8 +256,7 @@ static const char *sandwich(const Spec *spec, const Args *a) {
 
 int nf_cuda_has(const Spec *spec) {
   Types types = types_of(spec);
-  int op = spec->op == OP_QK_NORM ? OP_NORM : spec->op;
-  return spec->compute == F32 && nf_ptx_find(op, spec->layer, &types, 1, 1) != NO_KERNEL;
+  return spec->compute == F32 && nf_ptx_find(number_of(spec), spec->layer, &types, 1, 1) != NO_KERNEL;
 }
 
 const char *nf_cuda_run(const Spec *spec, const Args *args) {
@@ -262,6 +266,6 @@ const char *nf_cuda_run(const Spec *spec, const Args *args) {
   case OP_QK_NORM: return pair(spec, args);
   case OP_NORM_ADD_NORM: return sandwich(spec, args);
   case OP_NORM_ADD: return norm_add(spec, args);
-  default: return single(spec->op, spec, args);
+  default: return single(number_of(spec), spec, args);
   }
 }

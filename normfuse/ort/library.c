@@ -163,7 +163,7 @@ static const char *role(int weight, int bias) { return weight ? bias ? "both" : 
 static void add_lone(int layer, int inner, int stash) {
   for (int roles = 0; roles < (layer ? 4 : 2); roles++) {
     int weight = !(roles & 1), bias = layer && !(roles & 2);
-    Spec spec = {OP_NORM, layer, inner, stash, inner != stash, inner, weight, bias, 0, 0};
+    Spec spec = {OP_NORM, layer, inner, stash, inner != stash, inner, weight, bias, 0, 0, 0};
     char name[NAME] = "";
     append(name, layer ? "layer_norm" : "rms_norm");
     if (!weight || (layer && !bias)) append(name, role(weight, bias));
@@ -186,7 +186,7 @@ static void add_fused(int x, int compute, int result, const char *cast) {
     for (int layer = 0; layer < 2; layer++)
       for (int roles = 0; roles < (op < OP_NORM_ADD_NORM ? 4 : 16); roles++) {
         Spec spec = {op, layer, x, compute, cast[0] == 'f', result, !(roles & 1), (roles >> 1 & 1) == layer ? 0 : 1,
-                     0,  0};
+                     0,  0,     0};
         int usual = spec.has_w1 && spec.has_b1 == layer;
         if (op >= OP_NORM_ADD_NORM) {
           spec.has_w2 = !(roles & 4), spec.has_b2 = (roles >> 3 & 1) == layer ? 0 : 1;
@@ -202,6 +202,10 @@ static void add_fused(int x, int compute, int result, const char *cast) {
         }
         if (op == OP_NORM && compute == x && result == x && (layer || !spec.has_b1))
           continue; /* a function of add_lone */
+        add(&spec, name);
+        if (op != OP_ADD_NORM || compute == x) continue;
+        spec.unrounded = 1;
+        append(name, "unrounded");
         add(&spec, name);
       }
   }

@@ -11,9 +11,10 @@ enum { F32, F16, BF16 };
 /* An operator, as its name has it. With n = h / sqrt(mean(h^2) + eps), h = x or x - mean(x) (`layer`), in `compute`:
  *   first:  n rounded to the type of x, then * weight + bias in `result` where that differs from x, else in x
  *   else:   n * weight + bias in `compute`, then rounded to `result`
- * Weight and bias are of the type that they are applied in, with a rounding to it after each step: see nf_affine. */
+ * Weight and bias are of the type that they are applied in, with a rounding to it after each step: see nf_affine.
+ * `unrounded`: the sum of an OP_ADD_NORM is normalised before it is rounded to the type of x. */
 typedef struct {
-  int op, layer, x, compute, first, result, has_w1, has_b1, has_w2, has_b2;
+  int op, layer, x, compute, first, result, has_w1, has_b1, has_w2, has_b2, unrounded;
 } Spec;
 
 /* The type of weights and biases. */

@@ -20,7 +20,8 @@ typedef struct {
 enum { NO_KERNEL = -1, MOST_KERNELS = 2048 };
 
 /* The number of the kernel for rows of n, NO_KERNEL if there is none. `aligned`: rows and tensors start at multiples of
-   16 bytes. OP_QK_NORM is no operator here. */
+   16 bytes. OP_QK_NORM is no operator here, and an add_norm of the unrounded sum is one of its own. */
+enum { ADD_NORM_UNROUNDED = OP_QK_NORM };
 int nf_ptx_find(int op, int layer, const Types *types, long long n, int aligned);
 
 /* The architecture whose code runs on a GPU of a compute capability (times ten), -1 if there is none. */

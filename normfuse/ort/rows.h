@@ -87,18 +87,22 @@ static INLINE double FN(lanes)(const D *v) {
 enum { FN(SUM), FN(SQUARES), FN(CENTRED) };
 
 /* Sums over a row v = x, x + r or x - pivot: of v (SUM), of v^2 (SQUARES), or of both (CENTRED, that of v in *linear).
- * x + r goes to s, and is what s then holds; v as floats goes to h, where that is given. */
-static INLINE double FN(sum)(int type, int mode, const void *x, const void *r, float pivot, void *s, float *h,
-                             long long n, double *linear) {
+ * x + r goes to s, and is what s then holds, but if it is `unrounded`; v as floats goes to h, where that is given. */
+static INLINE double FN(sum)(int type, int mode, const void *x, const void *r, float pivot, int unrounded, void *s,
+                             float *h, long long n, double *linear) {
   D total = {0}, first = {0};
   V acc[4], lin[4];
-#define TERM(A, I, K)                                            \
-  do {                                                           \
-    V v = FN(ld)(type, x, I, K);                                 \
-    if (r) v = FN(st)(type, s, I, K, v + FN(ld)(type, r, I, K)); \
-    if (h) FN(st)(F32, h, I, K, v);                              \
-    if (mode == FN(CENTRED)) v -= pivot, lin[A] += v;            \
-    acc[A] += mode == FN(SUM) ? v : v * v;                       \
+#define TERM(A, I, K)                                 \
+  do {                                                \
+    V v = FN(ld)(type, x, I, K);                      \
+    if (r) {                                          \
+      v += FN(ld)(type, r, I, K);                     \
+      V kept = FN(st)(type, s, I, K, v);              \
+      if (!unrounded) v = kept;                       \
+    }                                                 \
+    if (h) FN(st)(F32, h, I, K, v);                   \
+    if (mode == FN(CENTRED)) v -= pivot, lin[A] += v; \
+    acc[A] += mode == FN(SUM) ? v : v * v;            \
   } while (0)
 #define CLEAR(A) acc[A] = lin[A] = (V){0}
   for (long long i = 0; i < n;) {
@@ -162,7 +166,7 @@ static void FN(narrow)(int type, int layer, float eps, float *h, long long n) {
   }
   EACH(FN(st)(F32, h, i, k, FN(rounded)(type, v)))
   if (layer) {
-    float mean = ROUND1(FN(sum)(F32, FN(SUM), h, NULL, 0, NULL, NULL, n, NULL) / (double)n);
+    float mean = ROUND1(FN(sum)(F32, FN(SUM), h, NULL, 0, 0, NULL, NULL, n, NULL) / (double)n);
     EACH(FN(st)(F32, h, i, k, FN(rounded)(type, v - mean)))
   }
   double total = 0;
@@ -180,24 +184,25 @@ static void FN(norm)(const Spec *spec, int type, const void *x, const void *r, v
   float pivot = 0, rest = 0, rstd = 1;
   double total = 0;
   int exact = spec->compute == F32, layer = spec->layer && exact;
-#define READ(T, H)                                                                                                 \
-  (r ? spec->layer ? FN(sum)(T, FN(SUM), x, r, 0, s, H, n, NULL) : FN(sum)(T, FN(SQUARES), x, r, 0, s, H, n, NULL) \
-   : spec->layer ? FN(sum)(T, FN(SUM), x, NULL, 0, NULL, H, n, NULL)                                               \
-                 : FN(sum)(T, FN(SQUARES), x, NULL, 0, NULL, H, n, NULL))
+#define SUM(T, R, U, S, H)                                       \
+  (spec->layer ? FN(sum)(T, FN(SUM), x, R, 0, U, S, H, n, NULL) \
+               : FN(sum)(T, FN(SQUARES), x, R, 0, U, S, H, n, NULL))
+#define READ(T) (!r ? SUM(T, NULL, 0, NULL, scratch) : spec->unrounded ? SUM(T, r, 1, s, scratch) : SUM(T, r, 0, s, scratch))
   if (type == F32) { /* the row itself, just read or written, is in the cache */
     h = r ? s : x;
-    total = READ(F32, NULL);
+    total = r ? SUM(F32, r, 0, s, NULL) : SUM(F32, NULL, 0, NULL, NULL);
   } else {
-    total = type == F16 ? READ(F16, scratch) : READ(BF16, scratch);
+    total = type == F16 ? READ(F16) : READ(BF16);
   }
 #undef READ
+#undef SUM
   if (!exact) { /* x is of this type, too: nothing is narrowed before it is normalised */
     FN(narrow)(spec->compute, spec->layer, eps, scratch, n);
   } else {
     if (layer) { /* the mean in two parts: what its rounding leaves is seen, and taken away, in the second pass */
       double left;
       pivot = (float)(total / (double)n);
-      total = FN(sum)(F32, FN(CENTRED), h, NULL, pivot, NULL, NULL, n, &left);
+      total = FN(sum)(F32, FN(CENTRED), h, NULL, pivot, 0, NULL, NULL, n, &left);
       left /= (double)n;
       rest = (float)left;
       total -= (double)n * left * left;

@@ -19,9 +19,12 @@ SCALES = (2.0, 0.5, -1.0, 3.0, 0.25, -2.0)
 
 @dataclass(slots=True)
 class Parts:
-    """The inner values of a norm, for those who share or read them: what is divided, the statistic, its root."""
+    """The inner values of a norm, for those who share or read them: what is divided, the statistic, its root.
 
-    x: Val
+    `narrow` is the type that it may be cast back to before the weight.
+    """
+
+    narrow: str
     core: Val
     statistic: Val
     factor: float
@@ -238,7 +241,7 @@ def wider(b: Builder, dtype: str) -> str:
     return str(b.pick(*[d for d in WIDTH if WIDTH[d] >= WIDTH[dtype]]))
 
 
-def write(b: Builder, x: Val, axes: tuple[int, ...], kind: str) -> tuple[Val, Parts]:
+def write(b: Builder, x: Val, axes: tuple[int, ...], kind: str, narrow: str) -> tuple[Val, Parts]:
     """A norm of x in the type of x, or in a wider one; the caller casts the result to what it needs."""
     order = b.pick("own", "own", "own", "wide", "wide", "statistics")
     wide = x.dtype if order == "own" else wider(b, x.dtype)
@@ -267,7 +270,7 @@ def write(b: Builder, x: Val, axes: tuple[int, ...], kind: str) -> tuple[Val, Pa
         times = float(b.pick(2.0, 4.0, 0.5))
         statistic, factor = b.op("mul", statistic, b.number(times, wide)), factor * times
     truth = Truth(kind, (writer.ends,), (), order + " " + wide, size=writer.size)
-    parts = Parts(x, core, statistic, factor, truth, wide, [*inner, statistic])
+    parts = Parts(narrow, core, statistic, factor, truth, wide, [*inner, statistic])
     truth.how += f" scale {scale:g}" if scale != 1 else ""
     result = finish(b, writer, parts, scale)
     if kind == "layer_norm" and b.chance(0.05):
@@ -290,7 +293,7 @@ def finish(b: Builder, writer: Norm, parts: Parts, scale: float) -> Val:
     n = writer.scaled(core, root, inverse)
     parts.inner += [e, root, n]
     if b.chance(0.3):
-        n = b.cast(n, parts.x.dtype)
+        n = b.cast(n, parts.narrow)
     return writer.affine(n) if order == "plain" else writer.biased(n) if b.chance(0.3) else n
 
 
