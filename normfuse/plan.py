@@ -70,6 +70,11 @@ class Fused:
     """Of an add_norm: whether its norm reads s; where not, the sum in float32 that s is rounded from."""
 
     @property
+    def results(self) -> tuple[Value, ...]:
+        """The outputs that the model has: an s that it does not round, because nobody reads it, is none of them."""
+        return tuple(v for v in self.outputs if v.producer is not None)
+
+    @property
     def view(self) -> Value | None:
         """The view of s that an add_norm's y is the norm of, where it is not of s itself."""
         x = self.sites[0].norm.x

@@ -73,23 +73,26 @@ _ONE_PASS = "measured: LayerNormalization errs by up to 1e-2 where the mean is 1
 _SLOW = "measured: LayerNormalization takes up to 4 times as long as the model's own arithmetic"
 _RMS = "measured: 0.44 to 1.43 of the time of the model's own arithmetic"
 _LAYER = "measured: 0.44 to 1.02 of the time of the model's own arithmetic before 1.27"
-_TWO = "measured: 0.37 to 0.6 of the time of the model's own arithmetic, Skip operators 1.1 to 7.4 times as long"
-_APART = "measured: Skip operators 1.1 to 7.4 times as long as addition and norm"
-_OURS = "measured in 1.31: 0.09 to 0.26 of the time of the Skip operator at 512x2048, with the library"
+_TWO = "measured: 0.35 to 0.57 of the time of the model's own arithmetic, Skip operators 0.95 to 7.1 times as long"
+_APART = "measured: Skip operators 0.95 to 6.4 times as long as addition and norm"
+_APART_HALF = "measured: Skip operators 1 to 5 times as long as what they compute, the addition and norm in float32"
+_OURS = "measured in 1.31: 0.07 to 0.33 of the time of the Skip operator at 512x2048, with the library"
 _NO_KERNEL = "tried in 1.23, 1.27, 1.31 and 1.32: no kernel for bfloat16"
 _FUSED = "measured in 1.31 on an H200: 0.54 to 0.81 of the time of addition and norm"
 _HALF = "measured in 1.31 on an H200: 0.53 to 0.59 of the time of addition and norm; rounds once (onnxruntime#28682)"
 _OVERFLOW = "cited: Skip operators sum half types in half before 1.27 (onnxruntime#29034), or round elsewhere"
 _CUDA_LAYER = "cited: SkipLayerNormalization takes the variance as mean(x^2) - mean(x)^2 (onnxruntime, layer_norm.cuh)"
 _NO_GAIN = "measured: an RMSNorm takes 0.45 to 1.59 of the time of a LayerNorm there, about as long"
-_GAIN = "measured: an RMSNorm takes 0.24 to 0.86 of the time of a LayerNorm, half types in single rows up to 1.32"
+_GAIN = "measured: an RMSNorm takes 0.24 to 0.89 of the time of a LayerNorm, single rows up to 1.56"
 FLAT = (2, 3)
 
 ROWS = (
     Row("ort-cpu", "rms_norm", "skip", FLOAT, "apart", _APART, since=(1, 30)),
     Row("ort-cpu", "layer_norm", "skip", FLOAT, "apart", _APART, since=(1, 30)),
-    Row("normfuse", "rms_norm", "skip", FLOAT, "apart", _OURS),
-    Row("normfuse", "layer_norm", "skip", FLOAT, "apart", _OURS),
+    Row("ort-cpu", "rms_norm", "skip", frozenset({"float16"}), "apart", _APART_HALF, since=(1, 30)),
+    Row("ort-cpu", "layer_norm", "skip", frozenset({"float16"}), "apart", _APART_HALF, since=(1, 30)),
+    Row("normfuse", "rms_norm", "skip", HALF | FLOAT, "apart", _OURS),
+    Row("normfuse", "layer_norm", "skip", HALF | FLOAT, "apart", _OURS),
     Row("ort-cpu", "rms_norm", "norm", frozenset({"bfloat16"}), "refuse", _NO_KERNEL),
     Row("ort-cpu", "layer_norm", "norm", frozenset({"bfloat16"}), "refuse", _NO_KERNEL, before=(1, 31)),
     Row("ort-cpu", "rms_norm", "add_norm", FLOAT, "skip", _SKIP, before=(1, 30), ranks=FLAT),

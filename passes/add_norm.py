@@ -5,7 +5,7 @@
     s32 = x.float() + r.float(); y = norm(s32); s = s32.to(x's type)      vLLM
 
 is one operator too: its norm reads the sum before it is rounded. Only where x and r are of one narrow type, and nothing
-but the norm and the one cast to that type reads s32.
+but the norm and at most one cast, to that type, reads s32.
 
 s stays available to its other readers; a view that only regroups the rows may stand between the two (OPT). Only where
 the addition broadcasts nothing; of several norms of the same sum the first is taken.
@@ -55,9 +55,9 @@ def unrounded(site: Site, s: Value, node: Node) -> Fused | None:
     inside = set(region(site.value, site.norm))
     casts = [use for use in s.uses if use not in inside]
     x, r = map(_uncast, node.inputs)
-    if len(casts) != 1 or casts[0].kind != "cast" or x is r:
+    if len(casts) > 1 or any(use.kind != "cast" for use in casts) or x is r:
         return None
-    narrow = casts[0].outputs[0]
+    narrow = casts[0].outputs[0] if casts else Value("", s.shape, x.dtype)
     if not x.dtype == r.dtype == narrow.dtype or x.dtype not in NARROW:
         return None
     return Fused("add_norm", (site,), (x, r), (site.value, narrow), round_sum=False)

@@ -596,6 +596,12 @@ def cached(name: str, write: Callable[[Path], Any]) -> Path:
     return target
 
 
+def often(name: str, opset: int, optimize: bool = True) -> bool:
+    """Whether a family is tested in this form by default: at opset 18, and in one other form, as exports take long."""
+    other = ((23, True), (18, False))[list(FAMILIES).index(name) % 2]
+    return (opset, optimize) in ((18, True), other)
+
+
 def cached_export(
     name: str, opset: int = 18, optimize: bool = True, dynamic: bool = False, attn: str = "eager"
 ) -> Path:

@@ -10,7 +10,7 @@ import pytest
 
 import normfuse
 from normfuse.verify import compare_models
-from tests.families import FAMILIES, cached, cached_export, digest, export_onnx
+from tests.families import FAMILIES, cached, cached_export, digest, export_onnx, often
 
 RECIPES = {
     "llama": "RMSNorm, pre-norm",
@@ -25,10 +25,10 @@ RECIPES = {
 }
 
 
-@pytest.mark.parametrize(("opset", "optimize"), [
-    (18, True), (23, True), (18, False), pytest.param(23, False, marks=pytest.mark.slow),
+@pytest.mark.parametrize(("name", "opset", "optimize"), [
+    pytest.param(name, *form, marks=() if often(name, *form) else pytest.mark.slow)
+    for name in FAMILIES for form in ((18, True), (23, True), (18, False), (23, False))
 ])  # fmt: skip
-@pytest.mark.parametrize("name", FAMILIES)
 def test_family(name: str, opset: int, optimize: bool, tmp_path: Path) -> None:
     family = FAMILIES[name]
     source, target = cached_export(name, opset, optimize=optimize), tmp_path / "out.onnx"

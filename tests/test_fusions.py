@@ -100,7 +100,8 @@ def vllm_norm(s: Tensor, w: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("norm", [
     wide_norm, vllm_norm, lambda s, w: wide_norm(s, w.float()), lambda s, w: vllm_norm(s, w).float(),
-    lambda s, w: wide_norm(s - s.mean(-1, keepdim=True), w), lambda s, w: vllm_norm(s - s.mean(-1, keepdim=True), w) + w,
+    lambda s, w: wide_norm(s - s.mean(-1, keepdim=True), w),
+    lambda s, w: vllm_norm(s - s.mean(-1, keepdim=True), w) + w,
 ])  # fmt: skip
 @pytest.mark.parametrize("wide", [Tensor.float, lambda r: r])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -413,5 +414,5 @@ def test_a_norm_that_nobody_reads_has_a_name() -> None:
         F.layer_norm(x, (N,), w)
         return x + 1
 
-    made, report = normfuse.optimize(make_fx(f)(*tensors((64, N), (N,))))
+    _, report = normfuse.optimize(make_fx(f)(*tensors((64, N), (N,))))
     assert [n.name for n in report.norms] == ["native_layer_norm"]

@@ -17,7 +17,7 @@ from normfuse.frontends.onnx import lower
 from normfuse.graph import Graph
 from normfuse.placement import place, recipe
 from normfuse.recognise import Recognition, recognise
-from tests.families import FAMILIES, cached_export
+from tests.families import FAMILIES, cached_export, often
 from tests.near_misses import NEAR_MISSES, TORCH_EQUAL_OK, TORCH_NEAR_MISSES, TORCH_RANDOM
 from tests.neutral import compare
 from tests.spellings import CANNOT_EXPORT, LOSES_EPS, SPELLINGS, Exporter, Spelling, parameters
@@ -114,8 +114,10 @@ def test_torch_near_miss(name: str) -> None:
     assert name in TORCH_EQUAL_OK or not [site for site in found.sites if site.norm.cast != "mixed"]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("opset", [18, 23])
+@pytest.mark.parametrize(("name", "opset"), [
+    pytest.param(name, opset, marks=() if often(name, opset) else pytest.mark.slow)
+    for name in FAMILIES for opset in (18, 23)
+])  # fmt: skip
 def test_family(name: str, opset: int) -> None:
     (graph,) = family(name, opset)
     found = recognise(graph)

@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 
 import normfuse
+import normfuse.ort
 from normfuse.errors import InputError
 from normfuse.verify import session
 from tests.families import FAMILIES, cached_export
@@ -24,20 +26,23 @@ def skipping(call: str, outputs: str = "y, , , s", kind: str = "float", shape: s
     made = onnx.parser.parse_model(
         f'<ir_version: 8, opset_import: ["": 17, "com.microsoft": 1]> g ({kind}[{shape}] x, {kind}[{shape}] r) => '
         f"({given}) {{ {outputs} = com.microsoft.{call} }}")  # fmt: skip
-    dtype, rng = {"float": "f4", "float16": "f2"}[kind], np.random.default_rng(3)
+    dtype, rng = {"float": "f4", "float16": "f2", "double": "f8"}[kind], np.random.default_rng(3)
     weights = {n: rng.uniform(0.5, 1.5, N).astype(dtype) for n in "wvb" if n in call}
     made.graph.initializer.extend(onnx.numpy_helper.from_array(a, n) for n, a in weights.items())
     return made
 
 
-@pytest.mark.parametrize("outputs", ["y, , , s", "y"])
-@pytest.mark.parametrize("call", [
+CALLS = (
     "SkipSimplifiedLayerNormalization<epsilon = 0.01>(x, r, w)",
     "SkipSimplifiedLayerNormalization(x, r, w, b)",
     "SkipLayerNormalization<epsilon = 0.01>(x, r, w)",
     "SkipLayerNormalization(x, r, w, v)",
     "SkipLayerNormalization<epsilon = 0.01>(x, r, w, v, b)",
-])  # fmt: skip
+)
+
+
+@pytest.mark.parametrize("outputs", ["y, , , s", "y"])
+@pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize(("target", "version", "apart"), [
     ("ort-cpu", "1.31", True), ("normfuse", "1.29", True), ("ort-cpu", "1.29", False), ("ort-cuda", "1.31", False),
     ("onnx", "1.31", False),
@@ -70,8 +75,38 @@ def test_a_skip_operator_that_is_slow_is_taken_apart(call: str, outputs: str, ta
             assert np.abs(b - want).max() <= max(2 * np.abs(a - want).max(), 8 * limit)
 
 
+@pytest.mark.parametrize("outputs", ["y, , , s", "y"])
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("target", ["normfuse", "ort-cpu"])
+def test_a_skip_operator_of_half_types_has_the_sum_in_float32(call: str, outputs: str, target: str,
+                                                              tmp_path: Path) -> None:  # fmt: skip
+    found, report = rewritten(skipping(call, outputs, "float16"), tmp_path, target, "1.31")
+    kind = "rms_norm" if "Simplified" in call else "layer_norm"
+    plain = "_scale" if kind == "layer_norm" and "v" not in call else ""
+    if target == "normfuse" and ", b)" not in call:  # x + bias is of float32
+        (name,) = {n.op_type for n in found.graph.node if n.domain}
+        assert name == f"add_{kind}{plain}_f16_in_f32_last_unrounded"
+    assert not [n for n in found.graph.node if "Skip" in n.op_type]
+    assert (report.norms[0].action, report.norms[0].verified) == ("fused", True)
+    options = onnxruntime.SessionOptions()
+    normfuse.ort.register(options, found)
+    library = onnxruntime.InferenceSession(tmp_path / "out.onnx", options, providers=["CPUExecutionProvider"])
+    rng, total = np.random.default_rng(4), 0
+    for far, small in ((0.0, 1.0), (100.0, 1.0), (0.0, 1e-3), (0.0, 2e4)):
+        feeds = {v: (small * rng.standard_normal((2, 3, N)) + far).astype("f2") for v in "xr"}
+        before = session(tmp_path / "in.onnx").run(None, feeds)
+        for running in (session(tmp_path / "out.onnx"), library):
+            after = running.run(None, feeds)
+            assert [a.dtype for a in after] == [b.dtype for b in before]
+            assert all(a.tobytes() == b.tobytes() for a, b in zip(after[1:], before[1:], strict=True))  # the sum
+            apart = np.abs(after[0].astype("f4") - before[0].astype("f4"))
+            assert (apart <= 2 * np.spacing(np.abs(before[0])).astype("f4")).all()
+            total += int((apart > 0).sum())
+    assert total <= 0.03 * 2 * 4 * 6 * N
+
+
 @pytest.mark.parametrize("made", [
-    skipping("SkipSimplifiedLayerNormalization(x, r, w)", kind="float16"),  # sums and rounds in its own way
+    skipping("SkipSimplifiedLayerNormalization(x, r, w)", kind="double"),
     skipping("SkipLayerNormalization(x, r, w)", "y, s"),  # the mean is read
     skipping("SkipLayerNormalization(x, r, w)", "y, , s"),  # the deviation is read
     skipping("SkipSimplifiedLayerNormalization(x, r, w)", shape="2,3,width"),

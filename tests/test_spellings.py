@@ -28,12 +28,12 @@ EXPORTERS: tuple[tuple[Exporter, int], ...] = (
     ("dynamo", 18), ("dynamo", 23), ("torchscript", 11), ("torchscript", 17),
 )  # fmt: skip
 def marks(exporter: Exporter, dtype: torch.dtype, i: int, opset: int) -> tuple[pytest.MarkDecorator, ...]:
-    """By default all in float32, by torch's newer exporter, which takes a second or two each, at one opset of two, and
-    a part of the others."""
+    """By default all in float32, of torch's newer exporter, which takes a second or two each, a quarter at the second
+    opset, and a part of the others."""
     if dtype == SINGLE:
-        often = exporter != "dynamo" or opset == 18 or i % 2 == 0
+        often = exporter != "dynamo" or opset == 18 or i % 4 == 0
     else:
-        often = i % (6 if exporter == "dynamo" else 3) == opset % 2
+        often = i % (8 if exporter == "dynamo" else 3) == opset % 2
     return () if often else (pytest.mark.slow,)
 
 

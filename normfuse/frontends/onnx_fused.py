@@ -61,14 +61,14 @@ class FusedEmitter:
                 return "the operators normalise the last axis, of a known size"
             if site.value.native is None or not _alike(site.value.shape, norm.x.shape):
                 return "a norm ends inside another operator or in another shape"
-        for v in (*edit.inputs, *edit.outputs):
+        for v in (*edit.inputs, *edit.results):
             free = edit.view is not None and v is edit.outputs[0]  # the model's own Reshape gives its shape
             if v.native is None or v.shape is None or (None in v.shape and not free):
                 return "one of its tensors is inside another operator or of unknown shape"
         if not all(v.fixed or v.leaf for v in edit.parameters()):
             return "a weight is computed from the data"
-        makers = {v.native.producer() for v in edit.outputs}
-        if len(makers) < len(edit.outputs) or any(_is_fused(node) for node in makers):
+        makers = {v.native.producer() for v in edit.results}
+        if len(makers) < len(edit.results) or any(_is_fused(node) for node in makers):
             return "one operator gives it already"
         if any(self._reaches(low, edit, v.native) for v in edit.inputs):
             return "an input of it depends on a result"
@@ -79,7 +79,7 @@ class FusedEmitter:
         if low.source not in self.places:
             self.places[low.source] = {node: i for i, node in enumerate(low.source)}
         place = self.places[low.source]
-        results = {v.native.producer() for v in edit.outputs}
+        results = {v.native.producer() for v in edit.results}
         start = min(place[node] for node in results)
         todo, seen = [value], set()
         while todo:
@@ -135,6 +135,8 @@ class FusedEmitter:
         self.emitter.functions[function.identifier()] = function
         attributes = [ir.AttrFloat32("eps", edit.sites[0].norm.eps)] if function.attributes else []
         nodes.append(ir.Node(DOMAIN, function.name, given, attributes, num_outputs=len(results), name=name))
+        for unread in nodes[-1].outputs[len(edit.results) :]:
+            unread.name = f"{name}/sum"
         if edit.view is not None:
             model: ir.Node = edit.view.native.producer()
             target = operands.get(edit.view, model.inputs[1])
@@ -144,7 +146,7 @@ class FusedEmitter:
 
     def results(self, edit: Fused, nodes: Sequence[ir.Node]) -> Sequence[ir.Value]:
         """What the nodes of an edit give in the place of its results."""
-        last = list(nodes[-1].outputs)
+        last = nodes[-1].outputs[: len(edit.results)]
         return last if edit.view is None else [*last, nodes[-2].outputs[1]]
 
     def label(self, edit: Fused) -> str:

@@ -44,7 +44,7 @@ def target_of(site: Site) -> Value:
 
 def results_of(edit: Edit) -> list[Value]:
     """The values of the graph that an edit computes."""
-    return [target_of(edit.site)] if isinstance(edit, Replace) else list(edit.outputs)
+    return [target_of(edit.site)] if isinstance(edit, Replace) else list(edit.results)
 
 
 def region(low: Lowering, edit: Edit, sizes: dict[Dim, int] | None = None) -> Region | None:

@@ -21,7 +21,7 @@ from normfuse.frontends.onnx_ops import SKIP_EPSILON
 from normfuse.graph import Value
 from normfuse.norm import Expr
 from normfuse.plan import Fused, Reason
-from normfuse.targets import Row, Table
+from normfuse.targets import HALF, Row, Table
 
 NAMES = {"rms_norm": "SkipSimplifiedLayerNormalization", "layer_norm": "SkipLayerNormalization"}
 DOMAIN = "com.microsoft"
@@ -86,12 +86,13 @@ class SkipEmitter(FusedEmitter):
 def take_apart(lowerings: Sequence[Lowering], table: Table, opset: int) -> Counter[Row]:
     """Write out a model's Skip operators where its target has a faster form: an addition, and a norm spelled out.
 
-    What they are then is found and verified like any other norm. Left alone: those whose mean or deviation is read,
-    those of unknown rank or width, in which no norm would be found, and those whose weights do not fit. Gives the rows
-    used, with how often.
+    Those of half types add and normalise in float32, and round the sum for its other readers and the result at the end,
+    as ONNX Runtime's kernels for the CPU do (contrib_ops/cpu/skip_layer_norm.cc). What they are then is found and
+    verified like any other norm. Left alone: those whose mean or deviation is read, those of unknown rank or width, in
+    which no norm would be found, and those whose weights do not fit. Gives the rows used, with how often.
     """
     kinds = {name: kind for kind, name in NAMES.items()}
-    chosen: list[tuple[ir.Node, Row]] = []
+    chosen: list[tuple[ir.Node, Row, str]] = []
     for low in lowerings:
         for node in low.source:
             if node.domain != DOMAIN or node.op_type not in kinds or len(node.inputs) < 3 or not all(node.inputs[:3]):
@@ -102,24 +103,31 @@ def take_apart(lowerings: Sequence[Lowering], table: Table, opset: int) -> Count
             fits = all(v.dtype == x.dtype for v in others) and all(v.shape == (width,) for v in others[1:])
             if row is not None and known and fits and not any(
                     v.uses() or v.is_graph_output() for v in node.outputs[1:3]):  # fmt: skip
-                chosen.append((node, row))
+                chosen.append((node, row, x.dtype or ""))
     used: set[str | None] = set()
     for low in lowerings if chosen else ():
         used.update(v.name for v in (*low.source.inputs, *low.source.initializers.values()))
         used.update(v.name for node in low.source for v in node.outputs)
-    for node, row in chosen:
-        _spell(node, row.kind, opset, used)
-    return Counter(row for _, row in chosen)
+    for node, row, dtype in chosen:
+        _spell(node, row.kind, dtype, opset, used)
+    return Counter(row for _, row, _ in chosen)
 
 
-def _spell(node: ir.Node, kind: str, opset: int, used: set[str | None]) -> None:
+def _spell(node: ir.Node, kind: str, dtype: str, opset: int, used: set[str | None]) -> None:
     assert node.graph is not None
-    x, skip, gamma, *rest = node.inputs
-    beta = rest.pop(0) if kind == "layer_norm" and rest else None
-    nodes = [ir.Node("", "Add", [x, bias]) for bias in rest if bias is not None]
-    nodes.append(ir.Node("", "Add", [nodes[0].outputs[0] if nodes else x, skip]))
-    total, eps = nodes[-1].outputs[0], attribute(node, "epsilon", SKIP_EPSILON)
-    given = [v for v in (total, gamma, beta) if v is not None]
+    nodes: list[ir.Node] = []
+
+    def op(name: str, *inputs: ir.Value, attributes: Sequence[ir.Attr] = ()) -> ir.Value:
+        nodes.append(ir.Node("", name, inputs, attributes))
+        return nodes[-1].outputs[0]
+
+    def cast(value: ir.Value, to: str) -> ir.Value:
+        return op("Cast", value, attributes=[ir.AttrInt64("to", DTYPES[to].value)]) if dtype in HALF else value
+
+    slots = {i: cast(v, "float32") for i, v in enumerate(node.inputs) if v is not None}
+    beta, bias = (slots.get(i) for i in ((3, 4) if kind == "layer_norm" else (-1, 3)))
+    total = op("Add", slots[0] if bias is None else op("Add", slots[0], bias), slots[1])
+    eps, given = attribute(node, "epsilon", SKIP_EPSILON), [total, slots[2], *([] if beta is None else [beta])]
     function = function_for(kind, True, beta is not None, "float32", "float32", opset, eps)
     call = ir.Node(function.domain, function.name, given, [ir.AttrInt64s("axes", [-1]), ir.AttrFloat32("epsilon", eps)])
     body = function_body(function, call)
@@ -127,13 +135,16 @@ def _spell(node: ir.Node, kind: str, opset: int, used: set[str | None]) -> None:
     for formal, actual in zip(body[0], given, strict=True):
         formal.replace_all_uses_with(actual)
     nodes += body[1]
+    results = [(node.outputs[0], cast(body[2][0], dtype))]
+    if read := [v for v in node.outputs[3:] if v.uses() or v.is_graph_output()]:
+        results.append((read[0], cast(total, dtype)))
     for i, new in enumerate(nodes):
         new.outputs[0].name = unique(f"{node.outputs[0].name}_{i}", used)
         new.name = f"{node.name or node.outputs[0].name}/{i}"
         new.metadata_props.update(node.metadata_props)
     nodes[-1].name, nodes[-1].doc_string = node.name, node.doc_string
     node.graph.insert_before(node, nodes)
-    for old, value in ((node.outputs[0], body[2][0]), *((v, total) for v in node.outputs[3:] if v.name)):
+    for old, value in results:
         value.name, value.shape, value.type = old.name, old.shape, old.type
         old.replace_all_uses_with(value, replace_graph_outputs=True)
     node.graph.remove(node, safe=True)

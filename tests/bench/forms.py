@@ -4,7 +4,8 @@ python -m tests.bench.forms [--out FILE.json]
 
 Chains of 12, one thread. The forms: the exporter's own spelling of the norm, which ONNX Runtime may fuse; an Add and
 the norm as one operator (where the version has no RMSNormalization its own name for it, SimplifiedLayerNormalization);
-and the contrib operators that take in the addition. `error` is the largest distance to float64 on rows with a mean of
+the contrib operators that take in the addition; and, of half types, what these compute taken apart: the same addition
+and operator in float32, between casts. `error` is the largest distance to float64 on rows with a mean of
 100, in parts of the largest element. Each run adds the installed version to the file, from which `normfuse.targets` is
 made.
 """
@@ -32,7 +33,7 @@ SHAPES = ((1, 1024), (16, 1024), (128, 1024), (512, 2048))
 TYPES: dict[str, tuple[Any, int]] = {
     "float32": (np.float32, TensorProto.FLOAT), "float16": (np.float16, TensorProto.FLOAT16),
 }  # fmt: skip
-FORMS = ("spelled out", "add, norm", "skip")
+FORMS = ("spelled out", "add, norm", "skip", "apart")
 Array = npt.NDArray[Any]
 
 
@@ -62,15 +63,20 @@ class Chain:
             if form == "skip":
                 name = "SkipLayerNormalization" if self.layer else "SkipSimplifiedLayerNormalization"
                 self.op(name, f"{s} {f} {parameters}", f"y{i} - - s{i}", "com.microsoft", epsilon=EPS)
+            elif form == "apart":
+                wide = [f"{v}_wide{i}" for v in (s, f, *parameters.split())]
+                for v in wide:
+                    self.op("Cast", v.partition("_")[0], v, to=TensorProto.FLOAT)
+                self.op("Add", " ".join(wide[:2]), f"t{i}")
+                self.normed(opset, " ".join([f"t{i}", *wide[2:]]), f"z{i}")
+                for v, to in ((f"z{i}", f"y{i}"), (f"t{i}", f"s{i}")):
+                    self.op("Cast", v, to, to=self.proto)
             else:
                 self.op("Add", f"{s} {f}", f"s{i}")
                 if form == "spelled out":
                     self.spell(i)
-                elif self.layer:
-                    self.op("LayerNormalization", f"s{i} {parameters}", f"y{i}", axis=-1, epsilon=EPS)
                 else:
-                    name = "RMSNormalization" if opset >= 23 else "SimplifiedLayerNormalization"
-                    self.op(name, f"s{i} {parameters}", f"y{i}", axis=-1, epsilon=EPS, stash_type=1)
+                    self.normed(opset, f"s{i} {parameters}", f"y{i}")
             s, f = f"s{i}", f"y{i}"
         if self.length > 1:
             self.op("Add", f"{s} {f}", "y")
@@ -84,6 +90,14 @@ class Chain:
         graph = helper.make_graph(self.nodes, "chain", values[:2], values[2:], tensors)
         opsets = [helper.make_opsetid("", opset), helper.make_opsetid("com.microsoft", 1)]
         return helper.make_model(graph, opset_imports=opsets, ir_version=10)
+
+    def normed(self, opset: int, inputs: str, output: str) -> None:
+        """The operator for the norm."""
+        if self.layer:
+            self.op("LayerNormalization", inputs, output, axis=-1, epsilon=EPS)
+        else:
+            name = "RMSNormalization" if opset >= 23 else "SimplifiedLayerNormalization"
+            self.op(name, inputs, output, axis=-1, epsilon=EPS, stash_type=1)
 
     def spell(self, i: int) -> None:
         """The norm of s as torch's exporter writes it for a model that computes in float32."""
@@ -109,9 +123,10 @@ class Chain:
         if self.layer:
             self.op("Add", f"z{i} b{i}", f"y{i}")
 
-    def true(self, x: Array, r: Array) -> Array:
-        """The first norm in float64."""
-        s = (x + r).astype(np.float64)  # the sum is rounded in the model as well
+    def true(self, x: Array, r: Array, form: str) -> Array:
+        """The first norm in float64, of the sum as the form rounds it."""
+        wide = form in ("skip", "apart")
+        s = x.astype(np.float64) + r if wide else (x + r).astype(np.float64)
         s = s - s.mean(-1, keepdims=True) if self.layer else s
         y: Array = s / np.sqrt((s * s).mean(-1, keepdims=True) + EPS) * self.weights[0].astype(np.float64)
         return y + self.biases[0].astype(np.float64) if self.layer else y
@@ -129,18 +144,19 @@ def measure(kind: str, dtype: str, m: int, n: int, opset: int, repeats: int) -> 
     chain, one = Chain(kind, n, dtype, CHAIN), Chain(kind, n, dtype, 1)
     rng = np.random.default_rng(1)
     x, r = (rng.standard_normal((1, m, n)).astype(chain.type) for _ in range(2))
-    sessions = {form: session(chain.model(form, opset)) for form in FORMS}
-    times: dict[str, list[float]] = {form: [] for form in FORMS}
+    forms = FORMS if dtype == "float16" else FORMS[:-1]
+    sessions = {form: session(chain.model(form, opset)) for form in forms}
+    times: dict[str, list[float]] = {form: [] for form in forms}
     for i in range(repeats + 3):
-        for form in FORMS if i % 2 else FORMS[::-1]:
+        for form in forms if i % 2 else forms[::-1]:
             started = time.perf_counter()
             sessions[form].run(None, {"x": x, "r": r})
             times[form].append((time.perf_counter() - started) / CHAIN * 1e6)
     out = {}
     far = x + np.array(100, chain.type)
-    for form in FORMS:
+    for form in forms:
         found = session(one.model(form, opset)).run(None, {"x": far, "r": r})[0].astype(np.float64)
-        true = one.true(far, r)
+        true = one.true(far, r, form)
         low, middle, high = statistics.quantiles(times[form][3:], n=4)
         out[form] = {"us": round(middle, 2), "q1": round(low, 2), "q3": round(high, 2),
                      "error": float(f"{np.abs(found - true).max() / np.abs(true).max():.2g}")}  # fmt: skip
@@ -163,7 +179,9 @@ def main() -> None:
                 rows.append({"kind": kind, "type": dtype, "rows": m, "n": n, "forms": found})
                 base = found["add, norm"]["us"]
                 times = [f"{f['us']:.1f} ({f['us'] / base:.2f})" for f in found.values()]
-                cells.append([kind, dtype, f"{m}x{n}", *times, *(f"{f['error']:.0e}" for f in found.values())])
+                gap = [""] * (len(FORMS) - len(found))
+                errors = (f"{f['error']:.0e}" for f in found.values())
+                cells.append([kind, dtype, f"{m}x{n}", *times, *gap, *errors, *gap])
     print(f"ONNX Runtime {version}, us\n" + table(["kind", "type", "shape", *FORMS, *FORMS], cells, 3), flush=True)
     known = json.loads(given.out.read_text())["versions"] if given.out.exists() else {}
     known[version] = rows
