@@ -15,6 +15,7 @@ import os
 import tempfile
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -583,6 +584,35 @@ def digest(family: Family) -> str:
     words = [family.name, family.config, family.model, repr(family.options), family.wrap.__name__]
     words += [str(torch.__version__), str(transformers.__version__)]
     return f"{zlib.crc32(' '.join(words).encode()):08x}"
+
+
+FUSED = {  # operators that take in a neighbour, a layer
+    "gemma2": {"norm_add_norm": 2},
+    "gemma3": {"norm_add_norm": 2, "qk_norm": 1},
+    "glm4": {"norm_add_norm": 2},
+    "olmo2": {"norm_add": 2, "qk_norm": 1},
+    "qwen3": {"add_rms_norm": 2, "qk_norm": 1},
+    "olmoe": {"add_rms_norm": 2, "qk_norm": 1},
+    "t5": {"add_rms_norm": 5},
+    "phi": {"add_layer_norm": 1},
+    "cohere": {"add_layer_norm": 1},
+    "cohere_qk": {"add_layer_norm": 1, "qk_norm": 1},
+    "gpt_neox": {"add_layer_norm": 1},
+    "falcon": {"add_layer_norm": 1},
+}
+OTHERS = {"rms_norm": {"add_rms_norm": 2}, "layer_norm": {"add_layer_norm": 2}}
+MORE = {"opt": Counter(add_layer_norm=1)}  # OPT projects into its stream with an addition
+RECIPES = {
+    "llama": "RMSNorm, pre-norm",
+    "qwen3": "RMSNorm, pre-norm, QK-norm per head",
+    "deepseek_v3": "RMSNorm, pre-norm, latent norms",
+    "gpt_oss": "RMSNorm, pre-norm",
+    "gemma3": "RMSNorm, sandwich, QK-norm per head",
+    "olmo2": "RMSNorm, post-norm inside the residual, QK-norm over the full width",
+    "gpt2": "LayerNorm, pre-norm",
+    "bert": "LayerNorm, post-norm after the residual, embedding norm",
+    "bloom": "LayerNorm, pre-norm, embedding norm",
+}
 
 
 def cached(name: str, write: Callable[[Path], Any]) -> Path:

@@ -1733,3 +1733,34 @@ TORCH_EQUAL_OK: frozenset[str] = frozenset(_equal_ok)
 
 TORCH_RANDOM: frozenset[str] = frozenset({"dropout_between", "dropout_in_the_statistics", "dropout_twice"})
 """The torch near misses that draw random numbers: compare under the same seed, or only check the refusal."""
+
+CODES = {
+    # what is nearly a norm says why it is none
+    "keepdims0_square_rms": "NF107",
+    "keepdims0_square_layer_norm": "NF107",
+    "eps_outside_root": "NF101",
+    "std_plus_eps": "NF101",
+    "eps_outside_reciprocal": "NF101",
+    "eps_vector": "NF104",
+    "eps_negative": "NF103",
+    "eps_zero": "NF103",
+    "eps_is_an_input": "NF104",
+    "eps_overridable": "NF122",
+    "not_centred_above": "NF102",
+    "exponent_4_rms": "NF112",
+    "cube_above": "NF112",
+    "clamp_as_eps": "NF119",
+    "l2_normalise_clamped": "NF119",
+    "mean_of_a_slice": "NF106",
+    "variance_of_another_tensor": "NF106",
+    "dropout_between": "NF106",
+    "half_square_before_cast_centred": "NF117",
+    "half_through_a_narrow_cast": "NF117",
+    "inner_deviation_is_output": "NF116",
+    "inner_value_used_elsewhere": "NF116",
+    "axes_at_run_time": "NF114",
+    "rank_dynamic_positive_axis": "NF115",
+    "integer_mean": "NF113",
+    "reversed_quotient": "NF105",
+    "size_unknown_sum": "NF115",
+}

@@ -16,7 +16,7 @@ import torch
 
 import normfuse
 from tests.families import FAMILIES, cached_export, dynamo_graphs, exported_program
-from tests.test_spellings import session
+from tests.spelling_files import session
 
 
 @pytest.fixture(scope="module")

@@ -24,25 +24,8 @@ import normfuse
 from normfuse import backend, verify
 from normfuse.frontends import fx_check
 from normfuse.ops import meaning, register
-from tests.families import FAMILIES
+from tests.families import FAMILIES, FUSED, LAYERS, MORE, OTHERS
 
-LAYERS = 2
-FUSED = {  # operators that take in a neighbour, a layer
-    "gemma2": {"norm_add_norm": 2},
-    "gemma3": {"norm_add_norm": 2, "qk_norm": 1},
-    "glm4": {"norm_add_norm": 2},
-    "olmo2": {"norm_add": 2, "qk_norm": 1},
-    "qwen3": {"add_rms_norm": 2, "qk_norm": 1},
-    "olmoe": {"add_rms_norm": 2, "qk_norm": 1},
-    "t5": {"add_rms_norm": 5},
-    "phi": {"add_layer_norm": 1},
-    "cohere": {"add_layer_norm": 1},
-    "cohere_qk": {"add_layer_norm": 1, "qk_norm": 1},
-    "gpt_neox": {"add_layer_norm": 1},
-    "falcon": {"add_layer_norm": 1},
-}
-OTHERS = {"rms_norm": {"add_rms_norm": 2}, "layer_norm": {"add_layer_norm": 2}}
-MORE = {"opt": Counter(add_layer_norm=1)}  # OPT projects into its stream with an addition
 
 
 @pytest.fixture(autouse=True)

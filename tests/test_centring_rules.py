@@ -17,6 +17,7 @@ from normfuse.passes.fold_affine import (
 from normfuse.recognise import recognise
 from tests.neutral import Evaluation
 from tests.build import Build, centred as less_mean, leaf, ln, matrix, rms
+from tests.conversion_tools import take
 
 SHAPE = (3, 5, 8)
 WHOLE = Centre(2, ((0, 8),))
@@ -35,17 +36,6 @@ def links(out: Value, want: Centre, uniform: tuple[Value, ...] = (), channels: A
         return back(out.producer, out, want, channels, lambda v: v in uniform)
     except Blocked as why:
         return str(why)
-
-
-def take(a: Any, want: Centre, numbers: dict[Value, Any]) -> Any:
-    """A centring in numbers: scaled, then the mean of each block taken away."""
-    a = np.moveaxis(np.array(a, float), want.axis, -1)
-    for g in want.scales:
-        a = a * numbers[g].reshape(-1)
-    for start, length in want.blocks:
-        part = a[..., start : start + length]
-        a[..., start : start + length] = part - part.mean(axis=-1, keepdims=True)
-    return np.moveaxis(a, -1, want.axis)
 
 
 def holds(g: Build, out: Value, want: Centre, found: Links) -> None:

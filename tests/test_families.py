@@ -10,19 +10,8 @@ import pytest
 
 import normfuse
 from normfuse.verify import compare_models
-from tests.families import FAMILIES, cached, cached_export, digest, export_onnx, often
+from tests.families import FAMILIES, RECIPES, cached, cached_export, digest, export_onnx, often
 
-RECIPES = {
-    "llama": "RMSNorm, pre-norm",
-    "qwen3": "RMSNorm, pre-norm, QK-norm per head",
-    "deepseek_v3": "RMSNorm, pre-norm, latent norms",
-    "gpt_oss": "RMSNorm, pre-norm",
-    "gemma3": "RMSNorm, sandwich, QK-norm per head",
-    "olmo2": "RMSNorm, post-norm inside the residual, QK-norm over the full width",
-    "gpt2": "LayerNorm, pre-norm",
-    "bert": "LayerNorm, post-norm after the residual, embedding norm",
-    "bloom": "LayerNorm, pre-norm, embedding norm",
-}
 
 
 @pytest.mark.parametrize(("name", "opset", "optimize"), [

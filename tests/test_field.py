@@ -21,7 +21,7 @@ from normfuse.io.files import read_onnx
 from normfuse.norm import Site, match
 from tests.near_misses import NEAR_MISSES
 from tests.spellings import CANNOT_EXPORT, LOSES_EPS, SPELLINGS
-from tests.test_spellings import SINGLE, exported
+from tests.spelling_files import SINGLE, exported
 
 NAMES = [n for n in SPELLINGS if n not in CANNOT_EXPORT["torchscript", 17] and n not in LOSES_EPS["torchscript"]]
 UNSUITED = {

@@ -46,7 +46,7 @@ from tests.neutral import Evaluation, compare
 from tests.test_centring import onnx_net
 from tests.build import Build
 from tests.conversion_tools import Net, counts, planned as conversion, reasons
-from tests.test_spellings import session
+from tests.spelling_files import session
 
 
 class _Off(ast.NodeTransformer):

@@ -9,39 +9,9 @@ import onnx
 import pytest
 
 import normfuse
-from tests.near_misses import NEAR_MISSES
-from tests.test_spellings import session
+from tests.near_misses import CODES, NEAR_MISSES
+from tests.spelling_files import session
 
-CODES = {
-    # what is nearly a norm says why it is none
-    "keepdims0_square_rms": "NF107",
-    "keepdims0_square_layer_norm": "NF107",
-    "eps_outside_root": "NF101",
-    "std_plus_eps": "NF101",
-    "eps_outside_reciprocal": "NF101",
-    "eps_vector": "NF104",
-    "eps_negative": "NF103",
-    "eps_zero": "NF103",
-    "eps_is_an_input": "NF104",
-    "eps_overridable": "NF122",
-    "not_centred_above": "NF102",
-    "exponent_4_rms": "NF112",
-    "cube_above": "NF112",
-    "clamp_as_eps": "NF119",
-    "l2_normalise_clamped": "NF119",
-    "mean_of_a_slice": "NF106",
-    "variance_of_another_tensor": "NF106",
-    "dropout_between": "NF106",
-    "half_square_before_cast_centred": "NF117",
-    "half_through_a_narrow_cast": "NF117",
-    "inner_deviation_is_output": "NF116",
-    "inner_value_used_elsewhere": "NF116",
-    "axes_at_run_time": "NF114",
-    "rank_dynamic_positive_axis": "NF115",
-    "integer_mean": "NF113",
-    "reversed_quotient": "NF105",
-    "size_unknown_sum": "NF115",
-}
 INVALID = {"mean_variance_normalization": "onnx's own function body fails the full check"}
 
 

@@ -17,13 +17,11 @@ from normfuse.frontends.onnx import lower
 from normfuse.graph import Graph
 from normfuse.placement import place, recipe
 from normfuse.recognise import Recognition, recognise
-from tests.families import FAMILIES, cached_export, often
-from tests.near_misses import NEAR_MISSES, TORCH_EQUAL_OK, TORCH_NEAR_MISSES, TORCH_RANDOM
+from tests.families import FAMILIES, RECIPES, cached_export, often
+from tests.near_misses import CODES, NEAR_MISSES, TORCH_EQUAL_OK, TORCH_NEAR_MISSES, TORCH_RANDOM
 from tests.neutral import compare
+from tests.spelling_files import EXPORTERS, SINGLE, exported, marks
 from tests.spellings import CANNOT_EXPORT, LOSES_EPS, SPELLINGS, Exporter, Spelling, parameters
-from tests.test_families import RECIPES
-from tests.test_near_misses import CODES
-from tests.test_spellings import EXPORTERS, SINGLE, exported, marks
 
 NOT_NAMED = {"rms_row_dot_bmm", "rms_flatten_rows", "ln_flatten_rows"}
 """Reshapes whose sizes torchscript leaves unknown, so that no values can be computed."""

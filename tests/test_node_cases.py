@@ -10,7 +10,7 @@ import pytest
 
 import normfuse
 from tests.node_cases import expanded_cases
-from tests.test_spellings import session
+from tests.spelling_files import session
 
 CASES = expanded_cases()
 

@@ -27,7 +27,7 @@ from normfuse.ops import meaning
 from tests.cuda_cases import CASES, COMPUTED
 from tests.cuda_tools import FORMS, ROOT, SOURCES, numbers, text_of
 from tests.kernel_tools import Found
-from tests.test_onnx_fusions import MEET, QK, SANDWICH, SCORES, model, rms
+from tests.onnx_lines import MEET, QK, SANDWICH, SCORES, model, rms
 
 triton = pytest.importorskip("triton")
 

@@ -16,7 +16,7 @@ import normfuse.ort
 from normfuse.errors import InputError
 from normfuse.verify import session
 from tests.families import FAMILIES, cached_export
-from tests.test_onnx_fusions import N
+from tests.onnx_lines import N
 from tests.test_targets import SKIP_LAYER, operators, rewritten
 
 

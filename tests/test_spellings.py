@@ -5,37 +5,20 @@ An output may be no further from float64 than the input graph's own was, give or
 
 from __future__ import annotations
 
-import inspect
-import zlib
 from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
 import torch
 
 import normfuse
-from tests.families import cached
+from tests.spelling_files import BRAIN, EXPORTERS, HALF, REDUCTIONS, SINGLE, exported, marks, session
 from tests.spellings import (
-    CANNOT_EXPORT, CANNOT_RUN, LOSES_EPS, SPELLINGS, Exporter, Spelling, export, hostile_inputs, parameters, reference,
+    CANNOT_EXPORT, LOSES_EPS, SPELLINGS, Exporter, Spelling, hostile_inputs, parameters, reference,
 )  # fmt: skip
 
-HALF, SINGLE, BRAIN = torch.float16, torch.float32, torch.bfloat16
 ULP = {SINGLE: 2.0**-23, HALF: 2.0**-10, BRAIN: 2.0**-7}
-REDUCTIONS = {"ReduceMean", "ReduceSum", "ReduceL2", "ReduceSumSquare", "GlobalAveragePool", "Einsum"}
-EXPORTERS: tuple[tuple[Exporter, int], ...] = (
-    ("dynamo", 18), ("dynamo", 23), ("torchscript", 11), ("torchscript", 17),
-)  # fmt: skip
-def marks(exporter: Exporter, dtype: torch.dtype, i: int, opset: int) -> tuple[pytest.MarkDecorator, ...]:
-    """By default all in float32, of torch's newer exporter, which takes a second or two each, a quarter at the second
-    opset, and a part of the others."""
-    if dtype == SINGLE:
-        often = exporter != "dynamo" or opset == 18 or i % 4 == 0
-    else:
-        often = i % (8 if exporter == "dynamo" else 3) == opset % 2
-    return () if often else (pytest.mark.slow,)
-
 
 CASES = [
     pytest.param(exporter, opset, dtype, name, id=f"{exporter}-{opset}-{str(dtype)[6:]}-{name}",
@@ -45,16 +28,6 @@ CASES = [
     for i, name in enumerate(SPELLINGS)
     if name not in CANNOT_EXPORT[exporter, opset]
 ]  # fmt: skip
-
-
-def exported(exporter: Exporter, opset: int, dtype: torch.dtype, name: str) -> Path:
-    """The exported spelling, cached; unoptimised where the optimised one is not a valid model."""
-    digest = zlib.crc32(inspect.getsource(SPELLINGS[name].fn).encode())
-    optimize = name not in CANNOT_RUN.get((exporter, opset, dtype), ())
-    return cached(
-        f"{exporter}-{opset}-{str(dtype)[6:]}-{name}-{digest:08x}.onnx",
-        lambda path: export(SPELLINGS[name], exporter, opset, dtype, path, optimize=optimize),
-    )
 
 
 @pytest.mark.parametrize(("exporter", "opset", "dtype", "name"), CASES)
@@ -104,11 +77,3 @@ def compare_runs(spelling: Spelling, dtype: torch.dtype, source: Path, target: P
         new = np.abs(after.run(None, feeds)[0].astype(np.float64) - want).max()
         allowed = 2 * old + 4 * ULP[dtype] * np.abs(want).max()
         assert new <= allowed or not np.isfinite(old), f"{name}: off by {new:.3g}, was {old:.3g}"
-
-
-def session(path: Path) -> ort.InferenceSession:
-    """A quiet CPU session on one thread."""
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = 1
-    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

@@ -21,9 +21,10 @@ from normfuse.errors import InputError, UnsupportedError
 from normfuse.targets import ROWS, Row
 from normfuse.verify import session
 from tests.bench.forms import RESULT, SHAPES
-from tests.families import FAMILIES, cached, cached_export, digest, export_onnx
-from tests.test_backend import FUSED, LAYERS, MORE, OTHERS
-from tests.test_onnx_fusions import N, layer, model, rms
+from tests.families import (
+    FAMILIES, FUSED, LAYERS, MORE, OTHERS, cached, cached_export, digest, export_onnx,
+)  # fmt: skip
+from tests.onnx_lines import N, layer, model, rms
 
 SKIP = "SkipSimplifiedLayerNormalization"
 SKIP_LAYER = "SkipLayerNormalization"

@@ -36,7 +36,7 @@ import normfuse
 from tests.bench.common import save, table
 from tests.node_cases import Arrays, expanded_cases
 from tests.spellings import CANNOT_EXPORT, LOSES_EPS, SPELLINGS, Exporter, hostile_inputs, parameters, reference
-from tests.test_spellings import EXPORTERS, REDUCTIONS, exported, session
+from tests.spelling_files import EXPORTERS, REDUCTIONS, exported, session
 
 NORMS = {
     "LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization", "SkipLayerNormalization",
