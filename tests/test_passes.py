@@ -196,7 +196,8 @@ def test_a_sum_in_the_operator_that_scales_a_norm_is_an_addition() -> None:
     assert [e.sites[0].value for e in plan.fused] == [y]
 
 
-def in_float32(change: Callable[[Build, dict[str, Value]], None] = lambda g, v: None) -> tuple[Plan, dict[str, Value]]:
+def in_float32(change: Callable[[Build, dict[str, Value]], None] = lambda g, v: None,
+               rounded: bool = True) -> tuple[Plan, dict[str, Value]]:  # fmt: skip
     """The norm of a sum of casts, and the sum cast back."""
     g = Build(dtype="bfloat16")
     x, r = rows(g, "x16", "bfloat16"), rows(g, "r16", "bfloat16")
@@ -204,9 +205,10 @@ def in_float32(change: Callable[[Build, dict[str, Value]], None] = lambda g, v: 
     made["x32"], made["r32"] = g.op("cast", x, dtype="float32"), g.op("cast", r, dtype="float32")
     made["s"] = native(g.op("add", made["x32"], made["r32"]))
     made["y"] = g.op("cast", rms(g, made["s"]), dtype="bfloat16")
-    made["narrow"] = g.op("cast", made["s"], dtype="bfloat16")
+    if rounded:
+        made["narrow"] = g.op("cast", made["s"], dtype="bfloat16")
     change(g, made)
-    return start(g, made["y"], made["narrow"]), made
+    return start(g, *(made[name] for name in ("y", "narrow") if name in made)), made
 
 
 def test_a_norm_of_a_sum_before_it_is_rounded() -> None:
@@ -218,6 +220,14 @@ def test_a_norm_of_a_sum_before_it_is_rounded() -> None:
     plan.clear()
     AddNorm(able(lambda edit: None if edit.round_sum else ("", "")))(plan)  # the sum in float32 is one of its own
     assert [(e.inputs, e.outputs[1]) for e in plan.fused] == [((v["x32"], v["r32"]), v["s"])]
+
+
+def test_a_sum_in_float32_that_only_its_norm_reads() -> None:
+    plan, v = in_float32(rounded=False)
+    AddNorm(able())(plan)
+    (edit,) = plan.fused
+    assert (edit.inputs, edit.round_sum, edit.results) == ((v["x"], v["r"]), False, (v["y"],))
+    assert (edit.outputs[1].dtype, edit.outputs[1].shape) == ("bfloat16", v["s"].shape)
 
 
 def test_a_second_norm_of_that_sum_has_nothing_left_to_take() -> None:

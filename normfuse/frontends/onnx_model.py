@@ -47,7 +47,7 @@ class OnnxModel:
             raise UnsupportedError(f"opset {self.opset} is older than {OLDEST_OPSET}; convert it with "
                                    "onnx.version_converter first")  # fmt: skip
         self.inlined = self._inline()
-        self.repaired = repair(model.graph) if rewrite else 0
+        self.repaired = repair(model.graph, self.opset) if rewrite else 0
         self.emitter = Emitter(self.opset)
         self.progress("reading", 0.0)
         self.lowerings = lower(model)

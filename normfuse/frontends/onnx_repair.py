@@ -1,9 +1,11 @@
-"""Norm operators that the standard allows and no runtime takes: x in a half type, scale and result in a wider one.
+"""Norm operators that the standard allows and no runtime takes: x and the scale of different types, y of the scale's.
 
-    RMSNormalization(x, w) -> y      becomes      Cast(x) -> RMSNormalization(.., w) -> y
+    RMSNormalization(x, w) -> y      becomes      Cast(x) -> RMSNormalization(.., w) -> y           of half x, wider w
+                                     becomes      x / sqrt(mean(x^2) + eps) -> Cast -> Mul(w) -> y  of half w, wider x
 
 torch's exporter writes them at opset 23 for half-precision models that apply the weight in float32 (Gemma 3, OLMo 2,
-GPT-OSS), though ONNX's own shape inference gives y the type of x, and ONNX Runtime does not load the model. Nothing is
+GPT-OSS), or that normalise a sum in float32 (vLLM): onnxscript's rule takes the cast before a product with the scale
+into the operator (rewriter/rules/fusion/_rms_normalization.py). ONNX Runtime does not load the model. Nothing is
 rounded that was not before.
 """
 
@@ -11,31 +13,67 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from normfuse.frontends.onnx_fold import attribute
+from normfuse.frontends.onnx_functions import function_body, function_for
+
 HALF = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
-NAMES = {"RMSNormalization", "LayerNormalization"}
+KINDS = {"RMSNormalization": "rms_norm", "LayerNormalization": "layer_norm"}
 
 
-def repair(graph: ir.Graph) -> int:
-    """Put a cast before each such operator; how many there were."""
-    found = [node for node in graph.all_nodes() if node.domain == "" and node.op_type in NAMES and _mixed(node)]
+def repair(graph: ir.Graph, opset: int) -> int:
+    """Put a cast where each such operator lacks one; how many there were."""
+    found = [node for node in graph.all_nodes() if node.domain == "" and node.op_type in KINDS and _mixed(node)]
     for node in found:
         x, scale, *rest = node.inputs
         assert x is not None and scale is not None and scale.dtype is not None and node.graph is not None
-        cast = ir.Node("", "Cast", [x], [ir.AttrInt64("to", scale.dtype.value)], name=f"{node.name}/upcast")
-        cast.outputs[0].name = f"{node.outputs[0].name}_upcast"
-        new = ir.Node("", node.op_type, [cast.outputs[0], scale, *rest], list(node.attributes.values()),
-                      num_outputs=len(node.outputs), name=node.name, metadata_props=node.metadata_props,
-                      doc_string=node.doc_string)  # fmt: skip
-        node.graph.insert_before(node, [cast, new])
-        for old, value in zip(node.outputs, new.outputs, strict=True):
+        to, name = ir.AttrInt64("to", scale.dtype.value), node.outputs[0].name
+        if x.dtype in HALF:
+            cast = ir.Node("", "Cast", [x], [to], name=f"{node.name}/upcast")
+            nodes = [cast, ir.Node("", node.op_type, [cast.outputs[0], scale, *rest], list(node.attributes.values()),
+                                   num_outputs=len(node.outputs))]  # fmt: skip
+        else:
+            nodes = _normalised(x, node, opset)
+            nodes.append(ir.Node("", "Cast", [nodes[-1].outputs[0]], [to]))
+            for op, value in (("Mul", scale), ("Add", rest[0] if rest else None)):
+                if value is not None:
+                    nodes.append(ir.Node("", op, [nodes[-1].outputs[0], value]))
+        for i, new in enumerate(nodes):
+            new.outputs[0].name, new.name = f"{name}_normfuse{i}", new.name or f"{node.name}/{i}"
+            new.metadata_props.update(node.metadata_props)
+        nodes[-1].name, nodes[-1].doc_string = node.name, node.doc_string
+        node.graph.insert_before(node, nodes)
+        for old, value in zip(node.outputs, nodes[-1].outputs, strict=False):
             value.name, value.shape, value.type, value.doc_string = old.name, old.shape, old.type, old.doc_string
             old.replace_all_uses_with(value, replace_graph_outputs=True)
-        new.outputs[0].type = ir.TensorType(scale.dtype)
+        nodes[-1].outputs[0].type = ir.TensorType(scale.dtype)
         node.graph.remove(node, safe=True)
     return len(found)
 
 
 def _mixed(node: ir.Node) -> bool:
     x, scale = [*node.inputs, None][:2]
-    return x is not None and scale is not None and x.dtype in HALF and scale.dtype is not None and (
-        scale.dtype not in HALF and scale.dtype.is_floating_point())  # fmt: skip
+    if x is None or scale is None or x.dtype is None or scale.dtype is None:
+        return False
+    if x.dtype in HALF:
+        return scale.dtype not in HALF and scale.dtype.is_floating_point()
+    alone = not any(v.uses() or v.is_graph_output() for v in node.outputs[1:])
+    return x.dtype == ir.DataType.FLOAT and scale.dtype in HALF and alone and bool(_axes(x, node))
+
+
+def _axes(x: ir.Value, node: ir.Node) -> list[int]:
+    """The normalised axes, from the end; none where the rank decides and is not known."""
+    axis = int(attribute(node, "axis", -1))
+    if axis >= 0 and x.shape is None:
+        return []
+    return list(range(axis if axis < 0 else axis - len(x.shape or ()), 0))
+
+
+def _normalised(x: ir.Value, node: ir.Node, opset: int) -> list[ir.Node]:
+    """The nodes of a norm without parameters."""
+    eps = float(attribute(node, "epsilon", 1e-5))
+    function = function_for(KINDS[node.op_type], False, False, "float32", "float32", opset, eps)
+    attributes = [ir.AttrInt64s("axes", _axes(x, node)), ir.AttrFloat32("epsilon", eps)]
+    body = function_body(function, ir.Node(function.domain, function.name, [x], attributes))
+    assert body is not None
+    body[0][0].replace_all_uses_with(x)
+    return body[1]
