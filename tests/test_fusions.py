@@ -416,3 +416,13 @@ def test_a_norm_that_nobody_reads_has_a_name() -> None:
 
     _, report = normfuse.optimize(make_fx(f)(*tensors((64, N), (N,))))
     assert [n.name for n in report.norms] == ["native_layer_norm"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_an_operator_of_the_unrounded_sum_reads_as_it_computes(dtype: torch.dtype) -> None:
+    def f(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        out: tuple[Tensor, Tensor] = torch.ops.normfuse.add_rms_norm(x, r, w, None, 1e-6, 0.0, "last", None, False)
+        return out
+
+    (norm,) = normfuse.inspect(make_fx(f)(*tensors((64, N), (64, N), (N,), dtype=dtype))).norms
+    assert norm.dtype == ("float64" if dtype == torch.float64 else "float32") and norm.form == "op"

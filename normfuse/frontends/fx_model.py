@@ -309,7 +309,7 @@ class _Module:
                     n in gone and all(fx_effects.is_assert(u) for u in n.users) for n in old.all_input_nodes
                 )
                 # a trace takes every result of an operator, read or not
-                unread = old.target is operator.getitem and old.args[0] in gone
+                unread = old.target is operator.getitem and not gone.isdisjoint(old.all_input_nodes)
                 if old in gone or check or unread:
                     # what is no node of the neutral graph is a constant, a size or an element of a tuple
                     gone.update(n for n in old.all_input_nodes if n not in by_native)

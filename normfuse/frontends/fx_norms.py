@@ -122,8 +122,9 @@ def fused(name: str) -> Row:
             s = outs[-1]
             if at.get("round_sum") is False:  # the norm reads the sum in float32, s is rounded from it
                 assert s is not None
-                wide = [call.emit_to("cast", [v], call.low.virtual(v.shape, "float32")) for v in (x, residual)]
-                total = call.emit_to("add", wide, call.low.virtual(s.shape, "float32"))
+                compute = "float64" if s.dtype == "float64" else "float32"
+                wide = [call.emit_to("cast", [v], call.low.virtual(v.shape, compute)) for v in (x, residual)]
+                total = call.emit_to("add", wide, call.low.virtual(s.shape, compute))
                 call.emit("cast", [total], s)
                 normed(total, "weight", "bias", outs[0], s.dtype)
                 return True
