@@ -44,6 +44,7 @@ class RemoveDead:
         if edits := plan.edits():
             before = live(plan.graph)
             used = {node.native for node in before}  # of an operator with several results, some may be unread
-            dead = [node for node in plan.graph.nodes if node.native not in used]
+            given = {value.producer for edit in edits for value in edit.computes()}  # others give these values now
+            dead = [node for node in plan.graph.nodes if node.native not in used and node not in given]
             after = live(plan.graph, edits, dead)
             plan.remove.extend(node for node in plan.graph.nodes if node not in after)

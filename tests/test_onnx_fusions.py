@@ -330,6 +330,13 @@ def test_a_sum_normalised_before_it_is_rounded(lines: str, want: str, tmp_path: 
     assert told > 20  # what is normalised after it was rounded is something else
 
 
+def test_a_sum_that_only_a_dead_end_reads(tmp_path: Path) -> None:
+    """What nobody reads in the model stays, but not the cast whose result the operator gives."""
+    out, _ = rewritten(halves(LAST + " end = Neg(t) behind = Neg(end)", tmp_path, "y"), tmp_path)
+    assert operators(out) == {"add_rms_norm_f16_in_f32_last_unrounded": 1}
+    assert [n.op_type for n in onnx.load(out).graph.node if not n.domain] == ["Neg", "Neg"]
+
+
 @pytest.mark.parametrize(("lines", "outputs", "types"), [
     (LAST, "y t s", {"s": "float[2,3,16]"}),  # the sum itself is wanted
     (LAST + " u = Mul(s, s)", "y t u", {"u": "float[2,3,16]"}),
