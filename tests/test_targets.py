@@ -120,6 +120,7 @@ def test_the_rows_are_what_was_measured(row: Row) -> None:
         form, alike = "apart" if "float16" in row.types else "add, norm", [r for r in CPU if r.evidence == row.evidence]
         slower = [ratio(f, "skip", form) for r in alike for f in measured(r)]
         assert f"{min(slower):.2g} to {max(slower):.2g} times" in row.evidence and statistics.median(slower) > 1.5
+        assert all(f["forms"][form]["error"] <= f["forms"]["skip"]["error"] for r in alike for f in measured(r))
     elif row.form == "leave":
         assert error > 100 or middle("spelled out", "add, norm") < 0.95
     elif row.since == (1, 30):

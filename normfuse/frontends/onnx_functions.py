@@ -125,6 +125,17 @@ def function_body(function: ir.Function, call: ir.Node) -> Body | None:
     return [values[v] for v in function.inputs], nodes, [values[v] for v in function.outputs]
 
 
+def spelled(kind: str, values: list[ir.Value], axes: list[int], eps: float, opset: int) -> list[ir.Node]:
+    """The nodes of a float32 norm of the first value, with those behind it as scale and bias; the last one gives it."""
+    function = function_for(kind, len(values) > 1, len(values) > 2, "float32", "float32", opset, eps)
+    attributes = [ir.AttrInt64s("axes", axes), ir.AttrFloat32("epsilon", eps)]
+    body = function_body(function, ir.Node(function.domain, function.name, values, attributes))
+    assert body is not None
+    for formal, actual in zip(body[0], values, strict=True):
+        formal.replace_all_uses_with(actual)
+    return body[1]
+
+
 _FORMULA = {
     "layer_norm": "scale * (x - mean(x)) / sqrt(var(x) + epsilon) + bias, over axes",
     "rms_norm": "scale * x / sqrt(mean(x^2) + epsilon), over axes",

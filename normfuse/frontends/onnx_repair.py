@@ -14,7 +14,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from normfuse.frontends.onnx_fold import attribute
-from normfuse.frontends.onnx_functions import function_body, function_for
+from normfuse.frontends.onnx_functions import spelled
 
 HALF = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 KINDS = {"RMSNormalization": "rms_norm", "LayerNormalization": "layer_norm"}
@@ -32,7 +32,8 @@ def repair(graph: ir.Graph, opset: int) -> int:
             nodes = [cast, ir.Node("", node.op_type, [cast.outputs[0], scale, *rest], list(node.attributes.values()),
                                    num_outputs=len(node.outputs))]  # fmt: skip
         else:
-            nodes = _normalised(x, node, opset)
+            eps = float(attribute(node, "epsilon", 1e-5))
+            nodes = spelled(KINDS[node.op_type], [x], _axes(x, node), eps, opset)
             nodes.append(ir.Node("", "Cast", [nodes[-1].outputs[0]], [to]))
             for op, value in (("Mul", scale), ("Add", rest[0] if rest else None)):
                 if value is not None:
@@ -66,14 +67,3 @@ def _axes(x: ir.Value, node: ir.Node) -> list[int]:
     if axis >= 0 and x.shape is None:
         return []
     return list(range(axis if axis < 0 else axis - len(x.shape or ()), 0))
-
-
-def _normalised(x: ir.Value, node: ir.Node, opset: int) -> list[ir.Node]:
-    """The nodes of a norm without parameters."""
-    eps = float(attribute(node, "epsilon", 1e-5))
-    function = function_for(KINDS[node.op_type], False, False, "float32", "float32", opset, eps)
-    attributes = [ir.AttrInt64s("axes", _axes(x, node)), ir.AttrFloat32("epsilon", eps)]
-    body = function_body(function, ir.Node(function.domain, function.name, [x], attributes))
-    assert body is not None
-    body[0][0].replace_all_uses_with(x)
-    return body[1]

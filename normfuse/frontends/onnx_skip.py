@@ -14,7 +14,7 @@ import onnx_ir as ir
 from normfuse.frontends.onnx import Lowering
 from normfuse.frontends.onnx_emit import Emitter, plain, unique
 from normfuse.frontends.onnx_fold import attribute
-from normfuse.frontends.onnx_functions import function_body, function_for
+from normfuse.frontends.onnx_functions import spelled
 from normfuse.frontends.onnx_fused import FusedEmitter
 from normfuse.frontends.onnx_infer import DTYPES
 from normfuse.frontends.onnx_ops import SKIP_EPSILON
@@ -128,14 +128,8 @@ def _spell(node: ir.Node, kind: str, dtype: str, opset: int, used: set[str | Non
     beta, bias = (slots.get(i) for i in ((3, 4) if kind == "layer_norm" else (-1, 3)))
     total = op("Add", slots[0] if bias is None else op("Add", slots[0], bias), slots[1])
     eps, given = attribute(node, "epsilon", SKIP_EPSILON), [total, slots[2], *([] if beta is None else [beta])]
-    function = function_for(kind, True, beta is not None, "float32", "float32", opset, eps)
-    call = ir.Node(function.domain, function.name, given, [ir.AttrInt64s("axes", [-1]), ir.AttrFloat32("epsilon", eps)])
-    body = function_body(function, call)
-    assert body is not None
-    for formal, actual in zip(body[0], given, strict=True):
-        formal.replace_all_uses_with(actual)
-    nodes += body[1]
-    results = [(node.outputs[0], cast(body[2][0], dtype))]
+    nodes += spelled(kind, given, [-1], eps, opset)
+    results = [(node.outputs[0], cast(nodes[-1].outputs[0], dtype))]
     if read := [v for v in node.outputs[3:] if v.uses() or v.is_graph_output()]:
         results.append((read[0], cast(total, dtype)))
     for i, new in enumerate(nodes):
