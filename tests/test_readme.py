@@ -18,6 +18,7 @@ import torch
 import normfuse
 from normfuse.cli import main
 from normfuse.graph import KINDS
+from tests.bench import pages
 from tests.families import cached_export
 
 ROOT = Path(__file__).parents[1]
@@ -111,6 +112,18 @@ def test_the_commands_are_understood(command: str, tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     code = main(shlex.split(command))
     assert code == 2 and "no such file" in capsys.readouterr().err.lower()  # and not: unknown option
+
+
+@pytest.mark.parametrize("page", pages.PAGES)
+def test_the_tables_are_what_was_measured(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert pages.filled(page, text) == text, "python -m tests.bench.pages writes them"
+
+
+def test_a_table_that_is_not_there_is_told() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    with pytest.raises(AssertionError, match="no table that starts with"):
+        pages.filled("README.md", text.replace("| layers |", "| depth |"))
 
 
 def mentioned(pattern: str) -> list[str]:

@@ -70,6 +70,17 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]], left: int = 1) 
     return "\n".join([line(cells[0]), "  ".join("-" * w for w in widths), *map(line, cells[1:])])
 
 
+def merged(path: Path | None, about: Mapping[str, Any], rows: Sequence[Mapping[str, Any]],
+           keys: Sequence[str]) -> dict[str, Any]:  # fmt: skip
+    """A result of `about` and the rows "models", to which come those rows of the file that were measured with the same
+    versions under the same conditions and are not measured again: those with other values of `keys`."""
+    old = json.loads(path.read_text()) if path is not None and path.exists() else {}
+    new = {tuple(row[key] for key in keys) for row in rows}
+    same = all(old.get(name) == value for name, value in {**about, "environment": environment()}.items())
+    kept = old.get("models", []) if same else []
+    return {**about, "models": [r for r in kept if tuple(r[key] for key in keys) not in new] + [*rows]}
+
+
 def save(path: Path | None, result: Mapping[str, Any]) -> None:
     """Write a result with its environment; nothing without a path."""
     if path is not None:

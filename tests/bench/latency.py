@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import logging
 import statistics
 import tempfile
@@ -42,7 +43,7 @@ import torch
 import normfuse
 from normfuse import ort as library
 from normfuse.bench import PROVIDERS, open_session, options_for, spread, turns
-from tests.bench.common import save, table
+from tests.bench.common import merged, save, table
 from tests.bench.peers import onnxscript_ort, onnxsim
 from tests.bench.pretrained import MODELS, extract, inputs as sample
 from tests.families import FAMILIES, VOCABULARY, Family, cached, digest, export_onnx
@@ -314,6 +315,7 @@ def main() -> None:
     logging.disable(logging.WARNING)
     results: list[dict[str, Any]] = []
     notes: dict[str, dict[str, str]] = {}
+    kept = json.loads(given.out.read_text())["notes"] if given.out and given.out.exists() else {}
     names = ["input", *contenders(given.provider)]
     about = {"times as large": TIMES, "library": library.library_path() is not None}
     with tempfile.TemporaryDirectory() as folder:
@@ -326,7 +328,9 @@ def main() -> None:
                     results.append(found)
                     print(*row(found, names), flush=True)
             # at once: the next may run out of time
-            save(given.out, {"shapes": about, "notes": notes, "models": results})
+            result = merged(given.out, {"shapes": about}, results, ("model", "type", "tokens", "threads"))
+            there = {f"{one['model']} {one['type']}" for one in result["models"]}
+            save(given.out, result | {"notes": {n: why for n, why in (kept | notes).items() if n in there}})
     print("\n" + table(["model", "tokens", "threads", *names], [row(r, names) for r in results]))
     for name, why in notes.items():
         print(f"{name}: " + "; ".join(f"{tool}: {reason}" for tool, reason in why.items()))

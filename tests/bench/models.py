@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import logging
 import resource
 import statistics
@@ -38,7 +37,7 @@ import transformers
 from torch import Tensor, nn
 
 import normfuse
-from tests.bench.common import save, table
+from tests.bench.common import merged, save, table
 
 BACKENDS = ("inductor", "normfuse")
 WARM = 3
@@ -268,14 +267,6 @@ HEAD = ["model", "mode", "fused", "inductor ms", "normfuse", "ratio", "least", "
         "compile s", "normfuse", "ratio", "least", "normfuse", "ratio", "eager ms"]  # fmt: skip
 
 
-def merged(path: Path | None, about: dict[str, Any], results: list[dict[str, Any]]) -> dict[str, Any]:
-    """The results, with those that the file has of other models under the same conditions."""
-    old = json.loads(path.read_text()) if path is not None and path.exists() else {}
-    kept = old.get("models", []) if old.get("about") == about else []
-    mine = {(r["model"], r["mode"]) for r in results}
-    return {"about": about, "models": [r for r in kept if (r["model"], r["mode"]) not in mine] + results}
-
-
 def warm_up(device: str, mode: str | None) -> None:
     """Let each backend import, start and initialise what it needs."""
     module = nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.RMSNorm(32), nn.Linear(32, 32)).to(device)
@@ -318,7 +309,8 @@ def main() -> None:
     for job in jobs(given.models, setting, given.device, given.only):
         results.append(measure(job, tuple(given.contenders), given.mode, rounds, compiles) | counts)
         print(*row(results[-1]), flush=True)
-        save(given.out, merged(given.out, about, results))  # at once: the next may run out of time
+        # at once: the next may run out of time
+        save(given.out, merged(given.out, {"about": about}, results, ("model", "mode")))
     print("\n" + table(HEAD, [row(r) for r in results], left=2))
 
 

@@ -11,6 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 pytest.importorskip("onnxruntime")
 
+from tests.bench.common import merged, save
 from tests.bench.latency import against_best, loaded
 
 OTHER = {"names": {"prefix": "other_"}, "order": {"swapped": True}, "constant": {"factor": 3.0}, "axis": {"axis": 0}}
@@ -45,3 +46,14 @@ def test_which_of_the_others_is_best_the_other_runs_say() -> None:
     times = [(1.0, 1.1), (1.1, 1.0), (1.0, 1.1), (1.1, 1.0)]
     runs = [{"input": [a], "onnxsim": [b], "normfuse onnx": [1.05]} for a, b in times]
     assert against_best(runs)[0]["normfuse onnx"] == pytest.approx(1.05 / 1.1, abs=1e-4)
+
+
+def test_rows_of_another_day_stay_where_versions_and_conditions_are_the_same(tmp_path: Path) -> None:
+    path, about, keys = tmp_path / "result.json", {"shapes": 1}, ("model", "threads")
+    old = [{"model": "a", "threads": 1, "ms": 1}, {"model": "b", "threads": 1, "ms": 2}]
+    save(path, merged(None, about, old, keys))
+    new = [{"model": "a", "threads": 1, "ms": 3}]
+    assert merged(path, about, new, keys)["models"] == [old[1], *new]
+    assert merged(path, {"shapes": 2}, new, keys)["models"] == new
+    path.write_text(path.read_text().replace('"normfuse": "', '"normfuse": "9.'))
+    assert merged(path, about, new, keys)["models"] == new
