@@ -78,6 +78,7 @@ def rewrite(src_path: str | Path, dst_path: str | Path, config: Config | None = 
     """
     import onnx_ir as ir
 
+    from normfuse import first
     from normfuse.io import files
 
     config = config or Config()
@@ -88,32 +89,43 @@ def rewrite(src_path: str | Path, dst_path: str | Path, config: Config | None = 
     if _is_pt2(source):
         from normfuse.frontends import pt2_rewrite
 
+        if config.first:
+            raise InputError(f"{source}: first={config.first!r} is for ONNX models")
         return pt2_rewrite.rewrite(source, target, config, dry_run=dry_run, overwrite=overwrite, in_place=in_place,
                                    refer=refer, calibration=calibration, progress=progress, trust=trust)  # fmt: skip
     if target.suffix == ".pt2":
         raise InputError(f"{target}: an ONNX model cannot become a .pt2; give an output that ends in .onnx")
+    if config.first and refer:
+        raise InputError(f"first={config.first!r} writes the weights anew; leave external_data='reference' out")
+    first.check(config)
     started = time.perf_counter()
-    with _quiet_collector():
+    with _quiet_collector(), tempfile.TemporaryDirectory(prefix="normfuse-") as folder:
         model, original = _read(source)
         if not dry_run:
             files.check_target(source, target, overwrite, in_place)
         loaded = time.perf_counter()
+        made = first.run(source, config, Path(folder), progress)
+        if made.path != source:
+            model, original = _read(made.path)
+        tried = time.perf_counter()
         model, report, changed, plain = _rewrite_ir(model, config, progress, calibration)
         keep = original if plain else None
         planned = time.perf_counter()
         check = partial(_check_file, source, report, config) if config.verify == "model" and changed else None
         if check is not None and dry_run:
-            with tempfile.TemporaryDirectory(prefix="normfuse-") as folder:
-                files.write_onnx(model, Path(folder) / "candidate.onnx", keep, check=check)
+            files.write_onnx(model, Path(folder) / "candidate.onnx", keep, check=check)
         if not dry_run:
             if progress is not None:
                 progress("saving", 0.9)
             copied = None if progress is None else partial(_copied, progress)
             if changed:
                 files.write_onnx(model, target, keep, refer, copied, check)
-            elif not (target.exists() and target.samefile(source)):
-                files.copy_onnx(model, source, target, refer, copied)
+            elif not (target.exists() and target.samefile(made.path)):
+                files.copy_onnx(model, made.path, target, refer, copied)
     done = time.perf_counter()
+    made.tell(report)
+    if config.first:
+        report.seconds["first"] = tried - loaded
     report.seconds |= {"load": loaded - started, "save": done - planned, "total": done - started}
     report.seconds = {k: round(v, 4) for k, v in report.seconds.items()}
     assert isinstance(model, ir.Model)
@@ -141,6 +153,8 @@ def optimize(model: Any, config: Config | None = None, *, args: Sequence[Any] = 
         from normfuse.frontends.module_convert import convert_module
 
         return convert_module(model, config, args, kwargs, calibration)
+    if config.first:
+        raise UnsupportedError("first needs files to run; use normfuse.rewrite or normfuse.export")
     whole = "verify='model' needs files to run; use normfuse.rewrite, or verify='sites'"
     if isinstance(model, (str, Path)):
         if config.verify == "model":

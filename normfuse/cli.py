@@ -91,7 +91,7 @@ def _rewrite(args: argparse.Namespace) -> Outcome:
     if args.output is None and not (args.in_place or args.dry_run):
         raise InputError("no output is given; name a file to write, or use --in-place or --dry-run")
     output, in_place = args.output or args.model, args.in_place or args.output is None
-    config = replace(_config(args), norms=args.norms, tolerance=args.tolerance)
+    config = replace(_config(args), norms=args.norms, tolerance=args.tolerance, first=args.first)
     before = _before(args, output) if args.report else None
     how = _timing(args, output)
     started = time.perf_counter()
@@ -340,6 +340,8 @@ def _rewrite_arguments(rewrite: argparse.ArgumentParser) -> None:
     add("model", metavar="IN", help="an ONNX file, or a .pt2 of torch.export.save")
     add("output", metavar="OUT", nargs="?", help="the file to write, of the kind of IN")
     _config_arguments(rewrite, get_args(LayerNormToRMSNorm))
+    add("--first", default=default.first, metavar="TOOLS",
+        help="optimisers that have the model before, with commas: onnxscript, onnxsim; kept where outputs stay equal")
     add("--calibration", metavar="PATH", help="inputs for approximate: an .npz file, or a folder of them")
     add("--norms", metavar="PATTERNS", default=default.norms, help="which norms to approximate, by name (all)")
     add("--tolerance", type=float, default=default.tolerance, metavar="X",

@@ -11,6 +11,7 @@ LayerNormToRMSNorm = Literal["off", "exact", "approximate"]
 Numerics = Literal["exact", "fast"]
 Target = Literal["onnx", "ort-cpu", "ort-cuda", "normfuse"]
 Verify = Literal["sites", "model", "off"]
+OPTIMISERS = ("onnxscript", "onnxsim")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,10 @@ class Config:
       (`normfuse.targets`); "normfuse" also takes the additions beside a norm and pairs of norms into one operator of
       the family of `normfuse.ops`: in an ONNX model a model-local function, which any runtime still runs.
     - `ort_version`: the ONNX Runtime of targets "ort-cpu" and "ort-cuda", such as "1.31"; "" for the one installed.
+    - `first`: optimisers of others that have the model before NormFuse, with commas: "onnxsim" folds constants and
+      scales, "onnxscript" (its `optimize_for_ort`) fuses attention and more into operators of ONNX Runtime, which
+      target "onnx" cannot have. They change roundings. The result of each is compared with the model in ONNX Runtime,
+      and left out with a note where it differs or does not run; models of 2 GiB and more they do not take.
     - `verify`: "sites" checks each replaced region against its replacement, "model" also runs the whole model
       before and after, "off" trusts the algebra.
 
@@ -51,6 +56,7 @@ class Config:
     force: bool = False
     norms: str = "*"
     tolerance: float = 0.05
+    first: str = ""
 
     def __post_init__(self) -> None:
         hints = get_type_hints(Config)
@@ -67,6 +73,18 @@ class Config:
             raise InputError(f"norms={self.norms!r} is not a pattern of names, such as '*.output.LayerNorm*'")
         if not isinstance(self.ort_version, str):
             raise InputError(f"ort_version={self.ort_version!r} is not a version; give one such as '1.31'")
+
+        unknown = sorted(set(self.optimisers) - set(OPTIMISERS))
+        if unknown:
+            raise InputError(f"first={self.first!r}: {unknown[0]!r} is not known; choose of {', '.join(OPTIMISERS)}")
+        if "onnxscript" in self.optimisers and self.target == "onnx":
+            raise InputError("first='onnxscript' writes operators of ONNX Runtime, which not every runtime has; choose "
+                             "target 'ort-cpu', 'ort-cuda' or 'normfuse'")  # fmt: skip
+
+    @property
+    def optimisers(self) -> tuple[str, ...]:
+        """Those of `first`, in their order."""
+        return tuple(name.strip() for name in self.first.split(",") if name.strip())
 
     @property
     def converts(self) -> bool:

@@ -49,6 +49,7 @@ def export(module: Any, args: tuple[Any, ...] | None, path: str | Path, config: 
     `UnsupportedError` where torch's exporter does not take the module, `VerificationError` where the results differ;
     then nothing is written.
     """
+    from normfuse import first
     from normfuse.api import _kind, _quiet_collector, _rewrite_ir
     from normfuse.io import files
 
@@ -57,6 +58,7 @@ def export(module: Any, args: tuple[Any, ...] | None, path: str | Path, config: 
         if name in options:
             raise InputError(f"normfuse.export takes no option {name!r}: {why}")
     files.check_target(None, target, overwrite, False)
+    first.check(config)
     program = module
     if not any(f"{t.__module__}.{t.__name__}".endswith(".ONNXProgram") for t in type(module).__mro__):
         program = _exported(module, args, options)
@@ -64,15 +66,21 @@ def export(module: Any, args: tuple[Any, ...] | None, path: str | Path, config: 
         raise InputError(f"the program is exported already; {next(iter(options))!r} has no effect")
     exported = time.perf_counter()
     assert _kind(program) == "program"
-    with _quiet_collector():
-        model, report, *_ = _rewrite_ir(program.model.clone(), config, progress, calibration)
-    if config.verify == "model":
-        report.model_check = _compare(program.model, model, args, options.get("kwargs"), target, config.converts)
-    if progress is not None:
-        progress("saving", 0.9)
-    planned = time.perf_counter()
-    size = files.write_new(model, target)
-    done = time.perf_counter()
+    with _quiet_collector(), tempfile.TemporaryDirectory(prefix="normfuse-") as folder:
+        model, made = program.model.clone(), first.Made(Path(folder) / "export.onnx")
+        if config.first:
+            files.write_new(model, made.path)
+            made = first.run(made.path, config, Path(folder), progress)
+            model = files.read_onnx(made.path)[0]
+        model, report, *_ = _rewrite_ir(model, config, progress, calibration)
+        made.tell(report)
+        if config.verify == "model":
+            report.model_check = _compare(program.model, model, args, options.get("kwargs"), target, config.converts)
+        if progress is not None:
+            progress("saving", 0.9)
+        planned = time.perf_counter()
+        size = files.write_new(model, target)
+        done = time.perf_counter()
     report.notes.append(f"exported by torch.onnx.export at opset {report.opset}; {size / 2**20:.1f} MiB of weights")
     report.seconds |= {"export": exported - started, "save": done - planned, "total": done - started}
     report.seconds = {k: round(v, 4) for k, v in report.seconds.items()}

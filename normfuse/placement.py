@@ -153,13 +153,14 @@ class Placer:
 
     def _feeds_linear(self, y: Value) -> bool:
         through = THROUGH | {"mul", "add", "slice"}
-        return any(node.kind in ("linear", "recurrent") for node, _ in _forward(y, through, SHORT_WALK, self.inside))
+        readers = _forward(y, through, SHORT_WALK, self.inside)
+        return any(node.kind in ("linear", "recurrent") or _projects(node) for node, _ in readers)
 
     def _attends(self, y: Value) -> Node | None:
         """The attention product that y goes into before it goes through any linear layer."""
         through = THROUGH | set("add sub mul div neg slice concat where gather opaque".split())
         for node, _ in _forward(y, through, LONG_WALK, self.inside):
-            if node.kind == "attention":
+            if node.kind == "attention" and not _projects(node):
                 return node
             if node.kind == "matmul" and not any(weight(v) for v in node.inputs):
                 return node
@@ -184,6 +185,14 @@ def per_head(site: Site) -> bool:
     shape = product.inputs[0].shape if product is not None and product.kind != "attention" else None
     width = shape[-1] if shape else None
     return norm.size <= width if isinstance(width, int) and norm.size is not None else len(norm.x.shape) > 3
+
+
+def _projects(node: Node) -> bool:
+    """Whether an operator of attention has the linear layer of query, key and value in it, as ONNX Runtime's has."""
+    if node.kind != "attention" or len(node.inputs) < 2:
+        return False
+    joined = node.inputs[1].producer
+    return all(map(weight, joined.inputs if joined is not None and joined.kind == "concat" else node.inputs[1:2]))
 
 
 def weight(value: Value) -> bool:

@@ -22,12 +22,12 @@ import onnx_ir as ir
 
 from normfuse.api import optimize
 from normfuse.config import Config
-from normfuse.errors import InputError, NormFuseError, UnsupportedError
+from normfuse.errors import InputError, NormFuseError, UnsupportedError, first_line
 from normfuse.frontends.onnx_model import OnnxModel
 from normfuse.frontends.onnx_wide import compare_rewritten
 from normfuse.io import files
 from normfuse.norm import region
-from normfuse.verify import EPSILON, distance, feeds_for, roundings_for, session
+from normfuse.verify import EPSILON, distance, roundings_for, run_random, session
 
 Progress = Callable[[str, float], None]
 HELD = 2.0**-30
@@ -130,7 +130,10 @@ def _difference(model: onnx.ModelProto, made: onnx.ModelProto, config: Config, f
     except Exception as why:
         text = (str(why).strip() or type(why).__name__).splitlines()[0]
         return Failure("invalid", "", f"the rewritten model does not load: {text}")
-    feeds, tops, bound = feeds_for(before), dict[int, float](), roundings_for(config.converts)
+    try:
+        feeds, tops, bound = run_random(before, None)[0], dict[int, float](), roundings_for(config.converts)
+    except Exception as why:
+        raise InputError(f"the model itself does not run: {first_line(why)}") from why
     for scale in (1.0, 1e-3, 0.0):
         given = {k: (v * scale).astype(v.dtype) if v.dtype.kind == "f" else v for k, v in feeds.items()}
         for i, (a, b) in enumerate(zip(before.run(None, given), after.run(None, given), strict=True)):

@@ -118,6 +118,40 @@ def test_verify_takes_inputs(model: Path, tmp_path: Path) -> None:
         fails(run("verify", model, model, "--inputs", wrong))
 
 
+def open_sizes(shape: str, body: str, more: str = "") -> onnx.ModelProto:
+    """A model of x of this shape, and of z if there is `more`."""
+    return onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["": 18]> g (float[{shape}] x{more}) => '
+                                   f"(float[A] y) <int64[1] s = {{2}}, int64[1] all = {{-1}}, "
+                                   f"int64[1] far = {{40}}, int64[1] farther = {{100}}> {{ {body} }}")  # fmt: skip
+
+
+@pytest.mark.parametrize(("shape", "body", "taken"), [
+    ("batch, n", "y = Reshape(x, all)", [4]),
+    ("batch, n", "k = Reshape(x, s) y = Reshape(k, all)", [2]),  # one sample only, whatever the file says
+    ("batch, 3, n, m", "k = Gather<axis=2>(x, far) y = Reshape(k, all)", [192]),
+    ("batch, 3, n, m", "k = Gather<axis=2>(x, farther) y = Reshape(k, all)", [672]),
+])  # fmt: skip
+def test_verify_finds_sizes_with_which_a_model_runs(tmp_path: Path, shape: str, body: str, taken: list[int]) -> None:
+    path = tmp_path / "model.onnx"
+    onnx.save(open_sizes(shape, body), path)
+    code, out, _ = run("verify", path, path, "--json")
+    assert code == 0 and json.loads(out)["outputs"][0]["shape"] == taken
+
+
+def test_what_is_not_given_has_the_sizes_of_what_is(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    onnx.save(open_sizes("n, m", "k = Add(x, z) y = Reshape(k, all)", ", float[n, m] z"), path)
+    np.savez(tmp_path / "x.npz", x=np.ones((3, 5), np.float32))
+    code, out, _ = run("verify", path, path, "--inputs", tmp_path / "x.npz", "--json")
+    assert code == 0 and json.loads(out)["outputs"][0]["shape"] == [15]
+
+
+def test_verify_says_so_where_a_model_runs_with_no_sizes(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    onnx.save(open_sizes("n, 3", "k = Reshape(x, s) y = Reshape(k, all)"), path)
+    assert "do not run on these inputs" in fails(run("verify", path, path))
+
+
 # -- errors -------------------------------------------------------------------------------------------------------
 
 

@@ -478,7 +478,11 @@ def test_what_is_on_the_stream_comes_out_of_no_branch() -> None:
     (linear, True), (lambda g, v: linear(g, g.op("cast", v, dtype="float32")), True),
     (lambda g, v: linear(g, g.op("mul", v, g.w)), True), (lambda g, v: linear(g, g.op("add", v, g.b)), True),
     (lambda g, v: linear(g, g.op("slice", v, shape=ROWS)), True), (lambda g, v: linear(g, g.op("neg", v)), False),
-    (lambda g, v: g.op("matmul", v, v, shape=ROWS), False),
+    (lambda g, v: g.op("matmul", v, v, shape=ROWS), False), (lambda g, v: g.op("attention", v, v), False),
+    (lambda g, v: g.op("attention", v, matrix(g, 64, 192)), True), (lambda g, v: g.op("attention", v), False),
+    (lambda g, v: g.op("attention", v, g.op("concat", matrix(g, 64, 64), matrix(g, 64, 128))), True),
+    (lambda g, v: g.op("attention", v, g.op("concat", matrix(g, 64, 64), v)), False),
+    (lambda g, v: g.op("activation", v, matrix(g, 64, 64)), False),
 ])  # fmt: skip
 def test_whether_a_projection_reads_a_value(spell: Step, feeds: bool) -> None:
     g = Build()
@@ -496,6 +500,7 @@ def test_whether_a_projection_reads_a_value(spell: Step, feeds: bool) -> None:
     (lambda g, v: g.op("attention", g.op("mul", v, v), v), "attention"),
     (lambda g, v: (g.op("max", v, v), g.op("attention", v, v))[1], "attention"),
     (lambda g, v: g.op("attention", linear(g, v)), None),
+    (lambda g, v: g.op("attention", v, matrix(g, 64, 192), g.b), None),  # ONNX Runtime's, with its own projection
     *[(lambda g, v, kind=kind: g.op("attention", g.op(kind, v, g.b)), "attention") for kind in
       "add sub mul div neg slice concat where gather opaque cast identity".split()],
     *[(lambda g, v, kind=kind: g.op("attention", g.op(kind, v, g.b)), None) for kind in "activation max mean".split()],

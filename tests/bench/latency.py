@@ -15,8 +15,8 @@ than any of them usually is (three others as fast as ours, noise of 4 %: ratio 1
 Runtime runs for two files, node by node on the same values, is compared before: if that is the same, one is measured
 and the other has its times. The input is run twice for a "control", its second session in parts of its first.
 `normfuse` is target "normfuse" with the library of operators loaded, where this installation has one, and "after
-onnxscript" and "after onnxsim" the same on what these have made: fusions of attention and folded scales, which are no
-norms, NormFuse leaves to them. --provider cuda measures on a GPU, with targets for it.
+onnxscript" and "after onnxsim" the same with `first`: fusions of attention and folded scales, which are no norms,
+NormFuse leaves to them. --provider cuda measures on a GPU, with targets for it.
 """
 
 from __future__ import annotations
@@ -139,20 +139,9 @@ def runtime(provider: str) -> Tool:
     return run
 
 
-def ours(target: Any) -> Tool:
-    """NormFuse for a target."""
-    return lambda source, out: void(normfuse.rewrite(source, out, normfuse.Config(target=target)))
-
-
-def after(tool: Tool) -> Tool:
-    """NormFuse, target "normfuse", on what another tool has made."""
-
-    def run(source: Path, out: Path) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            tool(source, Path(folder) / "made.onnx")
-            ours("normfuse")(Path(folder) / "made.onnx", out)
-
-    return run
+def ours(target: Any, first: str = "") -> Tool:
+    """NormFuse for a target, with another tool before it."""
+    return lambda source, out: void(normfuse.rewrite(source, out, normfuse.Config(target=target, first=first)))
 
 
 def void(_: object) -> None:
@@ -164,7 +153,7 @@ def contenders(provider: str) -> dict[str, Tool]:
     others: dict[str, Tool] = {"onnxruntime": runtime(PROVIDERS[provider]), "onnxscript": onnxscript_ort,
                                "onnxsim": onnxsim}  # fmt: skip
     return others | {f"normfuse {t}": ours(t) for t in ("onnx", f"ort-{provider}", "normfuse")} | {
-        "normfuse after onnxscript": after(onnxscript_ort), "normfuse after onnxsim": after(onnxsim)}  # fmt: skip
+        f"normfuse after {tool}": ours("normfuse", tool) for tool in ("onnxscript", "onnxsim")}  # fmt: skip
 
 
 def session(path: Path, threads: int, provider: str, operators: bool) -> ort.InferenceSession:

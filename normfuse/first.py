@@ -1,0 +1,143 @@
+"""Optimisers of others that go first, each in a process of its own, kept only where the model computes the same.
+
+Fusing attention and folding scales is no work of NormFuse's; onnxscript and onnxsim do it, on most models.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+
+from normfuse.config import Config
+from normfuse.errors import InputError, NormFuseError, first_line
+
+if TYPE_CHECKING:
+    from normfuse.report import Report
+
+SECONDS = 900.0
+"""How long one of them may take; onnxscript takes a minute for 13,000 operators."""
+LIMIT = 2**31 - 2**24
+"""The most bytes of weights: each of them writes the model as one message."""
+Progress = Callable[[str, float], None]
+
+
+def check(config: Config) -> None:
+    """Raise `InputError` where an optimiser that is asked for is not installed."""
+    for tool in config.optimisers:
+        if importlib.util.find_spec(tool) is None:
+            raise InputError(f"first={config.first!r}: {tool} is not installed; pip install {tool}")
+
+
+@dataclass(slots=True)
+class Made:
+    """The path of the last result that is kept, or of the model itself; its operators; a line on each optimiser."""
+
+    path: Path
+    operators: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def tell(self, report: Report) -> None:
+        """Put it into the report on the rewrite, which begins with the model that was given."""
+        if self.operators:
+            report.operators_before, report.nodes_before = self.operators, sum(self.operators.values())
+        report.notes[:0] = self.notes
+
+
+def run(source: Path, config: Config, folder: Path, progress: Progress | None = None) -> Made:
+    """Let the optimisers of `config.first` have a model one after the other, each what the one before has made of it.
+
+    A result, in `folder`, is kept where ONNX Runtime runs it and its outputs on random inputs are those of `source`
+    (`compare_rewritten`). What an optimiser prints, and how it ends, is nobody's business but this function's.
+    """
+    from normfuse.frontends.onnx_wide import compare_rewritten
+    from normfuse.io import files
+    from normfuse.verify import demand_equal
+
+    if not config.optimisers:
+        return Made(source)
+    kept, model = source, files.read_onnx(source)[0]
+    counts, notes = operators(model), list[str]()
+    for tool in config.optimisers:
+        if progress is not None:
+            progress(f"{tool} goes first", 0.0)
+        before = sum(operators(model).values())
+        made, whole = folder / f"{tool}.part", folder / f"{tool}.onnx"
+        why = _attempt(tool, kept, made, model)
+        if not why:
+            try:
+                found = files.read_onnx(made)[0]
+                demand_equal(compare_rewritten(source, made), tool)
+                files.write_new(found, whole)
+                kept, model = whole, files.read_onnx(whole)[0]
+            except NormFuseError as wrong:
+                why = str(wrong).replace(str(made), "its result").removesuffix("; nothing was written")
+            finally:
+                made.unlink(missing_ok=True)
+        after = sum(operators(model).values())
+        notes.append(f"{tool} did not go first: {why}" if why else
+                     f"{tool} went first: operators {before} -> {after}, outputs equal")  # fmt: skip
+    return Made(kept, counts, notes)
+
+
+def operators(model: ir.Model) -> dict[str, int]:
+    """The nodes of a model by operator, with its domain where that is not ONNX's own; those of sub-graphs included."""
+    found = Counter((node.domain, node.op_type) for node in ir.traversal.RecursiveGraphIterator(model.graph))
+    return {op if domain in ("", "ai.onnx") else f"{domain}.{op}": n for (domain, op), n in found.items()}
+
+
+def _attempt(tool: str, source: Path, target: Path, model: ir.Model) -> str:
+    """Let an optimiser write `target`; what went wrong, or nothing."""
+    graphs = (model.graph, *model.graph.subgraphs())
+    size = sum(v.const_value.nbytes for g in graphs for v in g.initializers.values() if v.const_value is not None)
+    if size > LIMIT:
+        return f"the model has {size / 2**30:.1f} GiB of weights, and it takes models of less than 2"
+    root = str(Path(__file__).resolve().parents[1])
+    paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    try:
+        done = subprocess.run([sys.executable, "-P", "-m", "normfuse.first", tool, str(source), str(target)],
+                              stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False,
+                              env=os.environ | {"PYTHONPATH": paths}, timeout=SECONDS)  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return f"it took more than {SECONDS:.0f} s"
+    if done.returncode < 0:
+        return f"it was ended by {signal.Signals(-done.returncode).name}"
+    if done.returncode or not target.exists():
+        return (done.stderr.strip().splitlines() or ["it wrote nothing"])[-1][:200]
+    return ""
+
+
+def _onnxsim(source: str, target: str) -> None:
+    import onnx
+    import onnxsim
+
+    onnx.save(onnxsim.simplify(onnx.load(source))[0], target)
+
+
+def _onnxscript(source: str, target: str) -> None:
+    from onnxscript.rewriter.ort_fusions import optimize_for_ort
+
+    model = ir.load(source)
+    ir.external_data.load_to_model(model)
+    ir.save(optimize_for_ort(model)[0], target)
+
+
+def _child(tool: str, source: str, target: str) -> None:
+    """Run one of them, in the process that is its own; the last line of an error is what is told of it."""
+    try:
+        {"onnxsim": _onnxsim, "onnxscript": _onnxscript}[tool](source, target)
+    except Exception as why:
+        sys.exit(f"{type(why).__name__}: {first_line(why)}")
+
+
+if __name__ == "__main__":
+    _child(*sys.argv[1:])

@@ -1,0 +1,241 @@
+"""Optimisers of others that go first: what they make is kept where the model computes the same, and left out otherwise.
+
+Most of it is tried with an onnxsim of our own, so that it can go wrong in every way.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+
+import normfuse
+from normfuse import Config, first
+from normfuse.errors import InputError, UnsupportedError, VerificationError
+from normfuse.io import files
+from normfuse.verify import compare_models, session
+from tests.cli_tools import fails, run
+from tests.families import cached_export
+from tests.onnx_lines import model as lines_model
+from tests.onnx_lines import rms
+
+Install = Callable[[str], None]
+SAME = "return model, True"
+WRONG_SUM = "model.graph.node[-1].op_type = 'Sub'\n    return model, True"
+FOLD = "model.graph.node.remove(next(n for n in model.graph.node if n.op_type == 'Identity'))\n    return model, True"
+"""Takes away the node "i", whose result nobody reads."""
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
+    """Puts an onnxsim in place whose `simplify` has this body."""
+    folder = tmp_path / "packages"
+    folder.mkdir()
+
+    def put(body: str) -> None:
+        (folder / "onnxsim.py").write_text(f"import os, signal, sys, time\ndef simplify(model):\n    {body}\n")
+
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")])))
+    return put
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    path = tmp_path / "model.onnx"
+    onnx.save(lines_model("i = Identity(x) " + rms("x", "n") + "y = Add(n, r)", "y"), path)
+    return path
+
+
+def first_note(report: Any) -> str:
+    return next(note for note in report.notes if note.startswith("onnxs"))
+
+
+def test_what_it_made_is_rewritten(install: Install, model: Path, tmp_path: Path) -> None:
+    install(FOLD)
+    out = tmp_path / "out.onnx"
+    report = normfuse.rewrite(model, out, Config(first="onnxsim", verify="model"))
+    assert report.notes[0] == "onnxsim went first: operators 8 -> 7, outputs equal"
+    assert (report.nodes_before, report.fused) == (8, 1) and report.operators_before["Identity"] == 1
+    assert report.seconds["first"] > 0 and report.source == str(model)
+    assert "Identity" not in {n.op_type for n in onnx.load(out).graph.node}
+    assert report.model_check is not None and report.model_check["equal"]
+    assert "first='onnxsim'" in report.replay
+    normfuse.rewrite(model, tmp_path / "plain.onnx")
+    assert "Identity" in {n.op_type for n in onnx.load(tmp_path / "plain.onnx").graph.node}
+
+
+WRONG = {
+    "other outputs": (WRONG_SUM, "differs"),
+    "raises": ("raise KeyError('no\\nsuch thing')", "KeyError"),
+    "crashes": ("os.kill(os.getpid(), signal.SIGSEGV)", "it was ended by SIGSEGV"),
+    "leaves": ("os._exit(0)", "it wrote nothing"),
+    "no model": ("model.Clear()\n    return model, True", "the file is empty"),
+    "does not load": ("model.graph.node[0].op_type = 'Nonsense'\n    return model, True", "does not load it"),
+    "not valid": ("model.graph.input[0].name = 'other'\n    return model, True", "nothing computes 'x'"),
+    "other inputs": ("model.graph.input.add().CopyFrom(model.graph.input[0])\n    model.graph.input[2].name = 'z'\n"
+                     "    return model, True", "other inputs"),
+    "hangs": ("time.sleep(60)", "it took more than"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_goes_wrong_is_left_out_and_told(install: Install, model: Path, tmp_path: Path, what: str,
+                                              monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    body, told = WRONG[what]
+    install(body)
+    if what == "hangs":
+        monkeypatch.setattr(first, "SECONDS", 1.5)
+    made, plain = tmp_path / "made.onnx", tmp_path / "plain.onnx"
+    report = normfuse.rewrite(model, made, Config(first="onnxsim"))
+    note = first_note(report)
+    assert note.startswith("onnxsim did not go first: ") and told in note and "\n" not in note
+    assert str(tmp_path) not in note and "/tmp" not in note and "nothing was written" not in note
+    normfuse.rewrite(model, plain)
+    assert made.read_bytes() == plain.read_bytes()
+
+
+def test_a_second_one_gets_what_the_first_has_made_and_the_input_where_that_was_wrong(
+    install: Install, model: Path, tmp_path: Path) -> None:  # fmt: skip
+    install(WRONG_SUM)
+    both = normfuse.rewrite(model, tmp_path / "a.onnx", Config(first="onnxsim, onnxscript", target="normfuse"))
+    assert [n.split(":")[0] for n in both.notes[:2]] == ["onnxsim did not go first", "onnxscript went first"]
+    assert both.notes[1].startswith("onnxscript went first: operators 8 -> ")
+    install(FOLD)
+    both = normfuse.rewrite(model, tmp_path / "b.onnx", Config(first="onnxsim, onnxscript", target="normfuse"))
+    assert both.notes[1].startswith("onnxscript went first: operators 7 -> ")
+
+
+def test_attention_fused_by_onnxscript_and_its_norms_by_us(tmp_path: Path) -> None:
+    source, out = cached_export("bert", 18), tmp_path / "out.onnx"
+    report = normfuse.rewrite(source, out, Config(first="onnxscript", target="normfuse", verify="model"))
+    made = {n.op_type for n in onnx.load(out).graph.node}
+    assert "Attention" in made and any(name.startswith("add_layer_norm") for name in made), made
+    assert "SkipLayerNormalization" not in made
+    assert "qk" not in {n.placement for n in report.norms}  # its Attention projects
+    assert compare_models(source, out)["equal"]
+
+
+def test_a_model_that_onnxscript_breaks_is_rewritten_as_it_is(tmp_path: Path) -> None:
+    source, config = cached_export("gpt2", 18), Config(target="normfuse")
+    plain = normfuse.rewrite(source, tmp_path / "plain.onnx", config)
+    report = normfuse.rewrite(source, tmp_path / "out.onnx", Config(target="normfuse", first="onnxscript"))
+    assert first_note(report).startswith("onnxscript did not go first: its result: ONNX Runtime does not load it")
+    assert report.notes[1:] == plain.notes and report.nodes_before == plain.nodes_before
+    assert (tmp_path / "plain.onnx").read_bytes() == (tmp_path / "out.onnx").read_bytes()
+
+
+def test_large_weights_lie_beside_the_result(install: Install, model: Path, tmp_path: Path,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    install(SAME)
+    monkeypatch.setattr(files, "INLINE", 16)
+    monkeypatch.setattr(files, "SMALL", 16)
+    out = tmp_path / "out.onnx"
+    normfuse.rewrite(model, out, Config(first="onnxsim"))
+    assert [p.suffix for p in tmp_path.iterdir() if p.name.startswith("out")] != [".onnx"]
+    assert any(t.external_data for t in onnx.load(out, load_external_data=False).graph.initializer)
+    assert compare_models(model, out)["equal"]
+
+
+def test_a_model_with_data_beside_it(install: Install, model: Path, tmp_path: Path) -> None:
+    install(FOLD)
+    source = tmp_path / "external.onnx"
+    ir.save(ir.load(model), source, external_data="external.data", size_threshold_bytes=32)
+    report = normfuse.rewrite(source, tmp_path / "out.onnx", Config(first="onnxsim"))
+    assert first_note(report) == "onnxsim went first: operators 8 -> 7, outputs equal"
+    assert compare_models(source, tmp_path / "out.onnx")["equal"]
+
+
+def test_a_model_that_is_too_large_for_them(install: Install, model: Path, tmp_path: Path,
+                                            monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    install("raise AssertionError('this should not run')")
+    monkeypatch.setattr(first, "LIMIT", 16)
+    note = first_note(normfuse.rewrite(model, tmp_path / "out.onnx", Config(first="onnxsim")))
+    assert note == "onnxsim did not go first: the model has 0.0 GiB of weights, and it takes models of less than 2"
+
+
+def test_what_is_not_fused_is_still_what_it_made(install: Install, tmp_path: Path) -> None:
+    install(FOLD)
+    source, out = tmp_path / "model.onnx", tmp_path / "out.onnx"
+    onnx.save(lines_model("i = Identity(x) y = Add(x, r)", "y"), source)
+    report = normfuse.rewrite(source, out, Config(first="onnxsim"))
+    assert not report.norms and [n.op_type for n in onnx.load(out).graph.node] == ["Add"]
+    normfuse.rewrite(source, source, Config(first="onnxsim"), in_place=True)
+    assert [n.op_type for n in onnx.load(source).graph.node] == ["Add"]
+
+
+def test_the_result_is_compared_with_the_input_as_well(install: Install, model: Path, tmp_path: Path,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """verify="model" compares with the model that was given, not with what an optimiser has made of it."""
+    install(WRONG_SUM)
+    monkeypatch.setattr("normfuse.verify.demand_equal", lambda *_: None)  # so that the wrong result is kept
+    seen: list[Path] = []
+
+    def check(source: Path, *_: object) -> None:
+        seen.append(source)
+        raise VerificationError("different")
+
+    monkeypatch.setattr("normfuse.api._check_file", check)
+    with pytest.raises(VerificationError):
+        normfuse.rewrite(model, tmp_path / "out.onnx", Config(first="onnxsim", verify="model"))
+    assert seen == [model] and not (tmp_path / "out.onnx").exists()
+
+
+def test_an_export(install: Install, tmp_path: Path) -> None:
+    install("model.producer_name = 'mine'\n    return model, True")
+    net = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.RMSNorm(8), torch.nn.Linear(8, 8)).eval()
+    args, out = (torch.randn(2, 8),), tmp_path / "out.onnx"
+    report = normfuse.export(net, args, out, Config(first="onnxsim", verify="model"))
+    assert first_note(report).startswith("onnxsim went first") and report.fused == 1
+    assert onnx.load(out).producer_name == "mine"
+    (found,) = session(out).run(None, {session(out).get_inputs()[0].name: args[0].numpy()})
+    np.testing.assert_allclose(found, net(*args).detach().numpy(), rtol=1e-5, atol=1e-5)
+
+
+# -- by the command line ----------------------------------------------------------------------------------------------
+
+
+def test_the_option(install: Install, model: Path, tmp_path: Path) -> None:
+    install(FOLD)
+    out, page = tmp_path / "out.onnx", tmp_path / "page.html"
+    code, text, _ = run("rewrite", model, out, "--first", "onnxsim", "--report", page)
+    assert code == 0
+    assert "note: onnxsim went first: operators 8 -> 7, outputs equal" in text and "operators 8 -> 2" in text
+    assert "onnxsim went first" in page.read_text(encoding="utf-8")
+    data = json.loads(run("rewrite", model, out, "--overwrite", "--first", "onnxsim", "--json")[1])
+    assert data["summary"]["notes"][0].startswith("onnxsim went first") and data["nodes_before"] == 8
+
+
+def test_what_cannot_be() -> None:
+    with pytest.raises(InputError, match="choose target 'ort-cpu', 'ort-cuda' or 'normfuse'"):
+        Config(first="onnxscript")
+    with pytest.raises(InputError, match="'polygraphy' is not known; choose of onnxscript, onnxsim"):
+        Config(first="onnxsim,polygraphy")
+
+
+def test_an_optimiser_that_is_not_there(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    line = fails(run("rewrite", model, tmp_path / "out.onnx", "--first", "onnxsim"))
+    assert "onnxsim is not installed; pip install onnxsim" in line and not (tmp_path / "out.onnx").exists()
+    with pytest.raises(InputError, match="not installed"):
+        normfuse.export(torch.nn.Linear(2, 2), (torch.ones(2),), tmp_path / "out.onnx", Config(first="onnxsim"))
+
+
+def test_where_it_has_no_meaning(install: Install, model: Path, tmp_path: Path) -> None:
+    install(SAME)
+    with pytest.raises(UnsupportedError, match="needs files"):
+        normfuse.optimize(onnx.load(model), Config(first="onnxsim"))
+    with pytest.raises(InputError, match="leave external_data='reference' out"):
+        normfuse.rewrite(model, tmp_path / "out.onnx", Config(first="onnxsim"), external_data="reference")
+    program = tmp_path / "program.pt2"
+    torch.export.save(torch.export.export(torch.nn.Linear(2, 2), (torch.ones(2),)), program)
+    with pytest.raises(InputError, match="is for ONNX models"):
+        normfuse.rewrite(program, tmp_path / "out.pt2", Config(first="onnxsim"), trust=True)
