@@ -9,7 +9,6 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -21,6 +20,7 @@ import normfuse
 from normfuse import Config, first
 from normfuse.errors import InputError, UnsupportedError, VerificationError
 from normfuse.io import files
+from normfuse.report import Report
 from normfuse.verify import compare_models, session
 from tests.cli_tools import fails, run
 from tests.families import cached_export
@@ -55,7 +55,7 @@ def model(tmp_path: Path) -> Path:
     return path
 
 
-def first_note(report: Any) -> str:
+def first_note(report: Report) -> str:
     return next(note for note in report.notes if note.startswith("onnxs"))
 
 
