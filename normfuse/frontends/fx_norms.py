@@ -70,6 +70,38 @@ def norm(kind: str, many: bool = False) -> Row:
     return guarded(row)
 
 
+def _group_norm(call: Call, x: Value, groups: Any, rows: tuple[Value | None, Value | None], eps: float | None) -> bool:
+    """A group normalization of one group: a LayerNorm over all axes but the first, with weights by channel."""
+    if groups != 1 or x.shape is None or any(v is not None and v.rank != 1 for v in rows):
+        return False
+    behind = tuple(range(1, len(x.shape) - 1))
+
+    def column(v: Value | None) -> Value | None:
+        if v is None or not behind:
+            return v
+        out = call.low.virtual((*(v.shape or ()), *(1 for _ in behind)), v.dtype)
+        return call.emit_to("unsqueeze", [v], out, axes=behind)
+
+    weight, bias = map(column, rows)
+    return norm_stages(call, "layer_norm", x, weight, bias, len(x.shape) - 1, eps, call.low.out(call.node))
+
+
+@guarded
+def group_norm(call: Call) -> bool:
+    """group_norm, of one group."""
+    rows = (call.value(2, "weight"), call.value(3, "bias"))
+    return _group_norm(call, call.tensor(), call.get(1, "num_groups"), rows, call.number(4, "eps", default=1e-5))
+
+
+@guarded
+def group_norm_module(call: Call) -> bool:
+    """nn.GroupNorm as a module of the graph, of one group."""
+    target = str(call.node.target)
+    module: Any = call.low.module.get_submodule(target)
+    weight, bias = (call.low.parameter(f"{target}.{n}", getattr(module, n, None)) for n in ("weight", "bias"))
+    return _group_norm(call, call.tensor(), module.num_groups, (weight, bias), module.eps)
+
+
 def norm_module(kind: str) -> Row:
     """nn.LayerNorm and nn.RMSNorm as a module of the graph."""
 

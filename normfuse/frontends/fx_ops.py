@@ -291,6 +291,7 @@ OPS: dict[str, Row] = _table(
         "slice": guarded(views.slice_),
         "layer_norm": norms.norm("layer_norm"),
         "rms_norm": norms.norm("rms_norm"),
+        "group_norm": norms.group_norm,
         "native_layer_norm": norms.norm("layer_norm", many=True),
         "_fused_rms_norm": norms.norm("rms_norm", many=True),
         **{f"normfuse::{name}": norms.fused(name) for name in norms.FUSED},
@@ -316,6 +317,7 @@ OPS: dict[str, Row] = _table(
 MODULES: dict[type[nn.Module], Row] = {
     nn.LayerNorm: norms.norm_module("layer_norm"),
     nn.RMSNorm: norms.norm_module("rms_norm"),
+    nn.GroupNorm: norms.group_norm_module,
     nn.Identity: guarded(_identity),
     nn.ReLU: guarded(_relu),
     nn.SiLU: role("activation"),

@@ -26,6 +26,8 @@ from normfuse.norm import Expr, Norm, reads_x
 
 NATIVE = {"layer_norm": ("LayerNormalization", 17), "rms_norm": ("RMSNormalization", 23)}
 DOMAIN = "normfuse"
+SPREAD = 2**15
+"""How many elements a row over several axes may have for its weight to be spread over it."""
 Rows = Callable[[Expr, str, str], ir.Value]
 """Gives the value of a weight or bias in a type; the last argument says which it is."""
 
@@ -68,7 +70,7 @@ class Emitter:
 
     def native(self, norm: Norm) -> bool:
         """Whether a standard operator of this opset computes the norm."""
-        fits = self._trailing(norm) and norm.size is not None
+        fits = self._trailing(norm) and norm.size is not None and not spread(norm)
         return fits and not self.spelled and self.opset >= NATIVE[norm.kind][1]
 
     def gives_statistics(self, norm: Norm) -> bool:
@@ -182,14 +184,14 @@ class Emitter:
         if plain(expr):
             base = expr[0][1][0][0] if self.spelled else _unviewed(expr[0][1][0][0], norm)
             given: ir.Value = params.get(base, base.native)
-            as_it_is = not self._trailing(norm) or norm.size is None  # it lines up with x already
+            as_it_is = not self._trailing(norm) or norm.size is None or spread(norm)  # it lines up with x already
             if base.dtype == dtype and (as_it_is or base.shape == _shape(norm)):
                 return given
             if as_it_is:
                 return self._cast(nodes, given, dtype, f"{name}/cast")
         folded = evaluate(expr, norm) if self.fold and not self.spelled else None
         if folded is not None:
-            return self.constant(folded, dtype, "folded")
+            return self.constant(_narrowed(folded) if spread(norm) else folded, dtype, "folded")
         total: ir.Value | None = None
         for c, factors in expr:
             term: ir.Value | None = None
@@ -206,6 +208,8 @@ class Emitter:
             term = number if term is None else term if c == 1 else self._node(nodes, "Mul", [term, number], name)
             total = term if total is None else self._node(nodes, "Add", [total, term], name)
         assert total is not None
+        if spread(norm):
+            return total
         one = self.constant(np.ones(_width(norm)), dtype, "ones")
         if any(_numel(v.shape) == math.prod(_width(norm)) != 1 and v.shape != _shape(norm)
                for _, factors in expr for v, _ in factors):  # fmt: skip
@@ -236,6 +240,24 @@ def plain(expr: Expr) -> bool:
 def _shape(norm: Norm) -> tuple[Any, ...]:
     assert norm.x.shape is not None
     return tuple(norm.x.shape[a] for a in norm.axes)
+
+
+def spread(norm: Norm) -> bool:
+    """Whether the operator, which wants a weight for each element of a row, would get one much larger than what it is
+    made of: a file that holds a vector of channels does not get an image of them."""
+    if len(norm.axes) < 2 or (norm.size or 0) <= SPREAD:
+        return False
+    rows = [norm.weight] if norm.bias is None else [norm.weight, norm.bias]
+    return any(expr is None or all(_numel(v.shape) != norm.size for _, factors in expr for v, _ in factors)
+               for expr in rows)  # fmt: skip
+
+
+def _narrowed(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The same with one element along each axis along which all are equal."""
+    for axis in range(array.ndim):
+        first = array.take([0], axis)
+        array = first if (array == first).all() else array
+    return array
 
 
 def _numel(shape: Shape | None) -> int | None:

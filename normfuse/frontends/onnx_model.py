@@ -17,6 +17,7 @@ from normfuse.frontends.onnx import Lowering, lower
 from normfuse.frontends.onnx_check import MOST, Checker
 from normfuse.frontends.onnx_emit import DOMAIN, Emitter, evaluate, register_functions, unique
 from normfuse.frontends.onnx_fused import FusedEmitter, fused_already
+from normfuse.frontends.onnx_ops import GROUP_NORMS
 from normfuse.frontends.onnx_repair import repair
 from normfuse.frontends.onnx_skip import SkipEmitter, take_apart
 from normfuse.frontends.onnx_region import as_function, rest_of, results_of
@@ -104,6 +105,9 @@ class OnnxModel:
         weight = evaluate(terms, site.norm) if len(terms) > 1 else None
         if weight is not None and not weight.any():  # norms that cancel, which only their constants tell
             return "its weight is zero"
+        if not self.emitter.native(site.norm) and any(
+                node.op in GROUP_NORMS for node in region(site.value, site.norm)):  # fmt: skip
+            return "an operator of the model computes it, and a function of several would be slower"
         return fused_already(site)
 
     def label(self, edit: Edit) -> str:

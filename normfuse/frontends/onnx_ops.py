@@ -242,6 +242,26 @@ def _column(low: Lowering, node: ir.Node, value: Value, x: Value) -> Value:
     return out
 
 
+GROUP_NORMS = ("InstanceNormalization", "GroupNormalization")
+
+
+def _group_norm(low: Lowering, node: ir.Node) -> None:
+    """InstanceNormalization and GroupNormalization of one group, which are LayerNorms over all axes but the first, with
+    weights by channel; torch writes GroupNorm(1, C) as an InstanceNormalization of a view with one channel."""
+    x, *rows = low.inputs(node)
+    instance = node.op_type == GROUP_NORMS[0]
+    groups = x.shape[1] if instance and x.shape and len(x.shape) > 2 else attribute(node, "num_groups", 0)
+    if x.shape is None or x.dtype is None or any(v.rank != 1 for v in rows):
+        return low.opaque(node)
+    out = low.output(node, x.shape, x.dtype)
+    if groups != 1:
+        return low.emit("opaque", [x, *rows], out, node)
+    stash = "float64" if x.dtype == "float64" else low.dtype_name(ir.DataType(attribute(node, "stash_type", 1)))
+    scale, bias = (_column(low, node, v, x) for v in rows)
+    axes, eps = tuple(range(1, len(x.shape))), float(attribute(node, "epsilon", 1e-5))
+    norm_stages(low, node, "layer_norm", x, scale, bias, axes, eps, stash, out)
+
+
 def role(kind: str) -> Row:
     """Operators that only matter for where a norm stands."""
     return lambda low, node: low.opaque(node, kind)
@@ -298,6 +318,7 @@ OPS: dict[str, Row] = {
     "Expand": views.expand,
     "Transpose": views.transpose,
     "BatchNormalization": _batch_norm,
+    **dict.fromkeys(GROUP_NORMS, _group_norm),
     "LayerNormalization": norm("layer_norm"),
     "RMSNormalization": norm("rms_norm"),
     "SimplifiedLayerNormalization": norm("rms_norm"),
