@@ -37,9 +37,10 @@ class Config:
       the family of `normfuse.ops`: in an ONNX model a model-local function, which any runtime still runs.
     - `ort_version`: the ONNX Runtime of targets "ort-cpu" and "ort-cuda", such as "1.31"; "" for the one installed.
     - `first`: optimisers of others that have the model before NormFuse, with commas: "onnxsim" folds constants and
-      scales, "onnxscript" (its `optimize_for_ort`) fuses attention and more into operators of ONNX Runtime, which
-      target "onnx" cannot have. They change roundings. The result of each is compared with the model in ONNX Runtime,
-      and left out with a note where it differs or does not run; models of 2 GiB and more they do not take.
+      scales, "onnxscript" (its `optimize_for_ort`) fuses attention and more into operators of ONNX Runtime's CPU
+      provider, which targets "onnx" and "ort-cuda" cannot have. They change roundings. The result of each is compared
+      with the model in ONNX Runtime, and left out with a note where it differs or does not run; models of 2 GiB and
+      more they do not take.
     - `verify`: "sites" checks each replaced region against its replacement, "model" also runs the whole model
       before and after, "off" trusts the algebra.
 
@@ -77,9 +78,10 @@ class Config:
         unknown = sorted(set(self.optimisers) - set(OPTIMISERS))
         if unknown:
             raise InputError(f"first={self.first!r}: {unknown[0]!r} is not known; choose of {', '.join(OPTIMISERS)}")
-        if "onnxscript" in self.optimisers and self.target == "onnx":
-            raise InputError("first='onnxscript' writes operators of ONNX Runtime, which not every runtime has; choose "
-                             "target 'ort-cpu', 'ort-cuda' or 'normfuse'")  # fmt: skip
+        if "onnxscript" in self.optimisers and self.target in ("onnx", "ort-cuda"):
+            why = ("of ONNX Runtime, which not every runtime has" if self.target == "onnx" else
+                   "that ONNX Runtime's CUDA provider ran of no model tried")  # fmt: skip
+            raise InputError(f"first='onnxscript' writes operators {why}; choose target 'ort-cpu' or 'normfuse'")
 
     @property
     def optimisers(self) -> tuple[str, ...]:

@@ -215,8 +215,10 @@ def test_the_option(install: Install, model: Path, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be() -> None:
-    with pytest.raises(InputError, match="choose target 'ort-cpu', 'ort-cuda' or 'normfuse'"):
-        Config(first="onnxscript")
+    for target, why in (("onnx", "not every runtime has"), ("ort-cuda", "CUDA provider ran of no model")):
+        with pytest.raises(InputError, match=f"{why}.*; choose target 'ort-cpu' or 'normfuse'"):
+            Config(first="onnxscript", target=target)  # type: ignore[arg-type]
+    assert Config(first="onnxsim", target="ort-cuda").optimisers == ("onnxsim",)
     with pytest.raises(InputError, match="'polygraphy' is not known; choose of onnxscript, onnxsim"):
         Config(first="onnxsim,polygraphy")
 
