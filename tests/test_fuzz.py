@@ -26,13 +26,14 @@ SEEDS = range(300)
 
 
 @pytest.mark.fuzz
-def test_two_thousand_graphs() -> None:
-    tally = runner.run(2000, seed=0, jobs=2)
+@pytest.mark.parametrize("count", [1000, pytest.param(5000, marks=pytest.mark.slow)])
+def test_random_graphs(count: int) -> None:
+    tally = runner.run(count, seed=0, jobs=2)
     lines = [f"seed {f['seed']}: {f['front']}: {f['kind']}: {f['message']}" for f in tally.failures]
     assert not lines, "python -m tests.fuzz graphs --replay SEED shows one:\n" + "\n".join(lines)
-    assert tally.graphs == 2000 and tally.found == tally.norms > 3000
-    assert tally.with_miss > 0.4 * tally.graphs and tally.blocks_twice >= 4
-    assert tally.runs["onnx"] == 2000 and tally.runs["fx"] > 600 and tally.runs["runtime"] > 20
+    assert tally.graphs == count and tally.found == tally.norms > 1.5 * count
+    assert tally.with_miss > 0.4 * count and tally.blocks_twice >= count // 500
+    assert tally.runs["onnx"] == count and tally.runs["fx"] > 0.3 * count and tally.runs["runtime"] > 0.01 * count
 
 
 def test_a_graph_that_never_ends_is_a_failure() -> None:

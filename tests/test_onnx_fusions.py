@@ -246,7 +246,7 @@ def test_half_precision_keeps_the_order_of_roundings(name: str, want: dict[str, 
     assert output["max_rel"] <= 2.0**-10
 
 
-@pytest.mark.parametrize("opset", [18, 23])
+@pytest.mark.parametrize("opset", [pytest.param(18, marks=pytest.mark.slow), 23])
 def test_a_residual_stream_that_is_rounded_beside_the_norms(opset: int, tmp_path: Path) -> None:
     import torch
 

@@ -98,8 +98,10 @@ def test_a_model_of_functions(dtype: torch.dtype, opset: int, optimize: bool) ->
         same(a, b, rarely=False)
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
-@pytest.mark.parametrize("turn", range(5))
+@pytest.mark.parametrize(("turn", "dtype"), [
+    pytest.param(turn, dtype, marks=pytest.mark.slow if (turn + i) % 2 else ()) for turn in range(5)
+    for i, dtype in enumerate((BF16, FP16))
+], ids=str)  # fmt: skip
 def test_each_rounding(turn: int, dtype: torch.dtype) -> None:
     """By the reference evaluator: on the CPU onnxruntime has no bfloat16, and leaves out roundings to float16.
 

@@ -41,8 +41,10 @@ def told(report: normfuse.Report) -> dict[str, Any]:
     return out
 
 
-@pytest.mark.parametrize("decomposed", [False, True])
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize(("name", "decomposed"), [
+    pytest.param(name, decomposed, marks=() if i % 2 == decomposed else pytest.mark.slow)
+    for i, name in enumerate(MODULES) for decomposed in (False, True)
+])  # fmt: skip
 def test_a_file_reads_as_the_loaded_program_does(name: str, decomposed: bool, tmp_path: Path) -> None:
     program = exported(name)
     path = saved(program.run_decompositions() if decomposed else program, tmp_path / "model.pt2")

@@ -88,7 +88,7 @@ def test_one_launch_where_a_row_fits() -> None:
         assert [k["kernel"] for k in kernels[f"{op} bf16 4096"]] == [first, "sum_partials"]
 
 
-@pytest.mark.parametrize("capability", [80, 100])
+@pytest.mark.parametrize("capability", [80, pytest.param(100, marks=pytest.mark.slow)])
 def test_code_for_other_gpus(capability: int) -> None:
     assert_good(capability, compiled(capability, "norm bf16 4096", "add_norm bf16 4096", "norm_backward bf16 4096"))
 
