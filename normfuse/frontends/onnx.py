@@ -213,8 +213,10 @@ class Lowering:
         """A node about which the core assumes nothing."""
         known = node.op_type in OPS or f"{node.domain}::{node.op_type}" in OPS
         self.stuck = self.stuck or (kind == "opaque" and known)
-        inputs = self.inputs(node)
-        outputs = [self.bind(v, None, None) for v in node.outputs]
+        self.join(kind, self.inputs(node), [self.bind(v, None, None) for v in node.outputs], node)
+
+    def join(self, kind: str, inputs: list[Value], outputs: list[Value], node: ir.Node) -> None:
+        """Append a neutral node with several outputs for an ONNX node."""
         origin = self.call or node
         self.graph.node(kind, inputs, outputs, native=origin, op=origin.op_type, name=node_label(origin))
 

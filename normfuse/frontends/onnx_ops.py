@@ -134,16 +134,79 @@ def reduction(kind: str, square: bool = False) -> Row:
 
 def _matmul(low: Lowering, node: ir.Node) -> None:
     a, b = low.inputs(node)
-    shape: Shape | None = None
+    _product(low, node, a, b, low.output(node, _product_shape(a, b), a.dtype))
+
+
+def _product_shape(a: Value, b: Value) -> Shape | None:
+    """The shape of a matrix product, where it is known."""
     if a.shape and b.shape:
         if len(b.shape) == 1:
-            shape = a.shape[:-1]
-        elif len(a.shape) > 1:
+            return a.shape[:-1]
+        if len(a.shape) > 1:
             batch = views.product_shape([a.shape[:-2], b.shape[:-2]])
-            shape = None if batch is None else (*batch, a.shape[-2], b.shape[-1])
-    out = low.output(node, shape, a.dtype)
+            return None if batch is None else (*batch, a.shape[-2], b.shape[-1])
+    return None
+
+
+def _product(low: Lowering, node: ir.Node, a: Value, b: Value, out: Value) -> None:
     plain = (a.fixed and a.number is None) or (b.fixed and b.number is None)
     low.emit("linear" if plain else "matmul", [a, b], out, node)
+
+
+def _fused_matmul(low: Lowering, node: ir.Node) -> None:
+    """ONNX Runtime's ``alpha * A' @ B'``, of which either may be transposed in its last two axes."""
+    operands = low.inputs(node)
+    if attribute(node, "transBatchA", 0) or attribute(node, "transBatchB", 0):
+        return low.opaque(node, "matmul")
+    for i, turned in enumerate(attribute(node, name, 0) for name in ("transA", "transB")):
+        v = operands[i]
+        if turned and v.shape is None:
+            return low.opaque(node, "matmul")
+        if turned and v.shape is not None and len(v.shape) > 1:
+            *rest, m, n = range(len(v.shape))
+            operands[i] = low.virtual((*v.shape[:-2], v.shape[-1], v.shape[-2]), v.dtype)
+            low.emit("transpose", [v], operands[i], node, perm=(*rest, n, m))
+    a, b = operands
+    shape, alpha = _product_shape(a, b), float(attribute(node, "alpha", 1.0))
+    out = low.output(node, shape, a.dtype)
+    if alpha == 1:
+        return _product(low, node, a, b, out)
+    product = low.virtual(out.shape, out.dtype)
+    _product(low, node, a, b, product)
+    low.emit("mul", [product, low.number(alpha, a.dtype)], out, node)
+
+
+def _shaped(kind: str, shape: Callable[[ir.Node, list[Value | None]], Shape | None]) -> Row:
+    """An operator that only matters for where a norm stands, and for the shape of its first output."""
+
+    def row(low: Lowering, node: ir.Node) -> None:
+        slots = [None if v is None else low.value(v) for v in node.inputs]
+        inputs = [v for v in slots if v is not None]
+        outputs = [low.output(node, shape(node, slots), inputs[0].dtype if inputs else None)]
+        outputs += [low.bind(v, None, None) for v in node.outputs[1:]]
+        low.join(kind, inputs, outputs, node)
+
+    return row
+
+
+def _attention_shape(node: ir.Node, slots: list[Value | None]) -> Shape | None:
+    """Of com.microsoft::Attention, whose weight holds query, key and value beside each other."""
+    x, weight = slots[:2]
+    if x is None or x.shape is None or len(x.shape) != 3:
+        return None
+    sizes = attribute(node, "qkv_hidden_sizes", None)
+    width = weight.shape[-1] if weight is not None and weight.shape else None
+    return (*x.shape[:2], sizes[2] if sizes else width // 3 if isinstance(width, int) else None)
+
+
+def _heads_shape(node: ir.Node, slots: list[Value | None]) -> Shape | None:
+    """Of attention on a query of rank 3: as long as that, as wide as the value, or the query where all share heads."""
+    query, key, value = (*slots, None, None)[:3]
+    if query is None or query.shape is None or len(query.shape) != 3 or key is None:
+        return None
+    if node.op_type != "MultiHeadAttention":  # of grouped queries, the heads of value are fewer
+        return query.shape
+    return (*query.shape[:2], value.shape[-1]) if value is not None and value.shape and value.rank == 3 else None
 
 
 def norm_stages(low: Lowering, node: ir.Node, kind: str, x: Value, scale: Value | None, bias: Value | None,
@@ -325,9 +388,10 @@ OPS: dict[str, Row] = {
     "com.microsoft::SimplifiedLayerNormalization": norm("rms_norm"),
     "com.microsoft::SkipSimplifiedLayerNormalization": skip_norm("rms_norm"),
     "com.microsoft::SkipLayerNormalization": skip_norm("layer_norm"),
-    "com.microsoft::Attention": role("attention"),
-    "com.microsoft::MultiHeadAttention": role("attention"),
-    "com.microsoft::GroupQueryAttention": role("attention"),
+    "com.microsoft::FusedMatMul": _fused_matmul,
+    "com.microsoft::Attention": _shaped("attention", _attention_shape),
+    "com.microsoft::MultiHeadAttention": _shaped("attention", _heads_shape),
+    "com.microsoft::GroupQueryAttention": _shaped("attention", _heads_shape),
     "com.microsoft::QAttention": role("attention"),
     "Attention": role("attention"),
     "Gemm": role("linear"),
@@ -357,7 +421,7 @@ OPS: dict[str, Row] = {
     "Gelu": _same_type("activation"),
     "HardSwish": _same_type("activation"),
     "Softplus": _same_type("activation"),
-    "com.microsoft::QuickGelu": _same_type("activation"),
+    **{f"com.microsoft::{name}": _same_type("activation") for name in ("QuickGelu", "FastGelu", "BiasGelu", "Gelu")},
     "QuantizeLinear": _quantize,
     "DynamicQuantizeLinear": _quantize,
     "DequantizeLinear": _quantize,

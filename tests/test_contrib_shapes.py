@@ -1,0 +1,97 @@
+"""Norms behind operators of ONNX Runtime, of which ONNX's shape inference knows nothing and the file states nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+import normfuse
+from normfuse.frontends.onnx import lower
+from normfuse.io.files import from_proto
+from normfuse.verify import session
+from tests.onnx_lines import N, rms
+
+Array = np.ndarray[Any, Any]
+RNG = np.random.default_rng(0)
+ARRAYS: dict[str, Array] = {
+    "w": np.linspace(0.5, 1.5, N), "v": np.linspace(-1, 1, N), "W": RNG.standard_normal((N, N)) / 4,
+    "P": RNG.standard_normal((N, 3 * N)) / 4, "p": RNG.standard_normal(3 * N) / 4, "eps": np.array(1e-6),
+    "last": np.array([-1]),
+}  # fmt: skip
+BRANCHES = {
+    "FusedMatMul": "f = com.microsoft.FusedMatMul(x, W)",
+    "FusedMatMul alpha": "f = com.microsoft.FusedMatMul<alpha = 0.3>(x, W)",
+    "FusedMatMul transB": "f = com.microsoft.FusedMatMul<transB = 1>(x, W)",
+    "FusedMatMul both computed": "k = com.microsoft.FusedMatMul<transB = 1, alpha = 0.25>(x, x) f = MatMul(k, x)",
+    "FusedMatMul transA": "k = com.microsoft.FusedMatMul<transA = 1, alpha = 0.25>(x, x) f = MatMul(x, k)",
+    "FastGelu": "f = com.microsoft.FastGelu(x, v)", "BiasGelu": "f = com.microsoft.BiasGelu(x, v)",
+    "Gelu": "f = com.microsoft.Gelu(x)", "QuickGelu": "f = com.microsoft.QuickGelu<alpha = 1.5>(x)",
+    "Attention": "f = com.microsoft.Attention<num_heads = 2>(x, P, p)",
+    "MultiHeadAttention": "f = com.microsoft.MultiHeadAttention<num_heads = 2>(x, x, x)",
+}  # fmt: skip
+
+
+def model(branch: str) -> onnx.ModelProto:
+    """s = x + W f(x); y = rms(s), with sizes that vary and no shape stated inside."""
+    body = branch + " g = MatMul(f, W) s = Add(x, g) " + rms("s", "y")
+    made = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["": 18, "com.microsoft": 1]> '
+        f"g (float[batch, seq, {N}] x) => (float[batch, seq, {N}] y) {{ {body} }}")  # fmt: skip
+    read = {name for node in made.graph.node for name in node.input}
+    made.graph.initializer.extend(
+        onnx.numpy_helper.from_array(a if k == "last" else a.astype("f4"), k) for k, a in ARRAYS.items() if k in read)
+    return made
+
+
+@pytest.mark.parametrize("name", BRANCHES)
+def test_a_norm_behind_it_is_found(name: str, tmp_path: Path) -> None:
+    before = model(BRANCHES[name])
+    after, report = normfuse.optimize(before, normfuse.Config(target="normfuse"))
+    assert [(n.kind, n.action, n.size) for n in report.norms] == [("rms_norm", "fused", N)] and not report.refusals
+    assert report.norms[0].emitted == "function normfuse.add_rms_norm"
+    x = RNG.standard_normal((2, 3, N)).astype("f4")
+    outputs = []
+    for made, path in ((before, tmp_path / "a.onnx"), (after, tmp_path / "b.onnx")):
+        onnx.save(made, path)
+        outputs.append(session(path).run(None, {"x": x})[0])
+    np.testing.assert_allclose(outputs[0], outputs[1], rtol=1e-5, atol=1e-6)
+
+
+def shape_of(lines: str, inputs: str) -> Any:
+    """What is known of the shape of y."""
+    made = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["": 18, "com.microsoft": 1]> g ({inputs}) => '
+                                   f"(float[A] z) {{ {lines} all = Constant<value = int64[1] {{-1}}>() "
+                                   "z = Reshape(y, all) }")  # fmt: skip
+    for value in made.graph.input:
+        if not value.type.tensor_type.shape.dim:
+            value.type.tensor_type.ClearField("shape")
+    found = lower(from_proto(made, Path("model"))[0])[0]
+    return next(v.shape for node in found.graph.nodes for v in node.outputs if v.name == "y")
+
+
+X, W3 = "float[B, S, 16] x, float[B, T, 16] k, float[B, T, 24] u", "float[16, 72] w"
+
+
+@pytest.mark.parametrize(("lines", "inputs", "shape"), [
+    ("y = com.microsoft.Attention<num_heads = 2>(x, w)", f"{X}, {W3}", ("B", "S", 24)),
+    ("y = com.microsoft.Attention<num_heads = 2, qkv_hidden_sizes = [24, 24, 8]>(x, w)", f"{X}, {W3}", ("B", "S", 8)),
+    ("y = com.microsoft.Attention<num_heads = 2>(x, w)", f"{X}, float w", ("B", "S", None)),
+    ("y = com.microsoft.Attention<num_heads = 2>(x, w)", f"float x, {W3}", None),
+    ("y = com.microsoft.MultiHeadAttention<num_heads = 2>(x, k, u)", X, ("B", "S", 24)),
+    ("y = com.microsoft.MultiHeadAttention<num_heads = 2>(x)", X, None),  # packed
+    ("y = com.microsoft.MultiHeadAttention<num_heads = 2>(x, k, u)",
+     "float[B, S, 16] x, float[B, 2, T, 8] k, float[B, 2, T, 8] u", None),
+    ("y = com.microsoft.GroupQueryAttention<num_heads = 4, kv_num_heads = 2>(x, k, u)", X, ("B", "S", 16)),
+    ("y = com.microsoft.GroupQueryAttention<num_heads = 4, kv_num_heads = 2>(x)", X, None),
+    ("y = com.microsoft.FusedMatMul<transA = 1>(x, k)", "float[B, 3, 16] x, float[B, 3, 5] k", ("B", 16, 5)),
+    ("y = com.microsoft.FusedMatMul<transB = 1>(x, k)", X, ("B", "S", "T")),
+    ("y = com.microsoft.FusedMatMul<transB = 1>(x, k)", "float[B, S, 16] x, float[16] k", ("B", "S")),
+    ("y = com.microsoft.FusedMatMul<transA = 1>(x, k)", "float x, float[16, 4] k", None),
+    ("y = com.microsoft.FusedMatMul<transBatchA = 1>(x, k)", X, None),
+])  # fmt: skip
+def test_the_shape_of_what_it_gives(lines: str, inputs: str, shape: Any) -> None:
+    assert shape_of(lines, inputs) == shape
