@@ -87,6 +87,8 @@ X, W3 = "float[B, S, 16] x, float[B, T, 16] k, float[B, T, 24] u", "float[16, 72
      "float[B, S, 16] x, float[B, 2, T, 8] k, float[B, 2, T, 8] u", None),
     ("y = com.microsoft.GroupQueryAttention<num_heads = 4, kv_num_heads = 2>(x, k, u)", X, ("B", "S", 16)),
     ("y = com.microsoft.GroupQueryAttention<num_heads = 4, kv_num_heads = 2>(x)", X, None),
+    ("y = Gemm(x, k)", "float[B, 3] x, float[3, 5] k", ("B", 5)),
+    ("y = Gemm<transA = 1, transB = 1>(x, k)", "float[3, B] x, float[5, 3] k", ("B", 5)),
     ("y = com.microsoft.FusedMatMul<transA = 1>(x, k)", "float[B, 3, 16] x, float[B, 3, 5] k", ("B", 16, 5)),
     ("y = com.microsoft.FusedMatMul<transB = 1>(x, k)", X, ("B", "S", "T")),
     ("y = com.microsoft.FusedMatMul<transB = 1>(x, k)", "float[B, S, 16] x, float[16] k", ("B", "S")),

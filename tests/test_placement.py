@@ -483,6 +483,8 @@ def test_what_is_on_the_stream_comes_out_of_no_branch() -> None:
     (lambda g, v: g.op("attention", v, g.op("concat", matrix(g, 64, 64), matrix(g, 64, 128))), True),
     (lambda g, v: g.op("attention", v, g.op("concat", matrix(g, 64, 64), v)), False),
     (lambda g, v: g.op("activation", v, matrix(g, 64, 64)), False),
+    (lambda g, v: g.op("attention", v, matrix(g, 64, 192), g.op("neg", v)), True),
+    (lambda g, v: g.op("attention", v, g.op("gather", matrix(g, 9, 64, 64), g.op("neg", v))), True),
 ])  # fmt: skip
 def test_whether_a_projection_reads_a_value(spell: Step, feeds: bool) -> None:
     g = Build()

@@ -189,6 +189,13 @@ def _shaped(kind: str, shape: Callable[[ir.Node, list[Value | None]], Shape | No
     return row
 
 
+def _gemm_shape(node: ir.Node, slots: list[Value | None]) -> Shape | None:
+    """Of ``alpha * A' @ B' + beta * C``, in two dimensions."""
+    turned = [bool(attribute(node, name, 0)) for name in ("transA", "transB")]
+    a, b = (v.shape if v is not None and v.rank == 2 else None for v in slots[:2])
+    return None if a is None or b is None else (a[turned[0]], b[not turned[1]])
+
+
 def _attention_shape(node: ir.Node, slots: list[Value | None]) -> Shape | None:
     """Of com.microsoft::Attention, whose weight holds query, key and value beside each other."""
     x, weight = slots[:2]
@@ -394,7 +401,7 @@ OPS: dict[str, Row] = {
     "com.microsoft::GroupQueryAttention": _shaped("attention", _heads_shape),
     "com.microsoft::QAttention": role("attention"),
     "Attention": role("attention"),
-    "Gemm": role("linear"),
+    "Gemm": _shaped("linear", _gemm_shape),
     "Conv": role("linear"),
     "ConvTranspose": role("linear"),
     "com.microsoft::MatMulNBits": role("linear"),
