@@ -97,3 +97,25 @@ X, W3 = "float[B, S, 16] x, float[B, T, 16] k, float[B, T, 24] u", "float[16, 72
 ])  # fmt: skip
 def test_the_shape_of_what_it_gives(lines: str, inputs: str, shape: Any) -> None:
     assert shape_of(lines, inputs) == shape
+
+
+@pytest.mark.parametrize("name", ["FusedMatMul", "Attention", "MultiHeadAttention", "GroupQueryAttention", "BiasGelu",
+                                  "FastGelu", "Gelu", "GroupNormalization", "InstanceNormalization"])  # fmt: skip
+def test_too_few_or_too_many_operands_are_said_in_one_line(name: str) -> None:
+    for given in ([], ["x"], ["x", "w"], ["", "w"], ["x", "", "w"], ["x", "x", "w", "w", "w", "w"], ["", "", ""]):
+        for outputs in (["o"], ["o", "p", "q"]):
+            made = model("f = Identity(x)")
+            domain = "" if name.endswith("Normalization") else "com.microsoft"
+            made.graph.node.append(onnx.helper.make_node(name, given, outputs, domain=domain, num_groups=1))
+            try:
+                normfuse.optimize(made)
+            except normfuse.NormFuseError as why:
+                assert "\n" not in str(why)
+
+
+@pytest.mark.parametrize("attribute", [{"alpha": "a"}, {"transA": "a"}, {"transB": [1]}, {"transBatchA": 0.5}])
+def test_attributes_of_another_type_are_refused(attribute: dict[str, Any]) -> None:
+    made = model("f = Identity(x)")
+    made.graph.node.append(onnx.helper.make_node("FusedMatMul", ["x", "x"], ["o"], domain="com.microsoft", **attribute))
+    with pytest.raises(normfuse.InputError, match="of another type"):
+        normfuse.optimize(made)

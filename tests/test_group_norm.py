@@ -110,6 +110,16 @@ def test_an_operator_of_group_normalization_is_seen_and_stays() -> None:
     assert [(n.kind, n.form, n.action) for n in report.norms] == [("layer_norm", "op", "kept")]
 
 
+def test_weights_of_another_length_are_not_read() -> None:
+    """No runtime takes it, and it is not ours to make it valid."""
+    model = image(instance())
+    node = next(n for n in model.graph.node if n.op_type == "InstanceNormalization")
+    node.input[1:] = ["wc", "wc"]
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(C, np.float32), "wc"))
+    made, report = normfuse.optimize(model)
+    assert not report.norms and operators(made) == operators(model)
+
+
 def test_what_a_function_would_compute_more_slowly_stays() -> None:
     """Of sizes that vary there is no operator, only a function of several; an InstanceNormalization is better."""
     model = image("k = Shape(x) " + instance(back="k"), shape="2,8,h,w_")

@@ -203,7 +203,9 @@ def _attention_shape(node: ir.Node, slots: list[Value | None]) -> Shape | None:
         return None
     sizes = attribute(node, "qkv_hidden_sizes", None)
     width = weight.shape[-1] if weight is not None and weight.shape else None
-    return (*x.shape[:2], sizes[2] if sizes else width // 3 if isinstance(width, int) else None)
+    if sizes:
+        return (*x.shape[:2], sizes[2]) if len(sizes) == 3 else None
+    return (*x.shape[:2], width // 3 if isinstance(width, int) else None)
 
 
 def _heads_shape(node: ir.Node, slots: list[Value | None]) -> Shape | None:
@@ -324,7 +326,7 @@ def _group_norm(low: Lowering, node: ir.Node) -> None:
     if x.shape is None or x.dtype is None or any(v.rank != 1 for v in rows):
         return low.opaque(node)
     out = low.output(node, x.shape, x.dtype)
-    if groups != 1:
+    if groups != 1 or any(v.shape not in ((1,), x.shape[1:2]) for v in rows):
         return low.emit("opaque", [x, *rows], out, node)
     stash = "float64" if x.dtype == "float64" else low.dtype_name(ir.DataType(attribute(node, "stash_type", 1)))
     scale, bias = (_column(low, node, v, x) for v in rows)

@@ -94,6 +94,17 @@ RUNTIME: dict[str, Schema] = {
     "QuantizeLinear": (range(2, 4), range(1, 2), frozenset({2}), {}, frozenset()),
     "DequantizeLinear": (range(2, 4), range(1, 2), frozenset({2}), {}, frozenset()),
     "QuickGelu": (range(1, 2), range(1, 2), frozenset(), {"alpha": onnx.AttributeProto.FLOAT}, frozenset()),
+    "FastGelu": (range(1, 3), range(1, 2), frozenset({1}), {}, frozenset()),
+    "BiasGelu": (range(2, 3), range(1, 2), frozenset(), {}, frozenset()),
+    "Gelu": (range(1, 2), range(1, 2), frozenset(), {}, frozenset()),
+    "FusedMatMul": (range(2, 3), range(1, 2), frozenset(),
+                    {"alpha": onnx.AttributeProto.FLOAT,
+                     **dict.fromkeys(("transA", "transB", "transBatchA", "transBatchB"), onnx.AttributeProto.INT)},
+                    frozenset()),
+    "Attention": (range(2, 20), range(1, 20), frozenset(range(2, 20)),
+                  {"qkv_hidden_sizes": onnx.AttributeProto.INTS}, frozenset()),
+    "MultiHeadAttention": (range(1, 20), range(1, 20), frozenset(range(1, 20)), {}, frozenset()),
+    "GroupQueryAttention": (range(1, 20), range(1, 20), frozenset(range(1, 20)), {}, frozenset()),
 }  # fmt: skip
 """The same of ONNX Runtime's operators that are read (its docs/ContribOperators.md), which `onnx` does not know."""
 

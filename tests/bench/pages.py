@@ -204,6 +204,9 @@ PAGES: dict[str, list[tuple[str, Callable[[], Rows]]]] = {
     ],
     "docs/targets.md": [("| ONNX Runtime |", forms("rms_norm")), ("| ONNX Runtime |", forms("layer_norm"))],
     "docs/layernorm-to-rmsnorm.md": [("| rows x size |", layernorms), ("| model | where |", conversions)],
+    "docs/latency.md": [
+        ("| model |", latency("latency", LATENCY, lambda model, dtype: model not in MAIN and dtype != "as published")),
+    ],
     "docs/onnxruntime.md": [
         ("| norm, rows x size | decomposed", ort_ops(True, "ort-ops-cuda", threads=False, digits=3)),
         ("| norm, rows x size | threads", ort_ops(every=True)),
