@@ -208,9 +208,11 @@ def demand_equal(found: dict[str, Any], where: str | Path) -> None:
     """Raise `VerificationError` where `compare_models` found a difference; it is said before anything is written."""
     if not found["equal"]:
         worst = max(found["outputs"], key=lambda o: o["max_rel"] or 0.0)
+        kinds = [o["name"] for o in found["outputs"] if o["max_rel"] is None]
         name, gap = worst["name"], worst["max_rel"]
-        raise VerificationError(f"{where}: output {name!r} differs after the rewrite by {gap:.2g} of its largest "
-                                "element; nothing was written")  # fmt: skip
+        how = (f"output {name!r} differs after the rewrite by {gap:.2g} of its largest element" if gap or not kinds else
+               f"output {kinds[0]!r} has another shape, type or text after the rewrite")  # fmt: skip
+        raise VerificationError(f"{where}: {how}; nothing was written")
 
 
 def _compare_output(name: str, x: Any, y: Any, roundings: float) -> tuple[dict[str, Any], bool]:

@@ -103,6 +103,40 @@ def test_what_goes_wrong_is_left_out_and_told(install: Install, model: Path, tmp
     assert made.read_bytes() == plain.read_bytes()
 
 
+SLICED = """n = model.graph.node.add()
+    n.op_type = 'Slice'
+    n.input.extend(['t', 'zero', 'most', 'one'])
+    n.output.append('y')
+    model.graph.node[-2].output[0] = 't'
+    return model, True"""
+
+
+@pytest.mark.parametrize(("shape", "told"), [("b,s,16", True), ("2,3,16", False)])
+def test_what_differs_on_longer_inputs_only_is_told(install: Install, tmp_path: Path, shape: str, told: bool) -> None:
+    """The result leaves out what is behind the 99th token; inputs are 130 long where that is open."""
+    install(SLICED)
+    made = lines_model(rms("x", "n") + "y = Add(n, r)", "y", shape=shape)
+    made.graph.initializer.extend(onnx.numpy_helper.from_array(np.array([v]), k)
+                                  for k, v in {"zero": 0, "most": 99, "one": 1}.items())  # fmt: skip
+    source = tmp_path / "model.onnx"
+    onnx.save(made, source)
+    note = first_note(normfuse.rewrite(source, tmp_path / "out.onnx", Config(first="onnxsim")))
+    assert ("did not go first: its result: output 'y' has another shape" in note) is told, note
+
+
+def test_a_model_too_short_for_long_inputs_is_compared_on_shorter_ones(install: Install, tmp_path: Path) -> None:
+    made = lines_model(
+        "k = Shape(x) at = Constant<value_int = 1>() l = Gather(k, at) start = Constant<value_int = 0>() "
+        "q = Range(start, l, at) h = Constant<value_ints = [40, 16]>() table = ConstantOfShape(h) "
+        "t = Gather(table, q) a = Add(x, t) " + rms("a", "n") + "y = Add(n, r)", "y", shape="b,s,16")  # fmt: skip
+    source = tmp_path / "model.onnx"
+    onnx.save(made, source)
+    (longer,) = first._longer(source)
+    assert {a.shape for a in longer.values()} == {(1, 33, 16)}
+    install(SAME)
+    assert "went first" in first_note(normfuse.rewrite(source, tmp_path / "out.onnx", Config(first="onnxsim")))
+
+
 def test_a_second_one_gets_what_the_first_has_made_and_the_input_where_that_was_wrong(
     install: Install, model: Path, tmp_path: Path) -> None:  # fmt: skip
     install(WRONG_SUM)
@@ -176,7 +210,7 @@ def test_the_result_is_compared_with_the_input_as_well(install: Install, model: 
                                                        monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     """verify="model" compares with the model that was given, not with what an optimiser has made of it."""
     install(WRONG_SUM)
-    monkeypatch.setattr("normfuse.verify.demand_equal", lambda *_: None)  # so that the wrong result is kept
+    monkeypatch.setattr(first, "demand_equal", lambda *_: None)  # so that the wrong result is kept
     seen: list[Path] = []
 
     def check(source: Path, *_: object) -> None:
