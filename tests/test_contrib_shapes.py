@@ -119,3 +119,23 @@ def test_attributes_of_another_type_are_refused(attribute: dict[str, Any]) -> No
     made.graph.node.append(onnx.helper.make_node("FusedMatMul", ["x", "x"], ["o"], domain="com.microsoft", **attribute))
     with pytest.raises(normfuse.InputError, match="of another type"):
         normfuse.optimize(made)
+
+
+@pytest.mark.parametrize("domain", ["", "com.microsoft."])
+def test_an_rmsnorm_of_the_runtime_behind_a_mean_is_a_layernorm(domain: str, tmp_path: Path) -> None:
+    """Cohere spells x - mean(x) and the rest, and onnxscript makes the rest one operator."""
+    before = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["": 18, "com.microsoft": 1]> g (float[b, s, 16] x, float[b, s, 16] r) '
+        "=> (float[b, s, 16] y) { s = Add(x, r) m = ReduceMean(s, last) d = Sub(s, m) "
+        f"y = {domain}SimplifiedLayerNormalization<epsilon = 0.00001>(d, w) }}")  # fmt: skip
+    before.graph.initializer.extend([onnx.numpy_helper.from_array(ARRAYS["w"].astype("f4"), "w"),
+                                     onnx.numpy_helper.from_array(ARRAYS["last"], "last")])  # fmt: skip
+    after, report = normfuse.optimize(before, normfuse.Config(target="normfuse"))
+    assert [(n.kind, n.action, n.verified) for n in report.norms] == [("layer_norm", "fused", True)]
+    assert not report.refusals and next(n.op_type for n in after.graph.node).startswith("add_layer_norm")
+    feeds = {k: RNG.standard_normal((2, 3, N)).astype("f4") for k in "xr"}
+    onnx.save(after, tmp_path / "b.onnx")
+    s = (feeds["x"] + feeds["r"]).astype("f8")
+    s = s - s.mean(-1, keepdims=True)
+    want = s / np.sqrt((s * s).mean(-1, keepdims=True) + 1e-5) * ARRAYS["w"].astype("f4")
+    np.testing.assert_allclose(session(tmp_path / "b.onnx").run(None, feeds)[0], want, rtol=1e-5, atol=1e-5)

@@ -282,6 +282,10 @@ class LayerNormalization(OpRun):
 
     def _run(self, x: Array, scale: Array, bias: Array | None = None, axis: int = -1, epsilon: float = 1e-5,
              stash_type: int = 1) -> tuple[Array, ...]:  # fmt: skip
+        return self._all(x, scale, bias, axis, epsilon, stash_type)[: len(self.onnx_node.output)]
+
+    def _all(self, x: Array, scale: Array, bias: Array | None, axis: int, epsilon: float,
+             stash_type: int) -> tuple[Array, ...]:  # fmt: skip
         compute = np.float64 if x.dtype == np.float64 else ir.DataType(stash_type).numpy()
         axes = tuple(range(axis % x.ndim, x.ndim))
 
@@ -293,8 +297,7 @@ class LayerNormalization(OpRun):
         h = h - middle if self.centred else h
         rstd = 1 / np.sqrt(mean(h * h) + np.asarray(epsilon, compute))
         y = (h * rstd).astype(x.dtype) * scale
-        y = y if bias is None else y + bias
-        return (y, middle, rstd)[: len(self.onnx_node.output)]
+        return y if bias is None else y + bias, middle, rstd
 
 
 class RMSNormalization(LayerNormalization):
@@ -303,7 +306,17 @@ class RMSNormalization(LayerNormalization):
     centred = False
 
 
-OPS = [Expand, ReduceMean, LayerNormalization, RMSNormalization]
+class SimplifiedLayerNormalization(RMSNormalization):
+    """ONNX Runtime's own name for it, which it keeps in ONNX's domain; its second output is the deviation."""
+
+    def _run(self, x: Array, scale: Array, axis: int = -1, epsilon: float = 1e-5,  # type: ignore[override]
+             stash_type: int = 1) -> tuple[Array, ...]:  # fmt: skip
+        y, _, rstd = self._all(x, scale, None, axis, epsilon, stash_type)
+        return (y, rstd)[: len(self.onnx_node.output)]
+
+
+CONTRIB = type("SimplifiedLayerNormalization", (SimplifiedLayerNormalization,), {"op_domain": "com.microsoft"})
+OPS: list[Any] = [Expand, ReduceMean, LayerNormalization, RMSNormalization, SimplifiedLayerNormalization, CONTRIB]
 
 
 def _runner(model: Model, boundary: list[Value], shapes: Shapes) -> Runner:
