@@ -362,3 +362,12 @@ def test_a_skip_operator_rounds_the_sum_first(target: Any, tmp_path: Path) -> No
         report = normfuse.rewrite(halves(LAST, tmp_path), tmp_path / "out.onnx", config, overwrite=True)
         assert len(report.norms) == 1
         assert not [node for node in onnx.load(tmp_path / "out.onnx").graph.node if "Skip" in node.op_type]
+
+
+def test_an_operator_that_stays_because_a_check_failed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = model("s = Add(x, r) y = LayerNormalization(s, w, v)", "y s")
+    assert [n.reason for n in normfuse.optimize(net, normfuse.Config(target="normfuse"))[1].norms] == [""]
+    monkeypatch.setattr("normfuse.frontends.onnx_check.Checker.check", lambda *_: Check(False, message="not today"))
+    made, report = normfuse.optimize(net, normfuse.Config(target="normfuse"))
+    assert [(n.action, n.reason) for n in report.norms] == [("kept", "as add_norm it failed: not today")]
+    assert [n.op_type for n in made.graph.node] == ["Add", "LayerNormalization"]
