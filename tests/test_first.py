@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
+from onnxscript.rewriter.ort_fusions import optimize_for_ort
 
 import normfuse
 from normfuse import Config, first
@@ -23,7 +25,7 @@ from normfuse.io import files
 from normfuse.report import Report
 from normfuse.verify import compare_models, session
 from tests.cli_tools import fails, run
-from tests.families import cached_export
+from tests.families import FAMILIES, cached_export
 from tests.onnx_lines import model as lines_model
 from tests.onnx_lines import rms
 
@@ -165,6 +167,17 @@ def test_a_model_that_onnxscript_breaks_is_rewritten_as_it_is(tmp_path: Path) ->
     assert first_note(report).startswith("onnxscript did not go first: its result: ONNX Runtime does not load it")
     assert report.notes[1:] == plain.notes and report.nodes_before == plain.nodes_before
     assert (tmp_path / "plain.onnx").read_bytes() == (tmp_path / "out.onnx").read_bytes()
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "gpt2"])
+def test_after_onnxscript_all_norms_of_a_family_are_there(name: str) -> None:
+    """As operators of ONNX Runtime some of them, with additions in them, and attention in one operator beside them."""
+    family = FAMILIES[name]
+    model, _ = optimize_for_ort(ir.load(cached_export(name, 18)))
+    report = normfuse.optimize(model, Config(target="normfuse"))[1]
+    assert dict(Counter(n.placement for n in report.norms)) == family.placements
+    assert not report.refusals and {n.action for n in report.norms} <= {"fused", "kept"}
+    assert not any(n.reason for n in report.norms)
 
 
 def test_large_weights_lie_beside_the_result(install: Install, model: Path, tmp_path: Path,

@@ -15,6 +15,7 @@ from typing import Any
 
 from tests.bench.common import ROOT
 from tests.bench.latency import LIMIT, MAIN
+from tests.families import FAMILIES
 
 Rows = Iterable[list[object]]
 KINDS = {"rms": "RMSNorm", "layer": "LayerNorm"}
@@ -120,7 +121,9 @@ def latency(file: str, columns: list[str], wanted: Callable[[str, str], bool], d
         for one in measured["models"]:
             if wanted(one["model"], one["type"]):
                 found.setdefault((one["model"], one["type"]), []).append(one)
-        for (model, dtype), group in found.items():
+        place = {name: i for i, name in enumerate(FAMILIES)}
+        for model, dtype in sorted(found, key=lambda key: (place.get(key[0], len(place)), key[1] != "fp32")):
+            group = found[model, dtype]
             best = [min(r["ms"] for name, r in one["results"].items() if "normfuse" not in name) for one in group]
             label = model if dtype == "as published" else f"{model} {dtype}"
             if "ModuleNotFoundError" in measured["notes"][f"{model} {dtype}"].get("onnxsim", ""):
