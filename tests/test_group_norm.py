@@ -19,7 +19,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 
 import normfuse
 from normfuse import Config
-from normfuse.frontends import onnx_emit
+from normfuse.frontends import onnx_emit, onnx_model
 from normfuse.verify import session
 
 C = 8
@@ -153,6 +153,16 @@ def test_a_weight_is_spread_over_a_row_only_while_it_is_small(
         np.testing.assert_allclose(run(made, x, tmp_path), run(model, x, tmp_path), atol=2e-5)
     kept, _ = normfuse.optimize(image(instance()))
     assert ("InstanceNormalization" in operators(kept)) is (name == "layer_norm")
+
+
+@pytest.mark.parametrize(("most", "stays"), [(240, False), (239, True)])
+def test_in_exchange_for_an_operator_it_has_to_be_smaller(monkeypatch: pytest.MonkeyPatch, most: int,
+                                                          stays: bool) -> None:  # fmt: skip
+    monkeypatch.setattr(onnx_model, "SLIM", most)
+    made, report = normfuse.optimize(image(instance()))
+    assert ("InstanceNormalization" in operators(made)) is stays
+    assert ("many times as large" in report.norms[0].reason) is stays
+    assert operators(normfuse.optimize(image(SPELLED))[0]) == ["LayerNormalization"]
 
 
 @pytest.mark.parametrize(("weight", "sizes"), [

@@ -26,7 +26,7 @@ from normfuse.norm import Expr, Norm, reads_x
 
 NATIVE = {"layer_norm": ("LayerNormalization", 17), "rms_norm": ("RMSNormalization", 23)}
 DOMAIN = "normfuse"
-SPREAD = 2**15
+SPREAD = 2**18
 """How many elements a row over several axes may have for its weight to be spread over it."""
 Rows = Callable[[Expr, str, str], ir.Value]
 """Gives the value of a weight or bias in a type; the last argument says which it is."""
@@ -242,10 +242,10 @@ def _shape(norm: Norm) -> tuple[Any, ...]:
     return tuple(norm.x.shape[a] for a in norm.axes)
 
 
-def spread(norm: Norm) -> bool:
+def spread(norm: Norm, most: int | None = None) -> bool:
     """Whether the operator, which wants a weight for each element of a row, would get one much larger than what it is
-    made of: a file that holds a vector of channels does not get an image of them."""
-    if len(norm.axes) < 2 or (norm.size or 0) <= SPREAD:
+    made of, and than `most`: a file that holds a vector of channels does not get a large image of them."""
+    if len(norm.axes) < 2 or (norm.size or 0) <= (SPREAD if most is None else most):
         return False
     rows = [norm.weight] if norm.bias is None else [norm.weight, norm.bias]
     return any(expr is None or all(_numel(v.shape) != norm.size for _, factors in expr for v, _ in factors)

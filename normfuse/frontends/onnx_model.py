@@ -15,7 +15,7 @@ from normfuse.errors import InputError, UnsupportedError, first_line
 from normfuse.field import Prover
 from normfuse.frontends.onnx import Lowering, lower
 from normfuse.frontends.onnx_check import MOST, Checker
-from normfuse.frontends.onnx_emit import DOMAIN, Emitter, evaluate, register_functions, unique
+from normfuse.frontends.onnx_emit import DOMAIN, Emitter, evaluate, register_functions, spread, unique
 from normfuse.frontends.onnx_fused import FusedEmitter, fused_already
 from normfuse.frontends.onnx_ops import GROUP_NORMS
 from normfuse.frontends.onnx_repair import repair
@@ -29,6 +29,9 @@ from normfuse.targets import PROVIDERS, Row, Table
 from normfuse.verify import Check
 
 OLDEST_OPSET = 11
+SLIM = 2**15
+"""How many elements a row may have for its weight by channel to be spread over it in exchange for an
+InstanceNormalization, which is nearly as fast."""
 Progress = Callable[[str, float], None]
 
 
@@ -105,9 +108,10 @@ class OnnxModel:
         weight = evaluate(terms, site.norm) if len(terms) > 1 else None
         if weight is not None and not weight.any():  # norms that cancel, which only their constants tell
             return "its weight is zero"
-        if not self.emitter.native(site.norm) and any(
-                node.op in GROUP_NORMS for node in region(site.value, site.norm)):  # fmt: skip
-            return "an operator of the model computes it, and a function of several would be slower"
+        worse = "a function of several would be slower" if not self.emitter.native(site.norm) else (
+            "its weight by channel would become many times as large" if spread(site.norm, SLIM) else "")  # fmt: skip
+        if worse and any(node.op in GROUP_NORMS for node in region(site.value, site.norm)):
+            return f"an operator of the model computes it, and {worse}"
         return fused_already(site)
 
     def label(self, edit: Edit) -> str:
