@@ -97,10 +97,10 @@ def rewrite(src_path: str | Path, dst_path: str | Path, config: Config | None = 
         raise InputError(f"{target}: an ONNX model cannot become a .pt2; give an output that ends in .onnx")
     if config.first and refer:
         raise InputError(f"first={config.first!r} writes the weights anew; leave external_data='reference' out")
-    first.check(config)
     started = time.perf_counter()
     with _quiet_collector(), tempfile.TemporaryDirectory(prefix="normfuse-") as folder:
         model, original = _read(source)
+        first.check(config)
         if not dry_run:
             files.check_target(source, target, overwrite, in_place)
         loaded = time.perf_counter()

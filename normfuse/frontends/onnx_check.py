@@ -315,8 +315,10 @@ class SimplifiedLayerNormalization(RMSNormalization):
         return (y, rstd)[: len(self.onnx_node.output)]
 
 
-CONTRIB = type("SimplifiedLayerNormalization", (SimplifiedLayerNormalization,), {"op_domain": "com.microsoft"})
-OPS: list[Any] = [Expand, ReduceMean, LayerNormalization, RMSNormalization, SimplifiedLayerNormalization, CONTRIB]
+OPS: list[Any] = [
+    Expand, ReduceMean, LayerNormalization, RMSNormalization, SimplifiedLayerNormalization,
+    type("SimplifiedLayerNormalization", (SimplifiedLayerNormalization,), {"op_domain": "com.microsoft"}),
+]  # fmt: skip
 
 
 def _runner(model: Model, boundary: list[Value], shapes: Shapes) -> Runner:
