@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import onnx
     import onnx_ir as ir
 
+    from normfuse.bench import How
     from normfuse.frontends.onnx_model import OnnxModel
     from normfuse.io.files import Source
 
@@ -64,7 +65,7 @@ def inspect(model: Any) -> Report:
 
 def rewrite(src_path: str | Path, dst_path: str | Path, config: Config | None = None, *, dry_run: bool = False,
             overwrite: bool = False, in_place: bool = False, external_data: str = "copy", calibration: Any = None,
-            progress: Progress | None = None, trust: bool = False) -> Report:  # fmt: skip
+            progress: Progress | None = None, trust: bool = False, how: How | None = None) -> Report:  # fmt: skip
     """Read an ONNX model or .pt2 program, fuse its norms, check the result and save it; the input is never changed.
 
     `dry_run` writes nothing. `overwrite` allows to replace an existing output, `in_place` that it is the input.
@@ -73,8 +74,10 @@ def rewrite(src_path: str | Path, dst_path: str | Path, config: Config | None = 
     `external_data="reference"`, stays where it is, which has to be in the folder of the output or below. `calibration`
     is for `layernorm_to_rmsnorm="approximate"`: an .npz file, a folder of them, or dicts of arrays by input name; for
     a .pt2, a file, a folder, or tuples of inputs. A .pt2 becomes a .pt2: loading one can run code in it, so it has to
-    be allowed by `trust`. Raises `InputError`, `UnsafeModelError` or `UnsupportedError` before anything is written, and
-    `VerificationError` when `verify="model"` finds that the results differ; then nothing is written either.
+    be allowed by `trust`. `how` (`normfuse.bench.How`: sizes, inputs, threads) is for `first="fastest"`.
+
+    Raises `InputError`, `UnsafeModelError` or `UnsupportedError` before anything is written, and `VerificationError`
+    when `verify="model"` finds that the results differ; then nothing is written either.
     """
     import onnx_ir as ir
 
@@ -104,11 +107,16 @@ def rewrite(src_path: str | Path, dst_path: str | Path, config: Config | None = 
         if not dry_run:
             files.check_target(source, target, overwrite, in_place)
         loaded = time.perf_counter()
-        made = first.run(source, config, Path(folder), progress)
+        made = first.run(source, config, Path(folder), progress, how)
+        config = made.config
         if made.path != source:
             model, original = _read(made.path)
         tried = time.perf_counter()
-        model, report, changed, plain = _rewrite_ir(model, config, progress, calibration)
+        changed, plain = False, True
+        if made.stays:
+            report = _untouched(model)
+        else:
+            model, report, changed, plain = _rewrite_ir(model, config, progress, calibration)
         keep = original if plain else None
         planned = time.perf_counter()
         check = partial(_check_file, source, report, config) if config.verify == "model" and changed else None
@@ -124,7 +132,7 @@ def rewrite(src_path: str | Path, dst_path: str | Path, config: Config | None = 
                 files.copy_onnx(model, made.path, target, refer, copied)
     done = time.perf_counter()
     made.tell(report)
-    if config.first:
+    if made.notes:
         report.seconds["first"] = tried - loaded
     report.seconds |= {"load": loaded - started, "save": done - planned, "total": done - started}
     report.seconds = {k: round(v, 4) for k, v in report.seconds.items()}
@@ -295,7 +303,7 @@ def _rewrite_ir(model: ir.Model, config: Config, progress: Progress | None, cali
     checked = time.perf_counter()
     changed = one.apply()
     report = _onnx_report(one, rewritten=True, shown=shown)
-    report.operators_after = one.operators()
+    report.operators_after = onnx_model.operators(model)
     report.nodes_after = sum(report.operators_after.values())
     report.seconds |= {"recognise": planned - converted, "verify": checked - planned,
                        "rewrite": time.perf_counter() - checked}  # fmt: skip
@@ -335,6 +343,16 @@ def _onnx_report(one: OnnxModel, rewritten: bool, shown: bool = False) -> Report
         report.notes.append("model-local functions were inlined")
     if rewritten:
         report.notes += one.notes()
+    return report
+
+
+def _untouched(model: ir.Model) -> Report:
+    """The report on a model that stays as it is, since nothing made of it was faster."""
+    report = _inspect_ir(model)
+    report.rewritten = True
+    report.operators_after, report.nodes_after = report.operators_before, report.nodes_before
+    for norm in report.norms:
+        norm.action, norm.reason = "left", "the model is faster as it is"
     return report
 
 

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from normfuse.errors import InputError, NormFuseError, UnsupportedError, first_line
+from normfuse.process import run_module
 from normfuse.verify import Array, feeds_for
 
 if TYPE_CHECKING:
@@ -77,7 +76,7 @@ def bench(paths: Sequence[str], how: How, progress: Callable[[str, float], None]
         check(path)
         read_onnx(path)
     tell = progress or (lambda stage, share: None)
-    ours = [_ours(path) if how.library else False for path in paths]
+    ours = [calls_ours(path) if how.library else False for path in paths]
     feeds, notes = _feeds(paths, ours, how)
     models: list[dict[str, Any]] = [{"path": p, "operators": o, "providers": {}}
                                     for p, o in zip(paths, ours, strict=True)]  # fmt: skip
@@ -177,7 +176,7 @@ def check(path: str) -> None:
         raise InputError(f"{path}: {other}")
 
 
-def _ours(path: str) -> bool:
+def calls_ours(path: str | Path) -> bool:
     """Whether the model has functions that our library, which is there, has kernels for."""
     from normfuse import ort
 
@@ -226,13 +225,9 @@ def _feeds(paths: Sequence[str], ours: Sequence[bool], how: How) -> tuple[dict[s
     names = [[i.name for i in s.get_inputs()] for s in sessions]
     if sorted(names[0]) != sorted(names[-1]):
         raise InputError(f"the models have other inputs: {names[0]} and {names[-1]}")
-    dims = [d for i in first.get_inputs() for d in i.shape]
-    symbols = list(dict.fromkeys(d for d in dims if isinstance(d, str)))
-    unknown = sorted(set(how.sizes) - set(symbols))
-    if unknown:
-        has = f"has {', '.join(symbols)}" if symbols else "has none that is open"
-        raise InputError(f"no size of an input is named {unknown[0]!r}; the model {has}")
     feeds = make_feeds(first, how)
+    dims = [d for i in first.get_inputs() for d in i.shape]
+    symbols = _symbols(first)
     notes = []
     left = [s for s in symbols if s not in how.sizes]
     if left and not how.inputs:
@@ -242,10 +237,20 @@ def _feeds(paths: Sequence[str], ours: Sequence[bool], how: How) -> tuple[dict[s
     return feeds, notes
 
 
+def _symbols(session: Any) -> list[str]:
+    """The names of the sizes that a model leaves open."""
+    return list(dict.fromkeys(d for i in session.get_inputs() for d in i.shape if isinstance(d, str)))
+
+
 def make_feeds(session: Any, how: How) -> dict[str, Array]:
     """Inputs from a file, random ones where it has none. Raises `InputError` for a name that the model lacks."""
     from normfuse.calibrate import load
 
+    symbols = _symbols(session)
+    absent = sorted(set(how.sizes) - set(symbols))
+    if absent:
+        has = f"has {', '.join(symbols)}" if symbols else "has none that is open"
+        raise InputError(f"no size of an input is named {absent[0]!r}; the model {has}")
     given = load(how.inputs) if how.inputs else {}
     names = [i.name for i in session.get_inputs()]
     unknown = sorted(set(given) - set(names))
@@ -369,11 +374,7 @@ def memory(path: str, how: How) -> int | None:
 
     None where the system does not tell (anything but Linux) or the process fails.
     """
-    root = str(Path(__file__).resolve().parents[1])
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
-    asked = json.dumps({"path": path, "how": asdict(how)})
-    done = subprocess.run([sys.executable, "-P", "-m", "normfuse.bench"], input=asked, capture_output=True, text=True,
-                          env=environment, check=False)  # fmt: skip
+    done = run_module("normfuse.bench", input=json.dumps({"path": path, "how": asdict(how)}))
     found = done.stdout.split()
     return int(found[-1]) if done.returncode == 0 and found and found[-1].isdigit() else None
 
@@ -395,9 +396,29 @@ def _child(asked: Mapping[str, Any]) -> None:
     print(max(_status("VmHWM") - before, 0))
 
 
+def resident() -> int:
+    """The bytes of this process in memory; 0 where the system does not tell."""
+    try:
+        return _status("VmRSS")
+    except OSError:
+        return 0
+
+
+def available() -> int:
+    """The bytes of memory that can be had without swapping; very many where the system does not tell."""
+    try:
+        return _entry("/proc/meminfo", "MemAvailable")
+    except OSError:
+        return 2**62
+
+
 def _status(key: str) -> int:
     """A line of the status of this process, in bytes."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return _entry("/proc/self/status", key)
+
+
+def _entry(path: str, key: str) -> int:
+    lines = Path(path).read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) * 1024
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
-from normfuse.config import Config, LayerNormToRMSNorm, Numerics, Target, Verify
+from normfuse.config import FASTEST, Config, LayerNormToRMSNorm, Numerics, Target, Verify
 from normfuse.errors import InputError, NormFuseError, VerificationError
 
 if TYPE_CHECKING:
@@ -99,10 +99,10 @@ def _rewrite(args: argparse.Namespace) -> Outcome:
         report: Report = normfuse.rewrite(
             args.model, output, config,
             dry_run=args.dry_run, overwrite=args.overwrite, in_place=in_place, external_data=args.external_data,
-            calibration=args.calibration, progress=advance, trust=args.trust,
+            calibration=args.calibration, progress=advance, trust=args.trust, how=how,
         )  # fmt: skip
     seconds = time.perf_counter() - started
-    if how is not None:
+    if how is not None and args.bench:
         _time(report, how, args.quiet)
     blocks = report_blocks(report, args.model, seconds, args.verbose, args.quiet)
     if not args.quiet:
@@ -118,14 +118,14 @@ def _rewrite(args: argparse.Namespace) -> Outcome:
 
 
 def _timing(args: argparse.Namespace, output: str) -> How | None:
-    """How to time IN and OUT. Raises `InputError` where that cannot be, before anything is done."""
-    if not args.bench:
+    """How to time models. Raises `InputError` where that cannot be, before anything is done."""
+    if not args.bench and args.first != FASTEST:
         if args.size:
-            raise InputError("--size is a size to run the models with; it takes --bench")
+            raise InputError("--size is a size to run the models with; it takes --bench or --first fastest")
         return None
     from normfuse import bench, cli_bench
 
-    if args.dry_run or Path(args.model).resolve() == Path(output).resolve():
+    if args.bench and (args.dry_run or Path(args.model).resolve() == Path(output).resolve()):
         raise InputError("--bench runs IN and OUT in turns; leave --dry-run and --in-place out")
     bench.check(args.model)
     return bench.How(sizes=cli_bench.sizes(args.size))
@@ -341,7 +341,8 @@ def _rewrite_arguments(rewrite: argparse.ArgumentParser) -> None:
     add("output", metavar="OUT", nargs="?", help="the file to write, of the kind of IN")
     _config_arguments(rewrite, get_args(LayerNormToRMSNorm))
     add("--first", default=default.first, metavar="TOOLS",
-        help="optimisers that have the model before, with commas: onnxscript, onnxsim; kept where outputs stay equal")
+        help="optimisers that have the model before, with commas: onnxscript, onnxsim; kept where outputs stay equal; "
+             "or fastest: those of them, or none, with which it is measured to be fastest")  # fmt: skip
     add("--calibration", metavar="PATH", help="inputs for approximate: an .npz file, or a folder of them")
     add("--norms", metavar="PATTERNS", default=default.norms, help="which norms to approximate, by name (all)")
     add("--tolerance", type=float, default=default.tolerance, metavar="X",
@@ -351,7 +352,8 @@ def _rewrite_arguments(rewrite: argparse.ArgumentParser) -> None:
     add("--trust", action="store_true", help="load a .pt2, which can run code in it: only from people you trust")
     _report_argument(rewrite)
     add("--bench", action="store_true", help="run IN and OUT in turns, too, and report the latency of both")
-    add("--size", metavar="NAME=N", action="append", default=[], help="for --bench: a size that IN leaves open (2)")
+    add("--size", metavar="NAME=N", action="append", default=[],
+        help="a size that IN leaves open, for --bench (2) and --first fastest (1 and 512)")
     add("--dry-run", action="store_true", help="do everything but write OUT")
     add("--strict", action="store_true", help="exit with 1 if anything was refused; the output is written all the same")
     add("--overwrite", action="store_true", help="replace OUT, and the report, if they exist")

@@ -31,6 +31,8 @@ def report_blocks(report: Report, path: str, seconds: float, verbose: bool, quie
         rows = [(r.code, r.node, r.message) for r in report.refusals]
         blocks += [Table(("code", "node", "why it was refused"), rows), _hint(report)]
     blocks += conversion_blocks(report, verbose)
+    if report.fastest is not None:
+        blocks.append(_fastest(report.fastest))
     blocks += [f"note: {note}" for note in report.notes]
     if report.model_check is not None:
         blocks.append(f"whole model: {_verdict(report.model_check)}")
@@ -120,6 +122,16 @@ def _verified(results: Iterable[bool | None]) -> str:
     if not checked:
         return ""
     return "yes" if all(checked) else "no" if not any(checked) else f"{sum(checked)} of {len(checked)}"
+
+
+def _fastest(found: dict[str, Any]) -> Table:
+    """What was measured, in milliseconds, and in parts of the model as it is."""
+    from normfuse.cli_bench import ms
+
+    shapes = [", ".join("x".join(map(str, shape)) or "scalar" for shape in one.values()) for one in found["inputs"]]
+    rows = [(f["name"], *(f"{ms(t)} ({r:.3f})" for t, r in zip(f["milliseconds"], f["ratio"], strict=True)),
+             "chosen" if f["chosen"] else "") for f in found["files"]]  # fmt: skip
+    return Table(("the model", *(f"ms, {shape}" for shape in shapes), ""), rows)
 
 
 def conversion_blocks(report: Report, verbose: bool) -> list[Block]:

@@ -12,6 +12,7 @@ Numerics = Literal["exact", "fast"]
 Target = Literal["onnx", "ort-cpu", "ort-cuda", "normfuse"]
 Verify = Literal["sites", "model", "off"]
 OPTIMISERS = ("onnxscript", "onnxsim")
+FASTEST = "fastest"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,8 @@ class Config:
       scales, "onnxscript" (its `optimize_for_ort`) fuses attention and more into operators of ONNX Runtime's CPU
       provider, which targets "onnx" and "ort-cuda" cannot have. They change roundings. The result of each is compared
       with the model in ONNX Runtime, and left out with a note where it differs or does not run; models of 2 GiB and
-      more they do not take.
+      more they do not take. "fastest": those, of all that are installed, none or some, whose result ONNX Runtime is
+      fastest with, by measuring here (`normfuse.fastest`); where the model is faster as it is, it stays.
     - `verify`: "sites" checks each replaced region against its replacement, "model" also runs the whole model
       before and after, "off" trusts the algebra.
 
@@ -75,18 +77,26 @@ class Config:
         if not isinstance(self.ort_version, str):
             raise InputError(f"ort_version={self.ort_version!r} is not a version; give one such as '1.31'")
 
+        if self.first == FASTEST and self.layernorm_to_rmsnorm == "approximate":
+            raise InputError(f"first={FASTEST!r} measures models of equal outputs, which layernorm_to_rmsnorm="
+                             "'approximate' does not give; name the optimisers")  # fmt: skip
         unknown = sorted(set(self.optimisers) - set(OPTIMISERS))
         if unknown:
-            raise InputError(f"first={self.first!r}: {unknown[0]!r} is not known; choose of {', '.join(OPTIMISERS)}")
-        if "onnxscript" in self.optimisers and self.target in ("onnx", "ort-cuda"):
+            choices = f"choose of {', '.join(OPTIMISERS)}, or {FASTEST!r} alone"
+            raise InputError(f"first={self.first!r}: {unknown[0]!r} is not known; {choices}")
+        if not all(map(self.takes, self.optimisers)):
             why = ("of ONNX Runtime, which not every runtime has" if self.target == "onnx" else
                    "that ONNX Runtime's CUDA provider ran of no model tried")  # fmt: skip
             raise InputError(f"first='onnxscript' writes operators {why}; choose target 'ort-cpu' or 'normfuse'")
 
     @property
     def optimisers(self) -> tuple[str, ...]:
-        """Those of `first`, in their order."""
-        return tuple(name.strip() for name in self.first.split(",") if name.strip())
+        """Those of `first`, in their order; none where they are to be chosen."""
+        return () if self.first == FASTEST else tuple(name.strip() for name in self.first.split(",") if name.strip())
+
+    def takes(self, optimiser: str) -> bool:
+        """Whether the target can have what an optimiser writes."""
+        return optimiser != "onnxscript" or self.target not in ("onnx", "ort-cuda")
 
     @property
     def converts(self) -> bool:

@@ -7,23 +7,23 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import os
 import signal
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
-from normfuse.config import Config
-from normfuse.errors import InputError, NormFuseError, first_line
-from normfuse.verify import Array, demand_equal, feeds_for, session
+from normfuse.config import FASTEST, Config
+from normfuse.errors import InputError, NormFuseError, VerificationError, first_line
+from normfuse.process import run_module
+from normfuse.verify import Array, difference, feeds_for, session
 
 if TYPE_CHECKING:
+    from normfuse.bench import How
     from normfuse.report import Report
 
 SECONDS = 900.0
@@ -33,6 +33,8 @@ LIMIT = 2**31 - 2**24
 LENGTHS, MOST = (130, 33), 2**22
 """How long the second inputs are on which outputs are compared, of these the first with which the model runs, and how
 many elements they may have: some mistakes in attention show on longer ones only."""
+OUT = "did not go first"
+"""What a note says of an optimiser that was left out."""
 Progress = Callable[[str, float], None]
 
 
@@ -45,31 +47,48 @@ def check(config: Config) -> None:
 
 @dataclass(slots=True)
 class Made:
-    """The path of the last result that is kept, or of the model itself; its operators; a line on each optimiser."""
+    """The path of the last result that is kept, or of the model itself, and the configuration to rewrite it with.
+
+    `operators` of the model that was given; a line on each optimiser; with "fastest", what was measured, and whether
+    the model `stays` as it is.
+    """
 
     path: Path
+    config: Config
     operators: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    fastest: dict[str, Any] | None = None
+    stays: bool = False
 
     def tell(self, report: Report) -> None:
         """Put it into the report on the rewrite, which begins with the model that was given."""
         if self.operators:
             report.operators_before, report.nodes_before = self.operators, sum(self.operators.values())
         report.notes[:0] = self.notes
+        report.fastest = self.fastest
 
 
-def run(source: Path, config: Config, folder: Path, progress: Progress | None = None) -> Made:
+def run(source: Path, config: Config, folder: Path, progress: Progress | None = None, how: How | None = None) -> Made:
     """Let the optimisers of `config.first` have a model one after the other, each what the one before has made of it.
 
     A result, in `folder`, is kept where ONNX Runtime runs it and its outputs on random inputs are those of `source`
     (`compare_rewritten`), on small ones and, where sizes are open, on longer ones. What an optimiser prints, and how it
-    ends, is nobody's business but this function's.
+    ends, is nobody's business but this function's. `how` is for "fastest" (`normfuse.fastest.choose`).
     """
+    from normfuse.frontends.onnx_model import operators
     from normfuse.frontends.onnx_wide import compare_rewritten
     from normfuse.io import files
 
+    if config.first == FASTEST:
+        from normfuse import fastest
+
+        choice = fastest.choose(source, config, how, progress)
+        done = run(source, choice.config, folder, progress)
+        done.notes[:0] = choice.notes
+        done.fastest, done.stays = choice.found, choice.stays
+        return done
     if not config.optimisers:
-        return Made(source)
+        return Made(source, config)
     kept, model = source, files.read_onnx(source)[0]
     counts, notes = operators(model), list[str]()
     for tool in config.optimisers:
@@ -82,17 +101,18 @@ def run(source: Path, config: Config, folder: Path, progress: Progress | None = 
             try:
                 found = files.read_onnx(made)[0]
                 for inputs in (None, *_longer(source)):
-                    demand_equal(compare_rewritten(source, made, inputs=inputs), "its result")
+                    if wrong := difference(compare_rewritten(source, made, inputs=inputs)):
+                        raise VerificationError(f"its result: {wrong}")
                 files.write_new(found, whole)
                 kept, model = whole, files.read_onnx(whole)[0]
-            except NormFuseError as wrong:
-                why = str(wrong).replace(str(made), "its result").removesuffix("; nothing was written")
+            except NormFuseError as error:
+                why = str(error).replace(str(made), "its result")
             finally:
                 made.unlink(missing_ok=True)
         after = sum(operators(model).values())
-        notes.append(f"{tool} did not go first: {why}" if why else
+        notes.append(f"{tool} {OUT}: {why}" if why else
                      f"{tool} went first: operators {before} -> {after}, outputs equal")  # fmt: skip
-    return Made(kept, counts, notes)
+    return Made(kept, config, counts, notes)
 
 
 def _longer(source: Path) -> Iterator[dict[str, Array]]:
@@ -109,24 +129,14 @@ def _longer(source: Path) -> Iterator[dict[str, Array]]:
                 return
 
 
-def operators(model: ir.Model) -> dict[str, int]:
-    """The nodes of a model by operator, with its domain where that is not ONNX's own; those of sub-graphs included."""
-    found = Counter((node.domain, node.op_type) for node in ir.traversal.RecursiveGraphIterator(model.graph))
-    return {op if domain in ("", "ai.onnx") else f"{domain}.{op}": n for (domain, op), n in found.items()}
-
-
 def _attempt(tool: str, source: Path, target: Path, model: ir.Model) -> str:
     """Let an optimiser write `target`; what went wrong, or nothing."""
     graphs = (model.graph, *model.graph.subgraphs())
     size = sum(v.const_value.nbytes for g in graphs for v in g.initializers.values() if v.const_value is not None)
     if size > LIMIT:
         return f"the model has {size / 2**30:.1f} GiB of weights, and it takes models of less than 2"
-    root = str(Path(__file__).resolve().parents[1])
-    paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     try:
-        done = subprocess.run([sys.executable, "-P", "-m", "normfuse.first", tool, str(source), str(target)],
-                              stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False,
-                              env=os.environ | {"PYTHONPATH": paths}, timeout=SECONDS)  # fmt: skip
+        done = run_module("normfuse.first", tool, str(source), str(target), timeout=SECONDS)
     except subprocess.TimeoutExpired:
         return f"it took more than {SECONDS:.0f} s"
     if done.returncode < 0:

@@ -19,6 +19,8 @@ from normfuse.report import Report
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from normfuse.bench import How
+
 EXPERTS = "batched_mm"
 """The implementation of transformers' experts that torch's exporter takes; others loop over what the data chooses."""
 OURS = {
@@ -32,7 +34,7 @@ OURS = {
 
 def export(module: Any, args: tuple[Any, ...] | None, path: str | Path, config: Config | None = None, *,
            overwrite: bool = False, calibration: Any = None, progress: Callable[[str, float], None] | None = None,
-           **options: Any) -> Report:  # fmt: skip
+           how: How | None = None, **options: Any) -> Report:  # fmt: skip
     """Export a module by `torch.onnx.export(module, args, dynamo=True, **options)`, fuse its norms, check, and save.
 
     `module`: a `torch.nn.Module`, `torch.export.ExportedProgram`, or a `torch.onnx.ONNXProgram` that was made before
@@ -41,6 +43,7 @@ def export(module: Any, args: tuple[Any, ...] | None, path: str | Path, config: 
     implementation of its experts, which torch's exporter takes in one form only.
 
     `calibration` is for `layernorm_to_rmsnorm="approximate"`: dicts of arrays by the input names of the ONNX model.
+    `how` (`normfuse.bench.How`: sizes, inputs, threads) is for `first="fastest"`.
 
     Weights of more than 256 MiB are saved beside `path`, in a file named by its content. With
     `Config(verify="model")` the result is compared with the export as it was, in ONNX Runtime, on `args`.
@@ -50,7 +53,7 @@ def export(module: Any, args: tuple[Any, ...] | None, path: str | Path, config: 
     then nothing is written.
     """
     from normfuse import first
-    from normfuse.api import _kind, _quiet_collector, _rewrite_ir
+    from normfuse.api import _kind, _quiet_collector, _rewrite_ir, _untouched
     from normfuse.io import files
 
     config, target, started = config or Config(), Path(path), time.perf_counter()
@@ -67,12 +70,15 @@ def export(module: Any, args: tuple[Any, ...] | None, path: str | Path, config: 
     exported = time.perf_counter()
     assert _kind(program) == "program"
     with _quiet_collector(), tempfile.TemporaryDirectory(prefix="normfuse-") as folder:
-        model, made = program.model.clone(), first.Made(Path(folder) / "export.onnx")
+        model, made = program.model.clone(), first.Made(Path(folder) / "export.onnx", config)
         if config.first:
             files.write_new(model, made.path)
-            made = first.run(made.path, config, Path(folder), progress)
-            model = files.read_onnx(made.path)[0]
-        model, report, *_ = _rewrite_ir(model, config, progress, calibration)
+            made = first.run(made.path, config, Path(folder), progress, how)
+            model, config = files.read_onnx(made.path)[0], made.config
+        if made.stays:
+            report = _untouched(model)
+        else:
+            model, report, *_ = _rewrite_ir(model, config, progress, calibration)
         made.tell(report)
         if config.verify == "model":
             report.model_check = _compare(program.model, model, args, options.get("kwargs"), target, config.converts)

@@ -68,7 +68,8 @@ class Report:
 
     `operators_before` and `operators_after` count operators by type. After a rewrite of an ONNX file there is no card:
     the page reads the file for it. `source` and `target` are the files, where there are any, and `replay` is the call
-    that does it again. `latency` is what `normfuse.bench.bench([source, target], How())` gives, where somebody asked.
+    that does it again. `latency` is what `normfuse.bench.bench([source, target], How())` gives, where somebody asked,
+    and `fastest` the files that `Config(first="fastest")` measured.
     """
 
     norms: list[NormRecord] = field(default_factory=list)
@@ -90,6 +91,7 @@ class Report:
     target: str = ""
     replay: str = ""
     latency: dict[str, Any] | None = None
+    fastest: dict[str, Any] | None = None
 
     @property
     def fused(self) -> int:
@@ -165,6 +167,8 @@ class Report:
                 summary["approximation"] = self.approximation.to_dict()
             if self.latency is not None:
                 summary["latency"] = self.latency
+            if self.fastest is not None:
+                summary["fastest"] = self.fastest
         return out | {"summary": summary}
 
     def to_html(self) -> str:

@@ -204,15 +204,21 @@ def compare_outputs(names: Sequence[str], first: Sequence[Any], second: Sequence
     return {"equal": equal, "outputs": outputs, "tolerance": roundings, "provider": provider}
 
 
+def difference(found: dict[str, Any]) -> str:
+    """What `compare_models` found to differ, in words; empty where nothing does."""
+    if found["equal"]:
+        return ""
+    worst = max(found["outputs"], key=lambda o: o["max_rel"] or 0.0)
+    kinds = [o["name"] for o in found["outputs"] if o["max_rel"] is None]
+    name, gap = worst["name"], worst["max_rel"]
+    return (f"output {name!r} differs by {gap:.2g} of its largest element" if gap or not kinds else
+            f"output {kinds[0]!r} has another shape, type or text")  # fmt: skip
+
+
 def demand_equal(found: dict[str, Any], where: str | Path) -> None:
-    """Raise `VerificationError` where `compare_models` found a difference; it is said before anything is written."""
-    if not found["equal"]:
-        worst = max(found["outputs"], key=lambda o: o["max_rel"] or 0.0)
-        kinds = [o["name"] for o in found["outputs"] if o["max_rel"] is None]
-        name, gap = worst["name"], worst["max_rel"]
-        how = (f"output {name!r} differs after the rewrite by {gap:.2g} of its largest element" if gap or not kinds else
-               f"output {kinds[0]!r} has another shape, type or text after the rewrite")  # fmt: skip
-        raise VerificationError(f"{where}: {how}; nothing was written")
+    """Raise `VerificationError` where a model and its rewrite differ; it is said before anything is written."""
+    if words := difference(found):
+        raise VerificationError(f"{where}: after the rewrite, {words}; nothing was written")
 
 
 def _compare_output(name: str, x: Any, y: Any, roundings: float) -> tuple[dict[str, Any], bool]:

@@ -234,7 +234,7 @@ def test_of_external_data_nothing_is_copied(tmp_path: Path) -> None:
     """There the difference is an error, and nothing is written."""
     made = flax(FAR, "x1")
     onnx.save(made, tmp_path / "in.onnx", save_as_external_data=True, location="w.bin", size_threshold=60)
-    with pytest.raises(normfuse.VerificationError, match="differs after the rewrite"):
+    with pytest.raises(normfuse.VerificationError, match="after the rewrite, output"):
         normfuse.rewrite(tmp_path / "in.onnx", tmp_path / "out.onnx", normfuse.Config(verify="model"))
     assert {p.name for p in tmp_path.iterdir()} == {"in.onnx", "w.bin"}
 

@@ -15,10 +15,11 @@ import numpy as np
 import onnx_ir as ir
 
 from normfuse.errors import InputError
+from normfuse.frontends.onnx_contrib import CONTRIB
 from normfuse.frontends.onnx_fold import FOLDS, MAX_ELEMENTS, Array, attribute, constant_of, fold
 from normfuse.frontends.onnx_functions import function_body
 from normfuse.frontends.onnx_infer import DTYPE_NAMES, Inferred, infer
-from normfuse.frontends.onnx_ops import OPS
+from normfuse.frontends.onnx_ops import OPS, Row
 from normfuse.frontends.onnx_sizes import SIZES, sizes_of
 from normfuse.frontends.onnx_views import product_shape
 from normfuse.graph import FLOATS, Dim, Graph, Shape, Value
@@ -211,8 +212,7 @@ class Lowering:
 
     def opaque(self, node: ir.Node, kind: str = "opaque") -> None:
         """A node about which the core assumes nothing."""
-        known = node.op_type in OPS or f"{node.domain}::{node.op_type}" in OPS
-        self.stuck = self.stuck or (kind == "opaque" and known)
+        self.stuck = self.stuck or (kind == "opaque" and _row(node) is not None)
         self.join(kind, self.inputs(node), [self.bind(v, None, None) for v in node.outputs], node)
 
     def join(self, kind: str, inputs: list[Value], outputs: list[Value], node: ir.Node) -> None:
@@ -227,12 +227,9 @@ class Lowering:
     def _lower(self, node: ir.Node) -> None:
         if self._constant(node):
             return
-        if node.domain in ("", "ai.onnx"):
-            row = OPS.get(node.op_type)
-        else:
-            row = OPS.get(f"{node.domain}::{node.op_type}")
-            if row is None and self._inline(node):
-                return
+        row = _row(node)
+        if row is None and node.domain not in ("", "ai.onnx") and self._inline(node):
+            return
         if row is None or not node.outputs:
             self._capture(node)
             self.opaque(node)
@@ -354,6 +351,12 @@ class Lowering:
         if array is not None and array.dtype.kind in "iu" and array.ndim <= 1:
             return tuple(int(d) for d in array.reshape(-1))
         return self.sizes.get(value)
+
+
+def _row(node: ir.Node) -> Row | None:
+    """How to lower an operator, where the tables have it."""
+    name = node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}::{node.op_type}"
+    return OPS.get(name) or CONTRIB.get(name)
 
 
 def _is_scalar(node: ir.Node, low: Lowering) -> bool:

@@ -55,7 +55,7 @@ class OnnxModel:
         self.emitter = Emitter(self.opset)
         self.progress("reading", 0.0)
         self.lowerings = lower(model)
-        self.operators_before = self.operators()
+        self.operators_before = operators(self.model)
         self.nodes_before = sum(self.operators_before.values())
         self.table = Table(config)
         changes = (rewrite or config.converts) and self.opset > 0  # no operators of ONNX where none are imported
@@ -135,11 +135,6 @@ class OnnxModel:
                 if row is not None and (edit is not None or not (site.is_op or row.form == "operator")):
                     used[row] += 1
         return found + self.table.lines(used)
-
-    def operators(self) -> dict[str, int]:
-        """The nodes by operator, with its domain where that is not ONNX's own; those of sub-graphs included."""
-        found = Counter((node.domain, node.op_type) for low in self.lowerings for node in low.source)
-        return {op if domain in ("", "ai.onnx") else f"{domain}.{op}": n for (domain, op), n in found.items()}
 
     def _inline(self) -> bool:
         if all(f.domain == DOMAIN for f in self.model.functions.values()):
@@ -311,6 +306,12 @@ class OnnxModel:
                     todo.append(producer)
                 elif v.is_initializer() and not v.is_graph_input() and v.graph is not None:
                     v.graph.initializers.pop(v.name)
+
+
+def operators(model: ir.Model) -> dict[str, int]:
+    """The nodes of a model by operator, with its domain where that is not ONNX's own; those of sub-graphs included."""
+    found = Counter((node.domain, node.op_type) for node in ir.traversal.RecursiveGraphIterator(model.graph))
+    return {op if domain in ("", "ai.onnx") else f"{domain}.{op}": n for (domain, op), n in found.items()}
 
 
 def _narrows(node: Node) -> bool:

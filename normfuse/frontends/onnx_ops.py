@@ -1,4 +1,4 @@
-"""The table from ONNX operators to neutral kinds; a new operator is one row.
+"""The table from ONNX operators to neutral kinds; a new operator is one row. ONNX Runtime's are in `onnx_contrib`.
 
 A row is called as ``row(lower, node)``, where `lower` is the graph being built (see `normfuse.frontends.onnx`).
 """
@@ -134,10 +134,10 @@ def reduction(kind: str, square: bool = False) -> Row:
 
 def _matmul(low: Lowering, node: ir.Node) -> None:
     a, b = low.inputs(node)
-    _product(low, node, a, b, low.output(node, _product_shape(a, b), a.dtype))
+    multiply(low, node, a, b, low.output(node, matmul_shape(a, b), a.dtype))
 
 
-def _product_shape(a: Value, b: Value) -> Shape | None:
+def matmul_shape(a: Value, b: Value) -> Shape | None:
     """The shape of a matrix product, where it is known."""
     if a.shape and b.shape:
         if len(b.shape) == 1:
@@ -148,35 +148,13 @@ def _product_shape(a: Value, b: Value) -> Shape | None:
     return None
 
 
-def _product(low: Lowering, node: ir.Node, a: Value, b: Value, out: Value) -> None:
+def multiply(low: Lowering, node: ir.Node, a: Value, b: Value, out: Value) -> None:
+    """A matrix product, with a constant or with something computed."""
     plain = (a.fixed and a.number is None) or (b.fixed and b.number is None)
     low.emit("linear" if plain else "matmul", [a, b], out, node)
 
 
-def _fused_matmul(low: Lowering, node: ir.Node) -> None:
-    """ONNX Runtime's ``alpha * A' @ B'``, of which either may be transposed in its last two axes."""
-    operands = low.inputs(node)
-    if attribute(node, "transBatchA", 0) or attribute(node, "transBatchB", 0):
-        return low.opaque(node, "matmul")
-    for i, turned in enumerate(attribute(node, name, 0) for name in ("transA", "transB")):
-        v = operands[i]
-        if turned and v.shape is None:
-            return low.opaque(node, "matmul")
-        if turned and v.shape is not None and len(v.shape) > 1:
-            *rest, m, n = range(len(v.shape))
-            operands[i] = low.virtual((*v.shape[:-2], v.shape[-1], v.shape[-2]), v.dtype)
-            low.emit("transpose", [v], operands[i], node, perm=(*rest, n, m))
-    a, b = operands
-    shape, alpha = _product_shape(a, b), float(attribute(node, "alpha", 1.0))
-    out = low.output(node, shape, a.dtype)
-    if alpha == 1:
-        return _product(low, node, a, b, out)
-    product = low.virtual(out.shape, out.dtype)
-    _product(low, node, a, b, product)
-    low.emit("mul", [product, low.number(alpha, a.dtype)], out, node)
-
-
-def _shaped(kind: str, shape: Callable[[ir.Node, list[Value | None]], Shape | None]) -> Row:
+def shaped(kind: str, shape: Callable[[ir.Node, list[Value | None]], Shape | None]) -> Row:
     """An operator that only matters for where a norm stands, and for the shape of its first output."""
 
     def row(low: Lowering, node: ir.Node) -> None:
@@ -194,28 +172,6 @@ def _gemm_shape(node: ir.Node, slots: list[Value | None]) -> Shape | None:
     turned = [bool(attribute(node, name, 0)) for name in ("transA", "transB")]
     a, b = (v.shape if v is not None and v.rank == 2 else None for v in slots[:2])
     return None if a is None or b is None else (a[turned[0]], b[not turned[1]])
-
-
-def _attention_shape(node: ir.Node, slots: list[Value | None]) -> Shape | None:
-    """Of com.microsoft::Attention, whose weight holds query, key and value beside each other."""
-    x, weight = slots[:2]
-    if x is None or x.shape is None or len(x.shape) != 3:
-        return None
-    sizes = attribute(node, "qkv_hidden_sizes", None)
-    width = weight.shape[-1] if weight is not None and weight.shape else None
-    if sizes:
-        return (*x.shape[:2], sizes[2]) if len(sizes) == 3 else None
-    return (*x.shape[:2], width // 3 if isinstance(width, int) else None)
-
-
-def _heads_shape(node: ir.Node, slots: list[Value | None]) -> Shape | None:
-    """Of attention on a query of rank 3: as long as that, as wide as the value, or the query where all share heads."""
-    query, key, value = (*slots, None, None)[:3]
-    if query is None or query.shape is None or len(query.shape) != 3 or key is None:
-        return None
-    if node.op_type != "MultiHeadAttention":  # of grouped queries, the heads of value are fewer
-        return query.shape
-    return (*query.shape[:2], value.shape[-1]) if value is not None and value.shape and value.rank == 3 else None
 
 
 def norm_stages(low: Lowering, node: ir.Node, kind: str, x: Value, scale: Value | None, bias: Value | None,
@@ -252,36 +208,6 @@ def norm(kind: str) -> Row:
         eps = float(attribute(node, "epsilon", 1e-5))
         out = low.output(node, x.shape, x.dtype)
         norm_stages(low, node, kind, x, scale, bias, tuple(range(axis % rank, rank)), eps, stash, out)
-
-    return row
-
-
-SKIP_EPSILON = 1e-12
-"""What the contrib Skip operators add where the model does not say."""
-
-
-def skip_norm(kind: str) -> Row:
-    """The contrib Skip operators: add, then norm; the fourth output is the sum."""
-
-    def row(low: Lowering, node: ir.Node) -> None:
-        slots = dict(enumerate(node.inputs))
-        x, skip = low.value(node.inputs[0]), low.value(node.inputs[1])
-        if x.shape is None:
-            low.note("NF115", node, f"the shape of {x.name} is not known")
-            return low.opaque(node)
-        before = slots.get(3 if kind == "rms_norm" else 4)
-        if before is not None:
-            x = low.chain("add", [x, low.value(before)], node, virtual=True)
-        named = node.outputs[3] if len(node.outputs) > 3 else None
-        total = low.virtual(x.shape, x.dtype) if named is None else low.bind(named, x.shape, x.dtype)
-        low.emit("add", [x, skip], total, node)
-        scale, bias = (slots.get(2), slots.get(3) if kind == "layer_norm" else None)
-        out = low.output(node, x.shape, x.dtype)
-        eps = float(attribute(node, "epsilon", SKIP_EPSILON))
-        assert x.shape is not None
-        norm_stages(low, node, kind, total, None if scale is None else low.value(scale),
-                    None if bias is None else low.value(bias), (len(x.shape) - 1,), eps,
-                    "float64" if x.dtype == "float64" else "float32", out)  # fmt: skip
 
     return row
 
@@ -339,7 +265,7 @@ def role(kind: str) -> Row:
     return lambda low, node: low.opaque(node, kind)
 
 
-def _same_type(kind: str) -> Row:
+def same_type(kind: str) -> Row:
     """An opaque operator that keeps shape and type."""
 
     def row(low: Lowering, node: ir.Node) -> None:
@@ -349,7 +275,7 @@ def _same_type(kind: str) -> Row:
     return row
 
 
-def _quantize(low: Lowering, node: ir.Node) -> None:
+def quantize(low: Lowering, node: ir.Node) -> None:
     """To fewer bits and back: the shape stays; what happens to numbers is no norm's."""
     inputs = low.inputs(node)
     types = [*(v.dtype for v in inputs), "uint8", "uint8"]  # a zero point that is not there is one of uint8
@@ -394,25 +320,14 @@ OPS: dict[str, Row] = {
     "LayerNormalization": norm("layer_norm"),
     "RMSNormalization": norm("rms_norm"),
     "SimplifiedLayerNormalization": norm("rms_norm"),
-    "com.microsoft::SimplifiedLayerNormalization": norm("rms_norm"),
-    "com.microsoft::SkipSimplifiedLayerNormalization": skip_norm("rms_norm"),
-    "com.microsoft::SkipLayerNormalization": skip_norm("layer_norm"),
-    "com.microsoft::FusedMatMul": _fused_matmul,
-    "com.microsoft::Attention": _shaped("attention", _attention_shape),
-    "com.microsoft::MultiHeadAttention": _shaped("attention", _heads_shape),
-    "com.microsoft::GroupQueryAttention": _shaped("attention", _heads_shape),
-    "com.microsoft::QAttention": role("attention"),
     "Attention": role("attention"),
-    "Gemm": _shaped("linear", _gemm_shape),
+    "Gemm": shaped("linear", _gemm_shape),
     "Conv": role("linear"),
     "ConvTranspose": role("linear"),
-    "com.microsoft::MatMulNBits": role("linear"),
     "MatMulInteger": role("linear"),
     "QLinearMatMul": role("linear"),
     "QLinearConv": role("linear"),
     "ConvInteger": role("linear"),
-    "com.microsoft::DynamicQuantizeMatMul": role("linear"),
-    "com.microsoft::MatMulIntegerToFloat": role("linear"),
     "GRU": role("recurrent"),
     "LSTM": role("recurrent"),
     "RNN": role("recurrent"),
@@ -423,19 +338,16 @@ OPS: dict[str, Row] = {
     "Split": role("slice"),
     "Concat": role("concat"),
     "Where": role("where"),
-    "Sigmoid": _same_type("activation"),
-    "Swish": _same_type("activation"),
-    "Tanh": _same_type("activation"),
-    "Erf": _same_type("activation"),
-    "Gelu": _same_type("activation"),
-    "HardSwish": _same_type("activation"),
-    "Softplus": _same_type("activation"),
-    **{f"com.microsoft::{name}": _same_type("activation") for name in ("QuickGelu", "FastGelu", "BiasGelu", "Gelu")},
-    "QuantizeLinear": _quantize,
-    "DynamicQuantizeLinear": _quantize,
-    "DequantizeLinear": _quantize,
-    "com.microsoft::QuantizeLinear": _quantize,
-    "com.microsoft::DequantizeLinear": _quantize,
-    "Softmax": _same_type("opaque"),
+    "Sigmoid": same_type("activation"),
+    "Swish": same_type("activation"),
+    "Tanh": same_type("activation"),
+    "Erf": same_type("activation"),
+    "Gelu": same_type("activation"),
+    "HardSwish": same_type("activation"),
+    "Softplus": same_type("activation"),
+    "QuantizeLinear": quantize,
+    "DynamicQuantizeLinear": quantize,
+    "DequantizeLinear": quantize,
+    "Softmax": same_type("opaque"),
 }
 """ONNX operator (with its domain where that is not ONNX's own) -> how to lower it."""

