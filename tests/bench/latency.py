@@ -17,7 +17,8 @@ Runtime runs for two files, node by node on the same values, is compared before:
 and the other has its times. The input is run twice for a "control", its second session in parts of its first.
 `normfuse` is target "normfuse" with the library of operators loaded, where this installation has one, and "after
 onnxscript" and "after onnxsim" the same with `first`: fusions of attention and folded scales, which are no norms,
-NormFuse leaves to them. --provider cuda measures on a GPU, with targets for it.
+NormFuse leaves to them; "fastest" is what `first="fastest"` chose before, in sessions of its own.
+--provider cuda measures on a GPU, with targets for it.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ import torch
 
 import normfuse
 from normfuse import ort as library
-from normfuse.bench import PROVIDERS, open_session, options_for, spread, turns
+from normfuse.bench import PROVIDERS, How, open_session, options_for, spread, turns
 from tests.bench.common import merged, save, table
 from tests.bench.peers import onnxscript_ort, onnxsim
 from tests.bench.pretrained import MODELS, extract, inputs as sample
@@ -57,7 +58,8 @@ GPT-OSS take more than 23 GiB."""
 LIMIT = 1.02
 RESTARTS = 6
 """How many times with new sessions: 1 - 2 / 2^6 is 97 %."""
-OPERATORS = ("normfuse normfuse", "normfuse after onnxscript", "normfuse after onnxsim")
+FASTEST = "normfuse fastest"
+OPERATORS = ("normfuse normfuse", "normfuse after onnxscript", "normfuse after onnxsim", FASTEST)
 """The contenders that run with our library of operators."""
 TYPES = {"fp32": torch.float32, "fp16": torch.float16}
 TIMES = {
@@ -170,11 +172,22 @@ def session(path: Path, threads: int, provider: str, operators: bool) -> ort.Inf
 
 @dataclass
 class Files:
-    """The file of each contender, whose file runs as some others do, and why there is none of some."""
+    """The file of each contender, whose file runs as some others do, why there is none of some, and who runs what."""
 
     made: dict[str, Path]
     same: dict[str, str]
     lost: dict[str, str]
+    runs: dict[str, str]
+
+    def add(self, name: str, path: Path, provider: str) -> None:
+        """One more, that is not measured where another runs as it does."""
+        self.made.pop(name, None)
+        self.same.pop(name, None)
+        same = self.runs.setdefault(loaded(path, provider, operators(name)), name)
+        if same == name:
+            self.made[name] = path
+        else:
+            self.same[name] = same
 
 
 def operators(name: str) -> bool:
@@ -184,8 +197,7 @@ def operators(name: str) -> bool:
 
 def files(job: Job, provider: str, folder: Path) -> Files:
     """What the contenders make of a model."""
-    out = Files({"input": job.path}, {}, {})
-    runs = {loaded(job.path, provider, False): "input"}
+    out = Files({"input": job.path}, {}, {}, {loaded(job.path, provider, False): "input"})
     for name, tool in contenders(provider).items():
         path = folder / f"{name.replace(' ', '-')}.onnx"
         path.unlink(missing_ok=True)
@@ -195,12 +207,23 @@ def files(job: Job, provider: str, folder: Path) -> Files:
         except Exception as why:  # a tool that does not take the model, or breaks it, is no reason to stop
             out.lost[name] = f"{type(why).__name__}: {str(why).splitlines()[0][:100]}"
             continue
-        same = runs.setdefault(loaded(path, provider, operators(name)), name)
-        if same == name:
-            out.made[name] = path
-        else:
-            out.same[name] = same
+        out.add(name, path, provider)
     return out
+
+
+def fastest(job: Job, files: Files, threads: int, provider: str, folder: Path) -> str:
+    """Add what `first="fastest"` makes with so many threads, and say what that is. It measures on a sample's inputs."""
+    path, sample = folder / "fastest.onnx", folder / "sample.npz"
+    how = How(threads)
+    if "sample" in job.inputs:
+        given: dict[str, Any] = dict(job.inputs["sample"])
+        np.savez(sample, **given)
+        how = replace(how, inputs=str(sample))
+    files.runs.pop(next((digest for digest, name in files.runs.items() if name == FASTEST), ""), None)
+    config = normfuse.Config(target="normfuse", first="fastest")
+    report = normfuse.rewrite(job.path, path, config, how=how, overwrite=True)
+    files.add(FASTEST, path, provider)
+    return report.notes[0]
 
 
 def loaded(path: Path, provider: str, with_library: bool) -> str:
@@ -313,7 +336,7 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     notes: dict[str, dict[str, str]] = {}
     kept = json.loads(given.out.read_text())["notes"] if given.out and given.out.exists() else {}
-    names = ["input", *contenders(given.provider)]
+    names = ["input", *contenders(given.provider), FASTEST]
     about = {"times as large": TIMES, "library": library.library_path() is not None}
     with tempfile.TemporaryDirectory() as folder:
         for job in published(given.pretrained) if given.pretrained else jobs(given.only, given.types):
@@ -321,6 +344,8 @@ def main() -> None:
             notes[f"{job.name} {job.dtype}"] = found_files.lost | {
                 name: f"runs as {same} does" for name, same in found_files.same.items()}  # fmt: skip
             for threads in given.threads:
+                told = fastest(job, found_files, threads, given.provider, Path(folder))
+                notes[f"{job.name} {job.dtype}"][f"{FASTEST}, {threads} threads"] = told
                 for found in race(job, found_files, threads, given.provider, given.seconds):
                     results.append(found)
                     print(*row(found, names), flush=True)
