@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from normfuse.errors import InputError, NormFuseError, UnsupportedError, first_line
-from normfuse.process import run_module
+from normfuse.process import run_module, status
 from normfuse.verify import Array, feeds_for
 
 if TYPE_CHECKING:
@@ -388,38 +388,12 @@ def _child(asked: Mapping[str, Any]) -> None:
     options = options_for(asked["path"], "cpu", how.threads, how.library)
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts anew
-    before = _status("VmRSS")
+    before = status("VmRSS")
     session = open_session(asked["path"], "cpu", how.threads, how.library, options)
     feeds = make_feeds(session, how)
     for _ in range(WARM_UP):
         session.run(None, feeds)
-    print(max(_status("VmHWM") - before, 0))
-
-
-def resident() -> int:
-    """The bytes of this process in memory; 0 where the system does not tell."""
-    try:
-        return _status("VmRSS")
-    except OSError:
-        return 0
-
-
-def available() -> int:
-    """The bytes of memory that can be had without swapping; very many where the system does not tell."""
-    try:
-        return _entry("/proc/meminfo", "MemAvailable")
-    except OSError:
-        return 2**62
-
-
-def _status(key: str) -> int:
-    """A line of the status of this process, in bytes."""
-    return _entry("/proc/self/status", key)
-
-
-def _entry(path: str, key: str) -> int:
-    lines = Path(path).read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) * 1024
+    print(max(status("VmHWM") - before, 0))
 
 
 if __name__ == "__main__":

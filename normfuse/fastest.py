@@ -18,11 +18,11 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from normfuse.bench import PROVIDERS, How, available, calls_ours, clock, make_feeds, open_session, resident, turns
+from normfuse.bench import PROVIDERS, How, calls_ours, clock, make_feeds, open_session, turns
 from normfuse.config import FASTEST, OPTIMISERS, Config
 from normfuse.errors import InputError, first_line
 from normfuse.first import OUT
-from normfuse.verify import Array, feeds_for
+from normfuse.verify import Array, longest
 
 RESTARTS, SECONDS, ROUNDS = 5, 1.5, (3, 200)
 """How often with new sessions (of two that are equally fast, a given one is the faster all five times once in 32), and
@@ -30,8 +30,7 @@ how long each time for each inputs, within these numbers of rounds."""
 SIZES = ((1,), (33, 130, 512))
 """The inputs where sizes are open: 1 of all, and of all but the first the last of these with which the model runs and
 its files have room in memory."""
-GROWTH = 4
-"""How much more room the next of these takes."""
+MOST_FILES = 1 + 2 ** len(OPTIMISERS)
 AS_IS = "as it is"
 Progress = Callable[[str, float], None]
 
@@ -126,16 +125,7 @@ def _inputs(source: Path, how: How, provider: str) -> list[dict[str, Array]]:
     session = _session(_File(source, None), how, provider)
     found: list[dict[str, Array]] = []
     if any(not isinstance(d, int) for i in session.get_inputs() for d in i.shape) and not (how.sizes or how.inputs):
-        for sizes in SIZES:
-            runs: list[dict[str, Array]] = []
-            for size in sizes:
-                feeds, before = feeds_for(session, open_sizes=(1, size)), resident()
-                if _wrong(session, [feeds]):
-                    break
-                runs.append(feeds)
-                if (resident() - before) * GROWTH * 2 ** len(OPTIMISERS) > available():
-                    break
-            found += runs[-1:]
+        found = [feeds for sizes in SIZES if (feeds := longest(session, sizes, MOST_FILES)) is not None]
     found = found or [make_feeds(session, how)]
     if why := _wrong(session, found):
         raise InputError(f"{source} does not run on random inputs: {why}; give sizes, by --size NAME=N or How(sizes=)")

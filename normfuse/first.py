@@ -5,12 +5,11 @@ Fusing attention and folding scales is no work of NormFuse's; onnxscript and onn
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,7 @@ import onnx_ir as ir
 from normfuse.config import FASTEST, Config
 from normfuse.errors import InputError, NormFuseError, VerificationError, first_line
 from normfuse.process import run_module
-from normfuse.verify import Array, difference, feeds_for, session
+from normfuse.verify import Array, difference, longest, session
 
 if TYPE_CHECKING:
     from normfuse.bench import How
@@ -30,9 +29,9 @@ SECONDS = 900.0
 """How long one of them may take; onnxscript takes a minute for 13,000 operators."""
 LIMIT = 2**31 - 2**24
 """The most bytes of weights: each of them writes the model as one message."""
-LENGTHS, MOST = (130, 33), 2**22
-"""How long the second inputs are on which outputs are compared, of these the first with which the model runs, and how
-many elements they may have: some mistakes in attention show on longer ones only."""
+LENGTHS = (33, 130)
+"""How long the second inputs are on which outputs are compared, of these the last with which two sessions run: some
+mistakes in attention show on longer ones only."""
 OUT = "did not go first"
 """What a note says of an optimiser that was left out."""
 Progress = Callable[[str, float], None]
@@ -115,18 +114,13 @@ def run(source: Path, config: Config, folder: Path, progress: Progress | None = 
     return Made(kept, config, counts, notes)
 
 
-def _longer(source: Path) -> Iterator[dict[str, Array]]:
+def _longer(source: Path) -> list[dict[str, Array]]:
     """Longer inputs for a model that leaves sizes open, if it runs with them; none for others."""
     runtime = session(source)
     if all(isinstance(d, int) for i in runtime.get_inputs() for d in i.shape):
-        return
-    for length in LENGTHS:
-        feeds = feeds_for(runtime, open_sizes=(1, length))
-        if sum(array.size for array in feeds.values()) <= MOST:
-            with contextlib.suppress(Exception):  # longer than its table of positions, say
-                runtime.run(None, feeds)
-                yield feeds
-                return
+        return []
+    feeds = longest(runtime, LENGTHS, 2)
+    return [] if feeds is None else [feeds]
 
 
 def _attempt(tool: str, source: Path, target: Path, model: ir.Model) -> str:

@@ -1,4 +1,4 @@
-"""Modules of this package that run in a process of their own."""
+"""Modules of this package that run in a process of their own, and the memory of processes."""
 
 from __future__ import annotations
 
@@ -19,3 +19,29 @@ def run_module(name: str, *arguments: str, **options: Any) -> subprocess.Complet
     return subprocess.run([sys.executable, "-P", "-m", name, *arguments], capture_output=True, text=True, check=False,
                           errors="replace", env=os.environ | {"PYTHONPATH": paths},
                           **{"input": "", **options})  # fmt: skip
+
+
+def status(key: str) -> int:
+    """A line of the status of this process, in bytes. Raises `OSError` where there is none: on anything but Linux."""
+    return _entry("/proc/self/status", key)
+
+
+def resident() -> int:
+    """The bytes of this process in memory; 0 where the system does not tell."""
+    try:
+        return status("VmRSS")
+    except OSError:
+        return 0
+
+
+def available() -> int:
+    """The bytes of memory that can be had without swapping; very many where the system does not tell."""
+    try:
+        return _entry("/proc/meminfo", "MemAvailable")
+    except OSError:
+        return 2**62
+
+
+def _entry(path: str, key: str) -> int:
+    lines = Path(path).read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) * 1024

@@ -7,6 +7,7 @@ roundings. In half precision it must moreover round in the same places: see `DIF
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from normfuse.errors import InputError, UnsupportedError, VerificationError, first_line
+from normfuse.process import available, resident
 
 Array = np.ndarray[Any, Any]
 EPSILON = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
@@ -251,6 +253,8 @@ def session(path: str | Path) -> Any:
         raise InputError(f"{path}: ONNX Runtime does not load it: {first_line(why)}") from why
 
 
+MOST = 2**22
+"""The most elements of inputs that are to be long."""
 OPEN = ((2, 2), (1, 2), (1, 1), (1, 64), (1, 224))
 """What the sizes that a model leaves open may be: that of a first axis, and the others. Some models run with one sample
 only, though their file says otherwise (they were exported with one), and some read images, but not tiny ones."""
@@ -273,6 +277,26 @@ def run_random(runtime: Any, wanted: Sequence[str] | None, seed: int = 0,
             failed = failed or why
     assert failed is not None
     raise failed
+
+
+def longest(runtime: Any, sizes: Sequence[int], sessions: int) -> dict[str, Array] | None:
+    """Random inputs as long as the last of growing `sizes` with which a session runs and for which there is memory: for
+    so many sessions, each of which keeps what a run has taken."""
+    found = None
+    for i, size in enumerate(sizes):
+        shapes = [[d if isinstance(d, int) and d > 0 else size if axis else 1 for axis, d in enumerate(v.shape)]
+                  for v in runtime.get_inputs()]  # fmt: skip
+        if sum(map(math.prod, shapes)) > MOST:
+            break
+        feeds, before = feeds_for(runtime, open_sizes=(1, size)), resident()
+        try:
+            runtime.run(None, feeds)
+        except Exception:  # longer than its table of positions, say
+            break
+        found = feeds
+        if i + 1 < len(sizes) and (resident() - before) * sessions * sizes[i + 1] > size * available():
+            break
+    return found
 
 
 def feeds_for(runtime: Any, seed: int = 0, sizes: Mapping[str, int] | None = None,

@@ -141,23 +141,6 @@ def test_what_is_measured(model: Path, tools: list[str], tmp_path: Path, monkeyp
     assert found["files"][0]["ratio"] == [1.0, 1.0] and report.seconds["first"] > 0
 
 
-@pytest.mark.parametrize(("free", "most"), [(208_000, 512), (207_999, 130), (52_800, 130), (52_799, 33), (1, 33)])
-def test_the_longest_input_that_has_room(free: int, most: int, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run of n tokens leaves 100 n bytes in memory; four files on four times as many leave 16 times as much."""
-    ran = [0]
-    wrong = fastest._wrong
-
-    def run_it(session: Any, inputs: Sequence[dict[str, Any]]) -> str:
-        ran[0] += 100 * inputs[0]["x"].shape[1] if len(inputs) == 1 else 0
-        return wrong(session, inputs)
-
-    monkeypatch.setattr(fastest, "_wrong", run_it)
-    monkeypatch.setattr(fastest, "resident", lambda: ran[0])
-    monkeypatch.setattr(fastest, "available", lambda: free)
-    shapes = [feeds["x"].shape for feeds in fastest._inputs(model, How(), "cpu")]
-    assert shapes == [(1, 1, 16), (1, most, 16)]
-
-
 def test_sizes_and_threads(model: Path, tools: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fastest, "RESTARTS", 1)
     how = How(threads=1, rounds=3, sizes={"b": 2, "s": 5})

@@ -19,11 +19,11 @@ import torch
 from onnxscript.rewriter.ort_fusions import optimize_for_ort
 
 import normfuse
-from normfuse import Config, first
+from normfuse import Config, first, verify
 from normfuse.errors import InputError, UnsupportedError, VerificationError
 from normfuse.io import files
 from normfuse.report import Report
-from normfuse.verify import compare_models, session
+from normfuse.verify import compare_models, longest, session
 from tests.cli_tools import fails, run
 from tests.families import FAMILIES, cached_export
 from tests.onnx_lines import model as lines_model
@@ -137,6 +137,33 @@ def test_a_model_too_short_for_long_inputs_is_compared_on_shorter_ones(install: 
     assert {a.shape for a in longer.values()} == {(1, 33, 16)}
     install(SAME)
     assert "went first" in first_note(normfuse.rewrite(source, tmp_path / "out.onnx", Config(first="onnxsim")))
+
+
+@pytest.mark.parametrize(("free", "most"), [(26_400, 132), (26_399, 33), (1, 33), (10**9, 512)])
+def test_longer_inputs_where_there_is_memory(free: int, most: int, model: Path, tmp_path: Path,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """A run of n tokens leaves 100 n bytes in memory, and so it will in each of two sessions."""
+    source, left = tmp_path / "open.onnx", [0]
+    onnx.save(lines_model(rms("x", "n") + "y = Add(n, r)", "y", shape="b,s,16"), source)
+    runtime = session(source)
+
+    class Counted:
+        get_inputs = runtime.get_inputs
+
+        def run(self, names: None, feeds: dict[str, np.ndarray]) -> None:
+            left[0] += 100 * feeds["x"].shape[1]
+
+    monkeypatch.setattr(verify, "resident", lambda: left[0])
+    monkeypatch.setattr(verify, "available", lambda: free)
+    feeds = longest(Counted(), (33, 132, 512), 2)
+    assert feeds is not None and {a.shape for a in feeds.values()} == {(1, most, 16)}
+
+
+def test_longer_inputs_of_a_size_that_can_be_held(tmp_path: Path) -> None:
+    source = tmp_path / "open.onnx"
+    onnx.save(lines_model("y = Add(x, r)", "y", shape="b,c,h,w"), source)
+    feeds = longest(session(source), (33, 130, 512), 2)
+    assert feeds is not None and feeds["x"].shape == (1, 33, 33, 33)  # 130 would be 4.4 million elements of two
 
 
 def test_a_second_one_gets_what_the_first_has_made_and_the_input_where_that_was_wrong(
