@@ -32,7 +32,7 @@ def report_blocks(report: Report, path: str, seconds: float, verbose: bool, quie
         blocks += [Table(("code", "node", "why it was refused"), rows), _hint(report)]
     blocks += conversion_blocks(report, verbose)
     if report.fastest is not None:
-        blocks.append(_fastest(report.fastest))
+        blocks.append(files_table(report.fastest))
     blocks += [f"note: {note}" for note in report.notes]
     if report.model_check is not None:
         blocks.append(f"whole model: {_verdict(report.model_check)}")
@@ -124,8 +124,8 @@ def _verified(results: Iterable[bool | None]) -> str:
     return "yes" if all(checked) else "no" if not any(checked) else f"{sum(checked)} of {len(checked)}"
 
 
-def _fastest(found: dict[str, Any]) -> Table:
-    """What was measured, in milliseconds, and in parts of the model as it is."""
+def files_table(found: dict[str, Any]) -> Table:
+    """What `first="fastest"` measured, in milliseconds, and in parts of the model as it is."""
     from normfuse.cli_bench import ms
 
     shapes = [", ".join("x".join(map(str, shape)) or "scalar" for shape in one.values()) for one in found["inputs"]]

@@ -29,9 +29,9 @@ SECONDS = 900.0
 """How long one of them may take; onnxscript takes a minute for 13,000 operators."""
 LIMIT = 2**31 - 2**24
 """The most bytes of weights: each of them writes the model as one message."""
-LENGTHS = (33, 130)
-"""How long the second inputs are on which outputs are compared, of these the last with which two sessions run: some
-mistakes in attention show on longer ones only."""
+LENGTHS, SESSIONS = (33, 130), 2
+"""How long the second inputs are on which outputs are compared, of these the last for which two sessions have memory:
+some mistakes in attention show on longer ones only."""
 OUT = "did not go first"
 """What a note says of an optimiser that was left out."""
 Progress = Callable[[str, float], None]
@@ -119,7 +119,7 @@ def _longer(source: Path) -> list[dict[str, Array]]:
     runtime = session(source)
     if all(isinstance(d, int) for i in runtime.get_inputs() for d in i.shape):
         return []
-    feeds = longest(runtime, LENGTHS, 2)
+    feeds = longest(runtime, LENGTHS, SESSIONS)
     return [] if feeds is None else [feeds]
 
 

@@ -280,22 +280,23 @@ def run_random(runtime: Any, wanted: Sequence[str] | None, seed: int = 0,
 
 
 def longest(runtime: Any, sizes: Sequence[int], sessions: int) -> dict[str, Array] | None:
-    """Random inputs as long as the last of growing `sizes` with which a session runs and for which there is memory: for
-    so many sessions, each of which keeps what a run has taken."""
-    found = None
-    for i, size in enumerate(sizes):
+    """Random inputs as long as the last of growing `sizes` with which a session runs, and with which so many more would
+    in half of the memory that is left, each keeping what a run takes; None where that is none of them."""
+    found, base, grown, last = None, resident(), 0, sizes[0]
+    for size in sizes:
         shapes = [[d if isinstance(d, int) and d > 0 else size if axis else 1 for axis, d in enumerate(v.shape)]
                   for v in runtime.get_inputs()]  # fmt: skip
-        if sum(map(math.prod, shapes)) > MOST:
+        if sum(map(math.prod, shapes)) > MOST or 2 * grown * size * sessions > last * available():
             break
-        feeds, before = feeds_for(runtime, open_sizes=(1, size)), resident()
+        feeds = feeds_for(runtime, open_sizes=(1, size))
         try:
             runtime.run(None, feeds)
         except Exception:  # longer than its table of positions, say
             break
-        found = feeds
-        if i + 1 < len(sizes) and (resident() - before) * sessions * sizes[i + 1] > size * available():
+        grown, last = max(0, resident() - base), size
+        if 2 * grown * sessions > available():
             break
+        found = feeds
     return found
 
 

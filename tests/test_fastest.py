@@ -237,7 +237,9 @@ def test_the_option(model: Path, tools: list[str], tmp_path: Path, monkeypatch: 
                     [SIM, "3 (1.200)", "3 (1.200)", "-"]]  # fmt: skip
     assert "MS, 1X1X16, 1X1X16" in text and "MS, 1X512X16, 1X512X16" in text
     told = "of 3 files, the fastest on cpu is the model rewritten"
-    assert f"note: {told}" in text and told in page.read_text(encoding="utf-8")
+    shown = page.read_text(encoding="utf-8")
+    assert f"note: {told}" in text and told in shown
+    assert "1.25 (0.500)" in shown and "ms, 1x512x16, 1x512x16" in shown
     data = json.loads(run("rewrite", model, out, "--overwrite", "--first", "fastest", "--json")[1])
     assert [f["first"] for f in data["summary"]["fastest"]["files"]] == [None, "", "onnxsim"] and data["fused"] == 1
     given(monkeypatch, {"as it is": [2.5], PLAIN: [1.25], SIM: [3]}, inputs=1)

@@ -139,10 +139,10 @@ def test_a_model_too_short_for_long_inputs_is_compared_on_shorter_ones(install: 
     assert "went first" in first_note(normfuse.rewrite(source, tmp_path / "out.onnx", Config(first="onnxsim")))
 
 
-@pytest.mark.parametrize(("free", "most"), [(26_400, 132), (26_399, 33), (1, 33), (10**9, 512)])
-def test_longer_inputs_where_there_is_memory(free: int, most: int, model: Path, tmp_path: Path,
+@pytest.mark.parametrize(("free", "most"), [(52_800, 132), (52_799, 33), (13_200, 33), (13_199, None), (10**9, 512)])
+def test_longer_inputs_where_there_is_memory(free: int, most: int | None, tmp_path: Path,
                                              monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
-    """A run of n tokens leaves 100 n bytes in memory, and so it will in each of two sessions."""
+    """A run of n tokens leaves 100 n bytes in memory, and so it will in each of two sessions; half of it has to do."""
     source, left = tmp_path / "open.onnx", [0]
     onnx.save(lines_model(rms("x", "n") + "y = Add(n, r)", "y", shape="b,s,16"), source)
     runtime = session(source)
@@ -151,12 +151,12 @@ def test_longer_inputs_where_there_is_memory(free: int, most: int, model: Path, 
         get_inputs = runtime.get_inputs
 
         def run(self, names: None, feeds: dict[str, np.ndarray]) -> None:
-            left[0] += 100 * feeds["x"].shape[1]
+            left[0] = max(left[0], 100 * feeds["x"].shape[1])
 
     monkeypatch.setattr(verify, "resident", lambda: left[0])
     monkeypatch.setattr(verify, "available", lambda: free)
     feeds = longest(Counted(), (33, 132, 512), 2)
-    assert feeds is not None and {a.shape for a in feeds.values()} == {(1, most, 16)}
+    assert (feeds["x"].shape[1] if feeds else None) == most
 
 
 def test_longer_inputs_of_a_size_that_can_be_held(tmp_path: Path) -> None:

@@ -276,8 +276,25 @@ def _medians(report: Report) -> list[tuple[str, str]]:
              f"median latency, {text(p)}") for p in a if p in b]  # fmt: skip
 
 
+def _files(report: Report) -> str:
+    """What was measured of the files that one was chosen of."""
+    from normfuse.cli_report import files_table
+
+    if report.fastest is None:
+        return ""
+    found = files_table(report.fastest)
+    rows = [[text(cell) for cell in row] for row in found.rows]
+    words = "Median milliseconds, and in brackets their ratio to the model as it is, on inputs of these shapes."
+    return (table([text(h) for h in found.headers], rows, range(1, len(found.headers) - 1), "files")
+            + f'<p class="muted">{words}</p>')  # fmt: skip
+
+
 def _latency(report: Report) -> str:
     """Latency and bandwidth, or how to get them."""
+    return _files(report) + _before_and_now(report)
+
+
+def _before_and_now(report: Report) -> str:
     if report.latency is not None:
         from normfuse.html import bench_page
 
@@ -286,7 +303,7 @@ def _latency(report: Report) -> str:
         return (bench_page.verdicts(found, "the original", "the result") + bench_page.latency(found, sides)
                 + (f"<h3>Bandwidth of the norms</h3>{rates}" if rates else "")
                 + fold("The numbers", bench_page.numbers(found, sides)))  # fmt: skip
-    if report.format != "onnx" or not report.source or not report.target:
+    if report.format != "onnx" or not report.source or not report.target or report.fastest is not None:
         return ""
     call = shlex.join(["normfuse", "bench", report.source, report.target])
     return (f"<p>Not measured: run <code>normfuse rewrite</code> with <code class=nb>--bench</code>, or</p>"
