@@ -82,7 +82,7 @@ def run(source: Path, config: Config, folder: Path, progress: Progress | None = 
         from normfuse import fastest
 
         choice = fastest.choose(source, config, how, progress)
-        done = run(source, choice.config, folder, progress)
+        done = Made(source, config) if choice.stays else run(source, choice.config, folder, progress)
         done.notes[:0] = choice.notes
         done.fastest, done.stays = choice.found, choice.stays
         return done

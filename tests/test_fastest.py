@@ -95,6 +95,7 @@ def test_which_is_chosen(case: str, model: Path, tools: list[str], tmp_path: Pat
         assert out.read_bytes() == model.read_bytes() and not report.fused and report.rewritten
         assert {(n.action, n.reason) for n in report.norms} == {("left", "the model is faster as it is")}
         assert report.operators_after == report.operators_before and report.nodes_after == report.nodes_before
+        assert "first='fastest'" in report.replay
         return
     first = name.removeprefix("rewritten").removeprefix(" after ")
     plain = normfuse.rewrite(model, again, Config(first=first, target="normfuse"))
