@@ -113,14 +113,15 @@ def bench(paths: Sequence[str], how: How, progress: Callable[[str, float], None]
 
 
 def turns(jobs: Sequence[Callable[[], object]], rounds: int | None = None, seconds: float = SECONDS,
-          stage: Callable[[float], None] = lambda share: None) -> list[list[float]]:  # fmt: skip
+          stage: Callable[[float], None] = lambda share: None,
+          warm_up: int = WARM_UP) -> list[list[float]]:  # fmt: skip
     """Milliseconds of each job round by round, each round beginning with another job.
 
-    Without a number of rounds, as many as take so many seconds, but at least 11.
+    Without a number of rounds, as many as take so many seconds, but at least 11. `warm_up` rounds do not count.
     """
     times: list[list[float]] = [[] for _ in jobs]
     order = list(range(len(jobs)))
-    for job in [*jobs] * WARM_UP:
+    for job in [*jobs] * warm_up:
         job()
     on = gc.isenabled()
     gc.collect()

@@ -264,7 +264,7 @@ def race(job: Job, files: Files, threads: int, provider: str, seconds: float) ->
             for task in tasks:
                 task()
             rounds = round(seconds / RESTARTS / (time.perf_counter() - started))
-            runs[label].append(dict(zip(sessions, turns(tasks, max(3, min(rounds, 200))), strict=True)))
+            runs[label].append(dict(zip(sessions, turns(tasks, max(3, min(rounds, 200)), warm_up=1), strict=True)))
     for label, inputs in job.inputs.items():
         first = {name: s.run(None, inputs)[0] for name, s in sessions.items()}
         top = float(np.abs(first["input"].astype(np.float64)).max())
