@@ -166,10 +166,9 @@ def _decide(files: Sequence[_File], config: Config, inputs: Sequence[dict[str, A
             notes: Sequence[str]) -> Choice:  # fmt: skip
     """Optimisers go first where that is faster than without, and the model stays where that is faster than all."""
     original, plain = files[0], next((f for f in files if f.first == ""), files[0])
-    chosen = min(files, key=lambda f: statistics.fmean(map(f.score, range(RESTARTS))))
-    if not chosen.faster(plain):
-        chosen = plain
-    if chosen is not original and original.faster(chosen):
+    better = [f for f in files if f.first and f.faster(plain)]
+    chosen = min(better, key=lambda f: statistics.fmean(map(f.score, range(RESTARTS))), default=plain)
+    if original.faster(chosen):
         chosen = original
     rows = []
     for file in files:

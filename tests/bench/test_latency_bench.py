@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 pytest.importorskip("onnxruntime")
 
 from tests.bench.common import merged, save
-from tests.bench.latency import against_best, loaded
+from tests.bench.latency import Files, against_best, loaded
 
 OTHER = {"names": {"prefix": "other_"}, "order": {"swapped": True}, "constant": {"factor": 3.0}, "axis": {"axis": 0}}
 
@@ -34,6 +34,17 @@ def write(path: Path, prefix: str = "", factor: float = 2.0, axis: int = 1, swap
 def test_loaded(tmp_path: Path, what: str, same: bool) -> None:
     first, second = write(tmp_path / "a.onnx"), write(tmp_path / "b.onnx", **OTHER[what])  # type: ignore[arg-type]
     assert (loaded(first, "cpu", False) == loaded(second, "cpu", False)) is same
+
+
+def test_one_that_runs_as_another_is_not_measured(tmp_path: Path) -> None:
+    first, same, other = (write(tmp_path / f"{i}.onnx", **how) for i, how in  # type: ignore[arg-type]
+                          enumerate(({}, OTHER["names"], OTHER["constant"])))  # fmt: skip
+    files = Files({"input": first}, {}, {}, {loaded(first, "cpu", False): "input"})
+    files.add("a", other, "cpu")
+    files.add("b", other, "cpu")
+    assert (files.made, files.same) == ({"input": first, "a": other}, {"b": "a"})
+    files.add("a", same, "cpu")
+    assert (files.made, files.same["a"]) == ({"input": first}, "input")
 
 
 def test_ratio_to_the_best_of_the_others() -> None:
