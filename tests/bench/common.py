@@ -74,6 +74,7 @@ def merged(path: Path | None, about: Mapping[str, Any], rows: Sequence[Mapping[s
            keys: Sequence[str]) -> dict[str, Any]:  # fmt: skip
     """A result of `about` and the rows "models", to which come those rows of the file that were measured with the same
     versions under the same conditions and are not measured again: those with other values of `keys`."""
+    about = json.loads(json.dumps(about))  # as it will be read: keys that are numbers are text there
     old = json.loads(path.read_text()) if path is not None and path.exists() else {}
     new = {tuple(row[key] for key in keys) for row in rows}
     same = all(old.get(name) == value for name, value in {**about, "environment": environment()}.items())

@@ -209,6 +209,7 @@ PAGES: dict[str, list[tuple[str, Callable[[], Rows]]]] = {
     "docs/layernorm-to-rmsnorm.md": [("| rows x size |", layernorms), ("| model | where |", conversions)],
     "docs/latency.md": [
         ("| model |", latency("latency", LATENCY, lambda model, dtype: model not in MAIN and dtype != "as published")),
+        ("| model |", latency("latency-fastest", [*LATENCY, "fastest"], lambda *_: True)),
     ],
     "docs/onnxruntime.md": [
         ("| norm, rows x size | decomposed", ort_ops(True, "ort-ops-cuda", threads=False, digits=3)),

@@ -60,7 +60,7 @@ def test_which_of_the_others_is_best_the_other_runs_say() -> None:
 
 
 def test_rows_of_another_day_stay_where_versions_and_conditions_are_the_same(tmp_path: Path) -> None:
-    path, about, keys = tmp_path / "result.json", {"shapes": 1}, ("model", "threads")
+    path, about, keys = tmp_path / "result.json", {"shapes": {16: "hidden"}}, ("model", "threads")
     old = [{"model": "a", "threads": 1, "ms": 1}, {"model": "b", "threads": 1, "ms": 2}]
     save(path, merged(None, about, old, keys))
     new = [{"model": "a", "threads": 1, "ms": 3}]
