@@ -160,6 +160,7 @@ def _measure(files: Sequence[_File], inputs: Sequence[dict[str, Array]], how: Ho
             rounds = how.rounds or max(ROUNDS[0], min(ROUNDS[1], round(SECONDS / (clock() - begun))))
             for file, times in zip(order, turns(jobs, rounds, warm_up=0), strict=True):
                 file.medians[i].append(statistics.median(times))
+        del sessions, jobs  # before there are new ones: a turn has memory for one of each file
 
 
 def _decide(files: Sequence[_File], config: Config, inputs: Sequence[dict[str, Array]], how: How, provider: str,

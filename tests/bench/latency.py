@@ -53,8 +53,8 @@ from tests.families import FAMILIES, VOCABULARY, Family, cached, digest, export_
 from tests.node_cases import Arrays
 
 SEQUENCES, OF_EXPERTS = (1, 512), (1, 16)
-"""Tokens; the second for mixtures of experts, whose exports gather the weights of experts for each token: 512 tokens of
-GPT-OSS take more than 23 GiB."""
+"""Tokens; the second for mixtures of experts, whose exports gather the weights of experts for each token: one run of
+512 tokens of GPT-OSS was killed at 19 GiB."""
 LIMIT = 1.02
 RESTARTS = 6
 """How many times with new sessions: 1 - 2 / 2^6 is 97 %."""
