@@ -251,22 +251,34 @@ def _digest(data: bytes, *more: object) -> str:
     return hashlib.sha256(data + repr(more).encode()).hexdigest()
 
 
+Times = dict[str, list[float]]
+
+
+def turn(job: Job, order: list[tuple[str, Path]], threads: int, provider: str,
+         seconds: float) -> tuple[dict[str, Times], dict[str, Arrays]]:  # fmt: skip
+    """The times of new sessions, which take turns, for each input, and their first outputs. The sessions end here,
+    before those of the next turn take as much memory."""
+    sessions = {name: session(path, threads, provider, operators(name)) for name, path in order}
+    times, first = {}, {}
+    for label, inputs in job.inputs.items():
+        started = time.perf_counter()
+        first[label] = {name: s.run(None, inputs)[0] for name, s in sessions.items()}
+        rounds = round(seconds / (time.perf_counter() - started))
+        tasks = [partial(s.run, None, inputs) for s in sessions.values()]
+        times[label] = dict(zip(sessions, turns(tasks, max(3, min(rounds, 200)), warm_up=1), strict=True))
+    return times, first
+
+
 def race(job: Job, files: Files, threads: int, provider: str, seconds: float) -> Iterator[dict[str, Any]]:
     """Run all contenders in turns, for each input."""
-    runs: dict[str, list[dict[str, list[float]]]] = {label: [] for label in job.inputs}
+    runs: dict[str, list[Times]] = {label: [] for label in job.inputs}
     paths = [*files.made.items(), ("control", job.path)]
-    for turn in range(RESTARTS):
-        order = paths[turn % len(paths) :] + paths[: turn % len(paths)]
-        sessions = {name: session(path, threads, provider, operators(name)) for name, path in order}
-        for label, inputs in job.inputs.items():
-            tasks = [partial(s.run, None, inputs) for s in sessions.values()]
-            started = time.perf_counter()
-            for task in tasks:
-                task()
-            rounds = round(seconds / RESTARTS / (time.perf_counter() - started))
-            runs[label].append(dict(zip(sessions, turns(tasks, max(3, min(rounds, 200)), warm_up=1), strict=True)))
-    for label, inputs in job.inputs.items():
-        first = {name: s.run(None, inputs)[0] for name, s in sessions.items()}
+    for start in range(RESTARTS):
+        order = paths[start % len(paths) :] + paths[: start % len(paths)]
+        times, outputs = turn(job, order, threads, provider, seconds / RESTARTS)
+        for label in runs:
+            runs[label].append(times[label])
+    for label, first in outputs.items():
         top = float(np.abs(first["input"].astype(np.float64)).max())
         results: dict[str, dict[str, Any]] = {}
         for name in files.made:
