@@ -99,7 +99,8 @@ def _rewrite(args: argparse.Namespace) -> Outcome:
         report: Report = normfuse.rewrite(
             args.model, output, config,
             dry_run=args.dry_run, overwrite=args.overwrite, in_place=in_place, external_data=args.external_data,
-            calibration=args.calibration, progress=advance, trust=args.trust, how=how,
+            calibration=args.calibration, progress=advance, trust=args.trust,
+            how=how if args.first == FASTEST else None,
         )  # fmt: skip
     seconds = time.perf_counter() - started
     if how is not None and args.bench:

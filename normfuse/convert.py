@@ -14,6 +14,7 @@ from normfuse.graph import Graph, Node, Value
 from normfuse.norm import Expr, Site, region
 from normfuse.passes.fold_affine import Contraction, Linear, constant, elements, readers
 from normfuse.passes.layernorm_to_rmsnorm import Conversion, rms
+from normfuse.records import record_of
 from normfuse.report import NormRecord, RefusalRecord, Report
 
 if TYPE_CHECKING:
@@ -281,7 +282,6 @@ def tell(report: Report, sites: Sequence[Site], records: Sequence[Record]) -> No
 
     A converted norm keeps the name, the kind, the place and the formula that it had in the model.
     """
-    from normfuse.api import record_of
     from normfuse.placement import recipe
 
     found: dict[str | None, tuple[Site, NormRecord]] = {}

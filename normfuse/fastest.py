@@ -21,7 +21,7 @@ from typing import Any
 from normfuse.bench import PROVIDERS, How, calls_ours, clock, make_feeds, open_session, turns
 from normfuse.config import FASTEST, OPTIMISERS, Config
 from normfuse.errors import InputError, first_line
-from normfuse.first import OUT
+from normfuse.first import OUT, Made, after
 from normfuse.verify import Array, longest
 
 RESTARTS, SECONDS, ROUNDS = 7, 1.5, (3, 200)
@@ -33,16 +33,6 @@ its files have room in memory."""
 MOST_FILES = 1 + 2 ** len(OPTIMISERS)
 AS_IS = "as it is"
 Progress = Callable[[str, float], None]
-
-
-@dataclass(slots=True)
-class Choice:
-    """The configuration with the optimisers that go first, whether the model rather stays, and what was measured."""
-
-    config: Config
-    stays: bool
-    found: dict[str, Any]
-    notes: list[str]
 
 
 @dataclass(slots=True)
@@ -70,41 +60,52 @@ class _File:
         return sum(self.score(turn) < other.score(turn) for turn in range(RESTARTS)) >= max(1, RESTARTS - 1)
 
 
-def choose(source: Path, config: Config, how: How | None = None, progress: Progress | None = None) -> Choice:
+def choose(source: Path, config: Config, folder: Path, how: How | None, progress: Progress | None) -> Made:
     """Rewrite a model after every choice of the optimisers that are installed and its target can have, and measure.
 
-    `how`: on which inputs, and with how many threads; without sizes or inputs of its own, on one token and on many.
-    Raises `InputError` where the model does not run on these, or the machine has not what the target asks for.
+    What the optimisers make is left in `folder`. `how`: on which inputs, and with how many threads; without sizes or
+    inputs of its own, on one token and on many. Raises `InputError` where the model does not run on these, or the
+    machine has not what the target asks for.
     """
     from normfuse.api import rewrite
 
     how, tell = how or How(), progress or (lambda what, share: None)
     provider = _provider(config)
-    sites = replace(config, verify="sites") if config.verify == "model" else config
+    sites = replace(config, first="", verify="sites" if config.verify == "model" else config.verify)
     tools = [t for t in OPTIMISERS if config.takes(t) and importlib.util.find_spec(t) is not None]
-    choices = [",".join(c) for n in range(len(tools) + 1) for c in combinations(tools, n)]
-    with tempfile.TemporaryDirectory(prefix="normfuse-") as folder:
+    choices = [c for n in range(len(tools) + 1) for c in combinations(tools, n)]
+    made: dict[tuple[str, ...], Made] = {(): Made(source)}
+    with tempfile.TemporaryDirectory(prefix="normfuse-") as rewritten:
         inputs = _inputs(source, how, provider)
         files, notes = [_File(source, None)], list[str]()
-        for i, first in enumerate(choices):
-            made = _File(Path(folder) / f"{i}.onnx", first)
-            tell(made.name, i / len(choices))
-            report = rewrite(source, made.path, replace(sites, first=first))
-            notes += [note for note in report.notes if OUT in note and note not in notes]
-            equal = next((f for f in files if filecmp.cmp(made.path, f.path, shallow=False)), None)
+        for i, choice in enumerate(choices):
+            file = _File(Path(rewritten) / f"{i}.onnx", ",".join(choice))
+            tell(file.name, i / len(choices))
+            optimised = after(choice, made, folder, progress)
+            notes += [note for note in optimised.notes if OUT in note and note not in notes]
+            rewrite(optimised.path, file.path, sites)
+            equal = next((f for f in files if filecmp.cmp(file.path, f.path, shallow=False)), None)
             if equal is not None:  # nothing to fuse, or an optimiser that was left out
-                equal.same = equal.same or first == ""
+                equal.same = equal.same or not choice
                 continue
             try:
-                why = _wrong(_session(made, how, provider), inputs)
+                why = _wrong(_session(file, how, provider), inputs)
             except InputError as error:
                 why = str(error)
             if why:
-                notes.append(f"{made.name}, it does not run: {why}")
+                notes.append(f"{file.name}, it does not run: {why}")
             else:
-                files.append(made)
+                files.append(file)
         _measure(files, inputs, how, provider, tell)
-    return _decide(files, config, inputs, how, provider, notes)
+    chosen = _fastest(files)
+    told = f"of {len(files)} files, the fastest on {provider} is the model {chosen.name}"
+    found = {"provider": provider, "threads": how.threads, **_table(files, inputs, chosen)}
+    if chosen.first is None and not chosen.same:
+        return Made(source, config.first, notes=[told, *notes], fastest=found, stays=True)
+    final = replace(config, first=chosen.first or "")
+    best = made[final.optimisers]
+    notes += [note for note in best.notes if note not in notes]
+    return replace(best, first=final.first, notes=[told, *notes], fastest=found)
 
 
 def _session(file: _File, how: How, provider: str) -> Any:
@@ -129,6 +130,8 @@ def _inputs(source: Path, how: How, provider: str) -> list[dict[str, Array]]:
         found = [feeds for sizes in SIZES if (feeds := longest(session, sizes, MOST_FILES)) is not None]
     found = found or [make_feeds(session, how)]
     if why := _wrong(session, found):
+        if how.inputs:
+            raise InputError(f"{source} does not run on {how.inputs}: {why}")
         raise InputError(f"{source} does not run on random inputs: {why}; give sizes, by --size NAME=N or How(sizes=)")
     return found
 
@@ -149,37 +152,38 @@ def _measure(files: Sequence[_File], inputs: Sequence[dict[str, Array]], how: Ho
     for file in files:
         file.medians = [[] for _ in inputs]
     for turn in range(RESTARTS):
-        order = [files[(i + turn) % len(files)] for i in range(len(files))]
-        sessions = [_session(file, how, provider) for file in order]
-        for i, feeds in enumerate(inputs):
-            tell("measuring", (turn + i / len(inputs)) / RESTARTS)
-            jobs = [partial(session.run, None, feeds) for session in sessions]
-            begun = clock()
-            for job in jobs:  # which warms them up, too
-                job()
-            rounds = how.rounds or max(ROUNDS[0], min(ROUNDS[1], round(SECONDS / (clock() - begun))))
-            for file, times in zip(order, turns(jobs, rounds, warm_up=0), strict=True):
-                file.medians[i].append(statistics.median(times))
-        del sessions, jobs  # before there are new ones: a turn has memory for one of each file
+        tell("measuring", turn / RESTARTS)
+        _turn([files[(i + turn) % len(files)] for i in range(len(files))], inputs, how, provider)
 
 
-def _decide(files: Sequence[_File], config: Config, inputs: Sequence[dict[str, Array]], how: How, provider: str,
-            notes: Sequence[str]) -> Choice:  # fmt: skip
+def _turn(files: Sequence[_File], inputs: Sequence[dict[str, Array]], how: How, provider: str) -> None:
+    """One of them. The sessions end with it: there is memory for one of each file."""
+    sessions = [_session(file, how, provider) for file in files]
+    for i, feeds in enumerate(inputs):
+        jobs = [partial(session.run, None, feeds) for session in sessions]
+        begun = clock()
+        for job in jobs:  # which warms them up, too
+            job()
+        rounds = how.rounds or max(ROUNDS[0], min(ROUNDS[1], round(SECONDS / (clock() - begun))))
+        for file, times in zip(files, turns(jobs, rounds, warm_up=0), strict=True):
+            file.medians[i].append(statistics.median(times))
+
+
+def _fastest(files: Sequence[_File]) -> _File:
     """Optimisers go first where that is faster than without, and the model stays where that is faster than all."""
     original, plain = files[0], next((f for f in files if f.first == ""), files[0])
     better = [f for f in files if f.first and f.faster(plain)]
     chosen = min(better, key=lambda f: statistics.fmean(map(f.score, range(RESTARTS))), default=plain)
-    if original.faster(chosen):
-        chosen = original
+    return original if original.faster(chosen) else chosen
+
+
+def _table(files: Sequence[_File], inputs: Sequence[dict[str, Array]], chosen: _File) -> dict[str, Any]:
+    """What was measured on which inputs: medians, and their ratios to those of the model as it is, the first file."""
     rows = []
     for file in files:
         times = [statistics.median(t) for t in file.medians]
-        base = [statistics.median(t) for t in original.medians]
+        base = [statistics.median(t) for t in files[0].medians]
         rows.append({"name": file.name, "first": file.first, "milliseconds": [round(t, 4) for t in times],
                      "ratio": [round(t / b, 4) for t, b in zip(times, base, strict=True)],
                      "chosen": file is chosen})  # fmt: skip
-    shapes = [{name: list(array.shape) for name, array in feeds.items()} for feeds in inputs]
-    found = {"provider": provider, "threads": how.threads, "inputs": shapes, "files": rows}
-    note = f"of {len(files)} files, the fastest on {provider} is the model {chosen.name}"
-    stays = chosen is original and not original.same
-    return Choice(replace(config, first=chosen.first or ""), stays, found, [note, *notes])
+    return {"inputs": [{name: list(array.shape) for name, array in feeds.items()} for feeds in inputs], "files": rows}

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,8 +37,10 @@ OUT = "did not go first"
 Progress = Callable[[str, float], None]
 
 
-def check(config: Config) -> None:
-    """Raise `InputError` where an optimiser that is asked for is not installed."""
+def check(config: Config, how: How | None) -> None:
+    """Raise `InputError` where an optimiser that is asked for is not installed, or `how` has nothing to measure."""
+    if how is not None and config.first != FASTEST:
+        raise InputError(f"how= says how first={FASTEST!r} measures, and first is {config.first!r}; leave it out")
     for tool in config.optimisers:
         if importlib.util.find_spec(tool) is None:
             raise InputError(f"first={config.first!r}: {tool} is not installed; pip install {tool}")
@@ -46,14 +48,14 @@ def check(config: Config) -> None:
 
 @dataclass(slots=True)
 class Made:
-    """The path of the last result that is kept, or of the model itself, and the configuration to rewrite it with.
+    """The path of the last result that is kept, or of the model itself, and the optimisers to call it by.
 
     `operators` of the model that was given; a line on each optimiser; with "fastest", what was measured, and whether
     the model `stays` as it is.
     """
 
     path: Path
-    config: Config
+    first: str = ""
     operators: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     fastest: dict[str, Any] | None = None
@@ -68,50 +70,59 @@ class Made:
 
 
 def run(source: Path, config: Config, folder: Path, progress: Progress | None = None, how: How | None = None) -> Made:
-    """Let the optimisers of `config.first` have a model one after the other, each what the one before has made of it.
+    """Let the optimisers of `config.first` have a model, and leave what they make in `folder`.
 
-    A result, in `folder`, is kept where ONNX Runtime runs it and its outputs on random inputs are those of `source`
+    `how` is for "fastest" (`normfuse.fastest.choose`).
+    """
+    if config.first == FASTEST:
+        from normfuse import fastest
+
+        return fastest.choose(source, config, folder, how, progress)
+    return replace(after(config.optimisers, {(): Made(source)}, folder, progress), first=config.first)
+
+
+def after(tools: tuple[str, ...], made: dict[tuple[str, ...], Made], folder: Path, progress: Progress | None) -> Made:
+    """What optimisers make of a model one after the other, each of what the one before has made.
+
+    `made` has the model after none of them, and gets the rest, so that each goes once for several choices of them.
+    """
+    if tools not in made:
+        before = after(tools[:-1], made, folder, progress)
+        made[tools] = _next(tools[-1], made[()].path, before, folder / f"{'-'.join(tools)}.onnx", progress)
+    return made[tools]
+
+
+def _next(tool: str, source: Path, before: Made, target: Path, progress: Progress | None) -> Made:
+    """What one more optimiser makes of a model.
+
+    That is kept, as `target`, where ONNX Runtime runs it and its outputs on random inputs are those of `source`
     (`compare_rewritten`), on small ones and, where sizes are open, on longer ones. What an optimiser prints, and how it
-    ends, is nobody's business but this function's. `how` is for "fastest" (`normfuse.fastest.choose`).
+    ends, is nobody's business but this function's.
     """
     from normfuse.frontends.onnx_model import operators
     from normfuse.frontends.onnx_wide import compare_rewritten
     from normfuse.io import files
 
-    if config.first == FASTEST:
-        from normfuse import fastest
-
-        choice = fastest.choose(source, config, how, progress)
-        done = Made(source, config) if choice.stays else run(source, choice.config, folder, progress)
-        done.notes[:0] = choice.notes
-        done.fastest, done.stays = choice.found, choice.stays
-        return done
-    if not config.optimisers:
-        return Made(source, config)
-    kept, model = source, files.read_onnx(source)[0]
-    counts, notes = operators(model), list[str]()
-    for tool in config.optimisers:
-        if progress is not None:
-            progress(f"{tool} goes first", 0.0)
-        before = sum(operators(model).values())
-        made, whole = folder / f"{tool}.part", folder / f"{tool}.onnx"
-        why = _attempt(tool, kept, made, model)
-        if not why:
-            try:
-                found = files.read_onnx(made)[0]
-                for inputs in (None, *_longer(source)):
-                    if wrong := difference(compare_rewritten(source, made, inputs=inputs)):
-                        raise VerificationError(f"its result: {wrong}")
-                files.write_new(found, whole)
-                kept, model = whole, files.read_onnx(whole)[0]
-            except NormFuseError as error:
-                why = str(error).replace(str(made), "its result")
-            finally:
-                made.unlink(missing_ok=True)
-        after = sum(operators(model).values())
-        notes.append(f"{tool} {OUT}: {why}" if why else
-                     f"{tool} went first: operators {before} -> {after}, outputs equal")  # fmt: skip
-    return Made(kept, config, counts, notes)
+    if progress is not None:
+        progress(f"{tool} goes first", 0.0)
+    model = files.read_onnx(before.path)[0]
+    counts, written, path = operators(model), target.with_suffix(".part"), before.path
+    why = _attempt(tool, before.path, written, model)
+    if not why:
+        try:
+            found = files.read_onnx(written)[0]
+            for inputs in (None, *_longer(source)):
+                if wrong := difference(compare_rewritten(source, written, inputs=inputs)):
+                    raise VerificationError(f"its result: {wrong}")
+            files.write_new(found, target)
+            path, model = target, files.read_onnx(target)[0]
+        except NormFuseError as error:
+            why = str(error).replace(str(written), "its result")
+        finally:
+            written.unlink(missing_ok=True)
+    number, now = sum(counts.values()), sum(operators(model).values())
+    note = f"{tool} {OUT}: {why}" if why else f"{tool} went first: operators {number} -> {now}, outputs equal"
+    return Made(path, operators=before.operators or counts, notes=[*before.notes, note])
 
 
 def _longer(source: Path) -> list[dict[str, Array]]:

@@ -9,6 +9,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +62,7 @@ def export(module: Any, args: tuple[Any, ...] | None, path: str | Path, config: 
         if name in options:
             raise InputError(f"normfuse.export takes no option {name!r}: {why}")
     files.check_target(None, target, overwrite, False)
-    first.check(config)
+    first.check(config, how)
     program = module
     if not any(f"{t.__module__}.{t.__name__}".endswith(".ONNXProgram") for t in type(module).__mro__):
         program = _exported(module, args, options)
@@ -70,11 +71,11 @@ def export(module: Any, args: tuple[Any, ...] | None, path: str | Path, config: 
     exported = time.perf_counter()
     assert _kind(program) == "program"
     with _quiet_collector(), tempfile.TemporaryDirectory(prefix="normfuse-") as folder:
-        model, made = program.model.clone(), first.Made(Path(folder) / "export.onnx", config)
+        model, made = program.model.clone(), first.Made(Path(folder) / "export.onnx")
         if config.first:
             files.write_new(model, made.path)
             made = first.run(made.path, config, Path(folder), progress, how)
-            model, config = files.read_onnx(made.path)[0], made.config
+            model, config = files.read_onnx(made.path)[0], replace(config, first=made.first)
         if made.stays:
             report = _untouched(model)
         else:

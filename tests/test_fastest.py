@@ -23,6 +23,8 @@ from tests.families import cached_export
 from tests.onnx_lines import model as lines_model
 from tests.onnx_lines import rms
 
+went: list[tuple[str, str]] = []
+"""The optimisers that went, and after which: the fixture `tools` sees to it."""
 PLAIN, SCRIPT, SIM, BOTH = ("rewritten", "rewritten after onnxscript", "rewritten after onnxsim",
                             "rewritten after onnxscript,onnxsim")  # fmt: skip
 
@@ -40,15 +42,16 @@ def model(tmp_path: Path) -> Path:
 def tools(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Which optimisers are installed; what they make is another model each, and computes the same."""
     there = ["onnxscript", "onnxsim"]
+    went.clear()
 
     def attempt(tool: str, source: Path, target: Path, _: Any) -> str:
+        went.append((tool, onnx.load(source).producer_name))
         made = onnx.load(source)
         made.producer_name += tool
         onnx.save(made, target)
         return ""
 
     monkeypatch.setattr("normfuse.first._attempt", attempt)
-    monkeypatch.setattr("normfuse.first.check", lambda config: None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name if name in there else None)
     return there
 
@@ -103,6 +106,8 @@ def test_which_is_chosen(case: str, model: Path, tools: list[str], tmp_path: Pat
     first = name.removeprefix("rewritten").removeprefix(" after ")
     plain = normfuse.rewrite(model, again, Config(first=first, target="normfuse"))
     assert out.read_bytes() == again.read_bytes() and report.fused == 1
+    assert went[:3] == [("onnxscript", ""), ("onnxsim", ""), ("onnxsim", "onnxscript")]
+    assert len(went) == 3 + bool(first) + first.count(",")  # each went once for all choices and the one that was made
     assert report.notes[1:] == plain.notes
     assert f"first={first!r}" in report.replay  # which chooses no more
 
@@ -265,6 +270,13 @@ def test_where_it_has_no_meaning(model: Path, tools: list[str], tmp_path: Path) 
         line = fails(run("rewrite", model, out, "--first", "fastest", "--target", "ort-cuda"))
         assert "ONNX Runtime has no CUDA here; do it where it has, or name the optimisers" in line
     assert not out.exists()
+    for config in (Config(), Config(first="onnxsim")):
+        with pytest.raises(InputError, match=r"how= says how first='fastest' measures, and first is '(onnxsim)?'"):
+            normfuse.rewrite(model, out, config, how=How())
+        with pytest.raises(InputError, match="how= says how"):
+            normfuse.export(torch.nn.RMSNorm(8), (torch.randn(2, 8),), out, config, how=How())
+    with pytest.raises(InputError, match="how= is for ONNX models"):
+        normfuse.rewrite(tmp_path / "model.pt2", tmp_path / "out.pt2", how=How())
 
 
 def test_a_model_that_runs_on_no_random_inputs(tools: list[str], tmp_path: Path) -> None:
@@ -274,3 +286,7 @@ def test_a_model_that_runs_on_no_random_inputs(tools: list[str], tmp_path: Path)
     line = fails(run("rewrite", source, out, "--first", "fastest"))
     assert "does not run on random inputs" in line and "give sizes, by --size NAME=N" in line and not out.exists()
     assert run("rewrite", source, out, "--first", "fastest", "--size", "b=7", "--json")[0] == 0
+    np.savez(tmp_path / "in.npz", x=np.ones((3, 16), np.float32), r=np.ones((3, 16), np.float32))
+    how = How(inputs=str(tmp_path / "in.npz"))
+    with pytest.raises(InputError, match=r"model\.onnx does not run on .*in\.npz: "):
+        normfuse.rewrite(source, out, Config(first="fastest"), how=how, overwrite=True)

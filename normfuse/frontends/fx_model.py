@@ -34,6 +34,7 @@ from normfuse.passes.remove_dead import live
 from normfuse.passmanager import fuse, plan
 from normfuse.plan import Abilities, Edit, Fused, Plan
 from normfuse.norm import Refusal, Site, region
+from normfuse.records import build_report
 from normfuse.report import NormRecord, Report
 from normfuse.verify import Check
 
@@ -321,8 +322,6 @@ class _Module:
 
     def report(self) -> Report:
         """The report on this graph and those inside it."""
-        from normfuse.api import build_report
-
         parts = [self, *self.inner.values()]
         checks = {site: check for part in parts for site, check in part.checks.items()}
         out = build_report([part.plan for part in parts], checks, self.rewrite, lambda edit: "",
