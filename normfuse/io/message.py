@@ -61,22 +61,26 @@ def _check_graph(graph: Any, outer: _Scope, opset: int, where: str) -> list[tupl
     _distinct(constants, "initializers", where)
     known = {*inputs, *constants}
     inner: list[onnx.GraphProto] = []
+    reads: list[tuple[str, Sequence[str]]] = []
     for node in graph.node:
-        if not node.op_type:
+        op, taken, made = node.op_type, [*node.input], [*node.output]  # each look into a message takes its time
+        if not op:
             raise InputError(f"{where}: node {str(node.name)[:100]!r} has no operator")
-        if not all(isinstance(text, str) for text in (node.name, node.op_type, node.domain, *node.input, *node.output)):
+        if bytes in map(type, (node.name, op, node.domain, *taken, *made)):
             raise InputError(f"{where}: node {str(node.name)[:100]} has a name that is not UTF-8")
-        _check_operands(node, opset, where)
-        for name in node.output:
+        if wrong := _wrong_operands(node, op, taken, made, opset):
+            raise InputError(f"{where}: {op} {node.name[:100]!r} {wrong}")
+        reads.append((op, taken))
+        for name in made:
             if name in known:
                 raise InputError(f"{where}: the value {name[:100]!r} is computed twice, the second time by "
-                                 f"{node.op_type} {node.name[:100]!r}")  # fmt: skip
+                                 f"{op} {node.name[:100]!r}")  # fmt: skip
             if name:
                 known.add(name)
         for attr in node.attribute:
             inner += [attr.g] if attr.type == onnx.AttributeProto.GRAPH else attr.graphs
     scope = (*outer, known)
-    for reader, names in [*((n.op_type, n.input) for n in graph.node), ("the outputs", outputs)]:
+    for reader, names in [*reads, ("the outputs", outputs)]:
         for name in names:
             if name and name not in known and not any(name in names for names in outer):
                 raise InputError(f"{where}: nothing computes {str(name)[:100]!r}, which {reader} reads")
@@ -125,30 +129,31 @@ def _schema(op: str, opset: int) -> Schema | None:
     return range(found.min_input, found.max_input + 1), outputs, free, types, needed
 
 
-def _check_operands(node: onnx.NodeProto, opset: int, where: str) -> None:
-    schema = _schema(node.op_type, opset) if node.domain in ("", "ai.onnx") else None
+def _wrong_operands(node: onnx.NodeProto, op: str, inputs: list[str], outputs: list[str], opset: int) -> str:
+    """What is wrong with the operands and attributes of a node, or nothing."""
+    schema = _schema(op, opset) if node.domain in ("", "ai.onnx") else None
     if schema is None and node.domain in ("", "com.microsoft"):
-        schema = RUNTIME.get(node.op_type)
-    what = f"{where}: {node.op_type} {node.name[:100]!r}"
+        schema = RUNTIME.get(op)
+    attributes = [*node.attribute]
     if schema is not None:
-        for side, given, allowed in (("inputs", node.input, schema[0]), ("outputs", node.output, schema[1])):
+        for side, given, allowed in (("inputs", inputs, schema[0]), ("outputs", outputs, schema[1])):
             if len(given) not in allowed:
-                raise InputError(f"{what} has {len(given)} {side}, and takes {_range(allowed)}")
-        missing = [i for i, name in enumerate(node.input) if not name and i not in schema[2]]
-        if missing:
-            raise InputError(f"{what} lacks its input {missing[0]}")
-        lacking = sorted(schema[4] - {attr.name for attr in node.attribute})
-        if lacking:
-            raise InputError(f"{what} lacks its attribute {lacking[0]!r}")
+                return f"has {len(given)} {side}, and takes {_range(allowed)}"
+        if "" in inputs and (missing := [i for i, name in enumerate(inputs) if not name and i not in schema[2]]):
+            return f"lacks its input {missing[0]}"
+        if schema[4] and (lacking := sorted(schema[4] - {attr.name for attr in attributes})):
+            return f"lacks its attribute {lacking[0]!r}"
     if any(not device.configuration_id for device in node.device_configurations):
-        raise InputError(f"{what} is for a device without a configuration")
-    for attr in node.attribute:
-        if not attr.name or not isinstance(attr.name, str) or not attr.type:
-            raise InputError(f"{what} has an attribute without a name or a type")
-        if attr.name in TYPES and attr.type == onnx.AttributeProto.INT and attr.i not in _known_types():
-            raise InputError(f"{what}: there is no type {attr.i}")
-        if schema is not None and schema[3].get(attr.name, attr.type) != attr.type:
-            raise InputError(f"{what} has an attribute {attr.name[:50]!r} of another type than is said of it")
+        return "is for a device without a configuration"
+    for attr in attributes:
+        name, kind = attr.name, attr.type
+        if not name or not isinstance(name, str) or not kind:
+            return "has an attribute without a name or a type"
+        if name in TYPES and kind == onnx.AttributeProto.INT and attr.i not in _known_types():
+            return f"says that something is of type {attr.i}, and there is no such type"
+        if schema is not None and schema[3].get(name, kind) != kind:
+            return f"has an attribute {name[:50]!r} of another type than is said of it"
+    return ""
 
 
 @cache
