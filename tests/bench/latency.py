@@ -205,7 +205,8 @@ def files(job: Job, provider: str, folder: Path) -> Files:
             tool(job.path, path)
             session(path, 1, provider, False).run(None, next(iter(job.inputs.values())))
         except Exception as why:  # a tool that does not take the model, or breaks it, is no reason to stop
-            out.lost[name] = f"{type(why).__name__}: {str(why).splitlines()[0][:100]}"
+            said = str(why).replace(f"{folder}{os.sep}", "").splitlines()[0]
+            out.lost[name] = f"{type(why).__name__}: {said[:100]}"
             continue
         out.add(name, path, provider)
     return out
