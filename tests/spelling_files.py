@@ -16,7 +16,7 @@ from tests.spellings import CANNOT_RUN, SPELLINGS, Exporter, export
 HALF, SINGLE, BRAIN = torch.float16, torch.float32, torch.bfloat16
 REDUCTIONS = {"ReduceMean", "ReduceSum", "ReduceL2", "ReduceSumSquare", "GlobalAveragePool", "Einsum"}
 EXPORTERS: tuple[tuple[Exporter, int], ...] = (
-    ("dynamo", 18), ("dynamo", 23), ("torchscript", 11), ("torchscript", 17),
+    ("dynamo", 18), ("dynamo", 23), ("torchscript", 9), ("torchscript", 10), ("torchscript", 11), ("torchscript", 17),
 )  # fmt: skip
 
 

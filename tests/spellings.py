@@ -1180,6 +1180,8 @@ _TORCHSCRIPT_LACKS = _RMS_FUNCTIONAL | {"rms_vecdot", "rms_addcdiv_bias", "ln_ad
 CANNOT_EXPORT: dict[tuple[Exporter, int], frozenset[str]] = {
     # TorchScript's exporter has no symbolic for aten::rms_norm, linalg_vecdot and addcdiv at any opset,
     # and none for einsum below opset 12. Dynamo's exporter can export all. Types make no difference.
+    ("torchscript", 9): _TORCHSCRIPT_LACKS | {"rms_einsum", "rms_einsum_named", "ln_einsum"},
+    ("torchscript", 10): _TORCHSCRIPT_LACKS | {"rms_einsum", "rms_einsum_named", "ln_einsum"},
     ("torchscript", 11): _TORCHSCRIPT_LACKS | {"rms_einsum", "rms_einsum_named", "ln_einsum"},
     ("torchscript", 17): _TORCHSCRIPT_LACKS,
     ("dynamo", 18): frozenset(),

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import normfuse
+from normfuse.errors import UnsupportedError
 from tests.spelling_files import BRAIN, EXPORTERS, HALF, REDUCTIONS, SINGLE, exported, marks, session
 from tests.spellings import (
     CANNOT_EXPORT, LOSES_EPS, SPELLINGS, Exporter, Spelling, hostile_inputs, parameters, reference,
@@ -49,6 +50,34 @@ def test_spelling(exporter: Exporter, opset: int, dtype: torch.dtype, name: str,
     assert {i.domain: i.version for i in model.opset_import}[""] == opset
     if dtype != BRAIN:
         compare_runs(spelling, dtype, source, target)
+
+
+def test_opsets_that_are_too_old_are_refused(tmp_path: Path) -> None:
+    model = onnx.load(exported("torchscript", 9, SINGLE, "ln_functional"))
+    model.opset_import[0].version = 8
+    onnx.save(model, tmp_path / "old.onnx")
+    with pytest.raises(UnsupportedError, match=r"opset 8 is older than 9; convert it with onnx\.version_converter"):
+        normfuse.rewrite(tmp_path / "old.onnx", tmp_path / "out.onnx")
+    assert not (tmp_path / "out.onnx").exists()
+
+
+def test_weights_that_are_inputs_as_the_oldest_files_have_them(tmp_path: Path) -> None:
+    """Before version 4 of the format each initializer was an input as well; from then on that may be given."""
+    source, target = tmp_path / "source.onnx", tmp_path / "target.onnx"
+    model = onnx.load(exported("torchscript", 9, SINGLE, "ln_functional"))
+    model.graph.input.extend(onnx.helper.make_tensor_value_info(t.name, t.data_type, list(t.dims))
+                             for t in model.graph.initializer)  # fmt: skip
+    model.ir_version = 3
+    onnx.save(model, source)
+    assert normfuse.rewrite(source, target, normfuse.Config(verify="model")).fused == 1
+    compare_runs(SPELLINGS["ln_functional"], SINGLE, source, target)
+    weight = np.full(64, 2.0, np.float32)
+    x = np.random.default_rng(0).standard_normal((2, 3, 64)).astype(np.float32)
+    made = session(target)
+    plain, doubled = (made.run(None, {"x": x, **more})[0] for more in ({"bias": 0 * weight},
+                                                                       {"weight": weight, "bias": 0 * weight}))
+    scale = onnx.numpy_helper.to_array(next(t for t in model.graph.initializer if t.name == "weight"))
+    np.testing.assert_allclose(doubled * scale, plain * 2, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("exporter", "opset", "name"), [

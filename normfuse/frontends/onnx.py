@@ -1,6 +1,6 @@
 """The ONNX front end: from an `onnx_ir` model to neutral graphs, one per graph and control-flow sub-graph.
 
-The model is only read here; `normfuse.frontends.onnx_emit` edits it. Opsets 11 to the newest: axes as attributes or
+The model is only read here; `normfuse.frontends.onnx_emit` edits it. Opsets 9 to the newest: axes as attributes or
 as inputs, default attributes filled in, constants folded. An initializer that is also a graph input may be overridden
 by the caller, so it is never taken for a constant.
 """

@@ -28,7 +28,7 @@ from normfuse.norm import VIEWS, Norm, Refusal, Site, region
 from normfuse.targets import PROVIDERS, Row, Table
 from normfuse.verify import Check
 
-OLDEST_OPSET = 11
+OLDEST_OPSET = 9
 SLIM = 2**15
 """How many elements a row may have for its weight by channel to be spread over it in exchange for an
 InstanceNormalization, which is nearly as fast."""
@@ -38,7 +38,7 @@ Progress = Callable[[str, float], None]
 class OnnxModel:
     """Plans and edits one `onnx_ir.Model` in place.
 
-    Raises `InputError` where the graph is not one (cycles, no opset), `UnsupportedError` below opset 11.
+    Raises `InputError` where the graph is not one (cycles, no opset), `UnsupportedError` below opset 9.
     """
 
     def __init__(self, model: ir.Model, config: Config, rewrite: bool, progress: Progress | None = None) -> None:
