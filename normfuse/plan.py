@@ -68,6 +68,8 @@ class Fused:
     outputs: tuple[Value, ...]
     round_sum: bool = True
     """Of an add_norm: whether its norm reads s; where not, the sum in float32 that s is rounded from."""
+    x_bias: Value | None = None
+    """Of an add_norm: a constant row of length N that is added to x before the residual is, a linear layer's bias."""
 
     @property
     def results(self) -> tuple[Value, ...]:
@@ -83,11 +85,13 @@ class Fused:
     @property
     def name(self) -> str:
         """The operator's name."""
-        return self.op.replace("norm", self.sites[0].norm.kind) if self.op in ("norm", "add_norm") else self.op
+        name = self.op.replace("norm", self.sites[0].norm.kind) if self.op in ("norm", "add_norm") else self.op
+        return name if self.x_bias is None else f"bias_{name}"
 
     def parameters(self) -> list[Value]:
         """The values that weights and biases are made of."""
-        return [v for site in self.sites for v in site.norm.parameters()]
+        own = [v for site in self.sites for v in site.norm.parameters()]
+        return own if self.x_bias is None else [self.x_bias, *own]
 
     def computes(self) -> dict[Value, list[Value]]:
         """Each value that the operator gives, with what it is then computed from."""
@@ -120,7 +124,7 @@ class Abilities:
 class Plan:
     """Edits to one graph and the refusals met on the way, by site where they belong to one.
 
-    `broken` holds fusions that were tried and failed, by operator and first site: a smaller one may still do.
+    `broken` holds fusions that were tried and failed, by operator's name and first site: a smaller one may still do.
     `left` holds sites that are not worth replacing, with the reason.
     """
 
@@ -151,7 +155,7 @@ class Plan:
     def fail(self, edit: Edit, why: Refusal) -> None:
         """An edit is not to be made again: a fusion may fall apart into smaller ones, a single norm stays."""
         if isinstance(edit, Fused):
-            self.broken[edit.op, edit.sites[0]] = why
+            self.broken[edit.name, edit.sites[0]] = why
         else:
             self.refuse(edit.site, why)
 
@@ -162,7 +166,7 @@ class Plan:
 
     def fuse(self, edit: Fused, can: Abilities) -> bool:
         """Take an edit in, unless it has failed before or the front end cannot make it."""
-        key = (edit.op, edit.sites[0])
+        key = (edit.name, edit.sites[0])
         if can.operator is None or key in self.broken:
             return False
         why = can.operator(edit)

@@ -9,10 +9,15 @@ but the norm and at most one cast, to that type, reads s32.
 
 s stays available to its other readers; a view that only regroups the rows may stand between the two (OPT). Only where
 the addition broadcasts nothing; of several norms of the same sum the first is taken.
+
+    s = r + (x W + b)
+
+takes in b, too, where a front end has an operator for that and nothing else reads x W + b (BERT, ViT, OPT).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from normfuse.graph import Node, Value
@@ -38,29 +43,56 @@ class AddNorm:
             node = summed(s)
             if node is None or s in done or node.native in operators:
                 continue
-            wide = unrounded(site, s, node)
-            if wide is not None and plan.fuse(wide, self.can):
+            if any(plan.fuse(wide, self.can) for wide in unrounded(site, s, node, done)):
                 continue  # nothing else reads the sum
-            a, b = node.inputs
             outputs = (site.value, s)
-            # results lie in memory as the first input does, which is not the same for either
-            if any(plan.fuse(Fused("add_norm", (site,), inputs, outputs), self.can) for inputs in ((a, b), (b, a))):
+            if any(plan.fuse(Fused("add_norm", (site,), (x, r), outputs, x_bias=bias), self.can)
+                   for x, r, bias in summands(node, done)):  # fmt: skip
                 done.add(s)
 
 
-def unrounded(site: Site, s: Value, node: Node) -> Fused | None:
-    """The operator that normalises a sum in float32 of narrow tensors and rounds it for its other readers."""
-    if s.kept or s.dtype != "float32":
+def summands(node: Node, known: set[Value]) -> Iterator[tuple[Value, Value, Value | None]]:
+    """(x, residual, bias of x) of an addition: with a bias where there is one, and either summand as x.
+
+    Results lie in memory as x does, which is not the same for either. A bias that ends a norm, of `known`, stays there.
+    """
+    a, b = node.inputs
+    for x, residual in ((a, b), (b, a)):
+        biased = None if x in known else _biased(x)
+        if biased is not None:
+            yield biased[0], residual, biased[1]
+    yield a, b, None
+    yield b, a, None
+
+
+def _biased(value: Value) -> tuple[Value, Value] | None:
+    """(x, bias) of a value that is their sum and that one addition reads."""
+    node = value.producer
+    if node is None or node.kind != "add" or value.kept or value.tainted or len(value.uses) != 1 or not value.shape:
         return None
+    for x, bias in (node.inputs, node.inputs[::-1]):
+        alike = x.shape == value.shape and x.dtype == bias.dtype
+        if alike and bias.fixed and bias.shape == value.shape[-1:] and not x.fixed:
+            return x, bias
+    return None
+
+
+def unrounded(site: Site, s: Value, node: Node, known: set[Value]) -> Iterator[Fused]:
+    """The operators that normalise a sum in float32 of narrow tensors and round it for its other readers.
+
+    A front end says whether a bias of x, too, is a narrow one that was cast.
+    """
+    if s.kept or s.dtype != "float32":
+        return
     inside = set(region(site.value, site.norm))
     casts = [use for use in s.uses if use not in inside]
-    x, r = map(_uncast, node.inputs)
-    if len(casts) > 1 or any(use.kind != "cast" for use in casts) or x is r:
-        return None
-    narrow = casts[0].outputs[0] if casts else Value("", s.shape, x.dtype)
-    if not x.dtype == r.dtype == narrow.dtype or x.dtype not in NARROW:
-        return None
-    return Fused("add_norm", (site,), (x, r), (site.value, narrow), round_sum=False)
+    if len(casts) > 1 or any(use.kind != "cast" for use in casts):
+        return
+    for a, b, bias in summands(node, known):
+        x, r = _uncast(a), _uncast(b)
+        narrow = casts[0].outputs[0] if casts else Value("", s.shape, x.dtype)
+        if x is not r and x.dtype == r.dtype == narrow.dtype and x.dtype in NARROW:
+            yield Fused("add_norm", (site,), (x, r), (site.value, narrow), round_sum=False, x_bias=bias)
 
 
 def _uncast(value: Value) -> Value:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from normfuse.ops import meaning
-from tests.cuda_tools import ALL_TYPES, KINDS, OPS, Driver, Interpreted, Launch, Types, spec
+from tests.cuda_tools import ALL_TYPES, KINDS, OPS, TENSORS, Driver, Interpreted, Launch, Types, named, spec
 from tests.kernel_tools import (BF16, FP16, FP32, Found, assert_bits, assert_close, doubled, draw, kernels, mismatches,
                                 tensors)  # fmt: skip
 
@@ -39,14 +39,14 @@ def case(function: Callable[[Driver], Found]) -> Callable[[Driver], Found]:
 def fits(op: str, types: Types) -> bool:
     """A sandwich's norms are alike, so that its sum has the type of x; a sum in float32 is not rounded."""
     x, _, result = types
-    return {"norm_add_norm": x == result, "add_norm_unrounded": x != FP32}.get(op, True)
+    return x == result if op == "norm_add_norm" else x != FP32 or not op.endswith("_unrounded")
 
 
 def inputs(op: str, types: Types, m: int, n: int, weights: str, k: tuple[int, int] = (0, 0),
            shift: int = 0) -> dict[str, Tensor | None]:  # fmt: skip
     """The tensors of an operator, `shift` elements from where memory is aligned; results hold NaN."""
     x, first, result = types
-    sums, weight = x if op.startswith("add_norm") else result, result if first else FP32
+    sums, weight = x if named(op) == "add_norm" else result, result if first else FP32
     seeds = itertools.count()
 
     def made(dtype: torch.dtype, *shape: int) -> Tensor:
@@ -65,17 +65,18 @@ def inputs(op: str, types: Types, m: int, n: int, weights: str, k: tuple[int, in
     for name, size in (("w", n), ("b", n), *((("w2", k[1] or n), ("b2", k[1] or n)) if op.startswith(("q", "norm_add_"))
                                              else ())):  # fmt: skip
         found[name] = made(weight, size) if name[0] in weights else None
-    return found
+    return found | ({"x_bias": made(x, n)} if op.startswith("bias_") else {})
 
 
 def wanted(module: Any, op: str, kind: str, types: Types, given: dict[str, Tensor | None], exact: bool = False,
            ) -> tuple[Tensor, ...]:  # fmt: skip
     """An operator's results, by its definition or by the kernels that torch gets."""
     names = {"norm": "x w b", "qk_norm": "x x2 w b w2 b2", "norm_add_norm": "x r w b w2 b2"}.get(op, "x r w b")
-    rounds = [op == "add_norm"] if op.startswith("add_norm") else []
+    rounds = [not op.endswith("_unrounded")] if named(op) == "add_norm" else []
     how = (EPS, 0.0, "first" if types[1] else "last", types[2], *rounds, kind)
-    args = (*(given[name] for name in names.split()), *how)
-    return tensors(getattr(module, op.removesuffix("_unrounded"))(*(doubled(args) if exact else args)))
+    bias = [given["x_bias"]] if op.startswith("bias_") else []
+    args = (*(given[name] for name in names.split()), *how, *bias)
+    return tensors(getattr(module, named(op))(*(doubled(args) if exact else args)))
 
 
 def results(given: dict[str, Tensor | None]) -> tuple[Tensor, ...]:
@@ -135,7 +136,7 @@ def the_bits_of_torch(driver: Driver) -> Found:
     for i, (op, kind, types) in enumerate(itertools.product(OPS, KINDS, ALL_TYPES)):
         n = (64, 72, 256, 1000, 2048, 4096)[i % 6] if i % 11 else (40000, 20000)[i % 2]
         weights = "wb" if kind == "layer_norm" else "w"
-        if fits(op, types):
+        if fits(op, types) and not op.startswith("bias_"):  # these only ONNX has
             given = inputs(op, types, 2 if n > 4096 else 5, n, weights, (3, n))
             forms |= {(launch.entry, launch.shape[3]) for launch in run(op, kind, types, given, EPS, weights)}
             want = wanted(kernels(), op, kind, types, given)
@@ -153,7 +154,7 @@ def memory_that_is_not_aligned(driver: Driver) -> Found:
         done = compare(run, op, kind, types, "wb", inputs(op, types, 3, 64, "wb", (2, 64), shift=1))
         assert {launch.entry for launch in done} == {"row"}
         only = inputs(op, types, 3, 64, "wb", (2, 64))
-        name = {"qk_norm": "b2", "norm_add_norm": "w2"}.get(op, "b")
+        name = {"qk_norm": "b2", "norm_add_norm": "w2", "bias_add_norm": "x_bias"}.get(op, "b")
         only[name] = inputs(op, types, 3, 64, "wb", (2, 64), shift=3)[name]
         assert "row" in {launch.entry for launch in compare(run, op, kind, types, "wb", only)}
     return {}
@@ -187,10 +188,11 @@ def addresses(*names: str) -> dict[str, int]:
 @case
 def arguments_and_grids(driver: Driver) -> Found:
     """Each argument stands where the kernels have it, and the grid covers the rows."""
-    every = addresses("x", "r", "y", "s", "w", "b", "w2", "b2", "x2", "y2")
+    every = addresses("x", "r", "y", "s", "w", "b", "w2", "b2", "x2", "y2", "x_bias")
     uses = {"norm": "x y w b", "add_norm": "x r y s w b", "norm_add": "x r s w b",
             "norm_add_norm": "x r y s w b w2 b2", "qk_norm": "x y w b w2 b2 x2 y2",
-            "add_norm_unrounded": "x r y s w b"}  # fmt: skip
+            "add_norm_unrounded": "x r y s w b", "bias_add_norm": "x r y s w b x_bias",
+            "bias_add_norm_unrounded": "x r y s w b x_bias"}  # fmt: skip
     for op, n, m in itertools.product(OPS, (8, 64, 768, 4096, 16384), (1, 31, 33, 5000)):
         given = {name: every[name] for name in uses[op].split()}
         size = {"m": m, "n": n} | ({"m2": 2 * m + 1, "n2": n} if op == "qk_norm" else {})
@@ -201,10 +203,12 @@ def arguments_and_grids(driver: Driver) -> Found:
         assert (x, y, z) == (tiles + (-(-(2 * m + 1) // rows) if op == "qk_norm" else 0), 1, 1), launch.shape
         assert rest[:2] == [1, 1] and launch.stream == 77 and launch.entry == "tile"
         assert f".reqntid {threads}\n" in launch.text
-        zeros = dict.fromkeys(every, 0)
+        zeros = dict.fromkeys(TENSORS, 0)
         if op == "norm_add":
             given["y"] = given.pop("s")
-        assert {name: launch.values[name] for name in every} == zeros | given, op
+        if op.startswith("bias_"):
+            given["w2"] = given.pop("x_bias")
+        assert {name: launch.values[name] for name in TENSORS} == zeros | given, op
         assert {name: launch.values[name] for name in ("m", "n", "m2", "n2", "tiles", "eps")} == {
             "m2": 0, "n2": 0, "tiles": tiles, "eps": 0.25} | size  # fmt: skip
         assert launch.hidden == [0, 0]

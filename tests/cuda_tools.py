@@ -21,7 +21,8 @@ from tests.kernel_tools import BF16, FP16, FP32
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "normfuse" / "ort"
-OPS = ("norm", "add_norm", "norm_add", "norm_add_norm", "qk_norm", "add_norm_unrounded")
+OPS = ("norm", "add_norm", "norm_add", "norm_add_norm", "qk_norm", "bias_add_norm", "add_norm_unrounded",
+       "bias_add_norm_unrounded")  # fmt: skip
 KINDS = ("rms_norm", "layer_norm")
 TYPES = (FP32, FP16, BF16)
 FORMS = 12
@@ -37,13 +38,13 @@ class Spec(c.Structure):
     """`Spec` of ops.h."""
 
     _fields_ = [(name, c.c_int) for name in "op layer x compute first result".split()]
-    _fields_ += [(name, c.c_int) for name in "has_w1 has_b1 has_w2 has_b2 unrounded".split()]
+    _fields_ += [(name, c.c_int) for name in "has_w1 has_b1 has_w2 has_b2 unrounded has_x_bias".split()]
 
 
 class Args(c.Structure):
     """`Args` of ops.h."""
 
-    _fields_ = [*((name, c.c_void_p) for name in "stream x r y s w b w2 b2".split()), ("m", c.c_longlong),
+    _fields_ = [*((name, c.c_void_p) for name in "stream x r x_bias y s w b w2 b2".split()), ("m", c.c_longlong),
                 ("n", c.c_longlong), ("x2", c.c_void_p), ("y2", c.c_void_p), ("m2", c.c_longlong),
                 ("n2", c.c_longlong), ("eps", c.c_float)]  # fmt: skip
 
@@ -77,9 +78,13 @@ def spec(op: str, kind: str, types: Types, weights: str = "wb", compute: torch.d
     x, first, result = types
     has = [int(name in weights) for name in "wb"]
     has += has if op in ("norm_add_norm", "qk_norm") else [0, 0]
-    kept = op.removesuffix("_unrounded")
-    return Spec(OPS.index(kept), KINDS.index(kind), TYPES.index(x), TYPES.index(compute), int(first),
-                TYPES.index(result), *has, kept != op)  # fmt: skip
+    return Spec(OPS.index(named(op)), KINDS.index(kind), TYPES.index(x), TYPES.index(compute), int(first),
+                TYPES.index(result), *has, op.endswith("_unrounded"), op.startswith("bias_"))  # fmt: skip
+
+
+def named(op: str) -> str:
+    """The operator without what is added to it."""
+    return op.removeprefix("bias_").removesuffix("_unrounded")
 
 
 class Driver:
@@ -166,7 +171,7 @@ class Interpreted:
         memory = {t.data_ptr(): t for t in tensors.values() if t is not None}
 
         def compute(launch: Launch) -> None:
-            ops = [o for o in (op, "norm", "norm_add") if o != "qk_norm"]
+            ops = [o for o in (op.removeprefix("bias_"), "norm", "norm_add") if o != "qk_norm"]
             ((name, form),) = {(o, found[launch.text]) for o in dict.fromkeys(ops) if launch.text in (
                 found := self.driver.forms(aot.OPS.index(o), KINDS.index(kind), types))}  # fmt: skip
             i = ALL_TYPES.index(types)

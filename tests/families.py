@@ -602,6 +602,8 @@ FUSED = {  # operators that take in a neighbour, a layer
 }
 OTHERS = {"rms_norm": {"add_rms_norm": 2}, "layer_norm": {"add_layer_norm": 2}}
 MORE = {"opt": Counter(add_layer_norm=1)}  # OPT projects into its stream with an addition
+BIASED = {"gpt_oss": 1, "bloom": 2, "opt": 1, "bert": 2, "vit": 2}
+"""How many operators of an addition and a norm take in a linear layer's bias in ONNX, a layer."""
 RECIPES = {
     "llama": "RMSNorm, pre-norm",
     "qwen3": "RMSNorm, pre-norm, QK-norm per head",

@@ -21,7 +21,8 @@ from normfuse.norm import Expr, Norm, Site
 from normfuse.plan import Fused
 
 EPS = 1e-5
-OPS = ("norm", "add_norm", "add_norm_unrounded", "norm_add", "norm_add_norm", "qk_norm")
+SUMS = ("add_norm", "bias_add_norm", "add_norm_unrounded", "bias_add_norm_unrounded")
+OPS = ("norm", *SUMS, "norm_add", "norm_add_norm", "qk_norm")
 KINDS = ("rms_norm", "layer_norm")
 NARROW = ("float16", "bfloat16")
 TWO = ("norm_add_norm", "qk_norm")
@@ -91,7 +92,7 @@ def alone(op: str, kind: str, how: Types, role: Roles) -> bool:
 def there(op: str, how: Types) -> bool:
     """A sandwich's two norms are alike; only a sum in a wider type than its summands can be rounded after the norm."""
     return not (op == "norm_add_norm" and how.result != how.x) and not (
-        op == "add_norm_unrounded" and how.compute == how.x)  # fmt: skip
+        op.endswith("_unrounded") and how.compute == how.x)  # fmt: skip
 
 
 def edit(op: str, kind: str, how: Types, role: Roles, sizes: Sequence[int] = (8, 8),
@@ -100,14 +101,14 @@ def edit(op: str, kind: str, how: Types, role: Roles, sizes: Sequence[int] = (8,
     floats = [how.x, how.result] if op.startswith("norm_add") else [how.x, how.x]
     inputs = [Value(n, (*lead, s), d, leaf=True) for n, s, d in zip("xr", sizes, floats, strict=True)]
     outputs = [Value(n, (*lead, s), how.result) for n, s in zip("ys", sizes, strict=True)]
-    kept, wide = op.removesuffix("_unrounded"), Value("wide", (*lead, sizes[0]), how.compute)
+    kept, wide = op.removeprefix("bias_").removesuffix("_unrounded"), Value("wide", (*lead, sizes[0]), how.compute)
     if kept == "add_norm":
         outputs[1].dtype = how.x
+    x_bias = Value("x_bias", (sizes[0],), how.x, leaf=True, fixed=True) if op.startswith("bias_") else None
     sites = []
     for i, (weighted, biased) in enumerate(role):
         second = {"norm_add_norm": (inputs[0], outputs[1])[i], "qk_norm": inputs[i]}
-        summed = {"add_norm": outputs[1], "add_norm_unrounded": wide}
-        x = summed[op] if op in summed else second.get(op, inputs[0])
+        x = (wide if op.endswith("_unrounded") else outputs[1]) if op in SUMS else second.get(op, inputs[0])
         size = sizes[i if op == "qk_norm" else 0]
 
         def row(name: str, there: bool, size: int = size) -> Expr | None:
@@ -118,7 +119,7 @@ def edit(op: str, kind: str, how: Types, role: Roles, sizes: Sequence[int] = (8,
         sites.append(Site(outputs[i], norm, None, False))  # type: ignore[arg-type]
     given = inputs[:1] if op == "norm" else inputs
     results = {"norm": outputs[:1], "norm_add": outputs[1:]}.get(op, outputs)
-    return Fused(kept, tuple(sites), tuple(given), tuple(results), round_sum=kept == op)
+    return Fused(kept, tuple(sites), tuple(given), tuple(results), not op.endswith("_unrounded"), x_bias)
 
 
 def name(op: str, kind: str, how: Types, role: Roles) -> str:
@@ -217,10 +218,11 @@ def meaning(op: str, kind: str, how: Types, role: Roles, feeds: dict[str, Any], 
         found = [norm(0, x)]
     elif r is None:
         raise ValueError(op)
-    elif op == "add_norm":
-        found = [norm(0, x + r), x + r]
-    elif op == "add_norm_unrounded":
-        found = [norm(0, x.to(torch.float64 if exact else torch.float32) + r), x + r]
+    elif op in SUMS:
+        bias, whole = tensor("x_bias", how.x), op.endswith("_unrounded")
+        x = x.to(torch.float64 if exact else torch.float32) if whole else x
+        s = (x if bias is None else x + bias) + r
+        found = [norm(0, s), s.to(r.dtype)]
     elif op == "qk_norm":
         found = [norm(0, x), norm(1, r)]
     else:

@@ -187,7 +187,7 @@ def test_each_row_is_read_and_written_once(library: c.CDLL, op: str) -> None:
     at = next(at for at in ALL if variant_of(*at) == variant)
     ptx, kernel = text_of(library, *at), library.nf_ptx_kernel(*at)[0]
     per_tensor = 4096 * 16 // (128 * 32 * kernel.warps)
-    tensors = {"norm": (3, 1), "add_norm": (4, 2), "norm_add": (4, 1), "norm_add_norm": (6, 2)}.get(op, (4, 2))
+    tensors = {"norm": (3, 1), "norm_add": (4, 1), "norm_add_norm": (6, 2)}.get(op, (5, 2))
     assert accesses(ptx, "ld") == {"128": tensors[0] * per_tensor}
     assert accesses(ptx, "st") == {"128": tensors[1] * per_tensor}
 

@@ -282,6 +282,76 @@ def test_a_sum_in_float32_behind_a_view_stays() -> None:
     assert [e.round_sum for e in plan.fused] == [True]
 
 
+def biased(change: Callable[[Build, dict[str, Value]], None] = lambda g, v: None, first: bool = True,
+           wide: bool = False) -> tuple[Plan, dict[str, Value]]:  # fmt: skip
+    """r + (x + b) and its norm; `wide`, from casts of bfloat16."""
+    g = Build(dtype="bfloat16" if wide else "float32")
+    dtype = g.x.dtype or ""
+    v = {"x": rows(g, "x", dtype), "r": rows(g, "r", dtype), "b": g.b}
+    read = {n: g.op("cast", v[n], dtype="float32") if wide else v[n] for n in "xr"}
+    read["b"] = v["b"] = g.graph.leaf("b", (64,), "float32", fixed=True)
+    v["t"] = native(g.op("add", *((read["x"], read["b"]) if first else (read["b"], read["x"]))))
+    v["s"] = native(g.op("add", *((v["t"], read["r"]) if first else (read["r"], v["t"]))))
+    v["y"] = g.op("cast", rms(g, v["s"]), dtype=dtype) if wide else rms(g, v["s"])
+    v["out"] = g.op("cast", v["s"], dtype=dtype) if wide else v["s"]
+    change(g, v)
+    return start(g, v["y"], v["out"]), v
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("first", [False, True])
+def test_the_bias_of_a_linear_layer_is_taken_in(first: bool, wide: bool) -> None:
+    plan, v = biased(first=first, wide=wide)
+    AddNorm(able())(plan)
+    (edit,) = plan.fused
+    assert (edit.name, edit.inputs, edit.outputs) == ("bias_add_rms_norm", (v["x"], v["r"]), (v["y"], v["out"]))
+    assert edit.x_bias is v["b"] and edit.parameters() == [v["b"]] and edit.round_sum is not wide
+    plan.clear()
+    AddNorm(able(lambda edit: ("", "") if edit.x_bias else None))(plan)  # a front end without such an operator
+    assert [(e.name, e.x_bias) for e in plan.fused] == [("add_rms_norm", None)]
+
+
+@pytest.mark.parametrize("change", [
+    lambda g, v: setattr(v["t"], "kept", True),
+    lambda g, v: setattr(v["t"], "tainted", True),
+    lambda g, v: g.op("neg", v["t"]),
+    lambda g, v: setattr(v["t"].producer, "kind", "sub"),
+    lambda g, v: setattr(v["t"], "producer", None),
+    lambda g, v: setattr(v["b"], "fixed", False),
+    lambda g, v: setattr(v["b"], "shape", (1, 64)),
+    lambda g, v: setattr(v["b"], "shape", (1,)),
+    lambda g, v: setattr(v["b"], "shape", ("B", "S", 64)),
+    lambda g, v: setattr(v["b"], "dtype", "float16"),
+    lambda g, v: setattr(v["x"], "fixed", True),
+    lambda g, v: setattr(v["x"], "shape", (1, "S", 64)),
+])  # fmt: skip
+def test_a_bias_that_stays(change: Any) -> None:
+    plan, _ = biased(change)
+    AddNorm(able())(plan)
+    assert [(e.name, e.x_bias) for e in plan.fused] == [("add_rms_norm", None)]
+
+
+def test_the_bias_of_a_norm_stays_there() -> None:
+    g = Build()
+    r = rows(g, "r")
+    n = native(g.op("add", g.op("mul", rms(g, rows(g, "z")), g.w), g.b))
+    s = native(g.op("add", n, r))
+    y = rms(g, s)
+    plan = start(g, y, s)
+    AddNorm(able())(plan)
+    assert [(e.name, e.inputs) for e in plan.fused] == [("add_rms_norm", (n, r))]
+
+
+def test_of_two_biases_one_is_taken_in() -> None:
+    g = Build()
+    a, b = (native(g.op("add", rows(g, name), bias)) for name, bias in (("a", g.b), ("b", g.w)))
+    s = native(g.op("add", a, b))
+    plan = start(g, rms(g, s), s)
+    AddNorm(able())(plan)
+    (edit,) = plan.fused
+    assert edit.inputs[1] is b and edit.x_bias is g.b
+
+
 # -- norm, then addition, and the sandwich ----------------------------------------------------------------------------
 
 

@@ -103,6 +103,8 @@ class FusedEmitter:
         return None
 
     def _check(self, low: Lowering, edit: Fused) -> None:
+        if edit.x_bias is not None:
+            raise Unfit("a bias is added by the linear layer")
         if len(set(self._attributes(edit))) > 1:
             raise Unfit("the norms are not alike")
         values = [*edit.inputs, *edit.outputs, *edit.parameters()]

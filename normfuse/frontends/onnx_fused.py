@@ -1,8 +1,9 @@
 """The operators of `normfuse.ops` in ONNX graphs: calls of model-local functions in domain "normfuse".
 
 A function has the name of the torch operator, the operator's tensors that are there as inputs, in the same order, and
-`eps` as attribute. Its body is what `normfuse.ops.meaning` says, each norm as `Emitter` would write it alone: standard
-operators of the model's own opset, every rounding where the model has it. What else a body depends on is in its name:
+`eps` as attribute; one that adds a linear layer's bias to x first is a `bias_add_...`, with it after the residual. Its
+body is what `normfuse.ops.meaning` says, each norm as `Emitter` would write it alone: standard operators of the model's
+own opset, every rounding where the model has it. What else a body depends on is in its name:
 `norm_add_layer_norm_f16_in_f32_first`.
 """
 
@@ -67,6 +68,8 @@ class FusedEmitter:
                 return "one of its tensors is inside another operator or of unknown shape"
         if not all(v.fixed or v.leaf for v in edit.parameters()):
             return "a weight is computed from the data"
+        if edit.x_bias is not None and narrowed(edit.x_bias, edit.x_bias.native, narrow_of(edit)) is None:
+            return "the bias of x is of another type"
         makers = {v.native.producer() for v in edit.results}
         if len(makers) < len(edit.results) or any(_is_fused(node) for node in makers):
             return "one operator gives it already"
@@ -118,15 +121,20 @@ class FusedEmitter:
 
         given += [operands[v] for v in edit.inputs]
         x, *other = [body.input(label) for label in INPUTS.get(edit.op, ("x", "residual"))]
+        summands = [x, *other]
+        if edit.x_bias is not None:
+            bias = operands[edit.x_bias]
+            given.append(narrowed(edit.x_bias, bias, narrow_of(edit)) or bias)
+            summands.insert(1, body.input("x_bias"))
         if edit.op == "norm":
             results = [norm(0, x)]
         elif edit.op == "qk_norm":
             results = [norm(0, x), norm(1, *other)]
         elif edit.op == "add_norm" and edit.round_sum:
-            s = body.op("Add", x, *other)
+            s = body.sum(*summands)
             results = [norm(0, s), s]
         elif edit.op == "add_norm":
-            s = body.op("Add", *(body.cast(v, edit.sites[0].norm.x.dtype) for v in (x, *other)))
+            s = body.sum(*(body.cast(v, edit.sites[0].norm.x.dtype) for v in summands))
             results = [norm(0, s), body.cast(s, edit.outputs[1].dtype)]
         else:
             s = body.op("Add", *other, norm(0, x))
@@ -168,6 +176,11 @@ class _Body:
     def op(self, name: str, *inputs: ir.Value, attributes: Sequence[ir.Attr] = ()) -> ir.Value:
         self.nodes.append(ir.Node("", name, inputs, attributes))
         return self.nodes[-1].outputs[0]
+
+    def sum(self, first: ir.Value, *others: ir.Value) -> ir.Value:
+        for other in others:
+            first = self.op("Add", first, other)
+        return first
 
     def cast(self, value: ir.Value, dtype: str | None) -> ir.Value:
         return self.op("Cast", value, attributes=[ir.AttrInt64("to", DTYPES[dtype or ""].value)])
@@ -221,6 +234,15 @@ def function_name(edit: Fused, opset: int) -> str:
 def narrow_of(edit: Fused) -> str:
     """The type of what an operator normalises, or of the summands where it normalises their sum in a wider one."""
     return (edit.sites[0].norm.x if edit.round_sum else edit.inputs[0]).dtype or ""
+
+
+def narrowed(value: Value, native: ir.Value | None, dtype: str) -> ir.Value | None:
+    """A value of a type, or what is of that type and cast to the value; None for any other."""
+    if value.dtype == dtype:
+        return native
+    node = None if native is None else native.producer()
+    source = node.inputs[0] if node is not None and (node.domain, node.op_type) == ("", "Cast") else None
+    return source if source is not None and source.dtype == DTYPES[dtype] else None
 
 
 def _alike(a: Shape | None, b: Shape | None) -> bool:

@@ -15,7 +15,7 @@ from normfuse.frontends.onnx import Lowering
 from normfuse.frontends.onnx_emit import Emitter, plain, unique
 from normfuse.frontends.onnx_fold import attribute
 from normfuse.frontends.onnx_functions import spelled
-from normfuse.frontends.onnx_fused import FusedEmitter
+from normfuse.frontends.onnx_fused import FusedEmitter, narrowed
 from normfuse.frontends.onnx_infer import DTYPES
 from normfuse.frontends.onnx_contrib import SKIP_EPSILON
 from normfuse.graph import Value
@@ -31,7 +31,7 @@ class SkipEmitter(FusedEmitter):
     """Makes s = x + residual; y = norm(s) of a model in one contrib operator.
 
     SkipLayerNormalization and SkipSimplifiedLayerNormalization of ONNX Runtime's contrib operators: rank 2 or 3, equal
-    shapes, gamma of length N in the type of x, y rounded once, at the end.
+    shapes, gamma of length N in the type of x, y rounded once, at the end, as is the sum, of three in one type too.
     """
 
     def __init__(self, emitter: Emitter, table: Table) -> None:
@@ -51,6 +51,8 @@ class SkipEmitter(FusedEmitter):
         if norm.kind == "rms_norm" and norm.bias is not None:
             return "NF202", "the operator has no bias"
         dtype, rows = norm.x.dtype or "", [expr for expr in (norm.weight, norm.bias) if expr]
+        if edit.x_bias is not None and dtype != "float32" and self.exact:
+            return "NF202", "the operator does not round x and its bias before it adds the residual"
         if norm.dtype != dtype or (dtype != "float32" and any(_narrow(expr, dtype) is None for expr in rows)):
             return "NF202", "the operator has one type for all"
         return super().unfit(low, edit)
@@ -67,6 +69,10 @@ class SkipEmitter(FusedEmitter):
                 inputs.append(row or self.emitter.row(nodes, norm, expr, operands, dtype, f"{name}/{label}"))
             elif label == "weight":
                 inputs.append(self.emitter.constant(np.ones([norm.size or 1]), dtype, "ones"))
+        if edit.x_bias is not None:
+            beta = [None] if norm.kind == "layer_norm" and norm.bias is None else []
+            bias = operands[edit.x_bias]
+            inputs += [*beta, narrowed(edit.x_bias, bias, dtype) or bias]
         epsilon = ir.AttrFloat32("epsilon", norm.eps)
         node = ir.Node(DOMAIN, NAMES[norm.kind], inputs, [epsilon], num_outputs=4, name=name)
         for statistic in node.outputs[1:3]:
@@ -146,9 +152,5 @@ def _spell(node: ir.Node, kind: str, dtype: str, opset: int, used: set[str | Non
 
 def _narrow(expr: Expr, dtype: str) -> ir.Value | None:
     """A row that is a parameter in a type, or a cast of one that only widens it; None for any other."""
-    native: ir.Value | None = expr[0][1][0][0].native if plain(expr) else None
-    node = None if native is None else native.producer()
-    if native is not None and node is not None and node.op_type == "Cast":
-        native = node.inputs[0]
-    fits = native is not None and native.dtype == DTYPES[dtype] and native.shape is not None and len(native.shape) == 1
-    return native if fits else None
+    native = narrowed(expr[0][1][0][0], expr[0][1][0][0].native, dtype) if plain(expr) else None
+    return native if native is not None and native.shape is not None and len(native.shape) == 1 else None

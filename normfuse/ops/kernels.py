@@ -150,10 +150,14 @@ def rows_of(tile, m, cols, n, how: tl.constexpr):
 
 
 @triton.jit
-def summand(x, r, row, sizes, cols, inside, how: tl.constexpr):
-    """What a norm reads: x or, with a residual, their sum; in C."""
+def summand(x, r, x_bias, row, sizes, cols, inside, n, how: tl.constexpr):
+    """What a norm reads: x or, with a residual, their sum, to x first a bias; in C."""
     h = read(x, row, sizes, cols, inside, how.c)
     if r is not None:
+        if x_bias is not None:
+            h += parameter(x_bias, cols, n, True, how)
+            if how.round_sum:
+                h = rounded(h, how.narrow)
         h += read(r, row, sizes, cols, inside, how.c)
         if how.round_sum:
             h = rounded(h, how.narrow)
@@ -193,14 +197,14 @@ def affine(h, w, b, cols, n, narrow: tl.constexpr, applied: tl.constexpr, how: t
 
 @triton.jit
 def forward_tile(tile, x, r, y, s, w, b, w2, b2, m, n, eps, sizes, how: tl.constexpr):
-    """One tile of `norm`, `add_norm`, `norm_add` or `norm_add_norm`, by `how.what`."""
+    """One tile of `norm`, `add_norm`, `norm_add` or `norm_add_norm`, by `how.what`; w2 of an `add_norm` is x's bias."""
     cols = tl.arange(0, how.block)[None, :]
     row, inside = rows_of(tile, m, cols, n, how)
     if how.what == "add_norm":
-        h = summand(x, r, row, sizes, cols, inside, how)
+        h = summand(x, r, w2, row, sizes, cols, inside, n, how)
         write(s, row, sizes, cols, inside, h)
     else:
-        h = summand(x, None, row, sizes, cols, inside, how)
+        h = summand(x, None, None, row, sizes, cols, inside, n, how)
     h, _ = normalised(h, cols, n, eps, how)
     h = affine(h, w, b, cols, n, how.narrow, how.applied, how)
     if how.what == "norm_add" or how.what == "norm_add_norm":
@@ -232,7 +236,7 @@ def forward_pair(tiles, x, y, w, b, m, sizes, how: tl.constexpr, x2, y2, w2, b2,
 
 
 @triton.jit
-def long_statistics(x, r, row, n, eps, sizes, how: tl.constexpr):
+def long_statistics(x, r, x_bias, row, n, eps, sizes, how: tl.constexpr):
     """The mean (0 for an RMS norm) and the inverse root of a row, (1, 1) each, read once in blocks.
 
     Every column of a block has a mean and a sum of squares about it of its own, by Welford; Chan's formula joins them.
@@ -243,7 +247,7 @@ def long_statistics(x, r, row, n, eps, sizes, how: tl.constexpr):
     blocks = tl.full([1, 1], 0.0, how.c)
     for start in range(0, n, how.block):
         inside = start + lane < n
-        h = summand(x, r, row, sizes, start + lane, inside, how)
+        h = summand(x, r, x_bias, row, sizes, start + lane, inside, n, how)
         if how.layer:
             blocks += 1.0
             delta = tl.where(inside, h - centre, 0.0)
@@ -262,15 +266,15 @@ def long_statistics(x, r, row, n, eps, sizes, how: tl.constexpr):
 
 
 @triton.jit
-def forward_row(x, r, y, s, w, b, n, eps, sizes, how: tl.constexpr):
+def forward_row(x, r, y, s, w, b, x_bias, n, eps, sizes, how: tl.constexpr):
     """`norm`, `add_norm` or `norm_add` of one row, in blocks."""
     row = tl.program_id(0) + tl.zeros([1, 1], tl.int32)
     added = r if how.what == "add_norm" else None
-    middle, rstd = long_statistics(x, added, row, n, eps, sizes, how)
+    middle, rstd = long_statistics(x, added, x_bias, row, n, eps, sizes, how)
     for start in range(0, n, how.block):
         cols = start + tl.arange(0, how.block)[None, :]
         inside = cols < n
-        h = summand(x, added, row, sizes, cols, inside, how)
+        h = summand(x, added, x_bias, row, sizes, cols, inside, n, how)
         if s is not None:
             write(s, row, sizes, cols, inside, h)
         if how.layer:
@@ -284,4 +288,4 @@ def forward_row(x, r, y, s, w, b, n, eps, sizes, how: tl.constexpr):
 @triton.jit
 def forward_long(x, r, y, s, w, b, sizes, how: tl.constexpr):
     """Grid (M,): every program one row."""
-    forward_row(x, r, y, s, w, b, how.n, how.eps, sizes, how)
+    forward_row(x, r, y, s, w, b, None, how.n, how.eps, sizes, how)

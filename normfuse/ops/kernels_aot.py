@@ -15,7 +15,10 @@ from normfuse.ops.kernels import forward_row, forward_tile
 
 @triton.jit
 def tile(x, r, y, s, w, b, w2, b2, x2, y2, m, n, m2, n2, tiles, eps, how: tl.constexpr):
-    """Grid (tiles of x, and of x2): every program a tile; x2, y2, w2 and b2 are the key's of a `qk_norm`."""
+    """Grid (tiles of x, and of x2): every program a tile.
+
+    x2, y2, w2 and b2 are the key's of a `qk_norm`; w2 of an `add_norm` is a bias of x, of its type.
+    """
     i = tl.program_id(0)
     if how.what == "norm":
         if i >= tiles:
@@ -29,10 +32,10 @@ def tile(x, r, y, s, w, b, w2, b2, x2, y2, m, n, m2, n2, tiles, eps, how: tl.con
 
 @triton.jit
 def row(x, r, y, s, w, b, w2, b2, x2, y2, m, n, m2, n2, tiles, eps, how: tl.constexpr):
-    """Grid (M,): every program a row, in blocks; there is no `norm_add_norm` and no second tensor."""
+    """Grid (M,): every program a row, in blocks; there is no `norm_add_norm` and no second tensor. w2 as in `tile`."""
     if how.what == "norm":
-        forward_row((x, n), None, (y, n), None, w, b, n, eps, (1,), how)
+        forward_row((x, n), None, (y, n), None, w, b, None, n, eps, (1,), how)
     elif how.what == "norm_add":
-        forward_row((x, n), (r, n), (y, n), None, w, b, n, eps, (1,), how)
+        forward_row((x, n), (r, n), (y, n), None, w, b, None, n, eps, (1,), how)
     else:
-        forward_row((x, n), (r, n), (y, n), (s, n), w, b, n, eps, (1,), how)
+        forward_row((x, n), (r, n), (y, n), (s, n), w, b, w2, n, eps, (1,), how)

@@ -121,7 +121,7 @@ def backward_long(dy, ds, x, dx, w, statistics, sizes, how: tl.constexpr):
     lane = tl.arange(0, how.block)[None, :]
     middle, rstd = tl.full([1, 1], 0.0, how.c), tl.full([1, 1], 1.0, how.c)
     if how.layer:
-        middle, rstd = long_statistics(x, None, row, how.n, how.eps, sizes, how)
+        middle, rstd = long_statistics(x, None, None, row, how.n, how.eps, sizes, how)
     squares = tl.full([1, how.block], 0.0, how.c)
     along = tl.full([1, how.block], 0.0, how.c)
     total = tl.full([1, how.block], 0.0, how.c)

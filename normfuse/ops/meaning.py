@@ -59,16 +59,20 @@ def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, offs
 
 def add_norm(x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, offset: float = 0.0,
              cast: str = "last", dtype: Dtype = None, round_sum: bool = True, kind: str = "rms_norm",
-             ) -> tuple[Tensor, Tensor]:  # fmt: skip
+             x_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``add_rms_norm`` and ``add_layer_norm``: s = x + residual, y = norm(s) -> (y, s).
 
-    With `round_sum` False the norm reads the sum before it is rounded to the type of s.
+    With `round_sum` False the norm reads the sum before it is rounded to the type of s. `x_bias` (N,), of the type of
+    x, is added to x first; only ONNX has these operators, ``bias_add_rms_norm`` and ``bias_add_layer_norm``.
     """
-    s = x + residual
     if round_sum:
+        s = (x if x_bias is None else x + x_bias) + residual
         return norm(s, weight, bias, eps, offset, cast, dtype, kind), s
-    c = compute_type(s.dtype)
-    return norm(x.to(c) + residual.to(c), weight, bias, eps, offset, cast, dtype, kind, s.dtype), s
+    narrow = torch.promote_types(x.dtype, residual.dtype)
+    c = compute_type(narrow)
+    wide = (x.to(c) if x_bias is None else x.to(c) + x_bias.to(c)) + residual.to(c)
+    s = x + residual if x_bias is None else wide.to(narrow)
+    return norm(wide, weight, bias, eps, offset, cast, dtype, kind, narrow), s
 
 
 def norm_add(x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, offset: float = 0.0,

@@ -132,7 +132,8 @@ def tensor_types(variant: Variant) -> dict[str, Any]:
     """The types of the tensors."""
     x, first, result = variant.types
     sums, weight = x if variant.op.startswith("add_norm") else result, result if first else F32
-    types = (x, sums, result, sums, weight, weight, weight, weight, x, result)
+    second = x if variant.op.startswith("add_norm") else weight  # there w2 is a bias of x
+    types = (x, sums, result, sums, weight, weight, second, weight, x, result)
     return dict(zip(TENSORS, types, strict=True))
 
 

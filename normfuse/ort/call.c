@@ -22,11 +22,14 @@ OrtStatus *nf_fail(OrtApi *api, int code, const char *format, ...) {
   return ORT(api, CreateStatus)(code, message);
 }
 
-/* The parameters that an operator has, in the order of its inputs: weight1, bias1, weight2, bias2. */
-static void parameters(const Spec *spec, int has[4]) {
+/* The parameters that an operator has, in the order of its inputs: x_bias, weight1, bias1, weight2, bias2. */
+static void parameters(const Spec *spec, int has[PARAMETERS]) {
   int two = spec->op >= OP_NORM_ADD_NORM;
-  has[0] = spec->has_w1, has[1] = spec->has_b1, has[2] = two && spec->has_w2, has[3] = two && spec->has_b2;
+  has[0] = spec->has_x_bias, has[1] = spec->has_w1, has[2] = spec->has_b1;
+  has[3] = two && spec->has_w2, has[4] = two && spec->has_b2;
 }
+
+static int type_of(const Spec *spec, int parameter) { return parameter ? nf_affine(spec) : spec->x; }
 
 static OrtStatus *shape_of(const Kernel *k, const OrtValue *value, const char *argument, Tensor *out) {
   OrtShape *shape = NULL;
@@ -111,9 +114,10 @@ static int64_t next(const Tensor *x, const Rows *rows, int which, int64_t *at, i
  * type): where they lie, or in memory that becomes the caller's by `own`. */
 static OrtStatus *parameter(const Kernel *k, const OrtKernelContext *context, int i, size_t input_index,
                             const Tensor *x, const Rows *rows, const void **out, float **own) {
-  static const char *const names[][4] = {{"weight", "bias"}, {"weight1", "bias1", "weight2", "bias2"}};
+  static const char *const names[][PARAMETERS] = {{"x_bias", "weight", "bias"},
+                                                  {"", "weight1", "bias1", "weight2", "bias2"}};
   const char *argument = names[k->op->spec.op >= OP_NORM_ADD_NORM][i];
-  int type = nf_affine(&k->op->spec), cuda = k->op->cuda;
+  int type = type_of(&k->op->spec, i), cuda = k->op->cuda;
   Tensor given;
   const Tensor *t = &k->fixed[i].tensor;
   if (!k->fixed[i].constant) {
@@ -319,15 +323,15 @@ OrtStatus *nf_call(const Kernel *k, OrtKernelContext *context) {
   if (!a->n2) a->m2 = 0;
   work.rows = a->m + a->m2;
 
-  const void **slots[] = {&a->w, &a->b, &a->w2, &a->b2};
-  float *own[4] = {0};
-  int has[4];
+  const void **slots[] = {&a->x_bias, &a->w, &a->b, &a->w2, &a->b2};
+  float *own[PARAMETERS] = {0};
+  int has[PARAMETERS];
   parameters(spec, has);
   OrtStatus *status = NULL;
   size_t at = spec->op == OP_NORM ? 1 : 2;
-  for (int i = 0; i < 4 && !status; i++)
+  for (int i = 0; i < PARAMETERS && !status; i++)
     if (has[i])
-      status = parameter(k, context, i, at++, i < 2 ? &x : second, i < 2 ? &rows : second_rows, slots[i], &own[i]);
+      status = parameter(k, context, i, at++, i < 3 ? &x : second, i < 3 ? &rows : second_rows, slots[i], &own[i]);
   if (!status && work.rows) {
     if (k->op->cuda) {
       status = ORT(k->api, KernelContext_GetGPUComputeStream)(context, &a->stream);
@@ -338,14 +342,14 @@ OrtStatus *nf_call(const Kernel *k, OrtKernelContext *context) {
       status = run(k, context, &work);
     }
   }
-  for (int i = 0; i < 4; i++) free(own[i]);
+  for (int i = 0; i < PARAMETERS; i++) free(own[i]);
   return status;
 }
 
 /* Take note of a parameter that is an initializer, so that a call needs neither ask for it nor convert it. */
 static OrtStatus *constant(Kernel *k, const OrtKernelInfo *info, size_t input_index, int i) {
   const OrtValue *value = NULL;
-  int given = 0, type = nf_affine(&k->op->spec);
+  int given = 0, type = type_of(&k->op->spec, i);
   TRY(ORT(k->api, KernelInfoGetConstantInput_tensor)(info, input_index, &given, &value));
   if (!given || !value) return NULL;
   Tensor *t = &k->fixed[i].tensor;
@@ -361,10 +365,10 @@ static OrtStatus *constant(Kernel *k, const OrtKernelInfo *info, size_t input_in
 }
 
 OrtStatus *nf_constants(Kernel *k, const OrtKernelInfo *info) {
-  int has[4];
+  int has[PARAMETERS];
   parameters(&k->op->spec, has);
   size_t at = k->op->spec.op == OP_NORM ? 1 : 2;
-  for (int i = 0; i < 4; i++)
+  for (int i = 0; i < PARAMETERS; i++)
     if (has[i]) TRY(constant(k, info, at++, i));
   return NULL;
 }

@@ -218,6 +218,13 @@ static const char *single(int op, const Spec *spec, const Args *a) {
   return launch(choose(op, spec, a), a);
 }
 
+/* The kernels of an OP_ADD_NORM have the bias of x where others have the second weight. */
+static const char *add_norm(const Spec *spec, const Args *a) {
+  Args of = *a;
+  of.w2 = a->x_bias;
+  return single(number_of(spec), spec, &of);
+}
+
 /* One launch for q and k where the same kernel suits both. */
 static const char *pair(const Spec *spec, const Args *a) {
   Args q = *a, k = {.stream = a->stream, .x = a->x2, .y = a->y2, .w = a->w2, .b = a->b2, .m = a->m2, .n = a->n2,
@@ -266,6 +273,7 @@ const char *nf_cuda_run(const Spec *spec, const Args *args) {
   case OP_QK_NORM: return pair(spec, args);
   case OP_NORM_ADD_NORM: return sandwich(spec, args);
   case OP_NORM_ADD: return norm_add(spec, args);
-  default: return single(number_of(spec), spec, args);
+  case OP_ADD_NORM: return add_norm(spec, args);
+  default: return single(OP_NORM, spec, args);
   }
 }

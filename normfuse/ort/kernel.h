@@ -5,7 +5,7 @@
 #include "api.h"
 #include "ops.h"
 
-enum { MAX_RANK = 32, NAME = 72 };
+enum { MAX_RANK = 32, NAME = 80, PARAMETERS = 5 };
 
 typedef struct {
   OrtCustomOp op; /* first: ONNX Runtime hands it back */
@@ -31,7 +31,7 @@ typedef struct {
     int constant;
     Tensor tensor;
     float *floats;
-  } fixed[4];
+  } fixed[PARAMETERS];
 } Kernel;
 
 #define TRY(CALL)              \

@@ -40,7 +40,7 @@ static int ORT_CALL op_one(const OrtCustomOp *op) { return (void)op, 1; }
 
 static void ORT_CALL op_destroy(void *kernel) {
   Kernel *k = kernel;
-  for (int i = 0; i < 4; i++) free(k->fixed[i].floats);
+  for (int i = 0; i < PARAMETERS; i++) free(k->fixed[i].floats);
   free(k);
 }
 
@@ -120,6 +120,7 @@ static void add(const Spec *spec, const char *name) {
     o->input[o->inputs++] = ELEMENT[spec->x];
     if (spec->op != OP_NORM)
       o->input[o->inputs++] = ELEMENT[spec->op == OP_NORM_ADD || spec->op == OP_NORM_ADD_NORM ? spec->result : spec->x];
+    if (spec->has_x_bias) o->input[o->inputs++] = ELEMENT[spec->x];
     int parameters = spec->has_w1 + spec->has_b1 + spec->has_w2 + spec->has_b2;
     while (parameters--) o->input[o->inputs++] = ELEMENT[nf_affine(spec)];
     o->outputs = 1 + (spec->op != OP_NORM && spec->op != OP_NORM_ADD);
@@ -163,7 +164,7 @@ static const char *role(int weight, int bias) { return weight ? bias ? "both" : 
 static void add_lone(int layer, int inner, int stash) {
   for (int roles = 0; roles < (layer ? 4 : 2); roles++) {
     int weight = !(roles & 1), bias = layer && !(roles & 2);
-    Spec spec = {OP_NORM, layer, inner, stash, inner != stash, inner, weight, bias, 0, 0, 0};
+    Spec spec = {OP_NORM, layer, inner, stash, inner != stash, inner, weight, bias, 0, 0, 0, 0};
     char name[NAME] = "";
     append(name, layer ? "layer_norm" : "rms_norm");
     if (!weight || (layer && !bias)) append(name, role(weight, bias));
@@ -186,7 +187,7 @@ static void add_fused(int x, int compute, int result, const char *cast) {
     for (int layer = 0; layer < 2; layer++)
       for (int roles = 0; roles < (op < OP_NORM_ADD_NORM ? 4 : 16); roles++) {
         Spec spec = {op, layer, x, compute, cast[0] == 'f', result, !(roles & 1), (roles >> 1 & 1) == layer ? 0 : 1,
-                     0,  0,     0};
+                     0,  0,     0, 0};
         int usual = spec.has_w1 && spec.has_b1 == layer;
         if (op >= OP_NORM_ADD_NORM) {
           spec.has_w2 = !(roles & 4), spec.has_b2 = (roles >> 3 & 1) == layer ? 0 : 1;
@@ -202,11 +203,17 @@ static void add_fused(int x, int compute, int result, const char *cast) {
         }
         if (op == OP_NORM && compute == x && result == x && (layer || !spec.has_b1))
           continue; /* a function of add_lone */
-        add(&spec, name);
-        if (op != OP_ADD_NORM || compute == x) continue;
-        spec.unrounded = 1;
-        append(name, "unrounded");
-        add(&spec, name);
+        for (int more = 0; more <= (op == OP_ADD_NORM); more++) {
+          char full[NAME] = "";
+          if (more) append(full, "bias");
+          append(full, name);
+          spec.has_x_bias = more, spec.unrounded = 0;
+          add(&spec, full);
+          if (op != OP_ADD_NORM || compute == x) continue;
+          spec.unrounded = 1;
+          append(full, "unrounded");
+          add(&spec, full);
+        }
       }
   }
 }

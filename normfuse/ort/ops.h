@@ -12,9 +12,10 @@ enum { F32, F16, BF16 };
  *   first:  n rounded to the type of x, then * weight + bias in `result` where that differs from x, else in x
  *   else:   n * weight + bias in `compute`, then rounded to `result`
  * Weight and bias are of the type that they are applied in, with a rounding to it after each step: see nf_affine.
- * `unrounded`: the sum of an OP_ADD_NORM is normalised before it is rounded to the type of x. */
+ * `unrounded`: the sum of an OP_ADD_NORM is normalised before it is rounded to the type of x.
+ * `has_x_bias`: its x is x + x_bias, rounded to the type of x but where the sum is not. */
 typedef struct {
-  int op, layer, x, compute, first, result, has_w1, has_b1, has_w2, has_b2, unrounded;
+  int op, layer, x, compute, first, result, has_w1, has_b1, has_w2, has_b2, unrounded, has_x_bias;
 } Spec;
 
 /* The type of weights and biases. */
@@ -26,11 +27,11 @@ static inline int nf_affine(const Spec *spec) { return spec->first ? spec->resul
  *   OP_NORM_ADD       s = r + norm(x)                         r, s of the type `result`; y is NULL
  *   OP_NORM_ADD_NORM  s = r + norm1(x), y = norm2(s)          w2, b2 those of norm2; `result` is the type of x
  *   OP_QK_NORM        y = norm1(x), y2 = norm2(x2)            m2 rows of length n2, w2, b2 those of norm2
- * A weight or bias that is not there is NULL; each has the length of its rows. A result may lie where an input of the
+ * A weight or bias that is not there is NULL; each has the length of its rows, and x_bias the type of x. A result may lie where an input of the
  * same place lies (y on x, s on r, y2 on x2) on the CPU only. */
 typedef struct {
   void *stream;
-  const void *x, *r;
+  const void *x, *r, *x_bias;
   void *y, *s;
   const void *w, *b, *w2, *b2;
   long long m, n;
@@ -40,8 +41,8 @@ typedef struct {
   float eps;
 } Args;
 
-/* Rows begin..end of a call, on the thread that calls; rows of x2 follow those of x. The weights are float here,
- * whatever `spec` says. `scratch` holds max(n, n2) floats. */
+/* Rows begin..end of a call, on the thread that calls; rows of x2 follow those of x. Weights and biases are float
+ * here, whatever `spec` says. `scratch` holds max(n, n2) floats. */
 void nf_cpu_rows(const Spec *spec, const Args *args, long long begin, long long end, float *scratch);
 
 /* A row of another type as floats. */

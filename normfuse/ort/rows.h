@@ -87,15 +87,20 @@ static INLINE double FN(lanes)(const D *v) {
 enum { FN(SUM), FN(SQUARES), FN(CENTRED) };
 
 /* Sums over a row v = x, x + r or x - pivot: of v (SUM), of v^2 (SQUARES), or of both (CENTRED, that of v in *linear).
- * x + r goes to s, and is what s then holds, but if it is `unrounded`; v as floats goes to h, where that is given. */
-static INLINE double FN(sum)(int type, int mode, const void *x, const void *r, float pivot, int unrounded, void *s,
-                             float *h, long long n, double *linear) {
+ * x + r goes to s, and is what s then holds, but if it is `unrounded`; v as floats goes to h, where that is given. To x
+ * comes `more` first, where that is given, with a rounding of its own where the sum has one. */
+static INLINE double FN(sum)(int type, int mode, const void *x, const void *r, const float *more, float pivot,
+                             int unrounded, void *s, float *h, long long n, double *linear) {
   D total = {0}, first = {0};
   V acc[4], lin[4];
 #define TERM(A, I, K)                                 \
   do {                                                \
     V v = FN(ld)(type, x, I, K);                      \
     if (r) {                                          \
+      if (more) {                                     \
+        v += FN(ld)(F32, more, I, K);                 \
+        if (!unrounded) v = FN(rounded)(type, v);     \
+      }                                               \
       v += FN(ld)(type, r, I, K);                     \
       V kept = FN(st)(type, s, I, K, v);              \
       if (!unrounded) v = kept;                       \
@@ -166,7 +171,7 @@ static void FN(narrow)(int type, int layer, float eps, float *h, long long n) {
   }
   EACH(FN(st)(F32, h, i, k, FN(rounded)(type, v)))
   if (layer) {
-    float mean = ROUND1(FN(sum)(F32, FN(SUM), h, NULL, 0, 0, NULL, NULL, n, NULL) / (double)n);
+    float mean = ROUND1(FN(sum)(F32, FN(SUM), h, NULL, NULL, 0, 0, NULL, NULL, n, NULL) / (double)n);
     EACH(FN(st)(F32, h, i, k, FN(rounded)(type, v - mean)))
   }
   double total = 0;
@@ -177,24 +182,27 @@ static void FN(narrow)(int type, int layer, float eps, float *h, long long n) {
 #undef ROUND1
 }
 
-/* [s = x + r,] out = norm(x or s) [+ res], one row. `type` is that of x. */
-static void FN(norm)(const Spec *spec, int type, const void *x, const void *r, void *s, const float *w, const float *b,
-                     const void *res, void *out, long long n, float eps, float *scratch) {
+/* [s = x [+ more] + r,] out = norm(x or s) [+ res], one row. `type` is that of x. */
+static void FN(norm)(const Spec *spec, int type, const void *x, const void *r, const float *more, void *s,
+                     const float *w, const float *b, const void *res, void *out, long long n, float eps,
+                     float *scratch) {
   const float *h = scratch;
   float pivot = 0, rest = 0, rstd = 1;
   double total = 0;
   int exact = spec->compute == F32, layer = spec->layer && exact;
-#define SUM(T, R, U, S, H)                                       \
-  (spec->layer ? FN(sum)(T, FN(SUM), x, R, 0, U, S, H, n, NULL) \
-               : FN(sum)(T, FN(SQUARES), x, R, 0, U, S, H, n, NULL))
-#define READ(T) (!r ? SUM(T, NULL, 0, NULL, scratch) : spec->unrounded ? SUM(T, r, 1, s, scratch) : SUM(T, r, 0, s, scratch))
+#define SUM(T, R, M, U, S, H)                                       \
+  (spec->layer ? FN(sum)(T, FN(SUM), x, R, M, 0, U, S, H, n, NULL) \
+               : FN(sum)(T, FN(SQUARES), x, R, M, 0, U, S, H, n, NULL))
+#define ADD(T, U, H) (more ? SUM(T, r, more, U, s, H) : SUM(T, r, NULL, U, s, H))
+#define READ(T) (!r ? SUM(T, NULL, NULL, 0, NULL, scratch) : spec->unrounded ? ADD(T, 1, scratch) : ADD(T, 0, scratch))
   if (type == F32) { /* the row itself, just read or written, is in the cache */
     h = r ? s : x;
-    total = r ? SUM(F32, r, 0, s, NULL) : SUM(F32, NULL, 0, NULL, NULL);
+    total = r ? ADD(F32, 0, NULL) : SUM(F32, NULL, NULL, 0, NULL, NULL);
   } else {
     total = type == F16 ? READ(F16) : READ(BF16);
   }
 #undef READ
+#undef ADD
 #undef SUM
   if (!exact) { /* x is of this type, too: nothing is narrowed before it is normalised */
     FN(narrow)(spec->compute, spec->layer, eps, scratch, n);
@@ -202,7 +210,7 @@ static void FN(norm)(const Spec *spec, int type, const void *x, const void *r, v
     if (layer) { /* the mean in two parts: what its rounding leaves is seen, and taken away, in the second pass */
       double left;
       pivot = (float)(total / (double)n);
-      total = FN(sum)(F32, FN(CENTRED), h, NULL, pivot, 0, NULL, NULL, n, &left);
+      total = FN(sum)(F32, FN(CENTRED), h, NULL, NULL, pivot, 0, NULL, NULL, n, &left);
       left /= (double)n;
       rest = (float)left;
       total -= (double)n * left * left;
@@ -230,7 +238,7 @@ static void FN(norm)(const Spec *spec, int type, const void *x, const void *r, v
 static void FN(rows)(const Spec *spec, const Args *a, long long begin, long long end, float *scratch) {
   static const int size[] = {4, 2, 2};
   int in = size[spec->x], out = size[spec->result];
-  const float *w = a->w, *b = a->b, *w2 = a->w2, *b2 = a->b2;
+  const float *w = a->w, *b = a->b, *w2 = a->w2, *b2 = a->b2, *more = a->x_bias;
   for (long long i = begin; i < end; i++) {
     long long n = a->n;
     const char *x = (const char *)a->x + i * n * in;
@@ -238,21 +246,22 @@ static void FN(rows)(const Spec *spec, const Args *a, long long begin, long long
     switch (spec->op) {
     case OP_ADD_NORM:
       s = (char *)a->s + i * n * in;
-      FN(norm)(spec, spec->x, x, (const char *)a->r + i * n * in, s, w, b, NULL, y, n, a->eps, scratch);
+      FN(norm)(spec, spec->x, x, (const char *)a->r + i * n * in, more, s, w, b, NULL, y, n, a->eps,
+               scratch);
       break;
     case OP_NORM_ADD:
-      FN(norm)(spec, spec->x, x, NULL, NULL, w, b, (const char *)a->r + i * n * out, s, n, a->eps, scratch);
+      FN(norm)(spec, spec->x, x, NULL, NULL, NULL, w, b, (const char *)a->r + i * n * out, s, n, a->eps, scratch);
       break;
     case OP_NORM_ADD_NORM:
-      FN(norm)(spec, spec->x, x, NULL, NULL, w, b, (const char *)a->r + i * n * out, s, n, a->eps, scratch);
-      FN(norm)(spec, spec->result, s, NULL, NULL, w2, b2, NULL, y, n, a->eps, scratch);
+      FN(norm)(spec, spec->x, x, NULL, NULL, NULL, w, b, (const char *)a->r + i * n * out, s, n, a->eps, scratch);
+      FN(norm)(spec, spec->result, s, NULL, NULL, NULL, w2, b2, NULL, y, n, a->eps, scratch);
       break;
     default:
       if (i < a->m) {
-        FN(norm)(spec, spec->x, x, NULL, NULL, w, b, NULL, y, n, a->eps, scratch);
+        FN(norm)(spec, spec->x, x, NULL, NULL, NULL, w, b, NULL, y, n, a->eps, scratch);
       } else {
         n = a->n2;
-        FN(norm)(spec, spec->x, (const char *)a->x2 + (i - a->m) * n * in, NULL, NULL, w2, b2, NULL,
+        FN(norm)(spec, spec->x, (const char *)a->x2 + (i - a->m) * n * in, NULL, NULL, NULL, w2, b2, NULL,
                  (char *)a->y2 + (i - a->m) * n * out, n, a->eps, scratch);
       }
     }
