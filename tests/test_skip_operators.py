@@ -88,6 +88,7 @@ def test_a_skip_operator_of_half_types_has_the_sum_in_float32(call: str, outputs
         (name,) = {n.op_type for n in found.graph.node if n.domain}
         bias = "bias_" if ", b)" in call else ""
         assert name == f"{bias}add_{kind}{plain}_f16_in_f32_last_unrounded"
+        assert [n.op_type for n in found.graph.node] == ["Cast"] * (1 + (", v" in call)) + [name]  # of the weights
     assert not [n for n in found.graph.node if "Skip" in n.op_type]
     assert (report.norms[0].action, report.norms[0].verified) == ("fused", True)
     options = onnxruntime.SessionOptions()
