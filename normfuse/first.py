@@ -35,6 +35,8 @@ some mistakes in attention show on longer ones only."""
 OUT = "did not go first"
 """What a note says of an optimiser that was left out."""
 Progress = Callable[[str, float], None]
+Tried = Callable[[Path], str | None]
+"""Says why a file does not run, or nothing; None where that is not known."""
 
 
 def check(config: Config, how: How | None) -> None:
@@ -78,26 +80,43 @@ def run(source: Path, config: Config, folder: Path, progress: Progress | None = 
         from normfuse import fastest
 
         return fastest.choose(source, config, folder, how, progress)
-    return replace(after(config.optimisers, {(): Made(source)}, folder, progress), first=config.first)
+    tried = cuda if config.target == "ort-cuda" else lambda path: ""
+    return replace(after(config.optimisers, {(): Made(source)}, folder, progress, tried), first=config.first)
 
 
-def after(tools: tuple[str, ...], made: dict[tuple[str, ...], Made], folder: Path, progress: Progress | None) -> Made:
+def after(tools: tuple[str, ...], made: dict[tuple[str, ...], Made], folder: Path, progress: Progress | None,
+          tried: Tried = lambda path: "") -> Made:  # fmt: skip
     """What optimisers make of a model one after the other, each of what the one before has made.
 
     `made` has the model after none of them, and gets the rest, so that each goes once for several choices of them.
     """
     if tools not in made:
-        before = after(tools[:-1], made, folder, progress)
-        made[tools] = _next(tools[-1], made[()].path, before, folder / f"{'-'.join(tools)}.onnx", progress)
+        before = after(tools[:-1], made, folder, progress, tried)
+        made[tools] = _next(tools[-1], made[()].path, before, folder / f"{'-'.join(tools)}.onnx", progress, tried)
     return made[tools]
 
 
-def _next(tool: str, source: Path, before: Made, target: Path, progress: Progress | None) -> Made:
+def cuda(path: Path) -> str | None:
+    """Why ONNX Runtime does not run a model on CUDA, or nothing; None where it has no CUDA."""
+    from normfuse.bench import PROVIDERS, How, make_feeds, open_session
+    from normfuse.cli_env import sessions_have
+
+    if PROVIDERS["cuda"] not in sessions_have():
+        return None
+    try:
+        runtime = open_session(path, "cuda", 0, operators=False)
+        runtime.run(None, make_feeds(runtime, How()))
+    except Exception as why:
+        return f"it does not run on CUDA: {first_line(why)}"
+    return ""
+
+
+def _next(tool: str, source: Path, before: Made, target: Path, progress: Progress | None, tried: Tried) -> Made:
     """What one more optimiser makes of a model.
 
     That is kept, as `target`, where ONNX Runtime runs it and its outputs on random inputs are those of `source`
-    (`compare_rewritten`), on small ones and, where sizes are open, on longer ones. What an optimiser prints, and how it
-    ends, is nobody's business but this function's.
+    (`compare_rewritten`), on small ones and, where sizes are open, on longer ones, and nothing is `tried` in vain. What
+    an optimiser prints, and how it ends, is nobody's business but this function's.
     """
     from normfuse.frontends.onnx_model import operators
     from normfuse.frontends.onnx_wide import compare_rewritten
@@ -106,7 +125,7 @@ def _next(tool: str, source: Path, before: Made, target: Path, progress: Progres
     if progress is not None:
         progress(f"{tool} goes first", 0.0)
     model = files.read_onnx(before.path)[0]
-    counts, written, path = operators(model), target.with_suffix(".part"), before.path
+    counts, written, path, runs = operators(model), target.with_suffix(".part"), before.path, None
     why = _attempt(tool, before.path, written, model)
     if not why:
         try:
@@ -114,6 +133,8 @@ def _next(tool: str, source: Path, before: Made, target: Path, progress: Progres
             for inputs in (None, *_longer(source)):
                 if wrong := difference(compare_rewritten(source, written, inputs=inputs)):
                     raise VerificationError(f"its result: {wrong}")
+            if runs := tried(written):
+                raise VerificationError(f"its result: {runs}")
             files.write_new(found, target)
             path, model = target, files.read_onnx(target)[0]
         except NormFuseError as error:
@@ -122,6 +143,7 @@ def _next(tool: str, source: Path, before: Made, target: Path, progress: Progres
             written.unlink(missing_ok=True)
     number, now = sum(counts.values()), sum(operators(model).values())
     note = f"{tool} {OUT}: {why}" if why else f"{tool} went first: operators {number} -> {now}, outputs equal"
+    note += " on the CPU; there is no CUDA here to try it on" if runs is None and not why else ""
     return Made(path, operators=before.operators or counts, notes=[*before.notes, note])
 
 

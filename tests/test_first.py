@@ -288,11 +288,37 @@ def test_the_option(install: Install, model: Path, tmp_path: Path) -> None:
     assert data["summary"]["notes"][0].startswith("onnxsim went first") and data["nodes_before"] == 8
 
 
+@pytest.mark.parametrize(("runs", "told"), [
+    ("", "onnxsim went first: operators 8 -> 7, outputs equal"),
+    (None, "onnxsim went first: operators 8 -> 7, outputs equal on the CPU; there is no CUDA here to try it on"),
+    ("it does not run on CUDA: no kernel", "onnxsim did not go first: its result: it does not run on CUDA: no kernel"),
+])  # fmt: skip
+def test_what_goes_first_for_cuda_is_tried_there(install: Install, model: Path, tmp_path: Path, runs: str | None,
+                                                 told: str, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    install(FOLD)
+    monkeypatch.setattr(first, "cuda", lambda path: runs)
+    out = tmp_path / "out.onnx"
+    report = normfuse.rewrite(model, out, Config(first="onnxsim", target="ort-cuda", ort_version="1.31"))
+    assert first_note(report) == told
+    report = normfuse.rewrite(model, out, Config(first="onnxsim", target="ort-cpu"), overwrite=True)
+    assert first_note(report) == "onnxsim went first: operators 8 -> 7, outputs equal"
+
+
+def test_how_it_is_tried(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("normfuse.cli_env.sessions_have", lambda: ["CPUExecutionProvider"])
+    assert first.cuda(model) is None
+    monkeypatch.setattr("normfuse.cli_env.sessions_have", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    assert first.cuda(model) == ""  # a machine without CUDA gives a session of the CPU
+    broken = onnx.load(model)
+    broken.graph.node[0].op_type = "Nonsense"
+    onnx.save(broken, tmp_path / "broken.onnx")
+    found = first.cuda(tmp_path / "broken.onnx")
+    assert found is not None and found.startswith("it does not run on CUDA: ") and "\n" not in found
+
+
 def test_what_cannot_be() -> None:
-    for target, why in (("onnx", "not every runtime has"), ("ort-cuda", "CUDA provider ran of no model")):
-        with pytest.raises(InputError, match=f"{why}.*; choose target 'ort-cpu' or 'normfuse'"):
-            Config(first="onnxscript", target=target)  # type: ignore[arg-type]
-    assert Config(first="onnxsim", target="ort-cuda").optimisers == ("onnxsim",)
+    with pytest.raises(InputError, match="which not every runtime has; choose another target"):
+        Config(first="onnxscript")
     with pytest.raises(InputError, match="'polygraphy' is not known; choose of onnxscript, onnxsim"):
         Config(first="onnxsim,polygraphy")
 

@@ -129,7 +129,8 @@ def spelled(kind: str, values: list[ir.Value], axes: list[int], eps: float, opse
     """The nodes of a float32 norm of the first value, with those behind it as scale and bias; the last one gives it."""
     function = function_for(kind, len(values) > 1, len(values) > 2, "float32", "float32", opset, eps)
     attributes = [ir.AttrInt64s("axes", axes), ir.AttrFloat32("epsilon", eps)]
-    body = function_body(function, ir.Node(function.domain, function.name, [], attributes))  # it would count as a reader
+    # without inputs, of which it would be a reader
+    body = function_body(function, ir.Node(function.domain, function.name, [], attributes))
     assert body is not None
     for formal, actual in zip(body[0], values, strict=True):
         formal.replace_all_uses_with(actual)

@@ -270,13 +270,34 @@ def turn(job: Job, order: list[tuple[str, Path]], threads: int, provider: str,
     return times, first
 
 
-def race(job: Job, files: Files, threads: int, provider: str, seconds: float) -> Iterator[dict[str, Any]]:
-    """Run all contenders in turns, for each input."""
+def in_parts(job: Job, order: list[tuple[str, Path]], threads: int, provider: str, seconds: float,
+             most: int) -> tuple[dict[str, Times], dict[str, Arrays]]:  # fmt: skip
+    """The same with so many sessions at a time, where memory has no room for all: the input is in each part, and a
+    part's times are scaled so that its input takes as long as that of the first."""
+    given = ("input", job.path)
+    place, others = order.index(given), [one for one in order if one != given]
+    times: dict[str, Times] = {}
+    outputs: dict[str, Arrays] = {}
+    for i in range(0, len(others), most - 1):
+        part = others[i : i + most - 1]
+        part.insert(place % (len(part) + 1), given)  # not always the first, which is often slower
+        found, first = turn(job, part, threads, provider, seconds * len(part) / len(order))
+        for label, one in found.items():
+            own = times.setdefault(label, {"input": one["input"]})
+            scale = _median(own["input"]) / _median(one["input"])
+            own |= {name: [t * scale for t in all_] for name, all_ in one.items() if name != "input"}
+            outputs.setdefault(label, {}).update(first[label])
+    return times, outputs
+
+
+def race(job: Job, files: Files, threads: int, provider: str, seconds: float,
+         most: int = 100) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """Run all contenders in turns, for each input, `most` at a time."""
     runs: dict[str, list[Times]] = {label: [] for label in job.inputs}
     paths = [*files.made.items(), ("control", job.path)]
     for start in range(RESTARTS):
         order = paths[start % len(paths) :] + paths[: start % len(paths)]
-        times, outputs = turn(job, order, threads, provider, seconds / RESTARTS)
+        times, outputs = in_parts(job, order, threads, provider, seconds / RESTARTS, most)
         for label in runs:
             runs[label].append(times[label])
     for label, first in outputs.items():
@@ -340,6 +361,7 @@ def main() -> None:
     parser.add_argument("--provider", default="cpu", choices=PROVIDERS)
     parser.add_argument("--pretrained", type=Path, metavar="WHEELS", help="models of tests.bench.pretrained")
     parser.add_argument("--without-fastest", action="store_true", help="which takes half of the time")
+    parser.add_argument("--at-a-time", type=int, default=100, help="sessions, where memory has no room for all")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     if PROVIDERS[given.provider] not in ort.get_available_providers():
@@ -361,7 +383,7 @@ def main() -> None:
                 if not given.without_fastest:
                     told = fastest(job, found_files, threads, given.provider, Path(folder))
                     notes[f"{job.name} {job.dtype}"][f"{FASTEST}, {threads} threads"] = told
-                for found in race(job, found_files, threads, given.provider, given.seconds):
+                for found in race(job, found_files, threads, given.provider, given.seconds, given.at_a_time):
                     results.append(found)
                     print(*row(found, names), flush=True)
             # at once: the next may run out of time

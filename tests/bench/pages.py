@@ -195,7 +195,7 @@ PAGES: dict[str, list[tuple[str, Callable[[], Rows]]]] = {
         ("| operator, rows x N |", kernels(lambda one: (one["rows"], one["n"]) in ((4096, 4096), (65536, 128)))),
         ("| model | inductor, ms | normfuse, ms | ratio |\n", models("models-cuda", compiling=False)),
         ("| model | best of the others, ms | `onnx` to it | `ort-cuda`",
-         latency("latency-cuda", ["onnx", "ort-cuda", "normfuse"], lambda *_: True, digits=2)),
+         latency("latency-cuda", ["onnx", "ort-cuda", "normfuse", "after onnxscript"], lambda *_: True, digits=2)),
         ("| layers |", speed),
         ("| model | best of the others, ms | `onnx` to it | `normfuse`",
          latency("latency", LATENCY, lambda model, dtype: model in MAIN or dtype == "as published")),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,8 +13,9 @@ from onnx import TensorProto, helper, numpy_helper
 pytest.importorskip("onnxruntime")
 
 from tests.bench.common import merged, save
-from tests.bench.latency import Files, against_best, loaded
+from tests.bench.latency import Files, Job, against_best, in_parts, loaded
 
+MS = {"input": 4.0, "onnxsim": 3.0, "normfuse onnx": 2.0, "normfuse normfuse": 1.0, "control": 5.0}
 OTHER = {"names": {"prefix": "other_"}, "order": {"swapped": True}, "constant": {"factor": 3.0}, "axis": {"axis": 0}}
 
 
@@ -68,3 +70,27 @@ def test_rows_of_another_day_stay_where_versions_and_conditions_are_the_same(tmp
     assert merged(path, {"shapes": 2}, new, keys)["models"] == new
     path.write_text(path.read_text().replace('"normfuse": "', '"normfuse": "9.'))
     assert merged(path, about, new, keys)["models"] == new
+
+
+@pytest.mark.parametrize("place", range(5))
+def test_in_parts_the_input_is_what_all_are_compared_by(place: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that is half as fast in the second part; each is measured once, and the input in each part."""
+    asked: list[list[str]] = []
+
+    def turn(job: Job, order: list[tuple[str, Path]], threads: int, provider: str, seconds: float) -> Any:
+        asked.append([name for name, _ in order])
+        slow = 2.0 if len(asked) > 1 else 1.0
+        times = {name: [slow * ms] * 3 for name, ms in MS.items() if name in asked[-1]}
+        return {"1": times}, {"1": {name: np.zeros(1) for name in times}}
+
+    monkeypatch.setattr("tests.bench.latency.turn", turn)
+    job = Job("model", "fp32", Path("in.onnx"), {"1": {}})
+    order = [(name, Path(f"{name}.onnx")) for name in list(MS)[1:]]
+    order.insert(place, ("input", job.path))
+    times, outputs = in_parts(job, order, 1, "cpu", 1.0, 3)
+    assert {name: t[0] for name, t in times["1"].items()} == MS and set(outputs["1"]) == set(MS)
+    assert [len(names) for names in asked] == [3, 3] and all("input" in names for names in asked)
+    assert sorted(name for names in asked for name in names) == sorted(["input", *MS])
+    asked.clear()
+    assert in_parts(job, order, 1, "cpu", 1.0, 100)[0] == {"1": {name: [ms] * 3 for name, ms in MS.items()}}
+    assert asked == [[name for name, _ in order]]
