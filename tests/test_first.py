@@ -181,7 +181,7 @@ def test_attention_fused_by_onnxscript_and_its_norms_by_us(tmp_path: Path) -> No
     source, out = cached_export("bert", 18), tmp_path / "out.onnx"
     report = normfuse.rewrite(source, out, Config(first="onnxscript", target="normfuse", verify="model"))
     made = {n.op_type for n in onnx.load(out).graph.node}
-    assert "Attention" in made and any(name.startswith("add_layer_norm") for name in made), made
+    assert "Attention" in made and any(name.startswith("bias_add_layer_norm") for name in made), made
     assert "SkipLayerNormalization" not in made
     assert "qk" not in {n.placement for n in report.norms}  # its Attention projects
     assert compare_models(source, out)["equal"]

@@ -88,7 +88,7 @@ def test_keywords_names_and_targets(tmp_path: Path) -> None:
     path = tmp_path / "out.onnx"
     report = normfuse.export(module, args, path, normfuse.Config(target="normfuse", verify="model"), opset_version=18,
                              kwargs={"scale": scale}, input_names=["x", "scale"], output_names=["y"])  # fmt: skip
-    assert {n.emitted for n in report.norms} == {"function normfuse.rms_norm", "function normfuse.add_layer_norm"}
+    assert {n.emitted for n in report.norms} == {"function normfuse.rms_norm", "function normfuse.bias_add_layer_norm"}
     assert module.training and module.last.training
     made = check(module.eval(), args, path, scale=scale)
     assert [i.name for i in made.graph.input] == ["x", "scale"] and made.graph.output[0].name == "y"

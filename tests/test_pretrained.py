@@ -42,7 +42,7 @@ def test_smart_turn_a_quantized_whisper(tmp_path: Path) -> None:
     source = installed(*SMART_TURN)
     report = normfuse.rewrite(source, tmp_path / "out.onnx", normfuse.Config(target="normfuse", verify="model"))
     assert Counter((n.placement, n.emitted) for n in report.norms) == {
-        ("pre", "function normfuse.add_layer_norm"): 7, ("final", "function normfuse.add_layer_norm"): 1,
+        ("pre", "function normfuse.bias_add_layer_norm"): 7, ("final", "function normfuse.bias_add_layer_norm"): 1,
         ("pre", ""): 1, ("latent", ""): 1}  # fmt: skip
     assert report.model_check is not None and report.model_check["equal"]
     card = normfuse.inspect(source).card
