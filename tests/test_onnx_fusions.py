@@ -407,6 +407,13 @@ def test_a_sum_that_stays_wide(lines: str, outputs: str, types: dict[str, str], 
     assert not [op for op in operators(tmp_path / "out.onnx") if "unrounded" in op or "first" in op]
 
 
+def test_a_bias_wider_than_the_summands_stays_wide(tmp_path: Path) -> None:
+    """One of the type of the summands, cast as they are, is taken in: see tests/test_skip_operators.py."""
+    lines = LAST.replace("s = Add(a, b)", "d = Add(a, v) s = Add(d, b)")
+    out, report = rewritten(halves(lines, tmp_path), tmp_path)
+    assert operators(out) == {"bias_add_rms_norm_f32_in_f32_last_to_f16": 1} and not report.refusals
+
+
 @pytest.mark.parametrize("target", ["onnx", "ort-cpu", "ort-cuda"])
 def test_a_skip_operator_rounds_the_sum_first(target: Any, tmp_path: Path) -> None:
     for version in ("1.26", "1.29", "1.31"):

@@ -267,6 +267,41 @@ def test_a_type_that_the_runtime_lacks(tmp_path: Path) -> None:
     assert operators(wide) == {"rms_norm": 1}
 
 
+LINEAR = "f = Neg(x) t = Add(f, v) s = Add(t, r) "
+BARE = LINEAR + layer("s", "y").replace("y = Add(y_s, v)", "y = Identity(y_s)")
+
+
+@pytest.mark.parametrize(("lines", "numerics", "want"), [
+    (LINEAR + rms("s", "y"), "exact", [SKIP, "f", "r", "w", "v"]),
+    (LINEAR + layer("s", "y"), "fast", [SKIP_LAYER, "f", "r", "w", "v", "v"]),
+    (BARE, "fast", [SKIP_LAYER, "f", "r", "w", "", "v"]),
+])  # fmt: skip
+@pytest.mark.parametrize(("far", "small"), [(0.0, 1.0), (100.0, 1.0), (0.0, 1e-4)])
+def test_a_skip_operator_takes_the_bias_of_a_linear_layer(lines: str, numerics: str, want: list[str], far: float,
+                                                          small: float, tmp_path: Path) -> None:  # fmt: skip
+    found, _ = rewritten(model(lines, "y s"), tmp_path, "ort-cpu", "1.29", numerics=numerics)
+    (node,) = [n for n in found.graph.node if "Skip" in n.op_type]
+    assert [node.op_type, *node.input] == want and "Add" not in {n.op_type for n in found.graph.node}
+    rng, row = np.random.default_rng(3), np.linspace(0.5, 1.5, N)
+    feeds = {v: (small * rng.standard_normal((2, 3, N)) + far).astype("f4") for v in "xr"}
+    bias = (row[::-1] - 1).astype("f4").astype("f8")
+    s = -feeds["x"].astype("f8") + bias + feeds["r"]  # the operator adds these three in another order
+    h = s - s.mean(-1, keepdims=True) if want[0] == SKIP_LAYER else s
+    true = h / np.sqrt((h * h).mean(-1, keepdims=True) + 1e-6) * row + (bias if "y = Add(y_s, v)" in lines else 0)
+    before, after = (session(tmp_path / f"{p}.onnx").run(None, feeds) for p in ("in", "out"))
+    for a, b, c in zip(before, after, (true, s), strict=True):
+        assert np.abs(b - c).max() <= 2 * np.abs(a - c).max() + 2.0**-20 * np.abs(c).max()
+
+
+@pytest.mark.parametrize(("numerics", "inputs"), [("exact", 3), ("fast", 4)])
+def test_a_skip_operator_of_half_types_takes_no_bias_that_is_rounded_before(numerics: str, inputs: int,
+                                                                            tmp_path: Path) -> None:  # fmt: skip
+    lines = "f = Neg(x) k = Add(f, w) " + spelled(True, 10).replace("Add(x, r)", "Add(k, r)")
+    found, _ = rewritten(half(lines, "float16"), tmp_path, "ort-cuda", "1.27", numerics=numerics)
+    (node,) = [n for n in found.graph.node if "Skip" in n.op_type]
+    assert len(node.input) == inputs
+
+
 @pytest.mark.parametrize("far", [0.0, 100.0, 1e4])
 @pytest.mark.parametrize("small", [1.0, 1e-4])
 def test_the_operators_of_the_runtime_are_exact(far: float, small: float, tmp_path: Path) -> None:

@@ -361,7 +361,8 @@ def main() -> None:
     parser.add_argument("--provider", default="cpu", choices=PROVIDERS)
     parser.add_argument("--pretrained", type=Path, metavar="WHEELS", help="models of tests.bench.pretrained")
     parser.add_argument("--without-fastest", action="store_true", help="which takes half of the time")
-    parser.add_argument("--at-a-time", type=int, default=100, help="sessions, where memory has no room for all")
+    parser.add_argument("--at-a-time", type=int, default=100, choices=range(2, 101), metavar="N",
+                        help="sessions, where memory has no room for all: 2 or more")  # fmt: skip
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     if PROVIDERS[given.provider] not in ort.get_available_providers():
