@@ -27,12 +27,14 @@ import argparse
 import hashlib
 import json
 import logging
+import multiprocessing
 import os
 import statistics
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -263,7 +265,8 @@ def turn(job: Job, order: list[tuple[str, Path]], threads: int, provider: str,
     times, first = {}, {}
     for label, inputs in job.inputs.items():
         started = time.perf_counter()
-        first[label] = {name: s.run(None, inputs)[0] for name, s in sessions.items()}
+        # copied: an output keeps the memory of its session alive
+        first[label] = {name: s.run(None, inputs)[0].copy() for name, s in sessions.items()}
         rounds = round(seconds / (time.perf_counter() - started))
         tasks = [partial(s.run, None, inputs) for s in sessions.values()]
         times[label] = dict(zip(sessions, turns(tasks, max(3, min(rounds, 200)), warm_up=1), strict=True))
@@ -351,6 +354,18 @@ def row(found: dict[str, Any], names: list[str]) -> list[str]:
     return cells
 
 
+def quiet() -> None:
+    """No words of the tools."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+
+
+def apart(function: Callable[..., Files], *args: object) -> Files:
+    """The same in a process of its own, whose memory goes with it: gigabytes, where the model is half of one."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), quiet) as pool:
+        return pool.submit(function, *args).result()
+
+
 def main() -> None:
     """Measure, print, and write the result if asked."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -368,8 +383,7 @@ def main() -> None:
     if PROVIDERS[given.provider] not in ort.get_available_providers():
         print(f"this ONNX Runtime has no {PROVIDERS[given.provider]}")
         return
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
+    quiet()
     results: list[dict[str, Any]] = []
     notes: dict[str, dict[str, str]] = {}
     kept = json.loads(given.out.read_text())["notes"] if given.out and given.out.exists() else {}
@@ -377,7 +391,7 @@ def main() -> None:
     about = {"times as large": TIMES, "library": library.library_path() is not None}
     with tempfile.TemporaryDirectory() as folder:
         for job in published(given.pretrained) if given.pretrained else jobs(given.only, given.types):
-            found_files = files(job, given.provider, Path(folder))
+            found_files = apart(files, job, given.provider, Path(folder))
             notes[f"{job.name} {job.dtype}"] = found_files.lost | {
                 name: f"runs as {same} does" for name, same in found_files.same.items()}  # fmt: skip
             for threads in given.threads:
