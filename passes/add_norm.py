@@ -37,14 +37,17 @@ class AddNorm:
         # an operator that gives a sum and its norm keeps it
         operators = {site.value.producer.native for site in plan.found.sites if site.is_op and site.value.producer}
         norms = {v for site in plan.found.sites for v in (site.value, sum_of(site.value))}
-        done = taken(plan) | norms  # n + n*w is a norm, not an addition
+        given = taken(plan)
+        done = given | norms  # n + n*w is a norm, not an addition
         for site in plan.free():
             s = sum_of(site.norm.x)
             node = summed(s)
             if node is None or s in done or node.native in operators:
                 continue
-            if any(plan.fuse(wide, self.can) for wide in unrounded(site, s, node, done)):
-                continue  # nothing else reads the sum
+            wide = next((wide for wide in unrounded(site, s, node, done, given) if plan.fuse(wide, self.can)), None)
+            if wide is not None:  # nothing else reads the sum
+                given.add(wide.outputs[1])
+                continue
             outputs = (site.value, s)
             if any(plan.fuse(Fused("add_norm", (site,), (x, r), outputs, x_bias=bias), self.can)
                    for x, r, bias in summands(node, done)):  # fmt: skip
@@ -77,10 +80,10 @@ def _biased(value: Value) -> tuple[Value, Value] | None:
     return None
 
 
-def unrounded(site: Site, s: Value, node: Node, known: set[Value]) -> Iterator[Fused]:
+def unrounded(site: Site, s: Value, node: Node, known: set[Value], given: set[Value]) -> Iterator[Fused]:
     """The operators that normalise a sum in float32 of narrow tensors and round it for its other readers.
 
-    A front end says whether a bias of x, too, is a narrow one that was cast.
+    Where two norms share their statistics, each gets the sum anew, and one of them rounds it. A front end says whether a bias of x, too, is a narrow one that was cast.
     """
     if s.kept or s.dtype != "float32":
         return
@@ -91,6 +94,8 @@ def unrounded(site: Site, s: Value, node: Node, known: set[Value]) -> Iterator[F
     for a, b, bias in summands(node, known):
         x, r = _uncast(a), _uncast(b)
         narrow = casts[0].outputs[0] if casts else Value("", s.shape, x.dtype)
+        if narrow in given:
+            narrow = Value("", s.shape, narrow.dtype)
         if x is not r and x.dtype == r.dtype == narrow.dtype and x.dtype in NARROW:
             yield Fused("add_norm", (site,), (x, r), (site.value, narrow), round_sum=False, x_bias=bias)
 

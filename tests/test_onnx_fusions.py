@@ -332,6 +332,21 @@ def test_a_sum_normalised_before_it_is_rounded(lines: str, want: str, tmp_path: 
     assert told > 20  # what is normalised after it was rounded is something else
 
 
+@pytest.mark.parametrize("lines", [LAST, LAST + " z = Neg(n)", LAST.removesuffix("t = Cast<to=10>(s)") + "z = Neg(n)"])
+def test_two_norms_of_a_sum_that_is_rounded_once(lines: str, tmp_path: Path) -> None:
+    """They share their statistics: each operator has the sum before it is rounded, one of them gives it rounded."""
+    outputs = [name for name in ("y", "t", "z") if f"{name} = " in lines]
+    out, report = rewritten(halves(lines, tmp_path, " ".join(outputs), z="float[2,3,16]"), tmp_path)
+    graph = onnx.load(out).graph
+    assert [n.op_type[:12] for n in graph.node] == ["add_rms_norm"] * (1 + ("z" in outputs)) and not report.refusals
+    assert sorted(o for n in graph.node for o in n.output if o in "ytz") == sorted(outputs)
+    rng = np.random.default_rng(0)
+    for mean in (0, 300, 3e4):
+        feeds = {n: (rng.standard_normal((2, 3, N)) + mean).astype("f2") for n in "xr"}
+        for a, b in zip(session(out).run(None, feeds), session(tmp_path / "in.onnx").run(None, feeds), strict=True):
+            assert a.dtype == b.dtype and np.abs(a.astype("f8") - b).max() <= 2.0**-10 * np.abs(b.astype("f8")).max()
+
+
 LINEAR = "f = Neg(x) t = Add(f, v) s = Add(t, r) "
 
 
