@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 pytest.importorskip("onnxruntime")
 
 from tests.bench.common import merged, save
-from tests.bench.latency import Files, Job, against_best, in_parts, loaded
+from tests.bench.latency import Files, Job, against_best, in_parts, loaded, turn
 
 MS = {"input": 4.0, "onnxsim": 3.0, "normfuse onnx": 2.0, "normfuse normfuse": 1.0, "control": 5.0}
 OTHER = {"names": {"prefix": "other_"}, "order": {"swapped": True}, "constant": {"factor": 3.0}, "axis": {"axis": 0}}
@@ -94,3 +95,20 @@ def test_in_parts_the_input_is_what_all_are_compared_by(place: int, monkeypatch:
     asked.clear()
     assert in_parts(job, order, 1, "cpu", 1.0, 100)[0] == {"1": {name: [ms] * 3 for name, ms in MS.items()}}
     assert asked == [[name for name, _ in order]]
+
+
+def test_a_turn_keeps_no_memory_of_its_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an output of ONNX Runtime does, which is a view of it."""
+    outputs: list[weakref.ref[Any]] = []
+
+    class Session:
+        def run(self, names: None, inputs: dict[str, Any]) -> list[Any]:
+            out = np.ones(3)
+            outputs.append(weakref.ref(out))
+            return [out]
+
+    monkeypatch.setattr("tests.bench.latency.session", lambda *args: Session())
+    job = Job("model", "fp32", Path("in.onnx"), {"1": {}, "16": {}})
+    times, first = turn(job, [("input", job.path), ("onnxsim", job.path)], 1, "cpu", 0.001)
+    assert len(outputs) > 8 and not any(ref() is not None for ref in outputs)
+    assert first["16"]["onnxsim"].tolist() == [1, 1, 1] and len(times["1"]["input"]) >= 3

@@ -1,0 +1,9 @@
+"""torch's exporter reads the source of some 500 ONNX functions anew for each model: half of the time of a small one."""
+
+import contextlib
+import functools
+
+with contextlib.suppress(ImportError, AttributeError):  # other versions of torch keep them elsewhere
+    from torch.onnx._internal.exporter._registration import onnxscript_apis
+
+    onnxscript_apis.get_torchlib_ops = functools.cache(onnxscript_apis.get_torchlib_ops)
