@@ -26,7 +26,7 @@ SEEDS = range(300)
 
 
 @pytest.mark.fuzz
-@pytest.mark.parametrize("count", [1000, pytest.param(5000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [500, pytest.param(5000, marks=pytest.mark.slow)])
 def test_random_graphs(count: int) -> None:
     tally = runner.run(count, seed=0, jobs=2)
     lines = [f"seed {f['seed']}: {f['front']}: {f['kind']}: {f['message']}" for f in tally.failures]
@@ -153,8 +153,9 @@ def test_what_fails_is_saved_and_reduced(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(after.graph.node) <= len(before.graph.node) and (tmp_path / f"{seed}.txt").read_text()
 
 
-def test_two_near_misses_may_make_a_norm() -> None:
+def test_two_near_misses_may_make_a_norm(monkeypatch: pytest.MonkeyPatch) -> None:
     """(x + mean(x)) / s with its mean taken away: found, and not held against the recogniser."""
+    monkeypatch.setattr("tests.fuzz.program.LATER", 0.0)
     program, eps = generate(300019879), 3.2603728e-06
     assert not check.judge(program.seed, "onnx").failures
     assert check.emerges(program, "layer_norm", (-1,), eps)

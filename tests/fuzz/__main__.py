@@ -125,7 +125,7 @@ def replay(seed: int) -> int:
     from tests.fuzz.generator import generate
 
     program = generate(seed)
-    config = check.config(random.Random(seed * 2 + 1))
+    config = check.config(seed, random.Random(seed * 2 + 1))
     print(program, f"target={config.target} numerics={config.numerics} verify={config.verify}", sep="\n\n")
     for name, write in (("onnx", to_onnx.write), ("fx", to_fx.write)):
         print(f"\n{name}:")

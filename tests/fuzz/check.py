@@ -23,7 +23,7 @@ import normfuse
 from normfuse.report import Report
 from tests.fuzz import onnx_eval, to_fx, to_onnx
 from tests.fuzz.generator import generate
-from tests.fuzz.program import Array, Noise, Program, evaluate, values
+from tests.fuzz.program import Array, Noise, Program, evaluate, later, values
 
 TOLERANCE = 2.0**-22
 """Relative to the largest element of an output: a factor such as sqrt(N), in no graph, is folded into a float32."""
@@ -80,10 +80,13 @@ def judge(seed: int, only: str = "") -> Verdict:
     return verdict
 
 
-def config(rng: random.Random) -> normfuse.Config:
+def config(seed: int, rng: random.Random) -> normfuse.Config:
     """A configuration: a target, a numerics, and in most cases no verification, so that the algebra is on trial."""
     target: Any = rng.choice(("onnx", "onnx", "normfuse", "ort-cpu"))
-    return normfuse.Config(target=target, numerics="fast" if rng.random() < 0.2 else "exact", ort_version="1.31",
+    version = "1.31"
+    if other := later(seed, "target"):
+        target, version = other.choice(("ort-cuda", "ort-cpu")), other.choice(("1.24", "1.29", "1.31"))
+    return normfuse.Config(target=target, numerics="fast" if rng.random() < 0.2 else "exact", ort_version=version,
                            verify="sites" if rng.random() < SITES_SHARE else "off")  # fmt: skip
 
 
@@ -112,7 +115,7 @@ def _rows(kind: str, normal: Array) -> Array:
 class _Trial:
     def __init__(self, program: Program, verdict: Verdict, rng: random.Random) -> None:
         self.program, self.verdict, self.rng = program, verdict, rng
-        self.config = config(rng)
+        self.config = config(program.seed, rng)
         self.digest = hashlib.sha256()
 
     def fail(self, front: str, kind: str, message: str) -> None:

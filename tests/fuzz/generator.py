@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from tests.fuzz import norms
 from tests.fuzz.misses import FRAGILE, MISSES, SQUARE, UNCENTRED
-from tests.fuzz.program import WIDTH, Builder, Op, Program, Truth, Val
+from tests.fuzz.program import WIDTH, Builder, Op, Program, Truth, Val, later
 
 PLAIN = tuple(name for name in MISSES if name not in SQUARE)
 MISS = 0.36
@@ -70,12 +71,29 @@ class _Generator:
             n = self.shape[-1]
             matrix = np.array([b.rng.gauss(0, 1) for _ in range(n * n)]).reshape(n, n) / np.sqrt(n)
             self.pool.append(b.op("matmul", x, b.const(matrix, self.dtype), shape=self.shape))
+            if rng := later(self.seed, f"bias {len(b.ops)}"):
+                self._bias(rng)
         elif way == "activation":
             self.pool.append(b.op(b.pick("tanh", "sigmoid", "relu", "neg", "abs"), x))
         elif way == "gate":
             self.pool.append(b.op("mul", x, b.op("sigmoid", self._source())))
         elif way == "copy":
             self.pool.append(b.op("identity", x))
+
+    def _bias(self, rng: random.Random) -> None:
+        """The bias of a linear layer, and mostly the residual stream behind it: what operators take in at once."""
+        b, n = self.b, self.shape[-1]
+        shape = rng.choice(((n,), (n,), (1, n), (1,)))
+        bias = b.const(np.array([rng.gauss(0, 1) for _ in range(shape[-1])]).reshape(shape), self.dtype)
+        both = [self.pool[-1], bias]
+        if rng.random() < 0.3:
+            both.reverse()
+        self.pool.append(b.op("add", *both))
+        if rng.random() < 0.7:
+            both = [self.pool[-1], rng.choice(self.pool)]
+            if rng.random() < 0.5:
+                both.reverse()
+            self.pool.append(b.op("add", *both))
 
     def _axes(self) -> tuple[int, ...]:
         """Mostly the last axis; never only axes of size 1."""

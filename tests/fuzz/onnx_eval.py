@@ -77,8 +77,9 @@ def _reshape(a: Attrs, x: Array, shape: Array) -> Array:
     return x.reshape([x.shape[i] if d == 0 and not a.get("allowzero") else int(d) for i, d in enumerate(shape)])
 
 
-def _slice(a: Attrs, x: Array, starts: Array, ends: Array, axes: Array) -> Array:
+def _slice(a: Attrs, x: Array, *bounds: Array) -> Array:
     index = [slice(None)] * x.ndim
+    starts, ends, axes = bounds or (a["starts"], a["ends"], a["axes"])
     for axis, s, e in zip(axes, starts, ends, strict=True):
         index[int(axis)] = slice(int(s), int(e))
     return x[tuple(index)]

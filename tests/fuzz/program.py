@@ -18,6 +18,8 @@ Array = npt.NDArray[Any]
 Shape = tuple[int, ...]
 EPS_TOLERANCE = 1e-4
 WIDTH = {"float16": 0, "float32": 1, "float64": 2}
+LATER = 0.3
+"""The share of what the generator learned later. It is drawn apart: with 0 the graphs of older seeds are as they were."""
 
 
 @dataclass(slots=True, eq=False)
@@ -187,6 +189,12 @@ class Builder:
     def matmul(self, a: Val, b: Val) -> Val:
         shape = (*np.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1])
         return self.op("matmul", a, b, shape=shape)
+
+
+def later(seed: int, what: str) -> random.Random | None:
+    """Where to draw from for something that the generator learned later, or None: not in this graph."""
+    rng = random.Random(f"{seed} {what}")
+    return rng if rng.random() < LATER else None
 
 
 # -- meaning --------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ def save(seed: int, folder: Path) -> str:
     from normfuse.reduce import reduce_model
 
     folder.mkdir(parents=True, exist_ok=True)
-    program, config = generate(seed), check.config(random.Random(seed * 2 + 1))
+    program, config = generate(seed), check.config(seed, random.Random(seed * 2 + 1))
     (folder / f"{seed}.txt").write_text(f"{program}\n\n{config}\n\n{to_fx.write(program).graph}\n")
     model = to_onnx.write(program)
     onnx.save(model, folder / f"{seed}.onnx")

@@ -1,4 +1,4 @@
-"""A program as an ONNX model, of a random opset from 13 to 23."""
+"""A program as an ONNX model, of a random opset from 9 to 23."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy as np
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from tests.fuzz.program import Array, Op, Program, Val
+from tests.fuzz.program import Array, Op, Program, Val, later
 
 TYPES = {"float16": TensorProto.FLOAT16, "float32": TensorProto.FLOAT, "float64": TensorProto.DOUBLE,
          "bool": TensorProto.BOOL}  # fmt: skip
-IR = {13: 7, 14: 7, 15: 8, 16: 8, 17: 8, 18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11}
+IR = {9: 4, 10: 5, 11: 6, 12: 7, 13: 7, 14: 7, 15: 8, 16: 8, 17: 8, 18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11}
 PLAIN = {
     "add": "Add", "sub": "Sub", "mul": "Mul", "div": "Div", "pow": "Pow", "neg": "Neg", "abs": "Abs", "sqrt": "Sqrt",
     "reciprocal": "Reciprocal", "max": "Max", "min": "Min", "identity": "Identity", "relu": "Relu", "tanh": "Tanh",
@@ -34,7 +34,8 @@ class _Writer:
         self.rng = random.Random(~program.seed)
         native = [op.kind for op in program.ops if op.kind in ("layer_norm", "rms_norm")]
         least = 23 if "rms_norm" in native else 17 if native else 13
-        self.opset = self.rng.randint(least, 23)
+        old = None if native else later(program.seed, "opset")
+        self.opset = self.rng.randint(least, 23) if old is None else old.randint(9, 12)
         self.nodes: list[NodeProto] = []
         self.tensors: dict[str, TensorProto] = {}
         self.functions: list[onnx.FunctionProto] = []
@@ -110,7 +111,7 @@ class _Writer:
 
     def reduction(self, op: Op, x: str, out: str) -> None:
         rank = len(op.args[0].shape)
-        axes = [a - rank if self.chance(0.5) else a for a in op.attrs["axes"]]
+        axes = [a - rank if self.chance(0.5) and self.opset >= 11 else a for a in op.attrs["axes"]]
         keep = {} if op.attrs["keep"] and self.chance(0.5) else {"keepdims": int(op.attrs["keep"])}
         self.axes(REDUCTIONS[op.kind], x, axes, 13 if op.kind == "sum" else 18, out, **keep)
 
@@ -148,6 +149,10 @@ class _Writer:
             self.axes("ReduceMean", square, axes, 18, out, keepdims=keep)
 
     def _rowdot(self, op: Op, args: list[str], out: str) -> None:
+        if self.opset < 12:  # which has no Einsum
+            axis = len(op.args[0].shape) - 1
+            self.node("ReduceSum", [self.node("Mul", args)], out, axes=[axis], keepdims=0)
+            return
         letters = "bijklm"[: len(op.args[0].shape)]
         self.node("Einsum", args, out, equation=f"{letters},{letters}->{letters[:-1]}"
                   if self.chance(0.5) else "...d,...d->...")  # fmt: skip
@@ -171,6 +176,9 @@ class _Writer:
         self.node("Transpose", args, out, perm=list(op.attrs["perm"]))
 
     def _half(self, op: Op, args: list[str], out: str) -> None:
+        if self.opset < 10:
+            self.node("Slice", args, out, starts=[0], ends=[op.out.shape[-1]], axes=[len(op.out.shape) - 1])
+            return
         bounds = [self.constant(np.array([n], np.int64)) for n in (0, op.out.shape[-1], -1)]
         self.node("Slice", [args[0], *bounds], out)
 
