@@ -8,14 +8,21 @@ from normfuse.plan import Plan
 
 
 def summed(value: Value) -> Node | None:
-    """The addition of two tensors of one shape that gives a value: no number, nothing broadcast, no write in place."""
+    """The addition of two tensors of one shape that gives a value: no number, nothing broadcast, no write in place, and
+    not of a tensor and itself."""
     node = value.producer
     if node is None or node.kind != "add" or value.native is None or not value.shape:
         return None
     a, b = node.inputs
-    if a is b or any(v.number is not None or v.dtype not in FLOATS for v in (a, b)) or value.tainted:
+    if uncast(a) is uncast(b) or any(v.number is not None or v.dtype not in FLOATS for v in (a, b)) or value.tainted:
         return None
     return node if a.shape == b.shape == value.shape else None
+
+
+def uncast(value: Value) -> Value:
+    """What a value is a cast of, or the value, which an addition in torch may widen by itself."""
+    node = value.producer
+    return node.inputs[0] if node is not None and node.kind == "cast" and not node.inputs[0].tainted else value
 
 
 def sum_of(x: Value) -> Value:

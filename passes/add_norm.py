@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from normfuse.graph import Node, Value
 from normfuse.norm import Site, region
 from normfuse.plan import Abilities, Fused, Plan
-from normfuse.residual import sum_of, summed, taken
+from normfuse.residual import sum_of, summed, taken, uncast
 
 NARROW = ("float16", "bfloat16")
 
@@ -92,15 +92,9 @@ def unrounded(site: Site, s: Value, node: Node, known: set[Value], given: set[Va
     if len(casts) > 1 or any(use.kind != "cast" for use in casts):
         return
     for a, b, bias in summands(node, known):
-        x, r = _uncast(a), _uncast(b)
+        x, r = uncast(a), uncast(b)
         narrow = casts[0].outputs[0] if casts else Value("", s.shape, x.dtype)
         if narrow in given:
             narrow = Value("", s.shape, narrow.dtype)
         if x is not r and x.dtype == r.dtype == narrow.dtype and x.dtype in NARROW:
             yield Fused("add_norm", (site,), (x, r), (site.value, narrow), round_sum=False, x_bias=bias)
-
-
-def _uncast(value: Value) -> Value:
-    """What a value is a cast of, or the value, which an addition in torch may widen by itself."""
-    node = value.producer
-    return node.inputs[0] if node is not None and node.kind == "cast" and not node.inputs[0].tainted else value

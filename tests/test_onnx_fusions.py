@@ -177,6 +177,8 @@ def test_a_computed_weight_that_lies_beside_the_file(tmp_path: Path) -> None:
     ("s = Add(x, r) " + rms("s", "y"), "y s", {"rms_norm": 1}, {"x": "float[?,3,16]", "r": "float[?,3,16]"}),
     ("s = Add(x, r) f = Transpose<perm=[1, 0, 2]>(s) " + rms("f", "y"), "y s", {"rms_norm": 1}, {"y": "float[3,2,16]"}),
     ("s = Add(x, x) " + rms("s", "y"), "y s", {"rms_norm": 1}, {}),
+    ("h = Cast<to=10>(x) a = Cast<to=1>(h) b = Cast<to=1>(h) s = Add(a, b) " + rms("s", "y"), "y s",
+     {"rms_norm": 1}, {}),
     (rms("x", "n") + "y = Add(n, r)", "y n", {"rms_norm": 1}, {}),
     (rms("x", "n") + "s = Add(n, r) y = Mul(s, n)", "y", {"rms_norm": 1}, {}),
     (rms("x", "n") + "y = Add(n, r)", "y", {"rms_norm": 1}, {"r": "float[1,16]"}),
