@@ -37,13 +37,16 @@ def sum_of(x: Value) -> Value:
 def added(value: Value, x: Value) -> tuple[Value, Value] | None:
     """(the sum, the other summand), where the only reader of a norm of x, copies aside, is a residual addition.
 
-    Where the other summand is a copy of x, it is x: what reads the one may not be told apart from what reads the other.
+    A constant is no residual stream, but a bias. Where the other summand is a copy of x, it is x: what reads the one may
+    not be told apart from what reads the other.
     """
     while len(value.uses) == 1 and not value.kept:
         node = value.uses[0]
         if summed(node.outputs[0]) is node:
             a, b = node.inputs
             other = b if a is value else a
+            if other.fixed:
+                return None
             return node.outputs[0], x if _origin(other) is _origin(x) else other
         if not copies(node):
             break

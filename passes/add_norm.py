@@ -42,7 +42,7 @@ class AddNorm:
         for site in plan.free():
             s = sum_of(site.norm.x)
             node = summed(s)
-            if node is None or s in done or node.native in operators:
+            if node is None or s in done or node.native in operators or biases(node, norms):
                 continue
             wide = next((wide for wide in unrounded(site, s, node, done, given) if plan.fuse(wide, self.can)), None)
             if wide is not None:  # nothing else reads the sum
@@ -52,6 +52,11 @@ class AddNorm:
             if any(plan.fuse(Fused("add_norm", (site,), (x, r), outputs, x_bias=bias), self.can)
                    for x, r, bias in summands(node, done)):  # fmt: skip
                 done.add(s)
+
+
+def biases(node: Node, norms: set[Value]) -> bool:
+    """Whether an addition is of a norm's result and a constant: a bias of all axes that the norm is over."""
+    return any(v.fixed for v in node.inputs) and any(v in norms for v in node.inputs)
 
 
 def summands(node: Node, known: set[Value]) -> Iterator[tuple[Value, Value, Value | None]]:
@@ -83,7 +88,8 @@ def _biased(value: Value) -> tuple[Value, Value] | None:
 def unrounded(site: Site, s: Value, node: Node, known: set[Value], given: set[Value]) -> Iterator[Fused]:
     """The operators that normalise a sum in float32 of narrow tensors and round it for its other readers.
 
-    Where two norms share their statistics, each gets the sum anew, and one of them rounds it. A front end says whether a bias of x, too, is a narrow one that was cast.
+    Where two norms share their statistics, each gets the sum anew, and one of them rounds it. A front end says whether a
+    bias of x, too, is a narrow one that was cast.
     """
     if s.kept or s.dtype != "float32":
         return

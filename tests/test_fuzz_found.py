@@ -234,7 +234,7 @@ class _Module(torch.nn.Module):
 
 
 FX_SEEDS = (100016613, 200006769, 500057939, 700001347, 700024285, 700054430, 800017229, 800025810, 800030158,
-            900009894)  # fmt: skip
+            900009894, 2000011842)  # fmt: skip
 
 
 @pytest.mark.parametrize("seed", [

@@ -19,7 +19,7 @@ Shape = tuple[int, ...]
 EPS_TOLERANCE = 1e-4
 WIDTH = {"float16": 0, "float32": 1, "float64": 2}
 LATER = 0.3
-"""The share of what the generator learned later. It is drawn apart: with 0 the graphs of older seeds are as they were."""
+"""The share of what the generator learned later. It is drawn apart: with 0 graphs of older seeds are as they were."""
 
 
 @dataclass(slots=True, eq=False)
