@@ -37,8 +37,8 @@ def sum_of(x: Value) -> Value:
 def added(value: Value, x: Value) -> tuple[Value, Value] | None:
     """(the sum, the other summand), where the only reader of a norm of x, copies aside, is a residual addition.
 
-    A constant is no residual stream, but a bias. Where the other summand is a copy of x, it is x: what reads the one may
-    not be told apart from what reads the other.
+    A constant is no residual stream, but a bias. Where the other summand is a copy of x, it is x: what reads the one
+    may not be told apart from what reads the other.
     """
     while len(value.uses) == 1 and not value.kept:
         node = value.uses[0]

@@ -88,8 +88,8 @@ def _biased(value: Value) -> tuple[Value, Value] | None:
 def unrounded(site: Site, s: Value, node: Node, known: set[Value], given: set[Value]) -> Iterator[Fused]:
     """The operators that normalise a sum in float32 of narrow tensors and round it for its other readers.
 
-    Where two norms share their statistics, each gets the sum anew, and one of them rounds it. A front end says whether a
-    bias of x, too, is a narrow one that was cast.
+    Where two norms share their statistics, each gets the sum anew, and one of them rounds it. A front end says whether
+    a bias of x, too, is a narrow one that was cast.
     """
     if s.kept or s.dtype != "float32":
         return
