@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from normfuse.graph import FLOATS, Node, Value
-from normfuse.norm import VIEWS
+from normfuse.norm import VIEWS, Site
 from normfuse.plan import Plan
 
 
@@ -34,18 +34,25 @@ def sum_of(x: Value) -> Value:
     return source if x.shape and source.shape and x.shape[-1] == source.shape[-1] else x
 
 
-def added(value: Value, x: Value) -> tuple[Value, Value] | None:
+def is_bias(value: Value, site: Site) -> bool:
+    """Whether a tensor that is added to a norm is a bias of it: a constant that varies along the norm's axes only."""
+    shape = value.shape or ()
+    own = {axis % len(shape) for axis in site.norm.axes if shape}
+    return value.fixed and all(size == 1 or i in own for i, size in enumerate(shape))
+
+
+def added(site: Site) -> tuple[Value, Value] | None:
     """(the sum, the other summand), where the only reader of a norm of x, copies aside, is a residual addition.
 
-    A constant is no residual stream, but a bias. Where the other summand is a copy of x, it is x: what reads the one
-    may not be told apart from what reads the other.
+    Where the other summand is a copy of x, it is x: what reads the one may not be told apart from what reads the other.
     """
+    value, x = site.value, site.norm.x
     while len(value.uses) == 1 and not value.kept:
         node = value.uses[0]
         if summed(node.outputs[0]) is node:
             a, b = node.inputs
             other = b if a is value else a
-            if other.fixed:
+            if is_bias(other, site):
                 return None
             return node.outputs[0], x if _origin(other) is _origin(x) else other
         if not copies(node):

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from normfuse.graph import Node, Value
 from normfuse.norm import Site, region
 from normfuse.plan import Abilities, Fused, Plan
-from normfuse.residual import sum_of, summed, taken, uncast
+from normfuse.residual import is_bias, sum_of, summed, taken, uncast
 
 NARROW = ("float16", "bfloat16")
 
@@ -36,9 +36,9 @@ class AddNorm:
         """Add a `Fused` for each norm of a sum."""
         # an operator that gives a sum and its norm keeps it
         operators = {site.value.producer.native for site in plan.found.sites if site.is_op and site.value.producer}
-        norms = {v for site in plan.found.sites for v in (site.value, sum_of(site.value))}
+        norms = {v: site for site in plan.found.sites for v in (site.value, sum_of(site.value))}
         given = taken(plan)
-        done = given | norms  # n + n*w is a norm, not an addition
+        done = given | norms.keys()  # n + n*w is a norm, not an addition
         for site in plan.free():
             s = sum_of(site.norm.x)
             node = summed(s)
@@ -54,9 +54,10 @@ class AddNorm:
                 done.add(s)
 
 
-def biases(node: Node, norms: set[Value]) -> bool:
-    """Whether an addition is of a norm's result and a constant: a bias of all axes that the norm is over."""
-    return any(v.fixed for v in node.inputs) and any(v in norms for v in node.inputs)
+def biases(node: Node, norms: dict[Value, Site]) -> bool:
+    """Whether an addition is of a norm's result and a bias of it, which stand apart where a cast is between them."""
+    a, b = node.inputs
+    return any(v in norms and is_bias(other, norms[v]) for v, other in ((a, b), (b, a)))
 
 
 def summands(node: Node, known: set[Value]) -> Iterator[tuple[Value, Value, Value | None]]:

@@ -224,6 +224,21 @@ def test_found_by_fuzzing_in_torch(function: Callable[[Tensor, Tensor], Tensor])
         torch.testing.assert_close(after.module()(x), function(x, w), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("over", "sums"), [((2, 4, 6), 0), ((4, 6), 1)])
+def test_a_constant_added_to_a_norm_is_its_bias_or_a_table(over: tuple[int, ...], sums: int) -> None:
+    """A bias of all axes belongs to the norm before it, and a table of positions to the norm behind it."""
+
+    def function(x: Tensor, w: Tensor) -> Tensor:
+        return F.layer_norm(F.layer_norm(x.double(), over, None, None, 0.01).float() + w, (6,), None, None, 0.1)
+
+    x, w = torch.randn(2, 4, 6), torch.nn.Parameter(torch.randn(2, 4, 6))
+    after, report = normfuse.optimize(torch.export.export(_Module(function, w), (x,)))
+    assert [n.emitted for n in report.norms].count("normfuse.add_layer_norm") == sums
+    assert str(normfuse.optimize(after)[0].graph) == str(after.graph)
+    with torch.no_grad():
+        torch.testing.assert_close(after.module()(x), function(x, w), rtol=1e-5, atol=1e-5)
+
+
 class _Module(torch.nn.Module):
     def __init__(self, function: Callable[[Tensor, Tensor], Tensor], w: torch.nn.Parameter) -> None:
         super().__init__()
