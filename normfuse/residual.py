@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from normfuse.graph import FLOATS, Node, Value
-from normfuse.norm import VIEWS, Site
+from normfuse.norm import VIEWS
 from normfuse.plan import Plan
 
 
@@ -34,25 +36,24 @@ def sum_of(x: Value) -> Value:
     return source if x.shape and source.shape and x.shape[-1] == source.shape[-1] else x
 
 
-def is_bias(value: Value, site: Site) -> bool:
-    """Whether a tensor that is added to a norm is a bias of it: a constant that varies along the norm's axes only."""
+def is_bias(value: Value, axes: Sequence[int]) -> bool:
+    """Whether a tensor that is added to a norm over axes is a bias of it: a constant that varies along these only."""
     shape = value.shape or ()
-    own = {axis % len(shape) for axis in site.norm.axes if shape}
+    own = {axis % len(shape) for axis in axes if shape}
     return value.fixed and all(size == 1 or i in own for i, size in enumerate(shape))
 
 
-def added(site: Site) -> tuple[Value, Value] | None:
+def added(value: Value, x: Value, axes: Sequence[int]) -> tuple[Value, Value] | None:
     """(the sum, the other summand), where the only reader of a norm of x, copies aside, is a residual addition.
 
     Where the other summand is a copy of x, it is x: what reads the one may not be told apart from what reads the other.
     """
-    value, x = site.value, site.norm.x
     while len(value.uses) == 1 and not value.kept:
         node = value.uses[0]
         if summed(node.outputs[0]) is node:
             a, b = node.inputs
             other = b if a is value else a
-            if is_bias(other, site):
+            if is_bias(other, axes):
                 return None
             return node.outputs[0], x if _origin(other) is _origin(x) else other
         if not copies(node):

@@ -36,7 +36,7 @@ class AddNorm:
         """Add a `Fused` for each norm of a sum."""
         # an operator that gives a sum and its norm keeps it
         operators = {site.value.producer.native for site in plan.found.sites if site.is_op and site.value.producer}
-        norms = {v: site for site in plan.found.sites for v in (site.value, sum_of(site.value))}
+        norms = {v: site.norm.axes for site in plan.found.sites for v in (site.value, sum_of(site.value))}
         given = taken(plan)
         done = given | norms.keys()  # n + n*w is a norm, not an addition
         for site in plan.free():
@@ -54,7 +54,7 @@ class AddNorm:
                 done.add(s)
 
 
-def biases(node: Node, norms: dict[Value, Site]) -> bool:
+def biases(node: Node, norms: dict[Value, tuple[int, ...]]) -> bool:
     """Whether an addition is of a norm's result and a bias of it, which stand apart where a cast is between them."""
     a, b = node.inputs
     return any(v in norms and is_bias(other, norms[v]) for v, other in ((a, b), (b, a)))

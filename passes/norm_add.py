@@ -21,7 +21,7 @@ class NormAdd:
         """Add a `Fused` for each norm that is only added to something."""
         done = taken(plan)
         for site in plan.free():
-            pair = added(site)
+            pair = added(site.value, site.norm.x, site.norm.axes)
             if pair is None or pair[0] in done:
                 continue
             if plan.fuse(Fused("norm_add", (site,), (site.norm.x, pair[1]), (pair[0],)), self.can):

@@ -23,7 +23,8 @@ class Sandwich:
         free, done = plan.free(), taken(plan)
         readers = {site.norm.x: site for site in reversed(free)}
         for site in free:
-            pair = added(site) if site.placement == "sandwich_post" else None
+            post = site.placement == "sandwich_post"
+            pair = added(site.value, site.norm.x, site.norm.axes) if post else None
             if pair is None or pair[0] not in readers or pair[0] in done:
                 continue
             second = readers[pair[0]]

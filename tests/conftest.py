@@ -2,8 +2,10 @@
 
 import contextlib
 import functools
+from typing import Any
 
-with contextlib.suppress(ImportError, AttributeError):  # other versions of torch keep them elsewhere
-    from torch.onnx._internal.exporter._registration import onnxscript_apis
+with contextlib.suppress(ImportError, AttributeError, KeyError):  # other versions of torch keep them elsewhere
+    from torch.onnx._internal.exporter import _registration
 
+    onnxscript_apis: Any = vars(_registration)["onnxscript_apis"]
     onnxscript_apis.get_torchlib_ops = functools.cache(onnxscript_apis.get_torchlib_ops)

@@ -16,7 +16,7 @@ from normfuse.passes.norm_add import NormAdd
 from normfuse.passes.qk_pair import QKPair
 from normfuse.passes.sandwich import Sandwich
 from normfuse.plan import Fused, Plan
-from normfuse.residual import added, copies, sum_of, summed, taken
+from normfuse.residual import added, copies, is_bias, sum_of, summed, taken
 from tests.build import Build, leaf, ln, rms
 from tests.plan_tools import ROWS, able, native, rows, sandwich, scaled, shown, start
 
@@ -69,29 +69,44 @@ def test_the_sum_that_alone_reads_a_value() -> None:
     r = rows(g)
     n = g.op("neg", g.x)
     s = native(g.op("add", r, n))
-    assert added(n, g.x) == (s, r) and added(g.x, g.x) is None  # its reader is no addition
+    assert added(n, g.x, (2,)) == (s, r) and added(g.x, g.x, (2,)) is None  # its reader is no addition
     h = Build()
     r = rows(h)
     n = h.op("neg", h.x)
     copy = h.op("cast", h.op("identity", n), dtype="float32")
     s = native(h.op("add", copy, r))
-    assert added(n, h.x) == (s, r) == added(copy, h.x)
-    assert added(s, h.x) is None  # nobody reads it
+    assert added(n, h.x, (2,)) == (s, r) == added(copy, h.x, (2,))
+    assert added(s, h.x, (2,)) is None  # nobody reads it
     copy.kept = True
-    assert added(n, h.x) is None
+    assert added(n, h.x, (2,)) is None
     copy.kept = False
     h.op("opaque", n)
-    assert added(n, h.x) is None and added(copy, h.x) == (s, r)
+    assert added(n, h.x, (2,)) is None and added(copy, h.x, (2,)) == (s, r)
     k = Build()
     cast = k.op("cast", k.x, dtype="float64")
     native(k.op("add", cast, rows(k, dtype="float64")))
-    assert added(k.x, k.x) is None and added(cast, k.x)
+    assert added(k.x, k.x, (2,)) is None and added(cast, k.x, (2,))
     one = Build()
     n, again = one.op("neg", one.x), one.op("identity", one.x)
     s = native(one.op("add", n, again))
-    assert added(n, one.x) == (s, one.x) and added(n, n) == (s, again)  # a copy of x is x
+    assert added(n, one.x, (2,)) == (s, one.x) and added(n, n, (2,)) == (s, again)  # a copy of x is x
     again.tainted = True
-    assert added(n, one.x) == (s, again)
+    assert added(n, one.x, (2,)) == (s, again)
+
+
+@pytest.mark.parametrize(("fixed", "shape", "axes", "bias"), [
+    (True, (1, 6, 64), (1, 2), True), (True, (1, 6, 64), (-2, -1), True), (True, (1, 1, 64), (-1,), True),
+    (True, (1, 6, 64), (2,), False), (False, (1, 6, 64), (1, 2), False),
+])  # fmt: skip
+def test_a_constant_added_to_a_norm_is_its_bias_or_a_residual_stream(fixed: bool, shape: tuple[int, ...],
+                                                                     axes: tuple[int, ...], bias: bool) -> None:
+    g = Build(shape)
+    other = leaf(g, *shape, name="c")
+    other.fixed = fixed
+    assert is_bias(other, axes) == bias
+    n = g.op("neg", g.x)
+    s = native(g.op("add", n, other))
+    assert added(n, g.x, axes) == (None if bias else (s, other))
 
 
 def test_what_copies() -> None:
