@@ -38,9 +38,9 @@ def sum_of(x: Value) -> Value:
 
 def is_bias(value: Value, axes: Sequence[int]) -> bool:
     """Whether a tensor that is added to a norm over axes is a bias of it: a constant that varies along these only."""
-    shape = value.shape or ()
-    own = {axis % len(shape) for axis in axes if shape}
-    return value.fixed and all(size == 1 or i in own for i, size in enumerate(shape))
+    assert value.shape  # that of the sum
+    own = {axis % len(value.shape) for axis in axes}
+    return value.fixed and all(size == 1 or i in own for i, size in enumerate(value.shape))
 
 
 def added(value: Value, x: Value, axes: Sequence[int]) -> tuple[Value, Value] | None:
