@@ -482,6 +482,40 @@ def weight_written_later(x: Tensor, w: Tensor) -> Tensor:
     return y * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
 
 
+def added_in_place(x: Tensor, w: Tensor) -> Tensor:
+    """What an embedding with positions added in place gives."""
+    h = x.clone()
+    h += 1.5
+    return rms(h) * w
+
+
+def filled_by_parts(x: Tensor, w: Tensor) -> Tensor:
+    """A view of what a loop has filled, as of linear attention in chunks."""
+    h = torch.zeros_like(x)
+    for i in range(2):
+        h[i] = x[i] * (i + 1)
+    return rms(h.reshape(-1, 64)) * w
+
+
+def filled_after_the_view(x: Tensor, w: Tensor) -> Tensor:
+    """The same view, made before the last part is there, and read after it."""
+    h = torch.zeros_like(x)
+    h[0] = x[0]
+    view = h.view(-1, 64)
+    square = view.pow(2)
+    h[1] = x[1]
+    return view * torch.rsqrt(square.mean(-1, keepdim=True) + 1e-6) * w
+
+
+@pytest.mark.parametrize("how", ["dynamo", "export"])
+@pytest.mark.parametrize(("fn", "count"), [(added_in_place, 1), (filled_by_parts, 1), (filled_after_the_view, 0)])
+def test_what_is_written_no_more_is_a_row(fn: Callable[..., Any], count: int, how: str) -> None:
+    module, x = NearMissModule(fn), torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(5))
+    found = Rewritten(module, (x,), how)
+    assert [n.action for n in found.norms] == ["fused"] * count
+    assert (found(x) - module(x)).abs().max() <= 8 * ULP[SINGLE] * module(x).abs().max()
+
+
 REFUSED = {
     "no_grad inside": (no_grad_half, True, "NF202"),
     "an inner value is used": (inner_output, False, "NF116"),

@@ -190,9 +190,14 @@ def _fresh_packet(name: str) -> bool:
 
 
 def tainted(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes whose memory somebody overwrites, with all that may share it. Linear in the graph."""
-    writes = [n for node in graph.nodes for n in written(node)]
-    if not writes:
+    """The nodes whose memory somebody overwrites after them, with all that may share it. Linear in the graph.
+
+    What is made of that memory once it was written for the last time, a view say, stays what it is.
+    """
+    last: dict[fx.Node, int] = {}
+    for i, node in enumerate(graph.nodes):
+        last.update(dict.fromkeys(written(node), i))
+    if not last:
         return set()
     parent: dict[fx.Node, fx.Node] = {}
 
@@ -205,5 +210,7 @@ def tainted(graph: fx.Graph) -> set[fx.Node]:
     for node in graph.nodes:
         for n in (*shared(node), *_nodes(node.kwargs.get("out"))):
             parent[find(n)] = find(node)
-    hit = {find(n) for n in writes}
-    return {node for node in graph.nodes if find(node) in hit}
+    until: dict[fx.Node, int] = {}
+    for node, i in last.items():
+        until[find(node)] = max(i, until.get(find(node), i))
+    return {node for i, node in enumerate(graph.nodes) if i < until.get(find(node), 0)}
