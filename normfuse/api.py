@@ -292,7 +292,7 @@ def _rewrite_ir(model: ir.Model, config: Config, progress: Progress | None, cali
     converted = time.perf_counter()
     one = onnx_model.OnnxModel(model, config, rewrite=True, progress=progress)
     if first is not None:
-        one.apart += first.apart
+        one.respelled += first.respelled
     planned = time.perf_counter()
     if config.verify != "off":
         one.check()

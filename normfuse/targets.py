@@ -11,6 +11,7 @@ The first row that fits says what to do. The forms:
 - "skip": the contrib operators SkipLayerNormalization and SkipSimplifiedLayerNormalization, in domain com.microsoft
 - "leave": what the model has
 - "apart": a model's own Skip operator becomes the addition and the norm
+- "float32": an operator of half types that is no norm, which the runtime would take apart, gets casts around it
 - "refuse": as "leave", and it is a refusal, since the runtime has no kernel
 
 Measured rows: `tests/bench/results/forms.json`, by `python -m tests.bench.forms`; a test compares the two.
@@ -42,10 +43,10 @@ class Row:
     """A line of the table: where it holds, the form there, and how that is known.
 
     `what` is "add_norm" for a residual addition and its norm, "norm" for a norm alone or inside one, "skip" for a Skip
-    operator that the model has already, "conversion" for a LayerNorm that could be an RMSNorm ("leave": it is not made
-    one, "operator": it is). `since` and `before` are versions of the runtime, `types` those of the tensor that the
-    operator would read, `ranks` its ranks; `cast` is where the operator rounds half types, "" for any; `numerics` ""
-    for either.
+    operator that the model has already, "half" for another operator, named `kind`, "conversion" for a LayerNorm that
+    could be an RMSNorm ("leave": it is not made one, "operator": it is). `since` and `before` are versions of the
+    runtime, `types` those of the tensor that the operator would read, `ranks` its ranks; `cast` is where the operator
+    rounds half types, "" for any; `numerics` "" for either.
     """
 
     target: str
@@ -84,7 +85,11 @@ _OVERFLOW = "cited: Skip operators sum half types in half before 1.27 (onnxrunti
 _CUDA_LAYER = "cited: SkipLayerNormalization takes the variance as mean(x^2) - mean(x)^2 (onnxruntime, layer_norm.cuh)"
 _NO_GAIN = "measured: an RMSNorm takes 0.45 to 1.59 of the time of a LayerNorm there, about as long"
 _GAIN = "measured: an RMSNorm takes 0.24 to 0.89 of the time of a LayerNorm, single rows up to 1.56"
+_WIDE = "measured: 0.04 to 0.91 of the time; ONNX Runtime has it in float32 only, and runs its parts instead"
 FLAT = (2, 3)
+WIDE = {"Softmax": (13, 99), "LogSoftmax": (13, 99), "Gelu": (20, 99), "HardSwish": (14, 21), "HardSigmoid": (6, 21),
+        "LeakyRelu": (6, 21)}  # fmt: skip
+"""The opsets in which the standard says what an operator is made of, so that ONNX Runtime takes it apart."""
 
 ROWS = (
     Row("ort-cpu", "rms_norm", "skip", FLOAT, "apart", _APART, since=(1, 30)),
@@ -106,6 +111,7 @@ ROWS = (
     Row("ort-cpu", "layer_norm", "norm", ANY, "operator", _TWO, since=(1, 30)),
     Row("ort-cpu", "layer_norm", "conversion", ANY, "leave", _NO_GAIN, before=(1, 27)),
     Row("ort-cpu", "layer_norm", "conversion", ANY, "operator", _GAIN, since=(1, 27)),
+    *(Row("ort-cpu", op, "half", frozenset({"float16"}), "float32", _WIDE) for op in WIDE),
     Row("ort-cuda", "rms_norm", "add_norm", FLOAT, "skip", _FUSED, ranks=FLAT),
     Row("ort-cuda", "rms_norm", "add_norm", HALF, "skip", _HALF, since=(1, 27), ranks=FLAT, cast="last"),
     Row("ort-cuda", "rms_norm", "add_norm", HALF, "skip", _HALF, since=(1, 27), ranks=FLAT, numerics="fast"),
@@ -146,6 +152,11 @@ class Table:
     def apart(self, kind: str, dtype: str | None) -> Row | None:
         """The row that says to take a Skip operator of the model apart, if one does."""
         return next(self._rows(kind, "skip", dtype), None)
+
+    def widened(self, op: str, dtype: str | None, opset: int) -> Row | None:
+        """The row that says to compute an operator that is no norm in float32, if one does."""
+        low, high = WIDE.get(op, (1, 0))
+        return next(self._rows(op, "half", dtype), None) if low <= opset <= high else None
 
     def _rows(self, kind: str, what: str, dtype: str | None) -> Iterator[Row]:
         for row in ROWS:

@@ -7,10 +7,12 @@ import json
 import shutil
 import statistics
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import pytest
 from onnx.reference import ReferenceEvaluator
@@ -18,7 +20,7 @@ from onnx.reference import ReferenceEvaluator
 import normfuse
 from normfuse import targets
 from normfuse.errors import InputError, UnsupportedError
-from normfuse.targets import ROWS, Row
+from normfuse.targets import ROWS, WIDE, Row
 from normfuse.verify import session
 from tests.bench.forms import RESULT, SHAPES
 from tests.families import (
@@ -70,7 +72,8 @@ def ratio(found: dict[str, Any], a: str, b: str) -> float:
     return float(found["forms"][a]["us"] / found["forms"][b]["us"])
 
 
-CPU = [row for row in ROWS if row.target == "ort-cpu" and row.form != "refuse" and row.what != "conversion"]
+CPU = [row for row in ROWS
+       if row.target == "ort-cpu" and row.form != "refuse" and row.what not in ("conversion", "half")]  # fmt: skip
 
 
 def gains(row: Row) -> list[float]:
@@ -129,6 +132,14 @@ def test_the_rows_are_what_was_measured(row: Row) -> None:
         assert middle("spelled out", "add, norm") > 0.9
 
 
+def test_operators_in_float32_pay_where_they_were_measured_to() -> None:
+    found = [o for ops in json.loads(RESULT.read_text())["operators"].values() for o in ops]
+    assert {o["operator"] for o in found} == set(WIDE)
+    ratios = [o["float32 us"] / o["us"] for o in found]
+    (evidence,) = {row.evidence for row in ROWS if row.what == "half"}
+    assert f"{min(ratios):.2f} to {max(ratios):.2f} of the time" in evidence and max(ratios) < 1
+
+
 def test_our_operators_against_the_skip_operators() -> None:
     chains = json.loads((RESULT.parent / "ort-ops.json").read_text())["chains"]
     found = [c["ms"].get("normfuse, unrounded", c["ms"]["normfuse"]) / time for c in chains
@@ -139,7 +150,7 @@ def test_our_operators_against_the_skip_operators() -> None:
 
 def test_every_row_says_how_it_is_known() -> None:
     assert all(row.evidence.startswith(("measured", "tried", "cited")) for row in ROWS)
-    assert {row.form for row in ROWS} <= {"operator", "skip", "leave", "apart", "refuse"}
+    assert {row.form for row in ROWS} <= {"operator", "skip", "leave", "apart", "float32", "refuse"}
 
 
 @pytest.mark.parametrize("text", ["new", "1", "1.x", "31"])
@@ -300,6 +311,90 @@ def test_a_skip_operator_of_half_types_takes_no_bias_that_is_rounded_before(nume
     found, _ = rewritten(half(lines, "float16"), tmp_path, "ort-cuda", "1.27", numerics=numerics)
     (node,) = [n for n in found.graph.node if "Skip" in n.op_type]
     assert len(node.input) == inputs
+
+
+def shifted(h: npt.NDArray[Any], axis: int) -> npt.NDArray[Any]:
+    """h less its maximum."""
+    return h - h.max(axis, keepdims=True)
+
+
+TAKEN_APART: dict[str, Callable[[npt.NDArray[Any]], Any]] = {
+    "Softmax<axis=-1>": lambda h: np.exp(shifted(h, -1)) / np.exp(shifted(h, -1)).sum(-1, keepdims=True),
+    "LogSoftmax<axis=0>": lambda h: shifted(h, 0) - np.log(np.exp(shifted(h, 0)).sum(0, keepdims=True)),
+    'Gelu<approximate="tanh">': lambda h: 0.5 * h * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3))),
+    "HardSwish": lambda h: h * np.clip(h / 6 + 0.5, 0, 1),
+    "HardSigmoid<alpha=0.3>": lambda h: np.clip(np.float64(np.float32(0.3)) * h + 0.5, 0, 1),
+    "LeakyRelu<alpha=0.1>": lambda h: np.where(h < 0, np.float64(np.float32(0.1)) * h, h),
+}
+"""Operators that ONNX Runtime has in float32 only, and their definitions."""
+
+
+def lone(call: str, dtype: str = "float16", opset: int = 0) -> onnx.ModelProto:
+    """An operator between two others, whose result is also an output."""
+    low, high = WIDE.get(call.partition("<")[0], (13, 99))
+    return onnx.parser.parse_model(
+        f'<ir_version: 10, opset_import: ["": {opset or max(low, min(high, 18))}]> g ({dtype}[b,40] x) => '
+        f"({dtype}[b,40] y, {dtype}[b,40] z) {{ h = Neg(x) y = {call}(h) z = Abs(y) }}")  # fmt: skip
+
+
+@pytest.mark.parametrize("call", TAKEN_APART)
+def test_an_operator_of_half_types_is_computed_in_float32(call: str, tmp_path: Path) -> None:
+    """One kernel with two casts runs, and its result is no further from float64 than that of its parts."""
+    made = lone(call)
+    found, report = rewritten(made, tmp_path, "ort-cpu")
+    name = call.partition("<")[0]
+    assert [n.op_type for n in found.graph.node] == ["Neg", "Cast", name, "Cast", "Abs"]
+    assert list(found.graph.node[2].attribute) == list(made.graph.node[1].attribute)
+    assert found.graph.node[3].output == made.graph.node[1].output
+    assert report.notes[1].startswith(f"1 x {name}: float32 (float16 in 1.20 and newer; measured")
+    rng = np.random.default_rng(4)
+    rows = np.concatenate([rng.standard_normal((4, 40)) * scale for scale in (1e-4, 1, 30, 5e3)])
+    rows[0, 1:4] = 3e4, -3e4, 0
+    x = {"x": rows.astype(np.float16)}
+    y = TAKEN_APART[call](-x["x"].astype("f8"))
+    before, after = (session(tmp_path / f"{p}.onnx").run(None, x) for p in ("in", "out"))
+    for a, b, c in zip(before, after, (y, np.abs(y)), strict=True):
+        assert b.dtype == np.float16 and np.isfinite(b).all()
+        step = np.spacing(np.abs(c).astype(np.float16)).astype("f8")  # one in the last place
+        assert (np.abs(b - c) <= np.maximum(np.abs(a - c), 0.51 * step)).all()
+
+
+def test_a_softmax_of_a_row_that_is_masked(tmp_path: Path) -> None:
+    rewritten(lone("Softmax"), tmp_path, "ort-cpu")
+    x = np.zeros((2, 40), np.float16)
+    x[0, 1:], x[1] = np.inf, np.inf  # all but one, and all: h = -x
+    before, after = (session(tmp_path / f"{p}.onnx").run(["y"], {"x": x})[0] for p in ("in", "out"))
+    np.testing.assert_array_equal(before, after)
+    assert after[0, 0] == 1 and np.isnan(after[1]).all()
+
+
+@pytest.mark.parametrize(("call", "dtype", "opset", "target"), [
+    ("Softmax", "float", 18, "ort-cpu"),  # there is a kernel
+    ("Softmax", "bfloat16", 18, "ort-cpu"),  # not even what it is made of runs
+    ("Softmax", "float16", 12, "ort-cpu"),  # the standard has no parts of it yet: one kernel, between casts
+    ("LeakyRelu", "float16", 22, "ort-cpu"),  # no more
+    ("Relu", "float16", 18, "ort-cpu"),
+    ("Softmax", "float16", 18, "onnx"),
+    ("Softmax", "float16", 18, "ort-cuda"),
+    ("Softmax", "float16", 18, "normfuse"),
+])  # fmt: skip
+def test_an_operator_that_stays_as_it_is(call: str, dtype: str, opset: int, target: str, tmp_path: Path) -> None:
+    made = lone(call, dtype, opset)
+    onnx.save(made, tmp_path / "in.onnx")
+    normfuse.rewrite(tmp_path / "in.onnx", tmp_path / "out.onnx", normfuse.Config(target=target))  # type: ignore[arg-type]
+    assert (tmp_path / "out.onnx").read_bytes() == (tmp_path / "in.onnx").read_bytes()
+
+
+def test_an_operator_behind_a_skip_operator_that_is_taken_apart(tmp_path: Path) -> None:
+    made = half("", "float16")
+    made.graph.node.extend([
+        onnx.helper.make_node(SKIP, ["x", "r", "w"], ["h", "", "", "s"], domain="com.microsoft", epsilon=1e-6),
+        onnx.helper.make_node("Softmax", ["h"], ["y"]),
+    ])  # fmt: skip
+    made.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+    found, report = rewritten(made, tmp_path, "ort-cpu", "1.31")
+    ops = [n.op_type for n in found.graph.node]
+    assert ops[-3:] == ["Cast", "Softmax", "Cast"] and SKIP not in ops and len(report.notes) >= 3
 
 
 @pytest.mark.parametrize("far", [0.0, 100.0, 1e4])

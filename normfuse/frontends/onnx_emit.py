@@ -324,3 +324,28 @@ def unique(name: str, used: set[str | None]) -> str:
         found = f"{name}_{i}"
     used.add(found)
     return found
+
+
+def names_of(graphs: Iterable[ir.Graph]) -> set[str | None]:
+    """The names of all values in graphs and of those that they have from outside."""
+    used: set[str | None] = set()
+    for graph in graphs:
+        used.update(v.name for v in (*graph.inputs, *graph.initializers.values()))
+        used.update(v.name for node in graph for v in node.outputs)
+    return used
+
+
+def respell(node: ir.Node, nodes: Sequence[ir.Node], results: Mapping[ir.Value, ir.Value],
+            used: set[str | None]) -> None:  # fmt: skip
+    """Put nodes, the last of which is given its name, in the place of one, and values in that of its outputs."""
+    assert node.graph is not None
+    for i, new in enumerate(nodes):
+        new.outputs[0].name = unique(f"{node.outputs[0].name}_{i}", used)
+        new.name = f"{node.name or node.outputs[0].name}/{i}"
+        new.metadata_props.update(node.metadata_props)
+    nodes[-1].name, nodes[-1].doc_string = node.name, node.doc_string
+    node.graph.insert_before(node, nodes)
+    for old, value in results.items():
+        value.name, value.shape, value.type = old.name, old.shape, old.type
+        old.replace_all_uses_with(value, replace_graph_outputs=True)
+    node.graph.remove(node, safe=True)

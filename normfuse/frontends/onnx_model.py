@@ -17,6 +17,7 @@ from normfuse.frontends.onnx import Lowering, lower
 from normfuse.frontends.onnx_check import MOST, Checker
 from normfuse.frontends.onnx_emit import DOMAIN, Emitter, evaluate, register_functions, spread, unique
 from normfuse.frontends.onnx_fused import FusedEmitter, fused_already
+from normfuse.frontends.onnx_half import widen
 from normfuse.frontends.onnx_ops import GROUP_NORMS
 from normfuse.frontends.onnx_repair import repair
 from normfuse.frontends.onnx_skip import SkipEmitter, take_apart
@@ -59,9 +60,12 @@ class OnnxModel:
         self.nodes_before = sum(self.operators_before.values())
         self.table = Table(config)
         changes = (rewrite or config.converts) and self.opset > 0  # no operators of ONNX where none are imported
-        self.apart = take_apart(self.lowerings, self.table, self.opset) if changes else Counter[Row]()
-        if self.apart:
-            self.lowerings = lower(model)
+        self.respelled = Counter[Row]()
+        for step in (take_apart, widen) if changes else ():
+            rows = step(self.lowerings, self.table, self.opset)
+            if rows:
+                self.respelled += rows
+                self.lowerings = lower(model)
         self.emitter.unseen = any(_narrows(node) for low in self.lowerings for node in low.graph.nodes)
         self.progress("recognising", 0.2)
         self.fused = (SkipEmitter(self.emitter, self.table) if config.target in PROVIDERS else
@@ -126,7 +130,7 @@ class OnnxModel:
         found = []
         if self.repaired:
             found.append(f"{self.repaired} norm operators of mixed types, which no runtime takes, were given a Cast")
-        used = Counter(self.apart)
+        used = Counter(self.respelled)
         for one in self.plans:
             sites = {site: edit for edit in one.edits() for site in edit.sites}
             for site in one.found.sites:
@@ -196,7 +200,7 @@ class OnnxModel:
             while not self._write_out(low, one):
                 self._again(low, one)
         if not any(one.edits() for one in self.plans):
-            return bool(self.repaired or self.apart)
+            return bool(self.repaired or self.respelled)
         used: set[str | None] = set(self.model.graph.initializers)
         for graph in (low.source for low in self.lowerings):
             used.update(v.name for v in graph.inputs)

@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from normfuse.frontends.onnx import Lowering
-from normfuse.frontends.onnx_emit import Emitter, plain, unique
+from normfuse.frontends.onnx_emit import Emitter, names_of, plain, respell
 from normfuse.frontends.onnx_fold import attribute
 from normfuse.frontends.onnx_functions import spelled
 from normfuse.frontends.onnx_fused import FusedEmitter, narrowed
@@ -110,17 +110,13 @@ def take_apart(lowerings: Sequence[Lowering], table: Table, opset: int) -> Count
             if row is not None and known and fits and not any(
                     v.uses() or v.is_graph_output() for v in node.outputs[1:3]):  # fmt: skip
                 chosen.append((node, row, x.dtype or ""))
-    used: set[str | None] = set()
-    for low in lowerings if chosen else ():
-        used.update(v.name for v in (*low.source.inputs, *low.source.initializers.values()))
-        used.update(v.name for node in low.source for v in node.outputs)
+    used = names_of(low.source for low in lowerings if chosen)
     for node, row, dtype in chosen:
         _spell(node, row.kind, dtype, opset, used)
     return Counter(row for _, row, _ in chosen)
 
 
 def _spell(node: ir.Node, kind: str, dtype: str, opset: int, used: set[str | None]) -> None:
-    assert node.graph is not None
     nodes: list[ir.Node] = []
 
     def op(name: str, *inputs: ir.Value, attributes: Sequence[ir.Attr] = ()) -> ir.Value:
@@ -135,19 +131,10 @@ def _spell(node: ir.Node, kind: str, dtype: str, opset: int, used: set[str | Non
     total = op("Add", slots[0] if bias is None else op("Add", slots[0], bias), slots[1])
     eps, given = attribute(node, "epsilon", SKIP_EPSILON), [total, slots[2], *([] if beta is None else [beta])]
     nodes += spelled(kind, given, [-1], eps, opset)
-    results = [(node.outputs[0], cast(nodes[-1].outputs[0], dtype))]
+    results = {node.outputs[0]: cast(nodes[-1].outputs[0], dtype)}
     if read := [v for v in node.outputs[3:] if v.uses() or v.is_graph_output()]:
-        results.append((read[0], cast(total, dtype)))
-    for i, new in enumerate(nodes):
-        new.outputs[0].name = unique(f"{node.outputs[0].name}_{i}", used)
-        new.name = f"{node.name or node.outputs[0].name}/{i}"
-        new.metadata_props.update(node.metadata_props)
-    nodes[-1].name, nodes[-1].doc_string = node.name, node.doc_string
-    node.graph.insert_before(node, nodes)
-    for old, value in results:
-        value.name, value.shape, value.type = old.name, old.shape, old.type
-        old.replace_all_uses_with(value, replace_graph_outputs=True)
-    node.graph.remove(node, safe=True)
+        results[read[0]] = cast(total, dtype)
+    respell(node, nodes, results, used)
 
 
 def _narrow(expr: Expr, dtype: str) -> ir.Value | None:

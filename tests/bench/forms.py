@@ -1,4 +1,5 @@
-"""What a residual addition and a norm cost in ONNX Runtime on the CPU, in each form there is, by version of it.
+"""What a residual addition and a norm cost in ONNX Runtime on the CPU, in each form there is, by version of it; and
+what operators of float16 cost that it has in float32 only.
 
 python -m tests.bench.forms [--out FILE.json]
 
@@ -6,8 +7,9 @@ Chains of 12, one thread. The forms: the exporter's own spelling of the norm, wh
 the norm as one operator (where the version has no RMSNormalization its own name for it, SimplifiedLayerNormalization);
 the contrib operators that take in the addition; and, of half types, what these compute taken apart: the same addition
 and operator in float32, between casts. `error` is the largest distance to float64 on rows with a mean of
-100, in parts of the largest element. Each run adds the installed version to the file, from which `normfuse.targets` is
-made.
+100, in parts of the largest element. Under `operators`, those of `normfuse.targets.WIDE` in float16, as they are and in
+float32 between casts, on rows of 512 elements. Each run adds the installed version to the file, from which
+`normfuse.targets` is made.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
+from normfuse.targets import WIDE
 from tests.bench.common import ROOT, environment, table
 
 RESULT = ROOT / "tests/bench/results/forms.json"
@@ -163,16 +166,41 @@ def measure(kind: str, dtype: str, m: int, n: int, opset: int, repeats: int) -> 
     return out
 
 
+def operator(op: str, m: int, repeats: int) -> dict[str, Any]:
+    """Microseconds of an operator of float16, as it is and in float32 between casts."""
+    low, high = WIDE[op]
+    axis = {"axis": -1} if op.endswith("oftmax") else {}
+    chains = {"us": ((op, axis),), "float32 us": (("Cast", {"to": TensorProto.FLOAT}), (op, axis),
+                                                  ("Cast", {"to": TensorProto.FLOAT16}))}  # fmt: skip
+    sessions = {}
+    for name, chain in chains.items():
+        nodes = [helper.make_node(kind, [f"v{i}"], [f"v{i + 1}"], **given) for i, (kind, given) in enumerate(chain)]
+        ends = [helper.make_tensor_value_info(v, TensorProto.FLOAT16, ["rows", 512]) for v in ("v0", f"v{len(chain)}")]
+        opsets = [helper.make_opsetid("", max(low, min(high, 18)))]
+        graph = helper.make_graph(nodes, "one", ends[:1], ends[1:])
+        sessions[name] = session(helper.make_model(graph, opset_imports=opsets, ir_version=9))
+    x = np.random.default_rng(1).standard_normal((m, 512)).astype(np.float16)
+    times: dict[str, list[float]] = {name: [] for name in chains}
+    for i in range(repeats + 3):
+        for name in sorted(chains, reverse=bool(i % 2)):
+            started = time.perf_counter()
+            sessions[name].run(None, {"v0": x})
+            times[name].append((time.perf_counter() - started) * 1e6)
+    middle = {name: round(statistics.median(found[3:]), 2) for name, found in times.items()}
+    return {"operator": op, "rows": m, **middle}
+
+
 def main() -> None:
     """Measure the installed version, print, and add it to the file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--repeats", type=int, default=40)
+    parser.add_argument("--operators-only", action="store_true", help="leave out the chains")
     parser.add_argument("--out", type=Path, default=RESULT)
     given = parser.parse_args()
     version = ort.__version__
     opset = 23 if tuple(map(int, version.split(".")[:2])) >= (1, 23) else 18
     rows, cells = [], []
-    for kind in ("rms_norm", "layer_norm"):
+    for kind in () if given.operators_only else ("rms_norm", "layer_norm"):
         for dtype in TYPES:
             for m, n in SHAPES:
                 found = measure(kind, dtype, m, n, opset, given.repeats if m < 512 else given.repeats // 2)
@@ -183,12 +211,17 @@ def main() -> None:
                 errors = (f"{f['error']:.0e}" for f in found.values())
                 cells.append([kind, dtype, f"{m}x{n}", *times, *gap, *errors, *gap])
     print(f"ONNX Runtime {version}, us\n" + table(["kind", "type", "shape", *FORMS, *FORMS], cells, 3), flush=True)
-    known = json.loads(given.out.read_text())["versions"] if given.out.exists() else {}
-    known[version] = rows
-    order = sorted(known, key=lambda v: tuple(map(int, v.split("."))))
+    ops = [operator(op, m, given.repeats) for op in WIDE for m in (16, 4096)]
+    cells = [[o["operator"], f"{o['rows']}x512", f"{o['us']:.1f}", f"{o['float32 us']:.1f}",
+              f"{o['float32 us'] / o['us']:.2f}"] for o in ops]  # fmt: skip
+    print(table(["operator", "shape", "float16", "float32", "ratio"], cells, 2), flush=True)
+    before = json.loads(given.out.read_text()) if given.out.exists() else {}
+    known = {"versions": before.get("versions", {}) | ({version: rows} if rows else {}),
+             "operators": before.get("operators", {}) | {version: ops}}  # fmt: skip
     about = {"environment": environment() | {"onnxruntime": "see versions"},
              "shapes": {"chain": CHAIN, "threads": 1, "eps": EPS}}  # fmt: skip
-    result = about | {"versions": {v: known[v] for v in order}}
+    result = about | {key: {v: found[v] for v in sorted(found, key=lambda v: tuple(map(int, v.split("."))))}
+                      for key, found in known.items()}  # fmt: skip
     given.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
