@@ -4,8 +4,9 @@ python -m tests.bench.auto_models [--only TYPE ...] [--jobs 2] [--seconds 60] [-
 
 Each has the sizes of its default configuration, but at most four layers, and no weights (torch's meta device). It is
 exported by `torch.export` for eight tokens, an image or a second of sound. Its norms are the calls of modules with Norm
-in the name of their class, batch, instance and group norms aside; one is found where a norm that NormFuse finds is made
-in that module, or of its result. `more` are those that NormFuse finds besides: functions, and modules of other names.
+in the name of their class (batch, instance, group and weight norms aside, and MobileBERT's NoNorm); one is found where
+a norm that NormFuse finds ends in that module, or a few nodes behind it. `more` are those that NormFuse finds besides:
+functions, and modules of other names.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import inspect
 import logging
 import multiprocessing
+import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -31,14 +33,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 import normfuse
 from tests.bench.common import ROOT, merged, save
 
-AUTO = "tests.bench.auto_models"
 RESULT = ROOT / "tests/bench/results/auto-models.json"
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers", "depth",
           "num_encoder_layers", "num_decoder_layers", "encoder_num_hidden_layers", "decoder_num_hidden_layers",
           "num_transformer_layers", "num_blocks")  # fmt: skip
 LAYERS, REACH = 4, 4
 """REACH: among how many nodes at the end of a norm one of its module has to be: the result may be scaled outside."""
-OTHERS = ("BatchNorm", "InstanceNorm", "GroupNorm")
+OTHERS = ("BatchNorm", "InstanceNorm", "GroupNorm", "WeightNorm", "NoNorm")
 
 
 def short(kind: type[Any]) -> Any:
@@ -59,29 +60,45 @@ def short(kind: type[Any]) -> Any:
         return default
 
 
-def inputs(model: nn.Module, config: Any) -> dict[str, Any]:
-    """Something for each input that the model wants."""
+def inputs(model: nn.Module, config: Any) -> Iterator[dict[str, Any]]:
+    """Something for each input that the model wants, in each layout that models have for it."""
     parameters = inspect.signature(model.forward).parameters
     main = getattr(model, "main_input_name", "input_ids")
-    found: dict[str, Any] = {}
     vision = getattr(config, "vision_config", config)
-    if main == "pixel_values" or ("pixel_values" in parameters and hasattr(config, "projection_dim")):
-        size = getattr(vision, "image_size", None) or getattr(vision, "img_size", None) or 224
-        height, width = size[:2] if isinstance(size, list | tuple) else (size, size)
-        found["pixel_values"] = torch.zeros(1, getattr(vision, "num_channels", None) or 3, height, width)
-    if main == "input_values":
-        found["input_values"] = torch.zeros(1, 16000)
-    if main == "input_features":
-        bins = getattr(config, "num_mel_bins", None) or getattr(config, "input_feat_per_channel", None) or 80
-        found["input_features"] = torch.zeros(1, bins, 3000) if "whisper" in config.model_type else torch.zeros(
-            1, 100, bins)  # fmt: skip
-    if not found or ("input_ids" in parameters and hasattr(config, "text_config")):
-        found["input_ids"] = torch.zeros(1, 8, dtype=torch.long)
-    if "bbox" in parameters:
-        found["bbox"] = torch.zeros(1, 8, 4, dtype=torch.long)
-    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in parameters:
-        found["decoder_input_ids"] = torch.zeros(1, 4, dtype=torch.long)
-    return found | ({"use_cache": False} if "use_cache" in parameters else {})
+    size = getattr(vision, "image_size", None) or getattr(vision, "img_size", None) or 224
+    height, width = size[:2] if isinstance(size, list | tuple) else (size, size)
+    channels = getattr(vision, "num_channels", None) or 3
+    bins = getattr(config, "num_mel_bins", None) or getattr(config, "input_feat_per_channel", None) or 80
+    frames = getattr(config, "num_frames", None) or 8
+    shapes: dict[str, list[tuple[int, ...]]] = {
+        "pixel_values": [(1, channels, height, width), (1, frames, channels, height, width)],
+        "pixel_values_videos": [(1, frames, channels, height, width)],
+        "input_values": [(1, 16000), (1, 1, 16000)],
+        "input_features": [(1, 104, bins), (1, bins, 104), (1, bins, 3000), (1, 104, 2 * bins)],
+        "input_ids": [(1, 8)],
+    }  # fmt: skip
+    tries = [{main: shape} for shape in shapes.get(main, []) if main in parameters]
+    both = {name: shapes[name][0] for name in ("pixel_values", "input_ids") if name in parameters}
+    for found in [*tries, both] if not hasattr(config, "projection_dim") else [both, *tries]:
+        if "bbox" in parameters:
+            found["bbox"] = (1, 8, 4)
+        if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in parameters:
+            found["decoder_input_ids"] = (1, 4)
+        tensors = {name: torch.zeros(shape, dtype=torch.long if name.endswith(("ids", "bbox")) else None)
+                   for name, shape in found.items()}  # fmt: skip
+        yield tensors | ({"use_cache": False} if "use_cache" in parameters else {})
+
+
+def exported(model: nn.Module, config: Any) -> torch.export.ExportedProgram:
+    """The program of a model for the first inputs that it takes; the first error where it takes none."""
+    first: Exception | None = None
+    for given in inputs(model, config):
+        try:
+            return torch.export.export(model, (), given, strict=False)
+        except Exception as why:
+            first = first or why
+    assert first is not None
+    raise first
 
 
 def norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -121,15 +138,23 @@ def made(program: torch.export.ExportedProgram, report: normfuse.Report, called:
 def look(kind: str) -> dict[str, Any]:
     """What there is of one architecture."""
     config = short(type(transformers.CONFIG_MAPPING[kind]()))
+    for part in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))):
+        if hasattr(part, "use_cache"):
+            part.use_cache = False
     with torch.device("meta"), torch.no_grad():
         auto = AutoModel if kind in MODEL_MAPPING_NAMES else AutoModelForCausalLM
-        model: nn.Module = auto.from_config(config).eval()  # type: ignore[no-untyped-call]
+        model: Any = auto.from_config(config).eval()  # type: ignore[no-untyped-call]
         if hasattr(model, "set_experts_implementation"):
             model.set_experts_implementation("batched_mm")
         called: list[str] = []
+
+        def start(*_: Any) -> None:
+            called.clear()  # of an attempt with other inputs
+
+        model.register_forward_pre_hook(start)
         for path, module in norms(model):
             module.register_forward_hook(lambda *_, path=path: called.append(path))
-        program = torch.export.export(model, (), inputs(model, config), strict=False)
+        program = exported(model, config)
     report, calls = normfuse.inspect(program), Counter(called)
     found = made(program, report, calls)
     missing = [f"{type(model.get_submodule(path)).__name__} {path}" for path in sorted((calls - found).elements())]
@@ -139,7 +164,9 @@ def look(kind: str) -> dict[str, Any]:
 def child(kind: str, out: Connection) -> None:
     """Look at one, in a process of its own."""
     warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
+    logging.disable(logging.ERROR)
+    for stream in (1, 2):  # torch prints the graphs that it cannot export
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     torch.set_num_threads(1)
     masking_utils.find_packed_sequence_indices = lambda *_, **__: None  # it looks at values, and there are none
     try:
@@ -173,7 +200,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULT)
     given = parser.parse_args()
     kinds = given.only or sorted({*MODEL_MAPPING_NAMES, *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES})
-    multiprocessing.get_context("forkserver").set_forkserver_preload([AUTO])
     rows: list[dict[str, Any]] = []
     with ThreadPoolExecutor(given.jobs) as pool:
         for row in pool.map(lambda kind: apart(kind, given.seconds), kinds):
