@@ -200,10 +200,16 @@ class _Recogniser:
                 roots[key] = fact.root
         if rule is not None:
             out = node.outputs[0]
-            if out.tainted:
-                for key in roots:
-                    self._miss(key, node, Refused("NF120", f"{out.name} or a view of it is written in place"))
-                roots = {}
+            # what is overwritten later is what the model computes here, if it has memory of its own, but may be
+            # something else where it is read
+            written = [v for v in node.inputs if v.tainted and v.index in self.facts]
+            if out.tainted and (node.kind in VIEWS or node.kind in ("cast", "identity")):
+                written = [out]
+            for key in list(roots):
+                for v in written:
+                    if v is out or key in self.facts[v.index]:
+                        self._miss(key, node, Refused("NF120", f"{v.name} or a view of it is written in place"))
+                        roots.pop(key, None)
             made: dict[RootKey, Fact] = {}
             for key in sorted(roots, reverse=True):
                 if len(made) == MAX_ROOTS:

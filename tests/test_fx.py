@@ -507,13 +507,32 @@ def filled_after_the_view(x: Tensor, w: Tensor) -> Tensor:
     return view * torch.rsqrt(square.mean(-1, keepdim=True) + 1e-6) * w
 
 
+def scaled_in_place(x: Tensor, w: Tensor) -> Tensor:
+    """The result of a norm is written over, and read before and after that."""
+    y = (rms(x) * w).type_as(x)
+    before = y * 2
+    y *= 0.5
+    y += x
+    return y + before
+
+
+def normalised_and_written(x: Tensor, w: Tensor) -> Tensor:
+    """The same of an operator."""
+    y = nn.functional.layer_norm(x, (64,), w)
+    y += x
+    return y
+
+
 @pytest.mark.parametrize("how", ["dynamo", "export"])
-@pytest.mark.parametrize(("fn", "count"), [(added_in_place, 1), (filled_by_parts, 1), (filled_after_the_view, 0)])
-def test_what_is_written_no_more_is_a_row(fn: Callable[..., Any], count: int, how: str) -> None:
+@pytest.mark.parametrize(("fn", "count"), [
+    (added_in_place, 1), (filled_by_parts, 1), (filled_after_the_view, 0), (scaled_in_place, 1),
+])  # fmt: skip
+def test_a_norm_beside_writes_in_place(fn: Callable[..., Any], count: int, how: str) -> None:
     module, x = NearMissModule(fn), torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(5))
     found = Rewritten(module, (x,), how)
     assert [n.action for n in found.norms] == ["fused"] * count
     assert (found(x) - module(x)).abs().max() <= 8 * ULP[SINGLE] * module(x).abs().max()
+    assert [n.action for n in Rewritten(NearMissModule(normalised_and_written), (x,), how).norms] == ["kept"]
 
 
 REFUSED = {

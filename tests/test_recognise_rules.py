@@ -547,8 +547,24 @@ def test_a_step_that_is_written_in_place_ends_a_norm() -> None:
     g = Build()
     r = rstd(g, g.x)
     r.tainted = True
-    found = g.found(g.op("mul", g.x, r))
-    assert not found.sites and codes(found) == [("NF120", r.name)]
+    y = g.op("mul", g.x, r)
+    found = g.found(y)
+    assert not found.sites and codes(found) == [("NF120", y.name)]
+    assert found.refusals[0].message.startswith(f"{r.name} or a view of it is written in place")
+
+
+@pytest.mark.parametrize("copy", ["identity", "cast", "reshape", ""])
+def test_a_norm_that_is_written_in_place_later_is_one(copy: str) -> None:
+    """Where the operation that ends it makes new memory; and what reads it may see something else."""
+    g = Build()
+    n = rms(g, g.x)
+    y = g.op("mul", n, leaf(g, 64, fixed=True)) if not copy else g.op(copy, n)
+    y.tainted = True
+    n.tainted = bool(copy)
+    z = g.op("mul", y, leaf(g, 64, fixed=True))
+    z.kept = True
+    found = g.found(z)
+    assert [site.value for site in found.sites] == [n if copy else y]
 
 
 def test_no_row_is_written_in_place_where_there_is_none() -> None:
