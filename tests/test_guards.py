@@ -162,9 +162,9 @@ def rounded_statistic(g: Build) -> Value:
 
 
 def written(g: Build) -> Value:
-    y = g.op("mul", g.x, g.rstd(g.x))
-    y.tainted = True
-    return y
+    rstd = g.rstd(g.x)
+    rstd.tainted = True
+    return g.op("mul", g.x, rstd)
 
 
 ALONE: dict[str, list[tuple[Callable[[Build], Value], Build, bool]]] = {}
