@@ -15,7 +15,7 @@ from normfuse.errors import InputError, UnsupportedError, first_line
 from normfuse.field import Prover
 from normfuse.frontends.onnx import Lowering, lower
 from normfuse.frontends.onnx_check import MOST, Checker
-from normfuse.frontends.onnx_emit import DOMAIN, Emitter, evaluate, register_functions, spread, unique
+from normfuse.frontends.onnx_emit import DOMAIN, Emitter, evaluate, names_of, register_functions, spread, unique
 from normfuse.frontends.onnx_fused import FusedEmitter, fused_already
 from normfuse.frontends.onnx_half import widen
 from normfuse.frontends.onnx_ops import GROUP_NORMS
@@ -201,12 +201,8 @@ class OnnxModel:
                 self._again(low, one)
         if not any(one.edits() for one in self.plans):
             return bool(self.repaired or self.respelled)
-        used: set[str | None] = set(self.model.graph.initializers)
-        for graph in (low.source for low in self.lowerings):
-            used.update(v.name for v in graph.inputs)
-            for node in graph:
-                used.add(node.name)
-                used.update(v.name for v in node.outputs)
+        used = names_of(low.source for low in self.lowerings) | set(self.model.graph.initializers)
+        used.update(node.name for low in self.lowerings for node in low.source)
         for low, one in zip(self.lowerings, self.plans, strict=True):
             for edit in one.edits():
                 self._replace(low, edit, used)

@@ -157,7 +157,7 @@ class _Trial:
         after = str(made.graph)
         if str(module.graph) != before:
             self.fail("fx", "input changed", "optimize changed the module that it was given")
-        self.records("fx", report)
+        self.records("fx", report, any("fill_" in str(node.target) for node in module.graph.nodes))
         names = {v.index: v.name for v in self.program.inputs}
 
         def run(module: torch.fx.GraphModule) -> Run:
@@ -171,8 +171,8 @@ class _Trial:
 
     # -- the demands ------------------------------------------------------------------------------------------------
 
-    def records(self, front: str, report: Report) -> None:
-        """Each true norm is in the report, and nothing else is."""
+    def records(self, front: str, report: Report, written: bool = False) -> None:
+        """Each true norm is in the report, and nothing else is; some may be missing where memory is written over."""
         plain = report.to_dict()
         del plain["summary"]["seconds"]
         self.digest.update(json.dumps(plain, sort_keys=True).encode())
@@ -181,10 +181,11 @@ class _Trial:
             hit = next((r for r in left if truth.fits(*r[:4])), None)
             if hit is not None:
                 left.remove(hit)
-            elif truth.least:
+            elif truth.least and not written:
                 self.fail(front, "missed", f"{truth.kind} over {truth.axes[0]} eps {truth.eps[0]:.4g} ({truth.how})")
-            self.verdict.norms += truth.least
-            self.verdict.found += min(truth.least, int(hit is not None))
+            if not written:
+                self.verdict.norms += truth.least
+                self.verdict.found += min(truth.least, int(hit is not None))
         left = [r for r in left if not any(truth.fits(*r[:4]) for truth in self.program.truths)]
         for kind, axes, eps, _, name in left:
             if emerges(self.program, kind, axes, eps):

@@ -15,11 +15,13 @@ import numpy as np
 import torch
 from torch import fx
 
+from tests.fuzz import program
 from tests.fuzz.program import Array, Op, Program, Val
 
 aten = torch.ops.aten
 DTYPES = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64, "bool": torch.bool}
 HALVES = (torch.float16, torch.float32, torch.bfloat16)
+CASTS = ("half", "float", "double", "bfloat16")
 BINARY: dict[str, tuple[Any, ...]] = {
     "add": (operator.add, torch.add, aten.add.Tensor, "add"), "sub": (operator.sub, torch.sub, aten.sub.Tensor, "sub"),
     "mul": (operator.mul, torch.mul, aten.mul.Tensor, "mul"),
@@ -59,7 +61,24 @@ class _Writer:
         with torch.no_grad():
             self.body(self.program.ops)
         self.graph.output(tuple(self.env[v.index] for v in self.program.outputs))
+        later = random.Random(self.program.seed + 2)
+        if later.random() < program.LATER:
+            self.overwrite(later)
         return fx.GraphModule(self.root, self.graph)
+
+    def overwrite(self, rng: random.Random) -> None:
+        """Write over memory after it was read for the last time, so that what is read any later is wrong."""
+        shared: dict[int, list[fx.Node]] = {}
+        for node in self.graph.nodes:
+            if isinstance(node.meta.get("val"), torch.Tensor):
+                shared.setdefault(node.meta["val"].untyped_storage().data_ptr(), []).append(node)
+        for nodes in shared.values():
+            users = {user for node in nodes for user in node.users}
+            last = max([*users, *nodes])
+            own = all(node.op in ("call_function", "call_method") for node in nodes) and last.op != "output"
+            if own and nodes[0].meta["val"].is_floating_point() and rng.random() < 0.5:
+                with self.graph.inserting_after(last):
+                    self.emit(rng.choice((aten.fill_.Scalar, "fill_")), rng.choice(nodes), 7.0)
 
     def pick(self, choices: tuple[Any, ...]) -> Any:
         return choices[int(self.rng.random() * len(choices))]
@@ -229,13 +248,16 @@ def run(module: fx.GraphModule, feeds: Mapping[str, Array]) -> list[Array]:
                 args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
                 if node.op == "output":
                     return [np.asarray(v.numpy()) for v in args[0]]
-                env[node] = _call(node, tuple(map(_widened, args)), {k: _widened(v) for k, v in kwargs.items()})
+                found = _call(node, tuple(map(_widened, args)), {k: _widened(v) for k, v in kwargs.items()})
+                casts = any(argument in HALVES for argument in (*args, *kwargs.values())
+                            if isinstance(argument, torch.dtype)) or node.target in CASTS  # fmt: skip
+                env[node] = found.clone() if casts else found  # a cast from one type to another makes new memory
     raise AssertionError("a graph without output")
 
 
 def _call(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if node.op == "call_method":
-        if node.target in ("half", "float", "double", "bfloat16"):
+        if node.target in CASTS:
             return args[0].double()
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     target: Any = node.target
