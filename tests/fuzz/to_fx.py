@@ -249,8 +249,8 @@ def run(module: fx.GraphModule, feeds: Mapping[str, Array]) -> list[Array]:
                 if node.op == "output":
                     return [np.asarray(v.numpy()) for v in args[0]]
                 found = _call(node, tuple(map(_widened, args)), {k: _widened(v) for k, v in kwargs.items()})
-                casts = any(argument in HALVES for argument in (*args, *kwargs.values())
-                            if isinstance(argument, torch.dtype)) or node.target in CASTS  # fmt: skip
+                casts = node.target in CASTS or any(
+                    isinstance(argument, torch.dtype) for argument in (*args, *kwargs.values()))  # fmt: skip
                 env[node] = found.clone() if casts else found  # a cast from one type to another makes new memory
     raise AssertionError("a graph without output")
 
