@@ -251,7 +251,8 @@ def run(module: fx.GraphModule, feeds: Mapping[str, Array]) -> list[Array]:
                 found = _call(node, tuple(map(_widened, args)), {k: _widened(v) for k, v in kwargs.items()})
                 casts = node.target in CASTS or any(
                     isinstance(argument, torch.dtype) for argument in (*args, *kwargs.values()))  # fmt: skip
-                env[node] = found.clone() if casts else found  # a cast from one type to another makes new memory
+                # a cast from one type to another makes new memory
+                env[node] = found.clone() if casts and isinstance(found, torch.Tensor) else found
     raise AssertionError("a graph without output")
 
 
