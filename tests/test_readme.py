@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import shlex
 import shutil
@@ -118,6 +119,18 @@ def test_the_commands_are_understood(command: str, tmp_path: Path, monkeypatch: 
 def test_the_tables_are_what_was_measured(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     assert pages.filled(page, text) == text, "python -m tests.bench.pages writes them"
+
+
+def test_the_architectures_are_those_that_were_looked_at() -> None:
+    rows = json.loads((ROOT / "tests/bench/results/auto-models.json").read_text())["models"]
+    tried = [row for row in rows if "norms" in row]
+    norms, found, more = (sum(row[key] for row in tried) for key in ("norms", "found", "more"))
+    text = re.sub(r"\s+", " ", README)
+    assert f"Of the {len(rows)} architectures" in text and f"{len(tried)} go through `torch.export`" in text
+    assert f"call norms {norms:,} times: {found:,} are found, and {more} more" in text
+    assert f"The other {norms - found} are none" in text
+    missing = [name for row in tried for name in row["missing"]]
+    assert {name.partition(" ")[0] for name in missing} == {"HYV4UnweightedRMSNorm", "ZayaQKNorm"}
 
 
 def test_a_table_that_is_not_there_is_told() -> None:

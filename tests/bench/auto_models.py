@@ -172,7 +172,7 @@ def child(kind: str, out: Connection) -> None:
     try:
         out.send(look(kind))
     except Exception as why:
-        out.send({"not tried": f"{type(why).__name__}: {why}".splitlines()[0][:160]})
+        out.send({"not tried": f"{type(why).__name__}: {why}".splitlines()[0][:80]})
 
 
 def apart(kind: str, seconds: float) -> dict[str, Any]:
