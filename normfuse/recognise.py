@@ -205,9 +205,10 @@ class _Recogniser:
             written = [v for v in node.inputs if v.tainted and v.index in self.facts]
             if out.tainted and (node.kind in VIEWS or node.kind in ("cast", "identity")):
                 written = [out]
-            for v in written:
-                for key in [k for k in roots if v is out or k in self.facts[v.index]]:
-                    self._miss(key, node, Refused("NF120", f"{v.name} or a view of it is written in place"))
+            for key in list(roots):
+                over = next((v for v in written if v is out or key in self.facts[v.index]), None)
+                if over is not None:
+                    self._miss(key, node, Refused("NF120", f"{over.name} or a view of it is written in place"))
                     del roots[key]
             made: dict[RootKey, Fact] = {}
             for key in sorted(roots, reverse=True):
