@@ -200,13 +200,8 @@ class _Recogniser:
                 roots[key] = fact.root
         if rule is not None:
             out = node.outputs[0]
-            # what is overwritten later is what the model computes here, if it has memory of its own, but may be
-            # something else where it is read
-            written = [v for v in node.inputs if v.tainted and v.index in self.facts]
-            if out.tainted and (node.kind in VIEWS or node.kind in ("cast", "identity")):
-                written = [out]
-            for key in list(roots):
-                over = next((v for v in written if v is out or key in self.facts[v.index]), None)
+            for key in list(roots):  # what is overwritten later may be something else where it is read
+                over = next((v for v in node.inputs if v.tainted and key in self.facts.get(v.index, ())), None)
                 if over is not None:
                     self._miss(key, node, Refused("NF120", f"{over.name} or a view of it is written in place"))
                     del roots[key]

@@ -93,7 +93,7 @@ class FuseNorm:
         found: dict[str, Value] = {}
         for value in (node.outputs[0] for node in plan.graph.nodes if node in alive and node.outputs):
             fact = plan.found.facts.get(value.index, {}).get(key)
-            if fact is None or fact.layout != reduced or value.dtype != norm.compute or value.tainted:
+            if fact is None or fact.layout != reduced or value.dtype != norm.compute:
                 continue
             if fact.absolute:
                 continue  # |mean| is another number
