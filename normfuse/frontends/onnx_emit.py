@@ -327,7 +327,7 @@ def unique(name: str, used: set[str | None]) -> str:
 
 
 def names_of(graphs: Iterable[ir.Graph]) -> set[str | None]:
-    """The names of all values in graphs and of those that they have from outside."""
+    """The names of all values of graphs, inputs and initializers included."""
     used: set[str | None] = set()
     for graph in graphs:
         used.update(v.name for v in (*graph.inputs, *graph.initializers.values()))
