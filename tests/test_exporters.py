@@ -27,7 +27,7 @@ N = 8
 NUMBERS: dict[str, Any] = {
     "w": np.linspace(0.5, 1.5, N), "v": np.linspace(-1, 1, N), "W": np.eye(N)[::-1] + 0.1, "eps": 1e-3, "c0": 0.0,
     "c1": 1.0, "share": 1 / N, "small": 1e-3, "tenth": 0.1, "ten": 10.0, "large": 1e3,
-    "scale": 0.02, "fixed": np.linspace(0, 1, 4),
+    "log_eps": np.log(0.25), "two": 2.0, "minus_half": -0.5, "scale": 0.02, "fixed": np.linspace(0, 1, 4),
 }  # fmt: skip
 WHOLE: dict[str, Any] = {
     "zero": [0], "one": [1], "pair": [2], "last": [-1], "behind": [0, 2, 3], "four": [1, -1, N, 1],
@@ -151,6 +151,38 @@ def test_flax_layer_norm(tmp_path: Path) -> None:
 def test_a_clamp_that_acts_is_refused() -> None:
     report = normfuse.inspect(flax(floor="small"))
     assert not report.norms and [r.code for r in report.refusals] == ["NF119"]
+
+
+# -- icefall and ESPnet: an eps that is learned, as its logarithm ------------------------------------------------------
+
+
+BASIC = """q = Pow(x, two) m = ReduceMean<axes=[-1]>(q) e = Exp({log}) a = Add(m, e) s = Pow(a, minus_half)
+y = Mul(x, s)"""
+
+
+def basic_norm(log: str = "log_eps") -> onnx.ModelProto:
+    given = f"float[B, {N}] x" + (", float given" if log == "given" else "")
+    return model(BASIC.format(log=log), given, f"float[B, {N}] y", 13)
+
+
+@pytest.mark.parametrize("target", ["onnx", "normfuse"])
+def test_a_learned_eps(target: Any, tmp_path: Path) -> None:
+    source, out = saved(basic_norm(), tmp_path / "in.onnx"), tmp_path / "out.onnx"
+    report = normfuse.rewrite(source, out, normfuse.Config(target=target, verify="model"))
+    (norm,) = report.norms
+    assert (norm.kind, norm.action, norm.verified) == ("rms_norm", "fused", True) and not report.refusals
+    assert norm.eps == pytest.approx(0.25, rel=1e-6)
+    before, after = session(source), session(out)
+    for name, x in rows().items():
+        wide = x.astype("f8")
+        want = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + np.exp(np.float64(np.float32(NUMBERS["log_eps"]))))
+        old, new = (np.abs(s.run(None, {"x": x})[0] - want).max() for s in (before, after))
+        assert new <= 2 * old + 4 * 2.0**-23 * np.abs(want).max(), name
+
+
+def test_an_eps_of_a_logarithm_that_is_given_is_refused() -> None:
+    report = normfuse.inspect(basic_norm("given"))
+    assert not report.norms and [r.code for r in report.refusals] == ["NF104"]
 
 
 # -- the branches of an If ---------------------------------------------------------------------------------------------

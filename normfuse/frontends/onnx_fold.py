@@ -109,6 +109,7 @@ FOLDS: dict[str, Callable[[ir.Node, Sequence[Array]], Array]] = {
     "Abs": lambda node, args: np.abs(args[0]),
     "Not": lambda node, args: ~args[0],
     "Sqrt": lambda node, args: np.sqrt(args[0]),
+    "Exp": lambda node, args: np.exp(args[0]),
     "Reciprocal": lambda node, args: (1 / args[0]).astype(args[0].dtype),
     "Identity": lambda node, args: args[0],
     "Cast": _cast,
