@@ -185,6 +185,42 @@ def test_an_eps_of_a_logarithm_that_is_given_is_refused() -> None:
     assert not report.norms and [r.code for r in report.refusals] == ["NF104"]
 
 
+# -- an If that asks how long a shape is: tensor.repeat of unknown sizes, by torch's TorchScript exporter --------------
+
+
+REPEAT = """s = Shape(x) n = Size(s) {c} = {test}(n, pair)
+h = If(c) <then_branch = t () => (float[S] a) {{ a = Identity(v) }},
+else_branch = f () => (float[P, Q] e) {{ e = Unsqueeze(v, zero) }}>
+k = If(c) <then_branch = t2 () => (float[T] {g}) {{ {g} = Identity(w) }},
+else_branch = f2 () => (float[U, V] {o}) {{ {o} = Unsqueeze(w, zero) }}>
+u = Add(x, h) z = Add(u, k) m = ReduceMean<axes=[-1]>(z) d = Sub(z, m) q = Mul(d, d) var = ReduceMean<axes=[-1]>(q)
+b = Add(var, eps) r = Sqrt(b) y = Div(d, r)"""
+
+
+def repeat(test: str = "Greater", c: str = "c", g: str = "g", o: str = "o") -> onnx.ModelProto:
+    given = f"float[B, 4, {N}] x" + (", bool c" if c != "c" else "")
+    return model(REPEAT.format(test=test, c=c, g=g, o=o), given, f"float[B, 4, {N}] y", 13)
+
+
+@pytest.mark.parametrize("test", ["Greater", "Less"])
+def test_an_if_whose_condition_is_known(test: str, tmp_path: Path) -> None:
+    source, out = saved(repeat(test), tmp_path / "in.onnx"), tmp_path / "out.onnx"
+    report = normfuse.rewrite(source, out, normfuse.Config(verify="model"))
+    assert [(n.kind, n.size, n.action, n.verified) for n in report.norms] == [("layer_norm", N, "fused", True)]
+    assert not report.refusals
+    x = np.random.default_rng(0).standard_normal((2, 4, N)).astype("f4")
+    old, new = (session(path).run(None, {"x": x})[0] for path in (source, out))
+    want = layer_norm(x.astype("f8") + NUMBERS["v"] + NUMBERS["w"], 1e-3)
+    assert np.abs(new - want).max() <= 2 * np.abs(old - want).max() + 4 * 2.0**-23 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("given", [{"c": "other"}, {"g": "a"}, {"o": "e", "test": "Less"}])
+def test_an_if_whose_shape_is_not_known(given: dict[str, str]) -> None:
+    """The condition is an input, or the nodes of two branches have names in common."""
+    report = normfuse.inspect(repeat(**given))
+    assert not report.norms and {r.code for r in report.refusals} == {"NF115"}
+
+
 # -- the branches of an If ---------------------------------------------------------------------------------------------
 
 

@@ -105,6 +105,8 @@ FOLDS: dict[str, Callable[[ir.Node, Sequence[Array]], Array]] = {
     "Max": _binary(np.maximum),
     "Min": _binary(np.minimum),
     "Equal": _binary(np.equal),
+    "Greater": _binary(np.greater),
+    "Less": _binary(np.less),
     "Neg": lambda node, args: -args[0],
     "Abs": lambda node, args: np.abs(args[0]),
     "Not": lambda node, args: ~args[0],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -44,6 +45,7 @@ def infer(model: ir.Model, known: dict[ir.Value, Value], arrays: dict[ir.Value, 
         for value, tensor in held:
             value.const_value = tensor
     _forget_negative(proto.graph)
+    _decide(proto.graph, {v.name: bool(a) for v, a in arrays.items() if a.dtype == np.bool_ and a.size == 1})
     stated = {info.name: info for info in proto.graph.value_info}
     for value, seen in known.items():
         if seen.shape is not None and seen.dtype in DTYPES and value.producer() is not None and value.name:
@@ -80,6 +82,42 @@ def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
         for attr in node.attribute:
             for inner in (*([attr.g] if attr.HasField("g") else ()), *attr.graphs):
                 yield from _graphs(inner)
+
+
+def _decide(graph: onnx.GraphProto, truths: dict[str | None, bool]) -> None:
+    """Put the nodes of the branch that is taken in the place of an If whose condition is known: torch's exporter has
+    one where it asks whether a shape is as long as another, and the two branches differ in rank."""
+    if not any(_branch(node, truths) for node in graph.node):
+        return
+    names = Counter(name for one in _graphs(graph) for name in _made(one))
+    todo, nodes = list(reversed(graph.node)), []
+    while todo:
+        node = todo.pop()
+        branch = _branch(node, truths)
+        if branch is None or any(names[name] > 1 for name in _made(branch)):
+            nodes.append(node)
+            continue
+        graph.initializer.extend(branch.initializer)
+        graph.value_info.extend(branch.value_info)
+        outputs = [onnx.helper.make_node("Identity", [inner.name], [outer])
+                   for inner, outer in zip(branch.output, node.output, strict=True) if outer]  # fmt: skip
+        todo += reversed([*branch.node, *outputs])
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _branch(node: onnx.NodeProto, truths: dict[str | None, bool]) -> onnx.GraphProto | None:
+    """The branch that an If takes; None where that is not known."""
+    if node.op_type != "If" or node.input[0] not in truths:
+        return None
+    name = "then_branch" if truths[node.input[0]] else "else_branch"
+    return next((attr.g for attr in node.attribute if attr.name == name), None)
+
+
+def _made(graph: onnx.GraphProto) -> Iterator[str]:
+    """The names that a graph gives to values of its own."""
+    yield from (tensor.name for tensor in graph.initializer)
+    yield from (name for node in graph.node for name in node.output if name)
 
 
 def _forget_negative(graph: onnx.GraphProto) -> None:
