@@ -226,28 +226,25 @@ def _feeds(paths: Sequence[str], ours: Sequence[bool], how: How) -> tuple[dict[s
     names = [[i.name for i in s.get_inputs()] for s in sessions]
     if sorted(names[0]) != sorted(names[-1]):
         raise InputError(f"the models have other inputs: {names[0]} and {names[-1]}")
-    feeds = make_feeds(first, how)
+    feeds = make_feeds(first, paths[0], how)
     dims = [d for i in first.get_inputs() for d in i.shape]
-    symbols = _symbols(first)
     notes = []
-    left = [s for s in symbols if s not in how.sizes]
+    left = {d: n for i in first.get_inputs() for d, n in zip(i.shape, feeds[i.name].shape, strict=False)
+            if isinstance(d, str) and d not in how.sizes}  # fmt: skip
     if left and not how.inputs:
-        notes.append(f"sizes not given are 2: {', '.join(left)}; give them with --size NAME=N")
+        notes.append(f"sizes not given: {', '.join(f'{d} {n}' for d, n in left.items())}; give them with --size NAME=N")
     if None in dims and not how.inputs:
         notes.append("sizes without a name are 2; give inputs with --inputs FILE.npz")
     return feeds, notes
 
 
-def _symbols(session: Any) -> list[str]:
-    """The names of the sizes that a model leaves open."""
-    return list(dict.fromkeys(d for i in session.get_inputs() for d in i.shape if isinstance(d, str)))
-
-
-def make_feeds(session: Any, how: How) -> dict[str, Array]:
+def make_feeds(session: Any, path: str | Path, how: How) -> dict[str, Array]:
     """Inputs from a file, random ones where it has none. Raises `InputError` for a name that the model lacks."""
     from normfuse.calibrate import load
+    from normfuse.frontends.onnx_contrib import head_sizes
+    from normfuse.io.files import read_onnx
 
-    symbols = _symbols(session)
+    symbols = list(dict.fromkeys(d for i in session.get_inputs() for d in i.shape if isinstance(d, str)))
     absent = sorted(set(how.sizes) - set(symbols))
     if absent:
         has = f"has {', '.join(symbols)}" if symbols else "has none that is open"
@@ -257,7 +254,7 @@ def make_feeds(session: Any, how: How) -> dict[str, Array]:
     unknown = sorted(set(given) - set(names))
     if unknown:
         raise InputError(f"no input is named {unknown[0]!r}; the model has {', '.join(names)}")
-    return feeds_for(session, sizes=how.sizes, given=given)
+    return feeds_for(session, sizes=head_sizes(read_onnx(path)[0]) | dict(how.sizes), given=given)
 
 
 # -- the share of norms --------------------------------------------------------------------------------------------
@@ -391,7 +388,7 @@ def _child(asked: Mapping[str, Any]) -> None:
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts anew
     before = status("VmRSS")
     session = open_session(asked["path"], "cpu", how.threads, how.library, options)
-    feeds = make_feeds(session, how)
+    feeds = make_feeds(session, asked["path"], how)
     for _ in range(WARM_UP):
         session.run(None, feeds)
     print(max(status("VmHWM") - before, 0))

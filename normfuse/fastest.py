@@ -22,6 +22,8 @@ from normfuse.bench import PROVIDERS, How, calls_ours, clock, make_feeds, open_s
 from normfuse.config import FASTEST, OPTIMISERS, Config
 from normfuse.errors import InputError, first_line
 from normfuse.first import OUT, Made, after
+from normfuse.frontends.onnx_contrib import head_sizes
+from normfuse.io.files import read_onnx
 from normfuse.verify import Array, longest
 
 RESTARTS, SECONDS, ROUNDS = 7, 1.5, (3, 200)
@@ -124,11 +126,11 @@ def _provider(config: Config) -> str:
 
 def _inputs(source: Path, how: How, provider: str) -> list[dict[str, Array]]:
     """What the models are run on. Raises `InputError` where the model as it is does not."""
-    session = _session(_File(source, None), how, provider)
+    session, heads = _session(_File(source, None), how, provider), head_sizes(read_onnx(source)[0])
     found: list[dict[str, Array]] = []
     if any(not isinstance(d, int) for i in session.get_inputs() for d in i.shape) and not (how.sizes or how.inputs):
-        found = [feeds for sizes in SIZES if (feeds := longest(session, sizes, MOST_FILES)) is not None]
-    found = found or [make_feeds(session, how)]
+        found = [feeds for sizes in SIZES if (feeds := longest(session, sizes, MOST_FILES, heads)) is not None]
+    found = found or [make_feeds(session, source, how)]
     if why := _wrong(session, found):
         if how.inputs:
             raise InputError(f"{source} does not run on {how.inputs}: {why}")

@@ -18,6 +18,8 @@ import onnx_ir as ir
 
 from normfuse.config import FASTEST, Config
 from normfuse.errors import InputError, NormFuseError, VerificationError, first_line
+from normfuse.frontends.onnx_contrib import head_sizes
+from normfuse.io import files
 from normfuse.process import run_module
 from normfuse.verify import Array, difference, longest, session
 
@@ -105,7 +107,7 @@ def cuda(path: Path) -> str | None:
         return None
     try:
         runtime = open_session(path, "cuda", 0, operators=False)
-        runtime.run(None, make_feeds(runtime, How()))
+        runtime.run(None, make_feeds(runtime, path, How()))
     except Exception as why:
         return f"it does not run on CUDA: {first_line(why)}"
     return ""
@@ -120,7 +122,6 @@ def _next(tool: str, source: Path, before: Made, target: Path, progress: Progres
     """
     from normfuse.frontends.onnx_model import operators
     from normfuse.frontends.onnx_wide import compare_rewritten
-    from normfuse.io import files
 
     if progress is not None:
         progress(f"{tool} goes first", 0.0)
@@ -152,7 +153,7 @@ def _longer(source: Path) -> list[dict[str, Array]]:
     runtime = session(source)
     if all(isinstance(d, int) for i in runtime.get_inputs() for d in i.shape):
         return []
-    feeds = longest(runtime, LENGTHS, SESSIONS)
+    feeds = longest(runtime, LENGTHS, SESSIONS, head_sizes(files.read_onnx(source)[0]))
     return [] if feeds is None else [feeds]
 
 

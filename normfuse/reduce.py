@@ -23,6 +23,7 @@ import onnx_ir as ir
 from normfuse.api import optimize
 from normfuse.config import Config
 from normfuse.errors import InputError, NormFuseError, UnsupportedError, first_line
+from normfuse.frontends.onnx_contrib import head_sizes
 from normfuse.frontends.onnx_model import OnnxModel
 from normfuse.frontends.onnx_wide import compare_rewritten
 from normfuse.io import files
@@ -131,7 +132,9 @@ def _difference(model: onnx.ModelProto, made: onnx.ModelProto, config: Config, f
         text = (str(why).strip() or type(why).__name__).splitlines()[0]
         return Failure("invalid", "", f"the rewritten model does not load: {text}")
     try:
-        feeds, tops, bound = run_random(before, None)[0], dict[int, float](), roundings_for(config.converts)
+        heads = head_sizes(files.read_onnx(paths[0])[0])
+        feeds, tops = run_random(before, None, sizes=heads)[0], dict[int, float]()
+        bound = roundings_for(config.converts)
     except Exception as why:
         raise InputError(f"the model itself does not run: {first_line(why)}") from why
     for scale in (1.0, 1e-3, 0.0):

@@ -164,17 +164,18 @@ def compare_models(path_a: str | Path, path_b: str | Path, *, seed: int = 0,
     """Run two ONNX models on the same inputs in ONNX Runtime (CPU) and compare each output.
 
     `inputs` by name; those not given are drawn from the seed: floats from a normal distribution with mean 0.5,
-    integers small and not negative, masks all true; sizes that are open are the first of `OPEN` with which the first
+    integers small and not negative, masks all one; sizes that are open are the first of `OPEN` with which the first
     model runs. An output agrees when no element differs by more than `roundings`
     of its type times the largest element. Returns {"equal", "outputs", "tolerance", "provider"}.
 
     Raises `InputError` where a model does not load or run, or the two have other inputs or outputs, and
     `UnsafeModelError` for external data that are outside a model's folder.
     """
+    from normfuse.frontends.onnx_contrib import head_sizes
     from normfuse.io.files import read_onnx
 
-    for path in (path_a, path_b):
-        read_onnx(path)
+    sizes = head_sizes(read_onnx(path_a)[0])
+    read_onnx(path_b)
     a, b = session(path_a), session(path_b)
     names = [i.name for i in a.get_inputs()]
     if sorted(names) != sorted(i.name for i in b.get_inputs()):
@@ -186,7 +187,7 @@ def compare_models(path_a: str | Path, path_b: str | Path, *, seed: int = 0,
     if unknown:
         raise InputError(f"no input is named {unknown[0]!r}; the models have {', '.join(names)}")
     try:
-        feeds, first = run_random(a, wanted, seed, inputs)
+        feeds, first = run_random(a, wanted, seed, inputs, sizes)
         second = b.run(wanted, feeds)
     except UnsupportedError:
         raise
@@ -255,18 +256,19 @@ def session(path: str | Path) -> Any:
 
 MOST = 2**22
 """The most elements of inputs that are to be long."""
-OPEN = ((2, 2), (1, 2), (1, 1), (1, 64), (1, 224))
-"""What the sizes that a model leaves open may be: that of a first axis, and the others. Some models run with one sample
-only, though their file says otherwise (they were exported with one), and some read images, but not tiny ones."""
+OPEN = ((2, 2, 0), (1, 2, 0), (1, 1, 0), (1, 64, 0), (1, 224, 0), (2, 2, 2), (1, 2, 2))
+"""What the sizes that a model leaves open may be: that of a first axis, the others, and those that count what is past.
+Some models run with one sample only, though their file says otherwise (they were exported with one), and some read
+images, but not tiny ones. With nothing in the cache of a decoder, all its tokens are as many as those it reads."""
 
 
-def run_random(runtime: Any, wanted: Sequence[str] | None, seed: int = 0,
-               given: Mapping[str, Array] | None = None) -> tuple[dict[str, Array], list[Any]]:  # fmt: skip
+def run_random(runtime: Any, wanted: Sequence[str] | None, seed: int = 0, given: Mapping[str, Array] | None = None,
+               sizes: Mapping[str, int] | None = None) -> tuple[dict[str, Array], list[Any]]:  # fmt: skip
     """Random inputs on which a session runs, but for those given, and the outputs; what ONNX Runtime raises if none."""
     failed: Exception | None = None
     tried: list[list[tuple[int, ...]]] = []
-    for sizes in OPEN:
-        feeds = feeds_for(runtime, seed, given=given, open_sizes=sizes)
+    for open_sizes in OPEN:
+        feeds = feeds_for(runtime, seed, sizes, given, open_sizes)
         shapes = [array.shape for array in feeds.values()]
         if shapes in tried:
             continue
@@ -279,16 +281,16 @@ def run_random(runtime: Any, wanted: Sequence[str] | None, seed: int = 0,
     raise failed
 
 
-def longest(runtime: Any, sizes: Sequence[int], sessions: int) -> dict[str, Array] | None:
+def longest(runtime: Any, sizes: Sequence[int], sessions: int,
+            known: Mapping[str, int] | None = None) -> dict[str, Array] | None:  # fmt: skip
     """Random inputs as long as the last of growing `sizes` with which a session runs, and with which so many more would
     in half of the memory that is left, each keeping what a run takes; None where that is none of them."""
     found, base, grown, last = None, resident(), 0, sizes[0]
     for size in sizes:
-        shapes = [[d if isinstance(d, int) and d > 0 else size if axis else 1 for axis, d in enumerate(v.shape)]
-                  for v in runtime.get_inputs()]  # fmt: skip
-        if sum(map(math.prod, shapes)) > MOST or 2 * grown * size * sessions > last * available():
+        shapes = shapes_for(runtime, known or {}, (1, size, 0))
+        if sum(map(math.prod, shapes.values())) > MOST or 2 * grown * size * sessions > last * available():
             break
-        feeds = feeds_for(runtime, open_sizes=(1, size))
+        feeds = feeds_for(runtime, sizes=known, open_sizes=(1, size, 0))
         try:
             runtime.run(None, feeds)
         except Exception:  # longer than its table of positions, say
@@ -300,29 +302,44 @@ def longest(runtime: Any, sizes: Sequence[int], sessions: int) -> dict[str, Arra
     return found
 
 
+def shapes_for(runtime: Any, known: Mapping[str, int], open_sizes: tuple[int, int, int]) -> dict[str, tuple[int, ...]]:
+    """The shapes of a session's inputs, by name: a symbolic size is `known`, the sum of two where it is named "a + b",
+    or else of `open_sizes`."""
+    first = {i.shape[0] for i in runtime.get_inputs() if i.shape} - {None}
+
+    def size(dim: Any, axis: int) -> int:
+        if isinstance(dim, int) and dim > 0:
+            return dim
+        if dim in known:
+            return known[dim]
+        parts = [part.strip() for part in str(dim).split("+")]
+        if len(parts) > 1 and all(part.isalnum() or part.isidentifier() for part in parts):
+            return sum(int(part) if part.isdigit() else size(part, 1) for part in parts)
+        return open_sizes[2 if "past" in str(dim) else axis > 0 and dim not in first]
+
+    return {i.name: tuple(size(dim, axis) for axis, dim in enumerate(i.shape)) for i in runtime.get_inputs()}
+
+
 def feeds_for(runtime: Any, seed: int = 0, sizes: Mapping[str, int] | None = None,
               given: Mapping[str, Array] | None = None,
-              open_sizes: tuple[int, int] = OPEN[0]) -> dict[str, Array]:  # fmt: skip
+              open_sizes: tuple[int, int, int] = OPEN[0]) -> dict[str, Array]:  # fmt: skip
     """Random inputs for a session, but for those given: a symbolic size is that of those, or taken from `sizes`, or
     else from `open_sizes`."""
     rng = np.random.default_rng(seed)
     feeds: dict[str, Array] = dict(given or {})
-    known: dict[Any, int] = {d: n for i in runtime.get_inputs() if i.name in feeds
+    known: dict[str, int] = {d: n for i in runtime.get_inputs() if i.name in feeds
                              for d, n in zip(i.shape, feeds[i.name].shape, strict=False) if isinstance(d, str)}
-    known |= sizes or {}
-    first = {i.shape[0] for i in runtime.get_inputs() if i.shape} - {None}
+    shapes = shapes_for(runtime, known | dict(sizes or {}), open_sizes)
     for info in runtime.get_inputs():
         if info.name in feeds:
             continue
-        shape = [d if isinstance(d, int) and d > 0 else
-                 known.get(d, open_sizes[axis > 0 and d not in first])
-                 for axis, d in enumerate(info.shape)]  # fmt: skip
+        shape = shapes[info.name]
         kind = info.type.removeprefix("tensor(").removesuffix(")")
         if kind in ("float", "double", "float16", "bfloat16"):
             dtype = numpy_dtype({"float": "float32", "double": "float64"}.get(kind, kind))
             feeds[info.name] = (rng.standard_normal(shape) + 0.5).astype(dtype)
-        elif kind == "bool":
-            feeds[info.name] = np.ones(shape, np.bool_)
+        elif kind == "bool" or ("int" in kind and "mask" in info.name):
+            feeds[info.name] = np.ones(shape, kind)
         elif "int" in kind:
             feeds[info.name] = rng.integers(0, 2, shape).astype(kind)
         else:

@@ -293,7 +293,7 @@ def test_nothing_is_left_behind_when_interrupted(model: Path, tmp_path: Path, mo
 def test_sizes_and_inputs(open_model: Path, tmp_path: Path) -> None:
     data = json.loads(run("bench", open_model, *QUICK, "--json", "--size", "batch=3", "--size", "sequence=6")[1])
     assert data["inputs"]["x"]["shape"] == [3, 6, 8] and data["notes"] == []
-    assert "sizes not given are 2: batch" in run("bench", open_model, *QUICK, "--size", "sequence=6")[1]
+    assert "sizes not given: batch 2;" in run("bench", open_model, *QUICK, "--size", "sequence=6")[1]
     np.savez(tmp_path / "inputs.npz", x=np.zeros((5, 6, 8), np.float32))
     data = json.loads(run("bench", open_model, *QUICK, "--json", "--inputs", tmp_path / "inputs.npz")[1])
     assert data["inputs"]["x"]["shape"] == [5, 6, 8] and data["notes"] == []

@@ -94,11 +94,25 @@ def _attention_shape(node: ir.Node, slots: list[Value | None]) -> Shape | None:
 def _heads_shape(node: ir.Node, slots: list[Value | None]) -> Shape | None:
     """Of attention on a query of rank 3: as long as that, as wide as the value, or the query where all share heads."""
     query, key, value = (*slots, None, None)[:3]
-    if query is None or query.shape is None or len(query.shape) != 3 or key is None:
+    if query is None or query.shape is None or len(query.shape) != 3:
         return None
     if node.op_type != "MultiHeadAttention":  # of grouped queries, the heads of value are fewer
-        return query.shape
+        if key is not None:
+            return query.shape
+        size = _head_size(node, query.shape, None)
+        return (*query.shape[:2], None if size is None else size * attribute(node, "num_heads"))
+    if key is None:
+        return None
     return (*query.shape[:2], value.shape[-1]) if value is not None and value.shape and value.rank == 3 else None
+
+
+def _head_size(node: ir.Node, query: Shape | None, key: Shape | None) -> int | None:
+    """How wide a head of the key is; without a key, the query holds query, key and value one behind the other."""
+    heads, shared = attribute(node, "num_heads", 0), attribute(node, "kv_num_heads")
+    shared = heads if shared is None else shared
+    shape, count = (query, heads + 2 * shared) if key is None else (key, shared)
+    width = shape[-1] if shape and len(shape) == 3 else None
+    return width // count if isinstance(width, int) and count > 0 and width % count == 0 else None
 
 
 CONTRIB: dict[str, Row] = {
@@ -118,3 +132,30 @@ CONTRIB: dict[str, Row] = {
     "com.microsoft::DequantizeLinear": quantize,
 }
 """As `onnx_ops.OPS`: operator with its domain -> how to lower it."""
+
+
+CACHES = {"MultiHeadAttention": (6, 7), "GroupQueryAttention": (3, 4)}
+"""The inputs that hold the keys and values of what is past, of shape (batch, heads, tokens, size of a head)."""
+
+
+def head_sizes(model: ir.Model) -> dict[str, int]:
+    """The open sizes of a model's inputs that are those of a head, by name: a cache may leave open what only the width
+    of the key that is added to it says."""
+    from normfuse.frontends.onnx import lower
+
+    found: dict[str, int] = {}
+    low: Lowering | None = None
+    for node in model.graph:
+        slots = CACHES.get(node.op_type, ()) if node.domain == "com.microsoft" else ()
+        for past in (node.inputs[i] for i in slots if i < len(node.inputs)):
+            if past is None or past.shape is None or len(past.shape) != 4 or not past.is_graph_input():
+                continue
+            name = getattr(past.shape[3], "value", None)
+            if not isinstance(name, str) or name in found:
+                continue
+            low = low or lower(model)[0]
+            query, key = (None if v is None else low.value(v).shape for v in node.inputs[:2])
+            size = _head_size(node, query, key) if key or node.inputs[1] is None else None
+            if size is not None:
+                found[name] = size
+    return found

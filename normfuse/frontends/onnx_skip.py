@@ -20,6 +20,7 @@ from normfuse.frontends.onnx_infer import DTYPES
 from normfuse.frontends.onnx_contrib import SKIP_EPSILON
 from normfuse.graph import Value
 from normfuse.norm import Expr
+from normfuse.passes.remove_dead import live
 from normfuse.plan import Fused, Reason
 from normfuse.targets import HALF, Row, Table
 
@@ -94,12 +95,14 @@ def take_apart(lowerings: Sequence[Lowering], table: Table, opset: int) -> Count
 
     Those of half types add and normalise in float32, and round the sum for its other readers and the result at the end,
     as ONNX Runtime's kernels for the CPU do (contrib_ops/cpu/skip_layer_norm.cc). What they are then is found and
-    verified like any other norm. Left alone: those whose mean or deviation is read, those of unknown rank or width, in
-    which no norm would be found, and those whose weights do not fit. Gives the rows used, with how often.
+    verified like any other norm. Left alone: those whose mean or deviation is read, or whose result is not, those of
+    unknown rank or width, in which no norm would be found, and those whose weights do not fit. Gives the rows used,
+    with how often.
     """
     kinds = {name: kind for kind, name in NAMES.items()}
     chosen: list[tuple[ir.Node, Row, str]] = []
     for low in lowerings:
+        alive = live(low.graph)
         for node in low.source:
             if node.domain != DOMAIN or node.op_type not in kinds or len(node.inputs) < 3 or not all(node.inputs[:3]):
                 continue
@@ -107,7 +110,8 @@ def take_apart(lowerings: Sequence[Lowering], table: Table, opset: int) -> Count
             row, width = table.apart(kinds[node.op_type], x.dtype), x.shape[-1] if x.shape else None
             known = isinstance(width, int) and len(x.shape or ()) > 1
             fits = all(v.dtype == x.dtype for v in others) and all(v.shape == (width,) for v in others[1:])
-            if row is not None and known and fits and not any(
+            read = low.value(node.outputs[0]).producer in alive
+            if row is not None and read and known and fits and not any(
                     v.uses() or v.is_graph_output() for v in node.outputs[1:3]):  # fmt: skip
                 chosen.append((node, row, x.dtype or ""))
     used = names_of(low.source for low in lowerings if chosen)
