@@ -36,7 +36,8 @@ WHOLE: dict[str, Any] = {
 ARRAYS: dict[str, Array] = {
     "point": np.array(3, "i1"), "W8": np.arange(N * N, dtype="i1").reshape(N, N), "U8": np.eye(N, dtype="i1") * 50,
     "M": np.random.default_rng(2).standard_normal((16, 8)).astype("f4"),
-    "M16": np.eye(16, dtype="f4"),
+    "M16": np.eye(16, dtype="f4"), "nan": np.array(np.nan, "f4"), "nan11": np.full((1, 1), np.nan, "f4"),
+    "nan41": np.full((4, 1), np.nan, "f4"), "nan111": np.full((1, 1, 1), np.nan, "f4"),
     "G": np.random.default_rng(0).standard_normal((1, 3 * N, N)).astype("f4") / 4,
     "R": np.random.default_rng(1).standard_normal((1, 3 * N, N)).astype("f4") / 4,
 }  # fmt: skip
@@ -219,6 +220,40 @@ def test_an_if_whose_shape_is_not_known(given: dict[str, str]) -> None:
     """The condition is an input, or the nodes of two branches have names in common."""
     report = normfuse.inspect(repeat(**given))
     assert not report.norms and {r.code for r in report.refusals} == {"NF115"}
+
+
+# -- JAX: jnp.var gives NaN for no elements at all ---------------------------------------------------------------------
+
+
+JAX = """mean = ReduceMean<axes=[-1]>(x) d = Sub(x, mean) q = Mul(d, d) ss = ReduceMean<axes=[-1]>(q)
+{c} = {test}(ten, c0) var = Where(c, {order}) a = Add(var, eps) r = Sqrt(a) h = Div(d, r) y = Mul(h, w)"""
+
+
+def jax_var(test: str = "Greater", order: str = "ss, nan11", c: str = "c") -> onnx.ModelProto:
+    given = f"float[B, {N}] x" + (", bool c" if c != "c" else "")
+    made = "1, " * ("nan111" in order)
+    return model(JAX.format(test=test, order=order, c=c), given, f"float[{made}B, {N}] y", 13)
+
+
+@pytest.mark.parametrize("given", [{}, {"order": "ss, nan"}, {"test": "Less", "order": "nan11, ss"}],
+                         ids=["rank 2", "scalar", "second"])  # fmt: skip
+def test_a_variance_that_asks_whether_there_are_elements(given: dict[str, str], tmp_path: Path) -> None:
+    source, out = saved(jax_var(**given), tmp_path / "in.onnx"), tmp_path / "out.onnx"
+    report = normfuse.rewrite(source, out, normfuse.Config(verify="model"))
+    assert [(n.kind, n.size, n.action, n.verified) for n in report.norms] == [("layer_norm", N, "fused", True)]
+    assert not report.refusals
+    before, after = session(source), session(out)
+    for name, x in rows().items():
+        want = layer_norm(x, 1e-3, NUMBERS["w"])
+        old, new = (np.abs(s.run(None, {"x": x})[0] - want).max() for s in (before, after))
+        assert new <= 2 * old + 4 * 2.0**-23 * np.abs(want).max(), name
+
+
+@pytest.mark.parametrize("given", [{"c": "other"}, {"test": "Less"}, {"order": "ss, nan41"}, {"order": "ss, nan111"},
+                                   {"order": "ss, x"}], ids=["given", "NaN", "rows", "rank", "width"])  # fmt: skip
+def test_a_variance_that_may_be_another(given: dict[str, str]) -> None:
+    """The condition is an input, it takes the NaN, or what is not taken has more rows, another rank or width."""
+    assert not normfuse.inspect(jax_var(**given)).norms
 
 
 # -- the branches of an If ---------------------------------------------------------------------------------------------

@@ -97,6 +97,25 @@ def _dropout(low: Lowering, node: ir.Node) -> None:
     _identity(low, node)
 
 
+def _where(low: Lowering, node: ir.Node) -> None:
+    """One of two by a condition that is known: jax.numpy.var asks whether there are elements at all."""
+    condition, *both = low.inputs(node)
+    array = low.array(node.inputs[0])
+    if array is None or array.any() != array.all():
+        return low.opaque(node, "where")
+    x, other = both if array.all() else reversed(both)
+    if not all(_covers(x.shape, v.shape) for v in (condition, other)):
+        return low.opaque(node, "where")
+    low.emit("identity", [x], low.output(node, x.shape, x.dtype), node)
+
+
+def _covers(wide: Shape | None, shape: Shape | None) -> bool:
+    """Whether a shape is broadcast to another, whatever the sizes are."""
+    if wide is None or shape is None or len(shape) > len(wide):
+        return False
+    return all(d == 1 or (d is not None and d == w) for d, w in zip(reversed(shape), reversed(wide), strict=False))
+
+
 def _reduction_axes(low: Lowering, node: ir.Node, x: Value) -> tuple[int, ...] | None:
     """Axes counted from the front; None where they are known only at run time."""
     axes: Any = attribute(node, "axes")
@@ -337,7 +356,7 @@ OPS: dict[str, Row] = {
     "Slice": role("slice"),
     "Split": role("slice"),
     "Concat": role("concat"),
-    "Where": role("where"),
+    "Where": _where,
     "Sigmoid": same_type("activation"),
     "Swish": same_type("activation"),
     "Tanh": same_type("activation"),
