@@ -114,10 +114,14 @@ def test_too_few_or_too_many_operands_are_said_in_one_line(name: str) -> None:
                 assert "\n" not in str(why)
 
 
-@pytest.mark.parametrize("attribute", [{"alpha": "a"}, {"transA": "a"}, {"transB": [1]}, {"transBatchA": 0.5}])
-def test_attributes_of_another_type_are_refused(attribute: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("name", "attribute"), [
+    ("FusedMatMul", {"alpha": "a"}), ("FusedMatMul", {"transA": "a"}), ("FusedMatMul", {"transB": [1]}),
+    ("FusedMatMul", {"transBatchA": 0.5}), ("GroupQueryAttention", {"kv_num_heads": "a"}),
+    ("GroupQueryAttention", {"num_heads": 0.5}), ("MultiHeadAttention", {"num_heads": [2]}),
+])  # fmt: skip
+def test_attributes_of_another_type_are_refused(name: str, attribute: dict[str, Any]) -> None:
     made = model("f = Identity(x)")
-    made.graph.node.append(onnx.helper.make_node("FusedMatMul", ["x", "x"], ["o"], domain="com.microsoft", **attribute))
+    made.graph.node.append(onnx.helper.make_node(name, ["x", "x"], ["o"], domain="com.microsoft", **attribute))
     with pytest.raises(normfuse.InputError, match="of another type"):
         normfuse.optimize(made)
 

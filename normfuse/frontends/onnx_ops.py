@@ -99,10 +99,11 @@ def _dropout(low: Lowering, node: ir.Node) -> None:
 
 def _where(low: Lowering, node: ir.Node) -> None:
     """One of two by a condition that is known: jax.numpy.var asks whether there are elements at all."""
-    condition, *both = low.inputs(node)
-    array = low.array(node.inputs[0])
+    asked = node.inputs[0]
+    array = None if asked is None else low.array(asked)
     if array is None or array.any() != array.all():
         return low.opaque(node, "where")
+    condition, *both = low.inputs(node)
     x, other = both if array.all() else reversed(both)
     if not all(_covers(x.shape, v.shape) for v in (condition, other)):
         return low.opaque(node, "where")

@@ -107,8 +107,11 @@ RUNTIME: dict[str, Schema] = {
                     frozenset()),
     "Attention": (range(2, 20), range(1, 20), frozenset(range(2, 20)),
                   {"qkv_hidden_sizes": onnx.AttributeProto.INTS}, frozenset()),
-    "MultiHeadAttention": (range(1, 20), range(1, 20), frozenset(range(1, 20)), {}, frozenset()),
-    "GroupQueryAttention": (range(1, 20), range(1, 20), frozenset(range(1, 20)), {}, frozenset()),
+    "MultiHeadAttention": (range(1, 20), range(1, 20), frozenset(range(1, 20)),
+                           {"num_heads": onnx.AttributeProto.INT}, frozenset()),
+    "GroupQueryAttention": (range(1, 20), range(1, 20), frozenset(range(1, 20)),
+                            {"num_heads": onnx.AttributeProto.INT, "kv_num_heads": onnx.AttributeProto.INT},
+                            frozenset()),
 }  # fmt: skip
 """The same of ONNX Runtime's operators that are read (its docs/ContribOperators.md), which `onnx` does not know."""
 
