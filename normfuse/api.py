@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from normfuse.config import Config
 from normfuse.convert import Record, tell
 from normfuse.errors import InputError, UnsafeModelError, UnsupportedError
+from normfuse.process import tidy
 from normfuse.records import build_report
 from normfuse.report import Report
 
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
 Progress = Callable[[str, float], None]
 
 
+@tidy
 def inspect(model: Any) -> Report:
     """Find the norms of a model and change nothing.
 
@@ -37,13 +37,12 @@ def inspect(model: Any) -> Report:
     none of these.
     """
     if isinstance(model, (str, Path)):
-        with _quiet_collector():
-            if _is_pt2(Path(model)):
-                from normfuse.frontends import pt2
+        if _is_pt2(Path(model)):
+            from normfuse.frontends import pt2
 
-                report = pt2.inspect(model)
-            else:
-                report = _inspect_ir(_read(Path(model))[0], own=True)
+            report = pt2.inspect(model)
+        else:
+            report = _inspect_ir(_read(Path(model))[0], own=True)
         report.source = str(model)
         return report
     kind = _kind(model)
@@ -53,11 +52,11 @@ def inspect(model: Any) -> Report:
     if kind in ("fx", "exported"):
         from normfuse.frontends import fx_model
 
-        with _quiet_collector():
-            return fx_model.run(model, Config(verify="off"), rewrite=False)[1]
+        return fx_model.run(model, Config(verify="off"), rewrite=False)[1]
     return _inspect_ir(_as_ir(model, kind))
 
 
+@tidy
 def rewrite(src_path: str | Path, dst_path: str | Path, config: Config | None = None, *, dry_run: bool = False,
             overwrite: bool = False, in_place: bool = False, external_data: str = "copy", calibration: Any = None,
             progress: Progress | None = None, trust: bool = False, how: How | None = None) -> Report:  # fmt: skip
@@ -97,7 +96,7 @@ def rewrite(src_path: str | Path, dst_path: str | Path, config: Config | None = 
     if config.first and refer:
         raise InputError(f"first={config.first!r} writes the weights anew; leave external_data='reference' out")
     started = time.perf_counter()
-    with _quiet_collector(), tempfile.TemporaryDirectory(prefix="normfuse-") as folder:
+    with tempfile.TemporaryDirectory(prefix="normfuse-") as folder:
         model, original = _read(source)
         first.check(config, how)
         if not dry_run:
@@ -142,6 +141,7 @@ def _copied(progress: Progress, done: int, total: int) -> None:
     progress(f"copying weights, {done / 2**30:.1f} of {total / 2**30:.1f} GiB", 0.9 + 0.1 * done / max(total, 1))
 
 
+@tidy
 def optimize(model: Any, config: Config | None = None, *, args: Sequence[Any] = (),
              kwargs: Mapping[str, Any] | None = None, calibration: Any = None) -> tuple[Any, Report]:  # fmt: skip
     """Fuse the norms of a model in memory and give back (the same type of model, the report).
@@ -170,8 +170,7 @@ def optimize(model: Any, config: Config | None = None, *, args: Sequence[Any] = 
     if kind in ("fx", "exported"):
         from normfuse.frontends import fx_model
 
-        with _quiet_collector():
-            return fx_model.run(model, config, rewrite=True, calibration=calibration)
+        return fx_model.run(model, config, rewrite=True, calibration=calibration)
     from normfuse.io.data import secure
     from normfuse.io.files import to_proto
 
@@ -236,21 +235,6 @@ def _read(path: Path) -> tuple[ir.Model, Source]:
     if other is not None:
         raise InputError(f"{path}: {other}")
     return files.read_onnx(path)
-
-
-@contextmanager
-def _quiet_collector() -> Iterator[None]:
-    """Hold the cyclic garbage collector: a graph is a million objects, none of them garbage yet."""
-    on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if gc.get_freeze_count() == 0:  # call the new objects old, or a pass over all of them follows at once
-            gc.freeze()
-            gc.unfreeze()
-        if on:
-            gc.enable()
 
 
 def _inspect_ir(model: ir.Model, own: bool = False) -> Report:

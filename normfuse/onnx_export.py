@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from normfuse.config import Config
 from normfuse.errors import InputError, UnsupportedError
+from normfuse.process import tidy
 from normfuse.report import Report
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ OURS = {
 }  # fmt: skip
 
 
+@tidy
 def export(module: Any, args: tuple[Any, ...] | None, path: str | Path, config: Config | None = None, *,
            overwrite: bool = False, calibration: Any = None, progress: Callable[[str, float], None] | None = None,
            how: How | None = None, **options: Any) -> Report:  # fmt: skip
@@ -54,7 +56,7 @@ def export(module: Any, args: tuple[Any, ...] | None, path: str | Path, config: 
     then nothing is written.
     """
     from normfuse import first
-    from normfuse.api import _kind, _quiet_collector, _rewrite_ir, _untouched
+    from normfuse.api import _kind, _rewrite_ir, _untouched
     from normfuse.io import files
 
     config, target, started = config or Config(), Path(path), time.perf_counter()
@@ -70,7 +72,7 @@ def export(module: Any, args: tuple[Any, ...] | None, path: str | Path, config: 
         raise InputError(f"the program is exported already; {next(iter(options))!r} has no effect")
     exported = time.perf_counter()
     assert _kind(program) == "program"
-    with _quiet_collector(), tempfile.TemporaryDirectory(prefix="normfuse-") as folder:
+    with tempfile.TemporaryDirectory(prefix="normfuse-") as folder:
         model, made = program.model.clone(), first.Made(Path(folder) / "export.onnx")
         if config.first:
             files.write_new(model, made.path)

@@ -1,12 +1,13 @@
-"""Every architecture that transformers' AutoModel makes: its norms, and which of them NormFuse finds.
+"""Every architecture that transformers' AutoModel or timm makes: its norms, and which of them NormFuse finds.
 
-python -m tests.bench.auto_models [--only TYPE ...] [--jobs 2] [--seconds 60] [--out FILE.json]
+python -m tests.bench.auto_models [--timm] [--only NAME ...] [--jobs 2] [--seconds 60] [--out FILE.json]
 
-Each has the sizes of its default configuration, but at most four layers, and no weights (torch's meta device). It is
-exported by `torch.export` for eight tokens, an image or a second of sound. Its norms are the calls of modules with Norm
-in the name of their class (batch, instance, group and weight norms aside, and MobileBERT's NoNorm); one is found where
-a norm that NormFuse finds ends in that module, or a few nodes behind it. `more` are those that NormFuse finds besides:
-functions, and modules of other names.
+Each of transformers has the sizes of its default configuration, but at most four layers; of timm, of each of its
+modules, those models are taken whose names begin otherwise, the shortest of each, three at most. None has weights
+(torch's meta device). It is exported by `torch.export` for eight tokens, an image or a second of sound. Its norms are
+the calls of modules with Norm in the name of their class (batch, instance, group and weight norms aside, MobileBERT's
+NoNorm, and what holds a convolution as well); one is found where a norm that NormFuse finds ends in that module, or a
+few nodes behind it. `more` are those that NormFuse finds besides: functions, and modules of other names.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ import multiprocessing
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -33,13 +35,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 import normfuse
 from tests.bench.common import ROOT, merged, save
 
-RESULT = ROOT / "tests/bench/results/auto-models.json"
+RESULT, TIMM = (ROOT / f"tests/bench/results/{name}.json" for name in ("auto-models", "timm-models"))
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers", "depth",
           "num_encoder_layers", "num_decoder_layers", "encoder_num_hidden_layers", "decoder_num_hidden_layers",
           "num_transformer_layers", "num_blocks")  # fmt: skip
 LAYERS, REACH = 4, 4
 """REACH: among how many nodes at the end of a norm one of its module has to be: the result may be scaled outside."""
-OTHERS = ("BatchNorm", "InstanceNorm", "GroupNorm", "WeightNorm", "NoNorm")
+OTHERS = ("BatchNorm", "InstanceNorm", "GroupNorm", "WeightNorm", "NoNorm", "NormAct", "ConvNorm")
+OF_A_MODULE = 3
 
 
 def short(kind: type[Any]) -> Any:
@@ -89,10 +92,10 @@ def inputs(model: nn.Module, config: Any) -> Iterator[dict[str, Any]]:
         yield tensors | ({"use_cache": False} if "use_cache" in parameters else {})
 
 
-def exported(model: nn.Module, config: Any) -> torch.export.ExportedProgram:
+def exported(model: nn.Module, tries: Iterable[dict[str, Any]]) -> torch.export.ExportedProgram:
     """The program of a model for the first inputs that it takes; the first error where it takes none."""
     first: Exception | None = None
-    for given in inputs(model, config):
+    for given in tries:
         try:
             return torch.export.export(model, (), given, strict=False)
         except Exception as why:
@@ -135,17 +138,42 @@ def made(program: torch.export.ExportedProgram, report: normfuse.Report, called:
     return called - left
 
 
-def look(kind: str) -> dict[str, Any]:
-    """What there is of one architecture."""
+def transformer(kind: str) -> tuple[nn.Module, Iterable[dict[str, Any]]]:
+    """A model of AutoModel, and inputs to try."""
     config = short(type(transformers.CONFIG_MAPPING[kind]()))
     for part in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))):
         if hasattr(part, "use_cache"):
             part.use_cache = False
+    auto = AutoModel if kind in MODEL_MAPPING_NAMES else AutoModelForCausalLM
+    model: Any = auto.from_config(config).eval()  # type: ignore[no-untyped-call]
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("batched_mm")
+    return model, inputs(model, config)
+
+
+def timm_model(name: str) -> tuple[nn.Module, Iterable[dict[str, Any]]]:
+    """A model of timm, and an image of the size that it is for."""
+    import timm
+
+    model: Any = timm.create_model(name).eval()
+    return model, [{"x": torch.zeros(1, *model.default_cfg["input_size"])}]
+
+
+def timm_names() -> list[str]:
+    """Some models of each module of timm."""
+    import timm
+
+    found: dict[str, dict[str, str]] = {}
+    for name in sorted(timm.list_models(), key=lambda name: (len(name), name)):
+        module = timm.model_entrypoint(name).__module__
+        found.setdefault(module, {}).setdefault(name.split("_")[0], name)
+    return [name for module in sorted(found) for name in [*found[module].values()][:OF_A_MODULE]]
+
+
+def look(kind: str, of_timm: bool = False) -> dict[str, Any]:
+    """What there is of one architecture."""
     with torch.device("meta"), torch.no_grad():
-        auto = AutoModel if kind in MODEL_MAPPING_NAMES else AutoModelForCausalLM
-        model: Any = auto.from_config(config).eval()  # type: ignore[no-untyped-call]
-        if hasattr(model, "set_experts_implementation"):
-            model.set_experts_implementation("batched_mm")
+        model, tries = (timm_model if of_timm else transformer)(kind)
         called: list[str] = []
 
         def start(*_: Any) -> None:
@@ -154,14 +182,14 @@ def look(kind: str) -> dict[str, Any]:
         model.register_forward_pre_hook(start)
         for path, module in norms(model):
             module.register_forward_hook(lambda *_, path=path: called.append(path))
-        program = exported(model, config)
+        program = exported(model, tries)
     report, calls = normfuse.inspect(program), Counter(called)
     found = made(program, report, calls)
     missing = [f"{type(model.get_submodule(path)).__name__} {path}" for path in sorted((calls - found).elements())]
     return {"norms": len(called), "found": found.total(), "more": len(report.norms) - found.total(), "missing": missing}
 
 
-def child(kind: str, out: Connection) -> None:
+def child(kind: str, of_timm: bool, out: Connection) -> None:
     """Look at one, in a process of its own."""
     warnings.simplefilter("ignore")
     logging.disable(logging.ERROR)
@@ -170,16 +198,16 @@ def child(kind: str, out: Connection) -> None:
     torch.set_num_threads(1)
     masking_utils.find_packed_sequence_indices = lambda *_, **__: None  # it looks at values, and there are none
     try:
-        out.send(look(kind))
+        out.send(look(kind, of_timm))
     except Exception as why:
         out.send({"not tried": f"{type(why).__name__}: {why}".splitlines()[0][:80]})
 
 
-def apart(kind: str, seconds: float) -> dict[str, Any]:
+def apart(kind: str, of_timm: bool, seconds: float) -> dict[str, Any]:
     """The same, within a time."""
     context = multiprocessing.get_context("forkserver")
     receive, send = context.Pipe(False)
-    process = context.Process(target=child, args=(kind, send))
+    process = context.Process(target=child, args=(kind, of_timm, send))
     process.start()
     send.close()
     try:
@@ -194,21 +222,25 @@ def apart(kind: str, seconds: float) -> dict[str, Any]:
 def main() -> None:
     """Look at all, print those of which something is missing, and save."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--timm", action="store_true")
     parser.add_argument("--only", nargs="+", default=[])
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    kinds = given.only or sorted({*MODEL_MAPPING_NAMES, *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES})
+    kinds = given.only or (timm_names() if given.timm else
+                           sorted({*MODEL_MAPPING_NAMES, *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}))  # fmt: skip
+    out = given.out or (TIMM if given.timm else RESULT)
     rows: list[dict[str, Any]] = []
     with ThreadPoolExecutor(given.jobs) as pool:
-        for row in pool.map(lambda kind: apart(kind, given.seconds), kinds):
+        for row in pool.map(lambda kind: apart(kind, given.timm, given.seconds), kinds):
             rows.append(row)
             print(*row.values(), flush=True)
             tried = [r for r in rows if "norms" in r]
     sums = {key: sum(r[key] for r in tried) for key in ("norms", "found", "more")}
     print(f"{len(tried)} of {len(rows)} tried: {sums['found']} of {sums['norms']} norms found, {sums['more']} more")
-    save(given.out, merged(given.out, {"layers": LAYERS}, rows, ["model"]))
+    made_of = {"timm": version("timm")} if given.timm else {"layers": LAYERS}
+    save(out, merged(out, made_of, rows, ["model"]))
 
 
 if __name__ == "__main__":
