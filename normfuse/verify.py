@@ -266,6 +266,7 @@ def run_random(runtime: Any, wanted: Sequence[str] | None, seed: int = 0, given:
                sizes: Mapping[str, int] | None = None) -> tuple[dict[str, Array], list[Any]]:  # fmt: skip
     """Random inputs on which a session runs, but for those given, and the outputs; what ONNX Runtime raises if none."""
     failed: Exception | None = None
+    empty: tuple[dict[str, Array], list[Any]] | None = None
     tried: list[list[tuple[int, ...]]] = []
     for open_sizes in OPEN:
         feeds = feeds_for(runtime, seed, sizes, given, open_sizes)
@@ -274,9 +275,15 @@ def run_random(runtime: Any, wanted: Sequence[str] | None, seed: int = 0, given:
             continue
         tried.append(shapes)
         try:
-            return feeds, runtime.run(wanted, feeds)
+            outputs = runtime.run(wanted, feeds)
         except Exception as why:
             failed = failed or why
+            continue
+        if all(getattr(output, "size", 1) for output in outputs):
+            return feeds, outputs
+        empty = empty or (feeds, outputs)  # which says little
+    if empty is not None:
+        return empty
     assert failed is not None
     raise failed
 
@@ -304,8 +311,10 @@ def longest(runtime: Any, sizes: Sequence[int], sessions: int,
 
 def shapes_for(runtime: Any, known: Mapping[str, int], open_sizes: tuple[int, int, int]) -> dict[str, tuple[int, ...]]:
     """The shapes of a session's inputs, by name: a symbolic size is `known`, the sum of two where it is named "a + b",
-    or else of `open_sizes`."""
+    or else of `open_sizes`. What is past is counted by that name, or by the third axis of a tensor of that name."""
     first = {i.shape[0] for i in runtime.get_inputs() if i.shape} - {None}
+    past = {dim for i in runtime.get_inputs() if len(i.shape) == 4 for axis, dim in enumerate(i.shape)
+            if isinstance(dim, str) and ("past" in dim or (axis == 2 and "past" in i.name))}  # fmt: skip
 
     def size(dim: Any, axis: int) -> int:
         if isinstance(dim, int) and dim > 0:
@@ -315,7 +324,7 @@ def shapes_for(runtime: Any, known: Mapping[str, int], open_sizes: tuple[int, in
         parts = [part.strip() for part in str(dim).split("+")]
         if len(parts) > 1 and all(part.isalnum() or part.isidentifier() for part in parts):
             return sum(int(part) if part.isdigit() else size(part, 1) for part in parts)
-        return open_sizes[2 if "past" in str(dim) else axis > 0 and dim not in first]
+        return open_sizes[2 if dim in past else axis > 0 and dim not in first]
 
     return {i.name: tuple(size(dim, axis) for axis, dim in enumerate(i.shape)) for i in runtime.get_inputs()}
 

@@ -84,9 +84,17 @@ def small(inputs: str, lines: str, **constants: Any) -> onnx.ModelProto:
 
 
 def test_a_cache_that_may_not_be_empty(tmp_path: Path) -> None:
-    made = small("float[N, past_length] past, float[N] x", "h = Gather<axis = 1>(past, one) y = Add(h, x)", one=1)
+    made = small("float[N, 1, past_length, 1] k, float[N, 1, 1] x", "h = Gather<axis = 2>(k, one) y = Add(h, x)", one=1)
     feeds = run_random(session(saved(made, tmp_path / "in.onnx")), None)[0]
-    assert feeds["past"].shape == (2, 2)
+    assert feeds["k"].shape == (2, 1, 2, 1)
+
+
+def test_an_empty_output_says_little(tmp_path: Path) -> None:
+    made = small("float[N, 1, past_length, 1] k", "y = Relu(k)")
+    feeds, (y,) = run_random(session(saved(made, tmp_path / "in.onnx")), None)
+    assert feeds["k"].shape == y.shape == (2, 1, 2, 1)
+    made = small("float[N, 1, past_length, 1] k", "h = Slice(k, none, none) y = Relu(h)", none=[0])
+    assert run_random(session(saved(made, tmp_path / "in.onnx")), None)[1][0].size == 0
 
 
 def test_a_model_that_runs_on_no_sizes_says_so(tmp_path: Path) -> None:
@@ -105,10 +113,20 @@ def test_sizes_that_are_open() -> None:
         "x": (1, 7, 8, 7), "y": (1, 1), "n": ()}  # fmt: skip
 
 
+def test_what_is_past() -> None:
+    cache = ["batch", 2, "past_length", 8]
+    assert shapes({}, (2, 3, 0), k=cache)["k"] == (2, 2, 0, 8)
+    assert shapes({}, (2, 3, 5), k=cache, lengths=["past_length"]) == {"k": (2, 2, 5, 8), "lengths": (5,)}
+    assert shapes({}, (2, 3, 0), past_key_values_0_key=["b", 2, "s88", "d"])["past_key_values_0_key"] == (2, 2, 0, 3)
+    assert shapes({}, (2, 3, 0), k=["b", 2, "s88", 8])["k"] == (2, 2, 3, 8)
+    assert shapes({}, (2, 3, 0), past_values=["batch", "past_length", 8])["past_values"] == (2, 3, 8)  # a time series
+
+
 def test_sums_of_sizes() -> None:
-    mask = ["batch", "past_sequence_length + sequence_length"]
-    assert shapes({}, (2, 3, 0), mask=mask, ids=["batch", "sequence_length"]) == {"mask": (2, 3), "ids": (2, 3)}
-    assert shapes({"past_sequence_length": 5}, (2, 3, 0), mask=mask)["mask"] == (2, 8)
-    assert shapes({mask[1]: 4}, (2, 3, 0), mask=mask)["mask"] == (2, 4)
-    assert shapes({}, (2, 3, 0), mask=["batch", "past_length + 1"])["mask"] == (2, 1)
+    mask, cache = ["batch", "past_sequence_length + sequence_length"], ["batch", 2, "past_sequence_length", 8]
+    ids = ["batch", "sequence_length"]
+    assert shapes({}, (2, 3, 0), mask=mask, ids=ids, k=cache) == {"mask": (2, 3), "ids": (2, 3), "k": (2, 2, 0, 8)}
+    assert shapes({"past_sequence_length": 5}, (2, 3, 0), mask=mask, k=cache)["mask"] == (2, 8)
+    assert shapes({mask[1]: 4}, (2, 3, 0), mask=mask, k=cache)["mask"] == (2, 4)
+    assert shapes({}, (2, 3, 0), mask=["batch", "past_sequence_length + 1"], k=cache)["mask"] == (2, 1)
     assert shapes({}, (2, 3, 0), mask=["batch", "2*s0 + 1"])["mask"] == (2, 3)  # no sum of two sizes
