@@ -178,13 +178,22 @@ def per_head(site: Site) -> bool:
     """Whether the norm of a query or key runs over one head, and not over all of them at once.
 
     A head is as wide as what the product of scores sums over; where an operator keeps that to itself, a tensor with an
-    axis of heads has rank 4.
+    axis of heads has rank 4, or is what a reshape has made of wider rows.
     """
     product, norm = site.attends, site.norm
     assert norm.x.shape is not None
     shape = product.inputs[0].shape if product is not None and product.kind != "attention" else None
     width = shape[-1] if shape else None
-    return norm.size <= width if isinstance(width, int) and norm.size is not None else len(norm.x.shape) > 3
+    if norm.size is None:
+        return len(norm.x.shape) > 3
+    if isinstance(width, int):
+        return norm.size <= width
+    made = norm.x.producer
+    while made is not None and made.kind in ("cast", "identity"):
+        made = made.inputs[0].producer
+    rows = made.inputs[0].shape if made is not None and made.kind == "reshape" else None
+    wider = rows and isinstance(rows[-1], int) and rows[-1] > norm.size
+    return len(norm.x.shape) > 3 or bool(wider)
 
 
 def _projects(node: Node) -> bool:

@@ -7,6 +7,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
 import torch
 from torch import Tensor, nn
@@ -250,6 +252,27 @@ def test_layers_that_deviate() -> None:
 def test_the_width_of_a_qk_norm_is_that_of_the_scores(qk: str, scope: str, width: int) -> None:
     """All heads together need not be as wide as the model."""
     assert small([qk], width=width).recipe == f"RMSNorm, pre-norm, QK-norm {scope}"
+
+
+ATTENTION = """q = MatMul(x, W) k = MatMul(x, K) v = MatMul(x, K) qr = Reshape(q, {query}) kr = Reshape(k, {key})
+qn = SimplifiedLayerNormalization<axis = -1>(qr, wq) kn = SimplifiedLayerNormalization<axis = -1>(kr, wk)
+qf = Reshape(qn, wide) kf = Reshape(kn, narrow)
+y = com.microsoft.GroupQueryAttention<num_heads = 4, kv_num_heads = 2>(qf, kf, v, , , n, total)"""
+
+
+@pytest.mark.parametrize(("query", "key", "scope"), [("head", "head", "per head"),
+                                                     ("wide", "narrow", "over the full width")])  # fmt: skip
+def test_the_width_of_a_qk_norm_where_an_operator_has_the_scores(query: str, key: str, scope: str) -> None:
+    """As the model builder of onnxruntime-genai writes Qwen3."""
+    made = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["": 17, "com.microsoft": 1]> g (float[B, S, 32] x, int32[B] n, int32 total) => '
+        f"(float[B, S, 32] y) {{ {ATTENTION.format(query=query, key=key)} }}")  # fmt: skip
+    sizes = {"W": (32, 32), "K": (32, 16), "wq": (8 if query == "head" else 32,), "wk": (8 if key == "head" else 16,)}
+    arrays = {n: np.ones(s, "f4") for n, s in sizes.items()} | {
+        "head": np.array([0, -1, 8]), "wide": np.array([0, -1, 32]), "narrow": np.array([0, -1, 16])}  # fmt: skip
+    made.graph.initializer.extend(onnx.numpy_helper.from_array(a, n) for n, a in arrays.items())
+    report = normfuse.inspect(made)
+    assert [n.placement for n in report.norms] == ["qk", "qk"] and report.recipe == f"RMSNorm, QK-norm {scope}"
 
 
 @pytest.mark.parametrize(("layers", "depth", "words"), [
