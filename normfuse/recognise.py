@@ -66,6 +66,7 @@ class _Recogniser:
         self.light: dict[int, int] = {}  # value -> largest rank of the inputs that it is made of, if it is a parameter
         self.stat: set[int] = set()
         self.params: dict[int, Value] = {}
+        self.askew: set[tuple[RootKey, int]] = set()  # parameters that do not line up with the axes of a root
         self.roots: dict[int, dict[tuple[int, ...], Root]] = {}
         self.seeds: dict[int, list[Root]] = {}  # reduction node -> its candidate roots
         self.misses: dict[RootKey, list[tuple[int, int, str, str, str]]] = {}
@@ -237,7 +238,10 @@ class _Recogniser:
             elif self._scales(v, root) and node.kind != "matmul":
                 atom: Atom = ("p", v.index, v.name)
                 self.params[v.index] = v
-                out.append(Fact(root, ZERO, ZERO, {((atom, 1.0),): 1.0}, align(v, layout, root)))
+                aligned = align(v, layout, root)
+                if _askew(aligned, root):
+                    self.askew.add((key, v.index))
+                out.append(Fact(root, ZERO, ZERO, {((atom, 1.0),): 1.0}, aligned))
             elif _single(v) and node.kind != "matmul":
                 raise Refused("NF104", f"{v.name} is computed at run time, not a constant")
             else:
@@ -281,7 +285,8 @@ class _Recogniser:
                         self.misses.setdefault(key, []).append(miss)
                     continue
                 groups.setdefault(value.index, set()).add(key)
-                if whole:
+                used = {(key, atom[1]) for p in (found.weight, found.bias) for term in p for atom, _ in term}
+                if whole and self.askew.isdisjoint(used):  # else the norm is that of a transposed tensor
                     matches.setdefault(value.index, []).append((fact, found))
         read: set[int] = set()
         for _ in range(MAX_ROUNDS):  # what a norm reads whole stands for itself, and that may change what it reads
@@ -488,6 +493,15 @@ def _view(node: Node, source: Value) -> Layout | None:
         return RULES[node.kind](node, [start(Root(source, (), None))]).layout
     except Refused:
         return None
+
+
+def _askew(aligned: Layout, root: Root) -> bool:
+    """Whether a parameter, as it stands, is broadcast to other axes of a root than those that it goes with."""
+    rank = root.value.rank or 0
+    if root.axes == tuple(range(rank - len(root.axes), rank)):
+        taken = [axis for entry in aligned if entry != SPREAD for axis in entry]
+        return taken != sorted(taken)
+    return any(entry not in ((), SPREAD, (rank - len(aligned) + i,)) for i, entry in enumerate(aligned))
 
 
 def _matrix(value: Value, position: int, layout: Layout) -> Layout:

@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
 
 import normfuse
+import normfuse.ort
 from normfuse.frontends.onnx_wide import compare_rewritten, widen_norms
 from normfuse.io.files import read_onnx, write_onnx
 from normfuse.verify import compare_models, session
@@ -36,6 +38,9 @@ WHOLE: dict[str, Any] = {
 ARRAYS: dict[str, Array] = {
     "point": np.array(3, "i1"), "W8": np.arange(N * N, dtype="i1").reshape(N, N), "U8": np.eye(N, dtype="i1") * 50,
     "M": np.random.default_rng(2).standard_normal((16, 8)).astype("f4"),
+    "wide_w": np.linspace(0.5, 1.5, N, dtype="f4").reshape(N, 1, 1),
+    "wide_v": np.linspace(2.5, 3.5, N, dtype="f4").reshape(N, 1, 1),
+    "cube": np.random.default_rng(4).uniform(0.5, 1.5, (N, N, N)).astype("f4"),
     "M16": np.eye(16, dtype="f4"), "nan": np.array(np.nan, "f4"), "nan11": np.full((1, 1), np.nan, "f4"),
     "nan41": np.full((4, 1), np.nan, "f4"), "nan111": np.full((1, 1, 1), np.nan, "f4"),
     "G": np.random.default_rng(0).standard_normal((1, 3 * N, N)).astype("f4") / 4,
@@ -254,6 +259,88 @@ def test_a_variance_that_asks_whether_there_are_elements(given: dict[str, str], 
 def test_a_variance_that_may_be_another(given: dict[str, str]) -> None:
     """The condition is an input, it takes the NaN, or what is not taken has more rows, another rank or width."""
     assert not normfuse.inspect(jax_var(**given)).norms
+
+
+# -- channels first: ConvNeXt's LayerNorm2d, through transposes or along an inner axis ---------------------------------
+
+
+TURNED = """t = Transpose<perm = [0, 2, 3, 1]>(x) mean = ReduceMean<axes=[{axes}]>(t) d = Sub(t, mean) q = Mul(d, d)
+var = ReduceMean<axes=[{axes}]>(q) a = Add(var, eps) r = Sqrt(a) h = Div(d, r) g = Mul(h, {w}) z = Add(g, {v})
+y = Transpose<perm = [0, 3, 1, 2]>(z)"""
+INNER = """q = Mul(x, x) m = ReduceMean<axes=[1]>(q) a = Add(m, eps) r = Sqrt(a) h = Div(x, r) s = {weight}
+y = Mul(h, s)"""
+
+
+def images() -> dict[str, Array]:
+    """Images of N channels whose rows are hard on norms."""
+    return {name: x.reshape(2, N, N, N) for name, x in rows(2 * N * N).items()}
+
+
+def close(before: Any, after: Any, x: Array, want: Array) -> None:
+    old, new = (np.abs(s.run(None, {"x": x})[0] - want).max() for s in (before, after))
+    assert new <= 2 * old + 4 * 2.0**-23 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("target", ["onnx", "ort-cpu", "normfuse"])
+@pytest.mark.parametrize("opset", [13, 17])
+def test_a_norm_between_transposes_is_that_of_the_rows(target: Any, opset: int, tmp_path: Path) -> None:
+    """The channels are as many as there are rows and columns, so that sizes do not tell them apart."""
+    given = f"float[B, {N}, {N}, {N}]"
+    source = saved(model(TURNED.format(axes=-1, w="w", v="v"), f"{given} x", f"{given} y", opset), tmp_path / "in.onnx")
+    report = normfuse.rewrite(source, tmp_path / "out.onnx", normfuse.Config(target=target, verify="model"))
+    (norm,) = report.norms
+    assert (norm.kind, norm.axes, norm.action, norm.verified, norm.weight) == ("layer_norm", [-1], "fused", True, "w")
+    left = [node.op_type for node in onnx.load(tmp_path / "out.onnx").graph.node]
+    assert left == ["Transpose", "LayerNormalization" if opset >= 17 else "layer_norm", "Transpose"]
+    before, after = session(source), session(tmp_path / "out.onnx")
+    for x in images().values():
+        turned = layer_norm(x.transpose(0, 2, 3, 1), 1e-3, NUMBERS["w"], NUMBERS["v"])
+        close(before, after, x, turned.transpose(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize("target", ["onnx", "normfuse"])
+def test_a_weight_over_three_axes_goes_with_those_it_is_written_for(target: Any, tmp_path: Path) -> None:
+    given = f"float[B, {N}, {N}, {N}]"
+    source = saved(model(TURNED.format(axes="1, 2, 3", w="cube", v="v"), f"{given} x", f"{given} y", 17),
+                   tmp_path / "in.onnx")  # fmt: skip
+    report = normfuse.rewrite(source, tmp_path / "out.onnx", normfuse.Config(target=target, verify="model"))
+    (norm,) = report.norms
+    assert (norm.axes, norm.action, norm.verified, norm.weight) == ([-3, -2, -1], "fused", True, "cube")
+    before, after = session(source), session(tmp_path / "out.onnx")
+    for x in images().values():
+        t = x.transpose(0, 2, 3, 1)
+        h = layer_norm(t.reshape(2, -1), 1e-3).reshape(t.shape) * ARRAYS["cube"] + NUMBERS["v"]
+        close(before, after, x, h.transpose(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize("target", ["onnx", "ort-cpu", "normfuse"])
+@pytest.mark.parametrize(("weight", "factor"), [
+    ("Identity(wide_w)", lambda w: w), ("Add(wide_w, c1)", lambda w: w + 1), ("Mul(wide_w, ten)", lambda w: w * 10),
+    ("Div(wide_w, wide_v)", lambda w: w / (w + 2)), ("Mul(ten, c1)", lambda w: 10 + 0 * w),
+])  # fmt: skip
+def test_a_computed_weight_along_an_inner_axis(target: Any, weight: str, factor: Any, tmp_path: Path) -> None:
+    given = f"float[B, {N}, {N}, {N}]"
+    source = saved(model(INNER.format(weight=weight), f"{given} x", f"{given} y", 13), tmp_path / "in.onnx")
+    report = normfuse.rewrite(source, tmp_path / "out.onnx", normfuse.Config(target=target, verify="model"))
+    (norm,) = report.norms
+    assert (norm.kind, norm.axes, norm.action, norm.verified) == ("rms_norm", [-3], "fused", True)
+    assert not report.refusals
+    before, after = session(source), session(tmp_path / "out.onnx")
+    options = onnxruntime.SessionOptions()
+    normfuse.ort.register(options, tmp_path / "out.onnx")
+    library = onnxruntime.InferenceSession(tmp_path / "out.onnx", options, providers=["CPUExecutionProvider"])
+    for x in images().values():
+        wide, w = x.astype("f8"), ARRAYS["wide_w"].astype("f8")
+        want = wide / np.sqrt((wide**2).mean(1, keepdims=True) + np.float32(1e-3)) * factor(w)
+        for made in (after, library):
+            close(before, made, x, want)
+
+
+def test_a_weight_along_another_axis_is_no_weight() -> None:
+    given = f"float[B, {N}, {N}, {N}]"
+    report = normfuse.inspect(model(INNER.format(weight="Identity(w)"), f"{given} x", f"{given} y", 13))
+    (norm,) = report.norms
+    assert (norm.axes, norm.weight) == ([-3], None) and norm.name != "y"  # what it multiplies is a norm
 
 
 # -- the branches of an If ---------------------------------------------------------------------------------------------

@@ -55,13 +55,13 @@ class Emitter:
                 return "NF202", "the norm ends inside another operator"
         if norm.dtype not in DTYPES or norm.x.dtype not in DTYPES:
             return "NF113", f"the type {norm.dtype} is not a float type"
-        if not self._trailing(norm) or norm.size is None:
-            for expr in (norm.weight, norm.bias):
-                if expr is not None and not plain(expr):
-                    return "NF202", "a computed weight along inner axes or of unknown size has no operator form"
-                if expr is not None and not _reaches(expr[0][1][0][0], norm):
-                    return "NF202", "the weight does not line up with the normalised axes of the operator"
+        if self._lined_up(norm) and not all(_reaches(v, norm) for v in norm.parameters()):
+            return "NF202", "the weight does not line up with the normalised axes of the operator"
         return None
+
+    def _lined_up(self, norm: Norm) -> bool:
+        """Whether weight and bias are broadcast to x as they stand, and not made as long as a row."""
+        return not self._trailing(norm) or norm.size is None
 
     @staticmethod
     def _trailing(norm: Norm) -> bool:
@@ -184,12 +184,12 @@ class Emitter:
         if plain(expr):
             base = expr[0][1][0][0] if self.spelled else _unviewed(expr[0][1][0][0], norm)
             given: ir.Value = params.get(base, base.native)
-            as_it_is = not self._trailing(norm) or norm.size is None or spread(norm)  # it lines up with x already
+            as_it_is = self._lined_up(norm) or spread(norm)
             if base.dtype == dtype and (as_it_is or base.shape == _shape(norm)):
                 return given
             if as_it_is:
                 return self._cast(nodes, given, dtype, f"{name}/cast")
-        folded = evaluate(expr, norm) if self.fold and not self.spelled else None
+        folded = evaluate(expr, norm) if self.fold and not self.spelled and not self._lined_up(norm) else None
         if folded is not None:
             return self.constant(_narrowed(folded) if spread(norm) else folded, dtype, "folded")
         total: ir.Value | None = None
@@ -208,7 +208,7 @@ class Emitter:
             term = number if term is None else term if c == 1 else self._node(nodes, "Mul", [term, number], name)
             total = term if total is None else self._node(nodes, "Add", [total, term], name)
         assert total is not None
-        if spread(norm):
+        if self._lined_up(norm) or spread(norm):
             return total
         one = self.constant(np.ones(_width(norm)), dtype, "ones")
         if any(_numel(v.shape) == math.prod(_width(norm)) != 1 and v.shape != _shape(norm)
