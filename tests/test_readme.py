@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 import importlib.util
 import json
 import re
@@ -131,6 +132,13 @@ def test_the_architectures_are_those_that_were_looked_at() -> None:
     assert f"The other {norms - found} are none" in text
     missing = [name for row in tried for name in row["missing"]]
     assert {name.partition(" ")[0] for name in missing} == {"HYV4UnweightedRMSNorm", "ZayaQKNorm"}
+    timm = json.loads((ROOT / "tests/bench/results/timm-models.json").read_text())
+    norms, found = (sum(row[key] for row in timm["models"]) for key in ("norms", "found"))
+    assert f"Of timm {timm['timm']}, {len(timm['models'])} models" in text
+    assert f"{found:,} of {norms:,} are found" in text
+    kinds = Counter(name.partition(" ")[0] for row in timm["models"] for name in row["missing"])
+    assert kinds == {"GlobalResponseNorm": 26, "LayerNorm": 28}
+    assert "global response norms (26) and LayerNorms of a single channel, of which only the bias is left (28)" in text
 
 
 def test_a_table_that_is_not_there_is_told() -> None:
