@@ -12,6 +12,7 @@ from normfuse.graph import Graph, Node, Shape, Value
 from normfuse.norm import Site, region
 
 THROUGH = frozenset("cast identity quantize reshape unsqueeze squeeze transpose expand".split())
+SAME = frozenset("cast identity quantize reshape transpose".split())
 MIXING = frozenset("linear recurrent attention matmul".split())
 SHORT_WALK, LONG_WALK = 24, 400
 
@@ -40,10 +41,10 @@ class Placer:
                 self.fed.update(node.outputs)
 
     def base(self, value: Value) -> Value:
-        """The value behind casts, quantizations, copies and reshapes."""
+        """The value behind casts, quantizations, copies, reshapes and transposes."""
         for _ in range(SHORT_WALK):
             node = value.producer
-            if value in self.normed or node is None or node.kind not in ("cast", "identity", "quantize", "reshape"):
+            if value in self.normed or node is None or node.kind not in SAME:
                 break
             value = node.inputs[0]
         return value
@@ -94,7 +95,7 @@ class Placer:
         x, y = self.base(site.norm.x), site.value
         reads_stream = x in self.stream or x.producer in self.adds
         adds = self._adds_of(y)
-        uses = [node for node in y.uses if node not in self.inside]
+        uses = [node for node in _turned(y).uses if node not in self.inside]
         site.attends = self._attends(y)
         if site.attends is not None:
             return "qk"
@@ -253,6 +254,13 @@ def _forward(value: Value, through: frozenset[str] | set[str], limit: int,
             yield node, v
             if node.kind in through:  # of what is quantized the first result alone, not its scale
                 todo.extend(node.outputs[:1] if node.kind == "quantize" else node.outputs)
+
+
+def _turned(value: Value) -> Value:
+    """What a value is transposed to, where nothing else reads it."""
+    while len(value.uses) == 1 and value.uses[0].kind == "transpose" and not value.kept:
+        value = value.uses[0].outputs[0]
+    return value
 
 
 def _inside(graph: Graph, sites: Sequence[Site]) -> set[Node]:

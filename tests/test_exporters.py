@@ -40,6 +40,7 @@ ARRAYS: dict[str, Array] = {
     "M": np.random.default_rng(2).standard_normal((16, 8)).astype("f4"),
     "wide_w": np.linspace(0.5, 1.5, N, dtype="f4").reshape(N, 1, 1),
     "wide_v": np.linspace(2.5, 3.5, N, dtype="f4").reshape(N, 1, 1),
+    "F": np.random.default_rng(5).standard_normal((N, N, 1, 1)).astype("f4"),
     "cube": np.random.default_rng(4).uniform(0.5, 1.5, (N, N, N)).astype("f4"),
     "M16": np.eye(16, dtype="f4"), "nan": np.array(np.nan, "f4"), "nan11": np.full((1, 1), np.nan, "f4"),
     "nan41": np.full((4, 1), np.nan, "f4"), "nan111": np.full((1, 1, 1), np.nan, "f4"),
@@ -334,6 +335,17 @@ def test_a_computed_weight_along_an_inner_axis(target: Any, weight: str, factor:
         want = wide / np.sqrt((wide**2).mean(1, keepdims=True) + np.float32(1e-3)) * factor(w)
         for made in (after, library):
             close(before, made, x, want)
+
+
+def test_the_place_of_a_norm_between_transposes() -> None:
+    """A ConvNeXt of two blocks: the norm of the stem starts the stream, and the last one ends it."""
+    stem, last = (re.sub(r"\b(t|mean|d|q|var|a|r|h|g|z|y|x)\b", rf"\g<1>{i}", TURNED.format(axes=-1, w="w", v="v"))
+                  for i in range(2))  # fmt: skip
+    blocks = "k0 = Conv(y0, F) b0 = Add(y0, k0) k1 = Conv(b0, F) x1 = Add(b0, k1)"
+    given = f"float[B, {N}, {N}, {N}]"
+    lines = f"x0 = Conv(x, F) {stem} {blocks} {last} y = Relu(y1)"
+    report = normfuse.inspect(model(lines, f"{given} x", f"{given} y", 17))
+    assert [n.placement for n in report.norms] == ["embedding", "final"]
 
 
 def test_a_weight_along_another_axis_is_no_weight() -> None:
