@@ -497,7 +497,8 @@ def _view(node: Node, source: Value) -> Layout | None:
 
 def _askew(aligned: Layout, root: Root) -> bool:
     """Whether a parameter, as it stands, is broadcast to other axes of a root than those that it goes with."""
-    rank = root.value.rank or 0
+    rank = root.value.rank
+    assert rank is not None
     if root.axes == tuple(range(rank - len(root.axes), rank)):
         taken = [axis for entry in aligned if entry != SPREAD for axis in entry]
         return taken != sorted(taken)

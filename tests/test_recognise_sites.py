@@ -345,6 +345,61 @@ def test_a_norm_over_an_inner_axis_behind_transposes() -> None:
     assert compare(found, g.graph) == 1
 
 
+Scale = Callable[[Build, Value], Value]
+
+
+def turned(scale: Scale, axes: tuple[int, ...] = (3,), sizes: tuple[int, int, int] = (3, 4, 5)) -> tuple[Build, Value]:
+    """Images with channels first; a norm of them with channels last, and back."""
+    a, b, c = sizes
+    g = Build((2, a, b, c))
+    t = g.op("transpose", g.x, perm=(0, 2, 3, 1), shape=(2, b, c, a))
+    return g, g.op("transpose", scale(g, rms(g, t, axes)), perm=(0, 3, 1, 2), shape=(2, a, b, c))
+
+
+@pytest.mark.parametrize("shape", [(3,), (1, 3), (1, 1, 3)])
+def test_a_norm_belongs_to_the_tensor_that_its_weight_lines_up_with(shape: tuple[int, ...]) -> None:
+    for factor in (1, 2):
+        g, y = turned(lambda g, n: g.op("mul", n, leaf(g, *shape, name="w", fixed=True)))
+        out = y if factor == 1 else g.op("mul", y, g.c(2.0))
+        found = g.found(out)
+        (site,) = found.sites
+        assert (site.norm.x.name, site.norm.axes, site.norm.size) == ("v0", (3,), 3) and compare(found, g.graph) == 1
+        assert site.value.uses[0].kind == "transpose"
+
+
+@pytest.mark.parametrize("shape", [(), (3, 1, 1), (1, 3, 1, 1)])
+def test_a_norm_whose_weight_lines_up_with_the_first_tensor_is_of_that(shape: tuple[int, ...]) -> None:
+    g, y = turned(lambda g, n: n)
+    found = g.found(g.op("mul", y, leaf(g, *shape, name="w", fixed=True)))
+    (site,) = found.sites
+    assert (site.norm.x, site.norm.axes) == (g.x, (1,)) and compare(found, g.graph) == 1
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_a_weight_over_several_axes_lines_up_in_their_order(last: bool) -> None:
+    """All three axes are of one size."""
+    weigh: Scale = lambda g, n: g.op("mul", n, leaf(g, 3, 3, 3, name="w", fixed=True))  # noqa: E731
+    g, y = turned((lambda g, n: n) if last else weigh, (1, 2, 3), (3, 3, 3))
+    found = g.found(weigh(g, y) if last else y)
+    (site,) = found.sites
+    assert site.norm.x.name == ("x" if last else "v0") and site.norm.axes == (1, 2, 3)
+    assert compare(found, g.graph) == 1
+
+
+@pytest.mark.parametrize(("axes", "shape", "wide"), [
+    ((1,), (3, 1, 1), (2, 3, 4, 5)), ((1,), (3, 1, 1), (2, 1, 4, 5)),  # spread along the axis of the weight, or not
+    ((1, 2, 3), (3, 4, 5), (2, 1, 1, 5)), ((1, 2, 3), (3, 4, 1), (2, 1, 4, 1)), ((3,), (5,), (2, 3, 4, 5)),
+])  # fmt: skip
+def test_a_weight_beside_a_statistic_that_is_spread_lines_up(axes: tuple[int, ...], shape: tuple[int, ...],
+                                                             wide: tuple[int, ...]) -> None:  # fmt: skip
+    g = Build((2, 3, 4, 5))
+    r = g.op("expand", rstd(g, g.x, axes), shape=wide)
+    found = g.found(g.op("mul", g.x, g.op("mul", r, leaf(g, *shape, name="w", fixed=True))))
+    (site,) = found.sites
+    assert (site.norm.x, site.norm.axes) == (g.x, axes) and site.norm.weight is not None
+    assert compare(found, g.graph) == 1
+
+
 def test_copies_after_a_norm_are_not_part_of_it() -> None:
     for kind, more in (("identity", {}), ("cast", {"dtype": "float32"}), ("cast", {"dtype": "float64"}),
                        ("reshape", {"shape": ("B", "S", 64)})):  # fmt: skip
