@@ -400,6 +400,14 @@ def test_a_weight_beside_a_statistic_that_is_spread_lines_up(axes: tuple[int, ..
     assert compare(found, g.graph) == 1
 
 
+def test_a_weight_as_long_as_a_row_lines_up_with_its_axes() -> None:
+    g = Build((2, 4, 5))
+    n = rms(g, g.op("reshape", g.x, shape=(2, 20)), (1,))
+    y = g.op("reshape", g.op("mul", n, leaf(g, 20, name="w", fixed=True)), shape=(2, 4, 5))
+    (site,) = g.found(y).sites
+    assert (site.value, site.norm.x, site.norm.axes) == (y, g.x, (1, 2))
+
+
 def test_copies_after_a_norm_are_not_part_of_it() -> None:
     for kind, more in (("identity", {}), ("cast", {"dtype": "float32"}), ("cast", {"dtype": "float64"}),
                        ("reshape", {"shape": ("B", "S", 64)})):  # fmt: skip
