@@ -228,6 +228,14 @@ def test_an_if_whose_shape_is_not_known(given: dict[str, str]) -> None:
     assert not report.norms and {r.code for r in report.refusals} == {"NF115"}
 
 
+def test_an_if_whose_branch_gives_less_than_it_has_outputs_is_no_crash() -> None:
+    made = repeat()
+    (node,) = (n for n in made.graph.node if n.output[0] == "k")
+    node.output.append("more")
+    report = normfuse.inspect(made)
+    assert not report.norms and {r.code for r in report.refusals} == {"NF115"}
+
+
 # -- JAX: jnp.var gives NaN for no elements at all ---------------------------------------------------------------------
 
 

@@ -87,7 +87,7 @@ def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
 def _decide(graph: onnx.GraphProto, truths: dict[str | None, bool]) -> None:
     """Put the nodes of the branch that is taken in the place of an If whose condition is known: torch's exporter has
     one where it asks whether a shape is as long as another, and the two branches differ in rank."""
-    if not any(_branch(node, truths) for node in graph.node):
+    if all(_branch(node, truths) is None for node in graph.node):
         return
     names = Counter(name for one in _graphs(graph) for name in _made(one))
     todo, nodes = list(reversed(graph.node)), []
@@ -111,7 +111,8 @@ def _branch(node: onnx.NodeProto, truths: dict[str | None, bool]) -> onnx.GraphP
     if node.op_type != "If" or node.input[0] not in truths:
         return None
     name = "then_branch" if truths[node.input[0]] else "else_branch"
-    return next((attr.g for attr in node.attribute if attr.name == name), None)
+    return next((attr.g for attr in node.attribute
+                 if attr.name == name and len(attr.g.output) == len(node.output)), None)  # fmt: skip
 
 
 def _made(graph: onnx.GraphProto) -> Iterator[str]:
