@@ -14,7 +14,7 @@ from typing import Any, ParamSpec, TypeVar
 P = ParamSpec("P")
 T = TypeVar("T")
 LARGE = 2**28
-"""By how many bytes the process may grow before the garbage of our work is collected."""
+"""By how many bytes the peak of the process may grow before the garbage of our work is collected."""
 
 
 def run_module(name: str, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -42,6 +42,15 @@ def resident() -> int:
         return 0
 
 
+def peak() -> int:
+    """The most bytes that this process had in memory, for which no file is read; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def available() -> int:
     """The bytes of memory that can be had without swapping; very many where the system does not tell."""
     try:
@@ -62,14 +71,14 @@ def tidy(work: Callable[P, T]) -> Callable[P, T]:
     @wraps(work)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         global _mark
-        on, _mark = gc.isenabled(), _mark or resident()
+        on, _mark = gc.isenabled(), _mark or peak()
         gc.disable()
         try:
             return work(*args, **kwargs)
         finally:
-            if resident() - _mark > LARGE:
+            if peak() - _mark > LARGE:
                 gc.collect()
-                _mark = resident()
+                _mark = peak()
             elif gc.get_freeze_count() == 0:  # call the new objects old, or a pass over all of them follows at once
                 gc.freeze()
                 gc.unfreeze()
@@ -80,4 +89,4 @@ def tidy(work: Callable[P, T]) -> Callable[P, T]:
 
 
 _mark = 0
-"""What the process had in memory before the first of our work, or after the last collection."""
+"""What the process had in memory at most before the first of our work, or until the last collection."""

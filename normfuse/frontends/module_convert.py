@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -158,10 +158,11 @@ class _Places:
     def norm_module(self, site: Site, inner: Site) -> tuple[str, int] | None:
         """The module that is a norm and nothing else, and its axis from the end."""
         for s in (inner, site):
-            node, x = s.value.native, s.norm.x.native
-            path = self.path(node) if isinstance(node, fx.Node) else ""
-            if path and isinstance(x, fx.Node) and not self.inside(x, path) and not self._read_in(s.value, path):
-                return path, s.norm.axes[0] - (s.norm.x.rank or 0)
+            for x, y, axis in ((s.norm.x, s.value, s.norm.axes[0]), *_turned(s)):
+                path = self.path(y.native) if isinstance(y.native, fx.Node) else ""
+                outside = isinstance(x.native, fx.Node) and not self.inside(x.native, path)
+                if path and outside and not self._read_in(y, path):
+                    return path, axis - (x.rank or 0)
         return None
 
     def _read_in(self, value: Value, path: str) -> bool:
@@ -249,3 +250,13 @@ def _get(module: nn.Module, path: str) -> torch.Tensor:
     found = getattr(module.get_submodule(owner), name)
     assert isinstance(found, torch.Tensor)
     return found
+
+
+def _turned(site: Site) -> Iterator[tuple[Value, Value, int]]:
+    """x, the norm and its axis outside of transposes, where the one before the norm and the one behind it cancel."""
+    before, behind = site.norm.x.producer, site.value.uses
+    if before is None or before.kind != "transpose" or [node.kind for node in behind] != ["transpose"]:
+        return
+    there, back = before.attrs["perm"], behind[0].attrs["perm"]
+    if [there[i] for i in back] == sorted(there):
+        yield before.inputs[0], behind[0].outputs[0], there[site.norm.axes[0]]
