@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from torch import nn
 
 import normfuse
 from normfuse.config import Config
@@ -165,6 +166,27 @@ def test_leaving_out_any_edit_fails_the_certificate(name: str, monkeypatch: pyte
 
 
 # -- modules ----------------------------------------------------------------------------------------------------------
+
+
+class Turned(nn.LayerNorm):
+    """Of channels that come first."""
+
+    back: tuple[int, ...]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(self.back)
+
+
+@pytest.mark.parametrize(("back", "converted"), [((0, 3, 1, 2), 1), ((0, 3, 2, 1), 0)])
+def test_a_module_that_is_a_norm_between_transposes(back: tuple[int, ...], converted: int) -> None:
+    """The second does not undo the first, though the sizes would allow it."""
+    norm = Turned(6)
+    norm.back = back
+    module = nn.Sequential(nn.Conv2d(3, 6, 1), norm, nn.Conv2d(6, 4, 1)).double().eval()
+    x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    result, report = normfuse.optimize(module, EXACT, args=(x,))
+    assert report.converted == converted and isinstance(result[1], RMSNorm) == bool(converted)
+    torch.testing.assert_close(result(x), module(x), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", [
