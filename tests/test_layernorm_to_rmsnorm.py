@@ -177,8 +177,8 @@ class Turned(nn.LayerNorm):
         return super().forward(x.permute(0, 2, 3, 1)).permute(self.back)
 
 
-@pytest.mark.parametrize(("back", "converted"), [((0, 3, 1, 2), 1), ((0, 3, 2, 1), 0)])
-def test_a_module_that_is_a_norm_between_transposes(back: tuple[int, ...], converted: int) -> None:
+@pytest.mark.parametrize(("back", "converted", "code"), [((0, 3, 1, 2), 1, ""), ((0, 3, 2, 1), 0, "NF301")])
+def test_a_module_that_is_a_norm_between_transposes(back: tuple[int, ...], converted: int, code: str) -> None:
     """The second does not undo the first, though the sizes would allow it."""
     norm = Turned(6)
     norm.back = back
@@ -186,6 +186,7 @@ def test_a_module_that_is_a_norm_between_transposes(back: tuple[int, ...], conve
     x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
     result, report = normfuse.optimize(module, EXACT, args=(x,))
     assert report.converted == converted and isinstance(result[1], RMSNorm) == bool(converted)
+    assert report.norms[0].conversion is not None and report.norms[0].conversion["code"] == code
     torch.testing.assert_close(result(x), module(x), rtol=0, atol=1e-12)
 
 
