@@ -29,6 +29,7 @@ import json
 import logging
 import multiprocessing
 import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -37,6 +38,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -360,10 +362,20 @@ def quiet() -> None:
     logging.disable(logging.WARNING)
 
 
-def apart(function: Callable[..., Files], *args: object) -> Files:
-    """The same in a process of its own, whose memory goes with it: gigabytes, where the model is half of one."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), quiet) as pool:
-        return pool.submit(function, *args).result()
+def prepared(given: Iterator[Job], provider: str, ahead: int) -> Iterator[tuple[Job, Files, Path]]:
+    """Each model, what the contenders make of it, and the folder that holds that until the next is asked for. So many
+    models are prepared side by side before the first of them is measured, each in a process of its own, whose memory
+    goes with it: gigabytes, where the model is half of one."""
+    while some := list(islice(given, ahead)):
+        with tempfile.TemporaryDirectory() as folder:
+            made = [Path(folder) / str(i) for i in range(len(some))]
+            for path in made:
+                path.mkdir()
+            with ProcessPoolExecutor(ahead, multiprocessing.get_context("spawn"), quiet) as pool:
+                found = list(pool.map(files, some, [provider] * len(some), made))
+            for job, its_files, path in zip(some, found, made, strict=True):
+                yield job, its_files, path
+                shutil.rmtree(path)
 
 
 def main() -> None:
@@ -378,6 +390,8 @@ def main() -> None:
     parser.add_argument("--without-fastest", action="store_true", help="which takes half of the time")
     parser.add_argument("--at-a-time", type=int, default=100, choices=range(2, 101), metavar="N",
                         help="sessions, where memory has no room for all: 2 or more")  # fmt: skip
+    parser.add_argument("--ahead", type=int, default=1, metavar="N",
+                        help="models to prepare side by side before they are measured")  # fmt: skip
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     if PROVIDERS[given.provider] not in ort.get_available_providers():
@@ -388,23 +402,24 @@ def main() -> None:
     notes: dict[str, dict[str, str]] = {}
     kept = json.loads(given.out.read_text())["notes"] if given.out and given.out.exists() else {}
     names = ["input", *contenders(given.provider), FASTEST]
-    about = {"times as large": TIMES, "library": library.library_path() is not None}
-    with tempfile.TemporaryDirectory() as folder:
-        for job in published(given.pretrained) if given.pretrained else jobs(given.only, given.types):
-            found_files = apart(files, job, given.provider, Path(folder))
-            notes[f"{job.name} {job.dtype}"] = found_files.lost | {
-                name: f"runs as {same} does" for name, same in found_files.same.items()}  # fmt: skip
-            for threads in given.threads:
-                if not given.without_fastest:
-                    told = fastest(job, found_files, threads, given.provider, Path(folder))
-                    notes[f"{job.name} {job.dtype}"][f"{FASTEST}, {threads} threads"] = told
-                for found in race(job, found_files, threads, given.provider, given.seconds, given.at_a_time):
-                    results.append(found)
-                    print(*row(found, names), flush=True)
-            # at once: the next may run out of time
-            result = merged(given.out, {"shapes": about}, results, ("model", "type", "tokens", "threads"))
-            there = {f"{one['model']} {one['type']}" for one in result["models"]}
-            save(given.out, result | {"notes": {n: why for n, why in (kept | notes).items() if n in there}})
+    about: dict[str, Any] = {"times as large": TIMES, "library": library.library_path() is not None}
+    if given.provider == "cuda":
+        about["gpu"] = torch.cuda.get_device_name()
+    models = published(given.pretrained) if given.pretrained else jobs(given.only, given.types)
+    for job, found_files, folder in prepared(models, given.provider, 1 if given.pretrained else given.ahead):
+        notes[f"{job.name} {job.dtype}"] = found_files.lost | {
+            name: f"runs as {same} does" for name, same in found_files.same.items()}  # fmt: skip
+        for threads in given.threads:
+            if not given.without_fastest:
+                told = fastest(job, found_files, threads, given.provider, folder)
+                notes[f"{job.name} {job.dtype}"][f"{FASTEST}, {threads} threads"] = told
+            for found in race(job, found_files, threads, given.provider, given.seconds, given.at_a_time):
+                results.append(found)
+                print(*row(found, names), flush=True)
+        # at once: the next may run out of time
+        result = merged(given.out, {"shapes": about}, results, ("model", "type", "tokens", "threads"))
+        there = {f"{one['model']} {one['type']}" for one in result["models"]}
+        save(given.out, result | {"notes": {n: why for n, why in (kept | notes).items() if n in there}})
     print("\n" + table(["model", "tokens", "threads", *names], [row(r, names) for r in results]))
     for name, why in notes.items():
         print(f"{name}: " + "; ".join(f"{tool}: {reason}" for tool, reason in why.items()))
