@@ -346,8 +346,7 @@ OrtStatus *nf_call(const Kernel *k, OrtKernelContext *context) {
   return status;
 }
 
-/* Take note of a parameter that is an initializer, so that a call needs neither ask for it nor (on the CPU) convert it:
- * ONNX Runtime puts initializers where their kernels read them before it makes the kernels. */
+/* Take note of a parameter that is an initializer, so that a call needs neither ask for it nor convert it. */
 static OrtStatus *constant(Kernel *k, const OrtKernelInfo *info, size_t input_index, int i) {
   const OrtValue *value = NULL;
   int given = 0, type = type_of(&k->op->spec, i);
@@ -357,7 +356,7 @@ static OrtStatus *constant(Kernel *k, const OrtKernelInfo *info, size_t input_in
   TRY(shape_of(k, value, "a weight", t));
   TRY(ORT(k->api, GetTensorMutableData)((OrtValue *)value, &t->data));
   k->fixed[i].constant = 1;
-  if (type == F32 || k->op->cuda) return NULL;
+  if (type == F32) return NULL;
   size_t count = 1;
   for (size_t d = 0; d < t->rank; d++) count *= (size_t)t->dims[d];
   k->fixed[i].floats = malloc((count + 1) * sizeof(float));

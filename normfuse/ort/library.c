@@ -65,7 +65,7 @@ static OrtStatus *ORT_CALL op_create(const OrtCustomOp *op, OrtApi *api, const O
     k->axes_count = MAX_RANK;
     status = ORT(api, KernelInfoGetAttributeArray_int64)(info, "axes", k->axes, &k->axes_count);
   }
-  if (!status) status = nf_constants(k, info);
+  if (!status && !SELF->cuda) status = nf_constants(k, info);
   if (status) op_destroy(k);
   else *out = k;
   return status;
