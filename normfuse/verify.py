@@ -171,6 +171,14 @@ def compare_models(path_a: str | Path, path_b: str | Path, *, seed: int = 0,
     Raises `InputError` where a model does not load or run, or the two have other inputs or outputs, and
     `UnsafeModelError` for external data that are outside a model's folder.
     """
+    _, names, first, second, provider = run_both(path_a, path_b, seed=seed, inputs=inputs)
+    return compare_outputs(names, first, second, roundings, provider)
+
+
+def run_both(path_a: str | Path, path_b: str | Path, *, seed: int, inputs: Mapping[str, Array] | None,
+             ) -> tuple[dict[str, Array], list[str], list[Any], list[Any], str]:  # fmt: skip
+    """The inputs on which `compare_models` runs two models, the names of the outputs, the outputs of both, and the
+    provider. It raises what that does."""
     from normfuse.frontends.onnx_contrib import head_sizes
     from normfuse.io.files import read_onnx
 
@@ -193,7 +201,7 @@ def compare_models(path_a: str | Path, path_b: str | Path, *, seed: int = 0,
         raise
     except Exception as why:
         raise InputError(f"the models do not run on these inputs: {first_line(why)}") from why
-    return compare_outputs(wanted, first, second, roundings, a.get_providers()[0])
+    return feeds, wanted, first, second, a.get_providers()[0]
 
 
 def compare_outputs(names: Sequence[str], first: Sequence[Any], second: Sequence[Any], roundings: float,
@@ -237,8 +245,9 @@ def _compare_output(name: str, x: Any, y: Any, roundings: float) -> tuple[dict[s
     return record | {"max_abs": gap, "max_rel": gap / top if top else gap}, gap <= roundings * unit * top
 
 
-def session(path: str | Path) -> Any:
-    """An ONNX Runtime session on the CPU.
+def session(model: str | Path | bytes, data: str | Path = "", without: Sequence[str] = ()) -> Any:
+    """An ONNX Runtime session on the CPU, `without` some of its optimisers; of a file, or of a message, whose external
+    data is in the folder `data`.
 
     Raises `UnsupportedError` without ONNX Runtime, `InputError` for a model that it does not load.
     """
@@ -248,10 +257,15 @@ def session(path: str | Path) -> Any:
         raise UnsupportedError("this needs ONNX Runtime: pip install 'normfuse[cpu]' or 'normfuse[gpu]'") from None
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
+    if data:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(data))
+    given = model if isinstance(model, bytes) else str(model)
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"],
+                                            disabled_optimizers=list(without))  # fmt: skip
     except Exception as why:
-        raise InputError(f"{path}: ONNX Runtime does not load it: {first_line(why)}") from why
+        name = "a model" if isinstance(model, bytes) else model
+        raise InputError(f"{name}: ONNX Runtime does not load it: {first_line(why)}") from why
 
 
 MOST = 2**22

@@ -440,13 +440,34 @@ def test_a_wrong_rewrite_of_such_a_model_is_told(change: str, tmp_path: Path) ->
     assert not compare_rewritten(source, saved(wrong, tmp_path / "wrong.onnx"))["equal"]
 
 
-def test_of_external_data_nothing_is_copied(tmp_path: Path) -> None:
-    """There the difference is an error, and nothing is written."""
-    made = flax(FAR, "x1")
-    onnx.save(made, tmp_path / "in.onnx", save_as_external_data=True, location="w.bin", size_threshold=60)
-    with pytest.raises(normfuse.VerificationError, match="after the rewrite, output"):
-        normfuse.rewrite(tmp_path / "in.onnx", tmp_path / "out.onnx", normfuse.Config(verify="model"))
-    assert {p.name for p in tmp_path.iterdir()} == {"in.onnx", "w.bin"}
+def test_with_weights_beside_the_file_too(tmp_path: Path) -> None:
+    """They are read where they lie; of a wrong rewrite nothing is written."""
+    source, out = tmp_path / "in.onnx", tmp_path / "out.onnx"
+    onnx.save(flax(FAR, "x1"), source, save_as_external_data=True, location="w.bin", size_threshold=60)
+    report = normfuse.rewrite(source, out, normfuse.Config(verify="model"))
+    assert report.fused == 1 and report.model_check is not None and report.model_check["equal"]
+    assert report.model_check["outputs"][0]["after"] < report.model_check["outputs"][0]["before"] / 10
+    assert not compare_models(source, out)["equal"]
+    (data,) = [p for p in tmp_path.iterdir() if p.suffix != ".onnx" and p.name != "w.bin"]
+    values = np.fromfile(data, "f4")
+    (values + np.float32(0.1)).tofile(data)
+    found = compare_rewritten(source, out)
+    assert not found["equal"] and found["outputs"][0]["after"] > 100 * found["outputs"][0]["before"]
+
+
+@pytest.mark.parametrize("kind", ["SkipLayerNormalization", "SkipSimplifiedLayerNormalization"])
+def test_skip_operators_of_float16_are_measured_too(kind: str, tmp_path: Path) -> None:
+    """With an output of float32, as converters to float16 keep it, what is rounded inside decides."""
+    weights = "wh, vh" if kind.startswith("SkipL") else "wh"
+    made = onnx.parser.parse_model(f'''<ir_version: 8, opset_import: ["": 18, "com.microsoft": 1]>
+        g (float16[B, 3, {N}] x, float16[B, 3, {N}] r) => (float[B, 3, {N}] y) {{
+            a, n1, n2, s = com.microsoft.{kind}<epsilon=1e-5>(x, r, {weights})
+            b, n3, n4, t = com.microsoft.{kind}<epsilon=1e-5>(a, s, {weights}) c = Add(b, t) y = Cast<to=1>(c) }}''')
+    for name in "wv":
+        made.graph.initializer.append(onnx.numpy_helper.from_array(np.array(NUMBERS[name], "f2"), f"{name}h"))
+    source, out = saved(made, tmp_path / "in.onnx"), tmp_path / "out.onnx"
+    report = normfuse.rewrite(source, out, normfuse.Config(target="normfuse", verify="model"))
+    assert report.fused == 2 and report.model_check is not None and report.model_check["equal"]
 
 
 def test_a_label_has_no_leeway(tmp_path: Path) -> None:
