@@ -65,9 +65,11 @@ CODES: dict[str, Code] = {
         "the statistic and the scaled tensor do not belong together",
         "A mean square or a variance was found, but what follows does not make it a norm of the same tensor over the "
         "same axes. Examples: the mean of one tensor scales another; the mean is taken over a slice or a masked copy; "
-        "two axes are reduced and one is normalised; a statistic goes on into an operator such as Sigmoid.",
-        "Nothing, in most cases: it is no norm. If it is one mathematically, please report it with the node's "
-        "neighbourhood, since NormFuse should have found it.",
+        "two axes are reduced and one is normalised; a statistic goes on into an operator such as Sigmoid; a "
+        "quantiser has rounded the statistic to eight bits.",
+        "Nothing, in most cases: it is no norm. If a quantiser did it, rewrite the model first and quantise that. "
+        "If it is a norm mathematically, please report it with the node's neighbourhood, since NormFuse should have "
+        "found it.",
     ),
     "NF107": Code(
         "a kept axis of size 1 is missing",

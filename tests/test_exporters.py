@@ -18,62 +18,10 @@ from torch import Tensor, nn
 
 import normfuse
 import normfuse.ort
-from normfuse.frontends.onnx_wide import compare_rewritten, widen_norms
-from normfuse.io.files import read_onnx, write_onnx
-from normfuse.verify import compare_models, session
-from tests.cli_tools import run, saved
+from normfuse.verify import session
+from tests.cli_tools import saved
+from tests.exporters import ARRAYS, NUMBERS, Array, N, flax, layer_norm, model, rows
 from tests.families import cached_export
-
-Array = np.ndarray[Any, Any]
-N = 8
-NUMBERS: dict[str, Any] = {
-    "w": np.linspace(0.5, 1.5, N), "v": np.linspace(-1, 1, N), "W": np.eye(N)[::-1] + 0.1, "eps": 1e-3, "c0": 0.0,
-    "c1": 1.0, "share": 1 / N, "small": 1e-3, "tenth": 0.1, "ten": 10.0, "large": 1e3,
-    "log_eps": np.log(0.25), "two": 2.0, "minus_half": -0.5, "scale": 0.02, "fixed": np.linspace(0, 1, 4),
-}  # fmt: skip
-WHOLE: dict[str, Any] = {
-    "zero": [0], "one": [1], "pair": [2], "last": [-1], "behind": [0, 2, 3], "four": [1, -1, N, 1],
-    "size": [N],
-}  # fmt: skip
-ARRAYS: dict[str, Array] = {
-    "point": np.array(3, "i1"), "W8": np.arange(N * N, dtype="i1").reshape(N, N), "U8": np.eye(N, dtype="i1") * 50,
-    "M": np.random.default_rng(2).standard_normal((16, 8)).astype("f4"),
-    "wide_w": np.linspace(0.5, 1.5, N, dtype="f4").reshape(N, 1, 1),
-    "wide_v": np.linspace(2.5, 3.5, N, dtype="f4").reshape(N, 1, 1),
-    "F": np.random.default_rng(5).standard_normal((N, N, 1, 1)).astype("f4"),
-    "cube": np.random.default_rng(4).uniform(0.5, 1.5, (N, N, N)).astype("f4"),
-    "M16": np.eye(16, dtype="f4"), "nan": np.array(np.nan, "f4"), "nan11": np.full((1, 1), np.nan, "f4"),
-    "nan41": np.full((4, 1), np.nan, "f4"), "nan111": np.full((1, 1, 1), np.nan, "f4"),
-    "G": np.random.default_rng(0).standard_normal((1, 3 * N, N)).astype("f4") / 4,
-    "R": np.random.default_rng(1).standard_normal((1, 3 * N, N)).astype("f4") / 4,
-}  # fmt: skip
-
-
-def model(lines: str, inputs: str, output: str, opset: int) -> onnx.ModelProto:
-    """A model of lines in ONNX's own language, with those constants of the three tables that they read."""
-    made = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["": {opset}]> g ({inputs}) => ({output}) '
-                                   f"{{ {lines} }}")  # fmt: skip
-    tables = {k: np.array(v, "f4") for k, v in NUMBERS.items()} | {k: np.array(v) for k, v in WHOLE.items()} | ARRAYS
-    read = set(re.findall(r"\w+", lines))
-    made.graph.initializer.extend(onnx.numpy_helper.from_array(a, k) for k, a in tables.items() if k in read)
-    onnx.checker.check_model(made, full_check=True)
-    return made
-
-
-def rows(count: int = 4) -> dict[str, Array]:
-    """Rows to be normalised that are random, offset, of a large mean, tiny, large, and zero."""
-    normal = np.random.default_rng(3).standard_normal((count, N))
-    kinds = {"random": normal, "offset": normal + 3, "large mean": normal + 100, "tiny": normal * 1e-3,
-             "large": normal * 1e4, "zero": normal * 0}  # fmt: skip
-    return {name: array.astype("f4") for name, array in kinds.items()}
-
-
-def layer_norm(x: Array, eps: float, w: Array | float = 1.0, v: Array | float = 0.0) -> Array:
-    wide = x.astype("f8")
-    centred = wide - wide.mean(-1, keepdims=True)
-    out: Array = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + eps) * w + v
-    return out
-
 
 # -- Keras: LayerNormalization by way of FusedBatchNormV3 in training mode ---------------------------------------------
 
@@ -126,20 +74,6 @@ def test_batch_normalization_in_training_mode_is_left() -> None:
 
 
 # -- Flax: a variance in one pass, clamped, through reshapes and expansions to a computed shape ------------------------
-
-
-FLAX = """shape = Shape(u) lead = Slice(shape, zero, one, zero) column = Concat<axis=0>(lead, one)
-sum = ReduceSum<keepdims=0>({x}, last) mean = Mul(sum, share) q = Mul({x}, {x})
-sum2 = ReduceSum<keepdims=0>(q, last) mean2 = Mul(sum2, share) m2 = Mul(mean, mean) diff = Sub(mean2, m2)
-var = Max({floor}, diff) vr = Reshape(var, column) ve = Expand(vr, {spread}) a = Add(ve, eps) s = Sqrt(a)
-inv = Reciprocal(s) g = Mul(inv, w) mr = Reshape(mean, column) me = Expand(mr, column) d = Sub({x}, me) h = Mul(d, g)
-y = Add(h, v)"""
-
-
-def flax(ahead: str = "", x: str = "x", floor: str = "c0", spread: str = "column") -> onnx.ModelProto:
-    """Nothing says that x and u, of which a size is read, have as many rows."""
-    lines = ahead + FLAX.format(x=x, floor=floor, spread=spread)
-    return model(lines, f"float[A, {N}] x, float[B, {N}] u", f"float[A, {N}] y", 15)
 
 
 def test_flax_layer_norm(tmp_path: Path) -> None:
@@ -399,107 +333,6 @@ def test_two_branches_that_call_values_of_other_shapes_the_same() -> None:
                     node.op_type = "Einsum"
                     node.attribute.add(name="equation", type=onnx.AttributeProto.STRING, s=b"ij,jk->ik")
         assert [n.kind for n in normfuse.inspect(made).norms] == [kind], (op, other)
-
-
-# -- a model that is far from what it means ----------------------------------------------------------------------------
-
-
-FAR = "t = Mul(x, tenth) x1 = Add(t, ten) "
-"""A mean of a hundred standard deviations: of a variance in one pass in float32 three digits are right."""
-
-
-def test_a_rewrite_is_measured_against_the_norms_in_float64(tmp_path: Path) -> None:
-    source, out = saved(flax(FAR, "x1"), tmp_path / "in.onnx"), tmp_path / "out.onnx"
-    report = normfuse.rewrite(source, out, normfuse.Config(verify="model"))
-    assert report.fused == 1 and report.model_check is not None and report.model_check["equal"]
-    (output,) = report.model_check["outputs"]
-    assert output["before"] > 100 * 2.0**-23 and output["after"] < output["before"] / 10
-    assert not compare_models(source, out)["equal"]  # by themselves the two are told apart
-    code, text, _ = run("verify", source, out)
-    assert code == 0 and "from the input with its norms in float64" in text
-    code, text, _ = run("reduce", source, tmp_path / "less.onnx")
-    assert code == 1 and "nothing goes wrong" in text and not (tmp_path / "less.onnx").exists()
-
-
-@pytest.mark.parametrize("change", ["eps", "w", "v", "kind"])
-def test_a_wrong_rewrite_of_such_a_model_is_told(change: str, tmp_path: Path) -> None:
-    source, right = saved(flax(FAR, "x1"), tmp_path / "in.onnx"), tmp_path / "right.onnx"
-    normfuse.rewrite(source, right, normfuse.Config())
-    wrong = onnx.load(right)
-    (norm,) = (node for node in wrong.graph.node if node.domain == "normfuse")
-    if change == "eps":
-        next(a for a in norm.attribute if a.name == "epsilon").f *= 2
-    elif change == "kind":
-        wrong = onnx.load(source)
-        next(node for node in wrong.graph.node if node.output[0] == "diff").input[1] = "c0"  # an RMSNorm's variance
-    else:
-        tensor = next(t for t in wrong.graph.initializer if t.name == change)
-        array = onnx.numpy_helper.to_array(tensor) + np.float32(0.1)
-        tensor.CopyFrom(onnx.numpy_helper.from_array(array, change))
-    assert compare_rewritten(source, right)["equal"]
-    assert not compare_rewritten(source, saved(wrong, tmp_path / "wrong.onnx"))["equal"]
-
-
-def test_with_weights_beside_the_file_too(tmp_path: Path) -> None:
-    """They are read where they lie; of a wrong rewrite nothing is written."""
-    source, out = tmp_path / "in.onnx", tmp_path / "out.onnx"
-    onnx.save(flax(FAR, "x1"), source, save_as_external_data=True, location="w.bin", size_threshold=60)
-    report = normfuse.rewrite(source, out, normfuse.Config(verify="model"))
-    assert report.fused == 1 and report.model_check is not None and report.model_check["equal"]
-    assert report.model_check["outputs"][0]["after"] < report.model_check["outputs"][0]["before"] / 10
-    assert not compare_models(source, out)["equal"]
-    (data,) = [p for p in tmp_path.iterdir() if p.suffix != ".onnx" and p.name != "w.bin"]
-    values = np.fromfile(data, "f4")
-    (values + np.float32(0.1)).tofile(data)
-    found = compare_rewritten(source, out)
-    assert not found["equal"] and found["outputs"][0]["after"] > 100 * found["outputs"][0]["before"]
-
-
-@pytest.mark.parametrize("kind", ["SkipLayerNormalization", "SkipSimplifiedLayerNormalization"])
-def test_skip_operators_of_float16_are_measured_too(kind: str, tmp_path: Path) -> None:
-    """With an output of float32, as converters to float16 keep it, what is rounded inside decides."""
-    weights = "wh, vh" if kind.startswith("SkipL") else "wh"
-    made = onnx.parser.parse_model(f'''<ir_version: 8, opset_import: ["": 18, "com.microsoft": 1]>
-        g (float16[B, 3, {N}] x, float16[B, 3, {N}] r) => (float[B, 3, {N}] y) {{
-            a, n1, n2, s = com.microsoft.{kind}<epsilon=1e-5>(x, r, {weights})
-            b, n3, n4, t = com.microsoft.{kind}<epsilon=1e-5>(a, s, {weights}) c = Add(b, t) y = Cast<to=1>(c) }}''')
-    for name in "wv":
-        made.graph.initializer.append(onnx.numpy_helper.from_array(np.array(NUMBERS[name], "f2"), f"{name}h"))
-    source, out = saved(made, tmp_path / "in.onnx"), tmp_path / "out.onnx"
-    report = normfuse.rewrite(source, out, normfuse.Config(target="normfuse", verify="model"))
-    assert report.fused == 2 and report.model_check is not None and report.model_check["equal"]
-
-
-def test_a_label_has_no_leeway(tmp_path: Path) -> None:
-    """Where the model's own label is off by one, that of the rewrite may still not be."""
-    lines = FAR + FLAX.format(x="x1", floor="c0", spread="column") + "many = Mul(y, large) label = Cast<to=7>(many) "
-    given = f"float[A, {N}] x, float[B, {N}] u"
-    source = saved(model(lines, given, f"int64[A, {N}] label", 15), tmp_path / "in.onnx")
-    wrong = saved(model(lines.replace("label =", "less =") + "label = Add(less, one)", given,
-                        f"int64[A, {N}] label", 15), tmp_path / "wrong.onnx")  # fmt: skip
-    for path, right in ((source, True), (wrong, False)):
-        out = tmp_path / f"out-{path.name}"
-        normfuse.rewrite(path, out, normfuse.Config())
-        assert not compare_models(source, out)["equal"]
-        found = compare_rewritten(source, out)
-        assert found["equal"] == right
-        assert found["outputs"][0]["before"] * 2 >= found["outputs"][0]["after"]
-
-
-def test_norms_in_float64_are_the_same_model(tmp_path: Path) -> None:
-    """Also where a result is an output of the graph and is read inside, and where sizes and casts are in between."""
-    lines = FAR + FLAX.format(x="x1", floor="c0", spread="column") + " o = Neg(mean)"
-    made = model(lines, f"float[A, {N}] x, float[B, {N}] u", f"float[A, {N}] y, float[A] mean, float[A] o", 15)
-    source = saved(made, tmp_path / "in.onnx")
-    wide, _ = read_onnx(source)
-    assert widen_norms(wide) == 1
-    write_onnx(wide, tmp_path / "wide.onnx")
-    x = rows()["random"]
-    t = x * np.float32(0.1) + np.float32(10)
-    y, mean, less = session(tmp_path / "wide.onnx").run(None, {"x": x, "u": x})
-    want = layer_norm(t, 1e-3, NUMBERS["w"], NUMBERS["v"])
-    assert np.abs(y - want).max() <= 1e-6 * np.abs(want).max() and y.dtype == np.float32
-    assert np.abs(mean - t.astype("f8").mean(-1)).max() <= 2.0**-21 and (less == -mean).all()
 
 
 # -- quantised models --------------------------------------------------------------------------------------------------

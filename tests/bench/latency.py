@@ -390,7 +390,7 @@ def main() -> None:
     parser.add_argument("--without-fastest", action="store_true", help="which takes half of the time")
     parser.add_argument("--at-a-time", type=int, default=100, choices=range(2, 101), metavar="N",
                         help="sessions, where memory has no room for all: 2 or more")  # fmt: skip
-    parser.add_argument("--ahead", type=int, default=1, metavar="N",
+    parser.add_argument("--ahead", type=int, default=1, choices=range(1, 101), metavar="N",
                         help="models to prepare side by side before they are measured")  # fmt: skip
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()

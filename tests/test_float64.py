@@ -1,0 +1,129 @@
+"""Rewrites that differ from their models: what computes the norms in float64 decides which of the two is right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+import normfuse
+from normfuse.frontends.onnx_wide import compare_rewritten, widen_norms
+from normfuse.io.files import read_onnx, write_onnx
+from normfuse.verify import compare_models, session
+from tests.cli_tools import run, saved
+from tests.exporters import FLAX, NUMBERS, N, flax, layer_norm, model, rows
+
+FAR = "t = Mul(x, tenth) x1 = Add(t, ten) "
+"""A mean of a hundred standard deviations: of a variance in one pass in float32 three digits are right."""
+
+
+def test_a_rewrite_is_measured_against_the_norms_in_float64(tmp_path: Path) -> None:
+    source, out = saved(flax(FAR, "x1"), tmp_path / "in.onnx"), tmp_path / "out.onnx"
+    report = normfuse.rewrite(source, out, normfuse.Config(verify="model"))
+    assert report.fused == 1 and report.model_check is not None and report.model_check["equal"]
+    (output,) = report.model_check["outputs"]
+    assert output["before"] > 100 * 2.0**-23 and output["after"] < output["before"] / 10
+    assert not compare_models(source, out)["equal"]  # by themselves the two are told apart
+    code, text, _ = run("verify", source, out)
+    assert code == 0 and "from the input with its norms in float64" in text
+    code, text, _ = run("reduce", source, tmp_path / "less.onnx")
+    assert code == 1 and "nothing goes wrong" in text and not (tmp_path / "less.onnx").exists()
+
+
+@pytest.mark.parametrize("change", ["eps", "w", "v", "kind"])
+def test_a_wrong_rewrite_of_such_a_model_is_told(change: str, tmp_path: Path) -> None:
+    source, right = saved(flax(FAR, "x1"), tmp_path / "in.onnx"), tmp_path / "right.onnx"
+    normfuse.rewrite(source, right, normfuse.Config())
+    wrong = onnx.load(right)
+    (norm,) = (node for node in wrong.graph.node if node.domain == "normfuse")
+    if change == "eps":
+        next(a for a in norm.attribute if a.name == "epsilon").f *= 2
+    elif change == "kind":
+        wrong = onnx.load(source)
+        next(node for node in wrong.graph.node if node.output[0] == "diff").input[1] = "c0"  # an RMSNorm's variance
+    else:
+        tensor = next(t for t in wrong.graph.initializer if t.name == change)
+        array = onnx.numpy_helper.to_array(tensor) + np.float32(0.1)
+        tensor.CopyFrom(onnx.numpy_helper.from_array(array, change))
+    assert compare_rewritten(source, right)["equal"]
+    assert not compare_rewritten(source, saved(wrong, tmp_path / "wrong.onnx"))["equal"]
+
+
+def test_with_weights_beside_the_file_too(tmp_path: Path) -> None:
+    """They are read where they lie; wrong ones are told."""
+    source, out = tmp_path / "in.onnx", tmp_path / "out.onnx"
+    onnx.save(flax(FAR, "x1"), source, save_as_external_data=True, location="w.bin", size_threshold=60)
+    report = normfuse.rewrite(source, out, normfuse.Config(verify="model"))
+    assert report.fused == 1 and report.model_check is not None and report.model_check["equal"]
+    assert report.model_check["outputs"][0]["after"] < report.model_check["outputs"][0]["before"] / 10
+    assert not compare_models(source, out)["equal"]
+    (data,) = [p for p in tmp_path.iterdir() if p.suffix != ".onnx" and p.name != "w.bin"]
+    values = np.fromfile(data, "f4")
+    (values + np.float32(0.1)).tofile(data)
+    found = compare_rewritten(source, out)
+    assert not found["equal"] and found["outputs"][0]["after"] > 100 * found["outputs"][0]["before"]
+
+
+@pytest.mark.parametrize("kind", ["SkipLayerNormalization", "SkipSimplifiedLayerNormalization"])
+def test_skip_operators_of_float16_are_measured_too(kind: str, tmp_path: Path) -> None:
+    """With an output of float32, as converters to float16 keep it, what is rounded inside decides."""
+    weights = "wh, vh" if kind.startswith("SkipL") else "wh"
+    made = onnx.parser.parse_model(f'''<ir_version: 8, opset_import: ["": 18, "com.microsoft": 1]>
+        g (float16[B, 3, {N}] x, float16[B, 3, {N}] r) => (float[B, 3, {N}] y) {{
+            a, n1, n2, s = com.microsoft.{kind}<epsilon=1e-5>(x, r, {weights})
+            b, n3, n4, t = com.microsoft.{kind}<epsilon=1e-5>(a, s, {weights}) c = Add(b, t) y = Cast<to=1>(c) }}''')
+    for name in "wv":
+        made.graph.initializer.append(onnx.numpy_helper.from_array(np.array(NUMBERS[name], "f2"), f"{name}h"))
+    source, out = saved(made, tmp_path / "in.onnx"), tmp_path / "out.onnx"
+    report = normfuse.rewrite(source, out, normfuse.Config(target="normfuse", verify="model"))
+    assert report.fused == 2 and report.model_check is not None and report.model_check["equal"]
+    assert not compare_models(source, out)["equal"]  # by themselves the two are told apart
+    assert report.model_check["outputs"][0]["after"] <= 2 * report.model_check["outputs"][0]["before"]
+    wrong = onnx.load(out)
+    next(a for n in wrong.graph.node if n.domain == "normfuse" for a in n.attribute if a.name == "eps").f = 0.1
+    assert not compare_rewritten(source, saved(wrong, tmp_path / "wrong.onnx"))["equal"]
+
+
+def test_a_skip_operator_that_stays_is_not_computed_in_float64() -> None:
+    """Its mean is read, so it is not written out: nothing of what is before it may be taken for a part of the norm."""
+    made = onnx.parser.parse_model(f'''<ir_version: 8, opset_import: ["": 18, "com.microsoft": 1]>
+        g (float[B, 3, {N}] x, float[B, 3, {N}] r, float[{N}] w) => (float[B, 3, {N}] y, float[B, 3, 1] m) {{
+            h = Tanh(x) y, m, i, s = com.microsoft.SkipLayerNormalization<epsilon=1e-5>(h, r, w) }}''')
+    wide, before = ir.from_proto(made), [n.op_type for n in made.graph.node]
+    assert widen_norms(wide) == 0 and [n.op_type for n in wide.graph] == before
+    assert len(normfuse.inspect(made).norms) == 1
+
+
+def test_a_label_has_no_leeway(tmp_path: Path) -> None:
+    """Where the model's own label is off by one, that of the rewrite may still not be."""
+    lines = FAR + FLAX.format(x="x1", floor="c0", spread="column") + "many = Mul(y, large) label = Cast<to=7>(many) "
+    given = f"float[A, {N}] x, float[B, {N}] u"
+    source = saved(model(lines, given, f"int64[A, {N}] label", 15), tmp_path / "in.onnx")
+    wrong = saved(model(lines.replace("label =", "less =") + "label = Add(less, one)", given,
+                        f"int64[A, {N}] label", 15), tmp_path / "wrong.onnx")  # fmt: skip
+    for path, right in ((source, True), (wrong, False)):
+        out = tmp_path / f"out-{path.name}"
+        normfuse.rewrite(path, out, normfuse.Config())
+        assert not compare_models(source, out)["equal"]
+        found = compare_rewritten(source, out)
+        assert found["equal"] == right
+        assert found["outputs"][0]["before"] * 2 >= found["outputs"][0]["after"]
+
+
+def test_norms_in_float64_are_the_same_model(tmp_path: Path) -> None:
+    """Also where a result is an output of the graph and is read inside, and where sizes and casts are in between."""
+    lines = FAR + FLAX.format(x="x1", floor="c0", spread="column") + " o = Neg(mean)"
+    made = model(lines, f"float[A, {N}] x, float[B, {N}] u", f"float[A, {N}] y, float[A] mean, float[A] o", 15)
+    source = saved(made, tmp_path / "in.onnx")
+    wide, _ = read_onnx(source)
+    assert widen_norms(wide) == 1
+    write_onnx(wide, tmp_path / "wide.onnx")
+    x = rows()["random"]
+    t = x * np.float32(0.1) + np.float32(10)
+    y, mean, less = session(tmp_path / "wide.onnx").run(None, {"x": x, "u": x})
+    want = layer_norm(t, 1e-3, NUMBERS["w"], NUMBERS["v"])
+    assert np.abs(y - want).max() <= 1e-6 * np.abs(want).max() and y.dtype == np.float32
+    assert np.abs(mean - t.astype("f8").mean(-1)).max() <= 2.0**-21 and (less == -mean).all()
