@@ -25,8 +25,8 @@ def test_a_fault_at_every_call(name: str) -> None:
 
 
 def test_kill() -> None:
-    found = kills(100)
-    assert found["new"] + found["old"] + found["absent"] == 100
+    found = kills(50)
+    assert found["new"] + found["old"] + found["absent"] == 50
     assert found["old"] and found["new"] and found["absent"]
 
 

@@ -40,6 +40,7 @@ DATA = (SOURCES / "ptx_data.h").read_text(encoding="ascii")
 FLAGS = "-std=c11 -O2 -fPIC -shared -Wall -Wextra -Wpedantic -Werror".split()
 C = ("cuda.c", "ptx.c")
 QUICK = [name for name in CASES if name not in COMPUTED]
+SAMPLED = ("every_operator", "odd_sizes", "the_bits_of_torch")
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
 
 
@@ -77,7 +78,7 @@ def run(built: Path, driver: str, *args: str, library: str = "tested/tested.so",
 
 @pytest.fixture(scope="module")
 def found(built: Path) -> dict[str, Found]:
-    """What the cases found."""
+    """What the cases found, with a half or a third of the types and sizes."""
     cases: dict[str, Found] = json.loads(run(built, "fake", NORMFUSE_SAMPLE="1"))
     return cases
 
@@ -87,6 +88,14 @@ def found(built: Path) -> dict[str, Found]:
 def test_launches(name: str, found: dict[str, Found]) -> None:
     print(name, found[name])
     assert "failed" not in found[name], found[name]["failed"]
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize("name", SAMPLED)
+def test_launches_in_full(name: str, built: Path) -> None:
+    done = json.loads(run(built, "fake", name))[name]
+    assert "failed" not in done, done["failed"]
 
 
 @needs_compiler
