@@ -399,7 +399,7 @@ def test_import_is_lazy() -> None:
 # -- under the sanitizers ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("baseline", [False, True])
+@pytest.mark.parametrize("baseline", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_sanitizers(baseline: bool, tmp_path: Path) -> None:
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     flags = ["-std=c11", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-ffp-contract=off"]
