@@ -2,21 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable
 from typing import Any
-
-
-def while_the_same(state: Callable[[], object], function: Callable[[], None]) -> Callable[[], None]:
-    """The function, where it has not run since the state was another one."""
-    seen: list[object] = []
-
-    def run() -> None:
-        if seen != [state()]:
-            function()
-            seen[:] = [state()]
-
-    return run
-
 
 with contextlib.suppress(ImportError, AttributeError, KeyError):  # other versions of torch keep them elsewhere
     from torch.onnx._internal.exporter import _registration, _schemas
@@ -30,7 +16,7 @@ with contextlib.suppress(ImportError, AttributeError):
     import torch
     from torch._export import utils
 
-    # an object for each of 800 operators, for each of 30 namespaces
-    utils._materialize_cpp_cia_ops = while_the_same(
-        lambda: len(torch._C._dispatch_get_registrations_for_dispatch_key("CompositeImplicitAutograd")),
-        utils._materialize_cpp_cia_ops)  # fmt: skip
+    # an object for each of 800 operators, for each of 30 namespaces: again only where there are more operators
+    made: Any = functools.cache(lambda count, make=utils._materialize_cpp_cia_ops: make())
+    utils._materialize_cpp_cia_ops = lambda: made(
+        len(torch._C._dispatch_get_registrations_for_dispatch_key("CompositeImplicitAutograd")))  # fmt: skip

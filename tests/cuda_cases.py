@@ -130,7 +130,7 @@ def the_bits_of_torch(driver: Driver) -> Found:
     """Where rows are multiples of 16 bytes, the results have the bits that torch's operators give."""
     run = Interpreted(driver)
     forms = set()
-    for i, (op, kind, types) in some(enumerate(itertools.product(OPS, KINDS, ALL_TYPES)), 2):
+    for i, (op, kind, types) in enumerate(some(itertools.product(OPS, KINDS, ALL_TYPES), 2)):
         n = (64, 72, 256, 1000, 2048, 4096)[i % 6] if i % 11 else (40000, 20000)[i % 2]
         weights = "wb" if kind == "layer_norm" else "w"
         if fits(op, types) and not op.startswith("bias_"):  # these only ONNX has
