@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import subprocess
 import sys
+import uuid
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch._functorch.config as functorch
+import torch._inductor.config as inductor
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from torch._inductor.utils import fresh_cache, run_and_get_code
+from torch._inductor.utils import run_and_get_code
 from torch._subclasses import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
@@ -46,6 +50,13 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
 
     monkeypatch.setattr(backend, "rewrite", spy)
     return seen
+
+
+@contextlib.contextmanager
+def uncached() -> Iterator[None]:
+    """Compile what was compiled before; in a cache folder of its own Inductor would compile its headers as well."""
+    with functorch.patch(enable_autograd_cache=False), inductor.patch(fx_graph_cache=False):
+        yield
 
 
 def operators(graph: torch.fx.GraphModule) -> Counter[str]:
@@ -367,7 +378,7 @@ def test_inductor_takes_the_operators_apart_on_a_cpu(how: dict[str, Any]) -> Non
     torch.compile(lambda x: x + 1)(torch.ones(3))
     if "options" in how:
         how = {"options": {"pre_grad_custom_pass": normfuse.InductorPass()}}
-    with fresh_cache():
+    with uncached():
         _, code = run_and_get_code(torch.compile(Stack().requires_grad_(False), **how), torch.randn(4, 16))
     report = normfuse.last_report()
     assert report is not None and report.fused == 3
@@ -384,14 +395,14 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from normfuse.ops import register
-from tests.test_backend import Stack
+from tests.test_backend import Stack, uncached
 if {before}:
     torch.compile(lambda x: x + 1)(torch.ones(3))
 for op in register.DECOMPOSITIONS:
     register.DECOMPOSITIONS[op] = lambda *args: NotImplemented
 model, x = Stack(), torch.randn(4, 16)
 compiled = torch.compile(model, backend="normfuse")
-with fresh_cache():
+with uncached():
     _, code = run_and_get_code(lambda: compiled(x).sum().backward())
     torch.testing.assert_close(compiled(x), model(x))
 print([[f"= torch.ops.normfuse.{{name}}.default(" in c for name in ("norm_add", "norm_backward")] for c in code])
@@ -486,11 +497,11 @@ def test_the_version_names_every_source_file() -> None:
     assert normfuse.InductorPass().uuid() != normfuse.InductorPass(normfuse.Config(numerics="fast")).uuid()
 
 
-def test_another_version_misses_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+def test_another_version_misses_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = uuid.uuid4().hex
     x, w = torch.randn(4, 8), torch.rand(8)
     hits = []
-    for tag in ("normfuse-a", "normfuse-a", "normfuse-b"):
+    for tag in (f"{own}-a", f"{own}-a", f"{own}-b"):
         torch._dynamo.reset()
         counters.clear()
         monkeypatch.setattr(backend, "version", lambda tag=tag: tag)
@@ -505,7 +516,7 @@ def test_inductor_plugin(name: str) -> None:
     parameters = dict(model.named_parameters())
     want = run(model, (x,), parameters)
     before = normfuse.last_report()
-    with fresh_cache():  # what was compiled before, in another run too, no pass sees again
+    with uncached():  # what was compiled before, in another run too, no pass sees again
         got = run(torch.compile(model, options={name: normfuse.InductorPass()}), (x,), parameters)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)

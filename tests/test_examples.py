@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch._functorch.config as functorch
+import torch._inductor.config as inductor
+from torch._inductor.async_compile import AsyncCompile
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-@pytest.mark.parametrize("more", [[], pytest.param(["--plugin"], marks=pytest.mark.slow)])
+SHOWN = re.compile(r"<!-- output: examples/compile.py -->\n```\n(.*?)```", re.DOTALL)
+
+
+@pytest.mark.slow  # twenty kernels of Inductor
+@pytest.mark.parametrize("more", [[], ["--plugin"]])
 def test_compile(more: list[str]) -> None:
     pytest.importorskip("transformers")
     argv = [sys.executable, str(EXAMPLES / "compile.py"), *more]
@@ -22,10 +30,25 @@ def test_compile(more: list[str]) -> None:
     losses = [(float(loss), float(gradient)) for loss, gradient in
               re.findall(r"loss (\S+), largest gradient (\S+)", done.stdout)]  # fmt: skip
     assert len(losses) == 2 and losses[0] == pytest.approx(losses[1], rel=1e-5)
-    readme = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
-    shown = re.search(r"<!-- output: examples/compile.py -->\n```\n(.*?)```", readme, re.DOTALL)
-    assert shown is not None
-    assert done.stdout.splitlines()[2:] == shown[1].splitlines()[2:]
+    assert done.stdout.splitlines()[2:] == shown()[2:]
+
+
+def test_compile_without_its_kernels(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is printed but for the numbers of the compiled model: the kernels of Inductor are not built."""
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(AsyncCompile, "cpp_pybinding", lambda *_: lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["compile.py"])
+    with functorch.patch(enable_autograd_cache=False), inductor.patch(fx_graph_cache=False):
+        runpy.run_path(str(EXAMPLES / "compile.py"), run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[:2]] == ["eager:", "compiled:"] and lines[2:] == shown()[2:]
+
+
+def shown() -> list[str]:
+    """The lines that the README shows."""
+    found = SHOWN.search((EXAMPLES.parent / "README.md").read_text(encoding="utf-8"))
+    assert found is not None
+    return found[1].splitlines()
 
 
 def example(name: str, *argv: object) -> str:

@@ -335,7 +335,7 @@ def test_operators_of_the_cuda_provider_do_not_disturb_the_cpu(tmp_path: Path) -
     stub, path = tmp_path / "cuda.c", tmp_path / "both.so"
     stub.write_text(CUDA)
     sources = [str(stub), *(str(SOURCES / f) for f in ("library.c", "call.c", "cpu.c"))]
-    subprocess.run([compiler, "-std=c11", "-O0", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off", "-w",
+    subprocess.run([compiler, "-std=c11", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off", "-w",
                     "-fno-math-errno", "-DNORMFUSE_CUDA", f"-I{SOURCES}", *sources, "-lm", "-o", str(path)],
                    check=True)  # fmt: skip
     options = ort.SessionOptions()
