@@ -145,7 +145,7 @@ def transformer(kind: str) -> tuple[nn.Module, Iterable[dict[str, Any]]]:
         if hasattr(part, "use_cache"):
             part.use_cache = False
     auto = AutoModel if kind in MODEL_MAPPING_NAMES else AutoModelForCausalLM
-    model: Any = auto.from_config(config).eval()  # type: ignore[no-untyped-call]
+    model: Any = auto.from_config(config).eval()
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("batched_mm")
     return model, inputs(model, config)
