@@ -203,6 +203,10 @@ def _level(p: Poly) -> int:
     return level
 
 
+RootKey = tuple[int, tuple[int, ...]]
+"""The index of a root's value, and its axes."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Root:
     """A tensor and the axes over which it may be normalised; `size` is the number of elements in a row."""
@@ -211,7 +215,7 @@ class Root:
     axes: tuple[int, ...]
     size: int | None
 
-    def key(self) -> tuple[int, tuple[int, ...]]:
+    def key(self) -> RootKey:
         return (self.value.index, self.axes)
 
 

@@ -2,10 +2,7 @@
 
 First the roots: wherever a statistic is taken, the tensors that it may be a statistic of. Then one pass over the
 nodes in topological order, in which each value gets a fact per root that reaches it (`MAX_ROOTS` at most, so time
-is linear). A value whose fact has the form of a norm, and which is not merely a step towards another one, is a site.
-
-- RMSNorm:   alpha = w * (m2 + eps)**-1/2,          beta = b
-- LayerNorm: alpha = w * (m2 - m1**2 + eps)**-1/2,  beta = b - alpha*m1
+is linear). Which of the values are norms is for `sites.py` to choose.
 """
 
 from __future__ import annotations
@@ -13,22 +10,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from normfuse.facts import (
-    MEAN, ONE, ZERO, Atom, Fact, Layout, Poly, Refused, Root, constant, formula,
-)  # fmt: skip
-from normfuse.graph import FLOATS, PRECISION, Graph, Node, Value
-from normfuse.norm import NEAR, VIEWS, Expr, Match, Norm, Refusal, Site, exact, is_op, match, precision
-from normfuse.transfer import REDUCTIONS, RULES, SPREAD, align, identity_layout, start
+from normfuse.facts import ZERO, Atom, Fact, Layout, Refused, Root, RootKey, constant, formula
+from normfuse.graph import FLOATS, Graph, Node, Value
+from normfuse.norm import VIEWS, Refusal, Site
+from normfuse.sites import Chooser, Miss
+from normfuse.transfer import REDUCTIONS, RULES, SPREAD, align, start
 
 MAX_ROOTS = 32
 MAX_WALK = 16
-MAX_ROUNDS = 8
 MAX_READERS = 64
 HEAVY = 99
 """The rank that what is no parameter counts for."""
 
-RootKey = tuple[int, tuple[int, ...]]
-COPIES = frozenset({*VIEWS, "identity"})
 ELEMENTWISE = frozenset("add sub mul div neg abs square pow sqrt rsqrt reciprocal max cast identity".split())
 STATISTICS = frozenset("mean sum var std vecnorm".split())
 ROOTED = frozenset("sqrt rsqrt std vecnorm".split())
@@ -69,9 +62,8 @@ class _Recogniser:
         self.askew: set[tuple[RootKey, int]] = set()  # parameters that do not line up with the axes of a root
         self.roots: dict[int, dict[tuple[int, ...], Root]] = {}
         self.seeds: dict[int, list[Root]] = {}  # reduction node -> its candidate roots
-        self.misses: dict[RootKey, list[tuple[int, int, str, str, str]]] = {}
+        self.misses: dict[RootKey, list[Miss]] = {}
         self.early: dict[RootKey, tuple[str, str, str]] = {}  # the first miss before any statistic that may say why
-        self.taken: set[int] = set()  # the values of the sites
 
     def run(self) -> Recognition:
         for value in self.graph.leaves:
@@ -85,7 +77,7 @@ class _Recogniser:
             self._plant(value)
         for node in self.graph.nodes:
             self._step(node)
-        self._sites()
+        self.out.sites = Chooser(self.graph, self.facts, self.params, self.askew, self.misses).sites()
         self._refusals()
         return self.out
 
@@ -264,143 +256,6 @@ class _Recogniser:
         elif why.code in TELLING:
             self.early.setdefault(key, (why.code, node.name, why.message))
 
-    # -- sites ----------------------------------------------------------------------------------------------------
-
-    def _sites(self) -> None:
-        """Choose, of all values that are norms, those that are not merely a step towards another one."""
-        matches: dict[int, list[tuple[Fact, Match]]] = {}  # in the layout of the root
-        groups: dict[int, set[RootKey]] = {}  # in any layout
-        values = [v for node in self.graph.nodes for v in node.outputs if v.index in self.facts]
-        for value in values:
-            for key, fact in sorted(self.facts[value.index].items()):
-                if fact.advanced < 3 or not fact.alpha or fact.kappa or fact.absolute:
-                    continue
-                whole = fact.layout == identity_layout(fact.root.value)
-                try:
-                    found = match(fact)
-                except Refused as why:
-                    assert value.producer is not None
-                    if whole:
-                        miss = (4, value.producer.index, why.code, value.producer.name, why.message)
-                        self.misses.setdefault(key, []).append(miss)
-                    continue
-                groups.setdefault(value.index, set()).add(key)
-                used = {(key, atom[1]) for p in (found.weight, found.bias) for term in p for atom, _ in term}
-                if whole and self.askew.isdisjoint(used):  # else the norm is that of a transposed tensor
-                    matches.setdefault(value.index, []).append((fact, found))
-        read: set[int] = set()
-        for _ in range(MAX_ROUNDS):  # what a norm reads whole stands for itself, and that may change what it reads
-            chosen = self._chosen(values, matches, self._final(values, matches, groups, read))
-            before, read = read, {chain[0][1].root.value.index for chain in chosen}
-            if read == before:
-                break
-        for chain in chosen:
-            self._site(chain)
-
-    def _chosen(self, values: list[Value], matches: dict[int, list[tuple[Fact, Match]]],
-                final: dict[int, bool]) -> list[list[tuple[Value, Fact]]]:  # fmt: skip
-        """The chains of the values that are norms in their own right, and no view or copy of one that is."""
-        chosen: set[int] = set()
-        out = []
-        for value in values:
-            if value.index in matches and final[value.index]:
-                chain = list(self._chain(self._best(matches[value.index])[0], value))
-                if not any(v.index in chosen and f.advanced >= 3 for v, f in chain):
-                    chosen.add(value.index)
-                    out.append(chain)
-        return out
-
-    def _final(self, values: list[Value], matches: dict[int, list[tuple[Fact, Match]]],
-               groups: dict[int, set[RootKey]], read: set[int]) -> dict[int, bool]:  # fmt: skip
-        """Which values are more than a step towards a norm that all their readers come to."""
-        final: dict[int, bool] = {}
-        steps: dict[int, set[RootKey]] = {}  # the groups in which a value is a norm, or all its readers come to one
-        for value in reversed(values):
-            own = groups.get(value.index, set())
-            ahead = [steps.get(node.outputs[0].index, set()) if node.outputs else set() for node in value.uses]
-            leads = own.intersection(*ahead) if ahead and not value.kept and value.index not in read else set()
-            final[value.index] = not leads
-            # a copy is not another norm: what reads the one reads the other
-            steps[value.index] = leads | {f.root.key() for f, _ in matches.get(value.index, ())
-                                          if not self._idle(value, f)}  # fmt: skip
-        return final
-
-    def _best(self, found: list[tuple[Fact, Match]]) -> tuple[Fact, Match]:
-        """Of several readings of one value: the oldest root, unless a later one is more than a cast away."""
-        best = found[0]
-        for fact, m in found:
-            seen = self.facts[fact.root.value.index].get(best[0].root.key())
-            plain = seen is not None and seen.alpha == {ONE: 1.0} and seen.beta in (ZERO, {MEAN: -1.0})
-            if not plain and not (best[1].kind == "layer_norm" and m.kind == "rms_norm"):
-                best = (fact, m)
-        return best
-
-    def _chain(self, fact: Fact, value: Value) -> Iterator[tuple[Value, Fact]]:
-        """The value and those before it on the way of x, back to the root."""
-        while value is not fact.root.value:
-            step = self.facts[value.index][fact.root.key()]
-            yield value, step
-            assert step.via is not None
-            value = step.via
-
-    def _site(self, chain: list[tuple[Value, Fact]]) -> None:
-        """Take the longest part of the chain that an operator with the same roundings can compute."""
-        why_not = ""
-        chain_name = _label(chain[0][0])
-        for value, fact in chain:
-            if why_not and self._joins(chain, value):
-                break
-            try:
-                if fact.layout != identity_layout(fact.root.value) or self._idle(value, fact):
-                    continue
-                if value.index in self.taken:  # read through two copies
-                    return
-                found = match(fact)
-                compute, cast, narrow = precision(fact)
-                rounded = _bits(compute) < 24 or (cast == "first" and _bits(value.dtype) < 24)
-                if rounded and not exact(found.weight):
-                    raise Refused("NF117", "a constant factor or 1/weight would be rounded to a narrow type")
-            except Refused as why:
-                why_not = why.message
-                continue
-            norm = self._norm(value, fact, found, compute, cast, narrow)
-            self.taken.add(value.index)
-            self.out.sites.append(Site(value, norm, fact, is_op(value, norm), chain_name))
-            return
-        value, fact = chain[0]
-        compute = max(fact.types & set(PRECISION) | {"float32"}, key=PRECISION.__getitem__)
-        norm = self._norm(value, fact, match(fact), compute, "mixed")
-        self.out.sites.append(Site(value, norm, fact, is_op(value, norm), chain_name, why_not))
-
-    def _joins(self, chain: list[tuple[Value, Fact]], value: Value) -> bool:
-        """Whether, after a value on the chain, another operand depends on the root too: the value alone will not do."""
-        after = chain[[v for v, _ in chain].index(value) - 1][0]
-        key = chain[0][1].root.key()
-        assert after.producer is not None
-        return len({v for v in after.producer.inputs if key in self.facts.get(v.index, ())}) > 1
-
-    def _idle(self, value: Value, fact: Fact) -> bool:
-        """Only a copy or a view of a value before it that has the same layout."""
-        node, via = value.producer, fact.via
-        assert node is not None and via is not None
-        copies = node.kind in VIEWS or node.kind == "identity" or (node.kind == "cast" and via.dtype == value.dtype)
-        return copies and self.facts[via.index][fact.root.key()].layout == fact.layout
-
-    def _norm(self, value: Value, fact: Fact, found: Match, compute: str, cast: str, narrow: str = "") -> Norm:
-        root = fact.root
-        weight, bias = self._expr(found.weight, 1.0), self._expr(found.bias, 0.0)
-        return Norm(found.kind, root.value, root.axes, root.size, found.eps, weight, bias, compute, cast,
-                    value.dtype or "?", narrow)  # fmt: skip
-
-    def _expr(self, p: Poly, neutral: float) -> Expr | None:
-        if not p or (set(p) == {ONE} and abs(p[ONE] - neutral) <= NEAR / 2):
-            return None
-        terms = []
-        for key in sorted(p):
-            factors = tuple((self.params[int(str(atom[1]))], int(e)) for atom, e in key)
-            terms.append((p[key], factors))
-        return tuple(terms)
-
     # -- refusals -------------------------------------------------------------------------------------------------
 
     def _refusals(self) -> None:
@@ -441,21 +296,9 @@ def _rooted(node: Node) -> bool:
     return False
 
 
-def _label(value: Value) -> str:
-    """What made a value, by name: not a copy or a view behind it, which may stand outside of the norm's module."""
-    while value.producer is not None and value.producer.kind in COPIES and value.producer.inputs[0].producer:
-        value = value.producer.inputs[0]
-    assert value.producer is not None
-    return value.producer.name or value.name
-
-
 def _single(value: Value) -> bool:
     """One element, for sure."""
     return value.shape is not None and all(d == 1 for d in value.shape)
-
-
-def _bits(dtype: str | None) -> int:
-    return PRECISION.get(dtype or "", 0)
 
 
 def _akin(a: Value, b: Value) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-CORE = ("facts", "transfer", "norm", "recognise", "graph")
+CORE = ("facts", "transfer", "norm", "recognise", "sites", "graph")
 HEAVY = {"torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "numpy"}
 
 

@@ -11,7 +11,8 @@ import pytest
 from normfuse.facts import formula
 from normfuse.graph import Shape, Value
 from normfuse.norm import Refusal
-from normfuse.recognise import MAX_READERS, MAX_ROOTS, MAX_ROUNDS, MAX_WALK, recognise
+from normfuse.recognise import MAX_READERS, MAX_ROOTS, MAX_WALK, recognise
+from normfuse.sites import MAX_ROUNDS
 from tests.build import Build, Spell, codes, facts, leaf, matrix, opaque, rms, roots, rstd
 from tests.neutral import compare
 

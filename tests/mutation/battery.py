@@ -35,7 +35,7 @@ LEFT_OUT = ("test_mutation", "is_linear", "stays_linear", "torch_is_not", "compi
             "leaving_out", "copied_table", "folded_on", "stays_tied", "ordinary_module", "command_line",
             "test_onnx_fusions.test_family")  # fmt: skip
 FILES = [ROOT / "normfuse" / f"{name}.py" for name in
-         "transfer norm facts recognise residual placement plan passmanager centring".split()]  # fmt: skip
+         "transfer norm facts recognise sites residual placement plan passmanager centring".split()]  # fmt: skip
 FILES += sorted(f for f in (ROOT / "passes").glob("*.py") if f.name != "__init__.py")
 
 

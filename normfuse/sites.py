@@ -1,0 +1,178 @@
+"""The choice of sites: a value whose fact has the form of a norm, and that is not merely a step towards another one.
+
+- RMSNorm:   alpha = w * (m2 + eps)**-1/2,          beta = b
+- LayerNorm: alpha = w * (m2 - m1**2 + eps)**-1/2,  beta = b - alpha*m1
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from normfuse.facts import MEAN, ONE, ZERO, Fact, Poly, Refused, RootKey
+from normfuse.graph import PRECISION, Graph, Value
+from normfuse.norm import NEAR, VIEWS, Expr, Match, Norm, Site, exact, is_op, match, precision
+from normfuse.transfer import identity_layout
+
+MAX_ROUNDS = 8
+COPIES = frozenset({*VIEWS, "identity"})
+
+Miss = tuple[int, int, str, str, str]
+"""How far it came, the index of its node, a code, the name of the node, a message."""
+
+
+class Chooser:
+    """Chooses the sites of a graph in which each value has its facts; tells the misses what is no norm after all."""
+
+    def __init__(self, graph: Graph, facts: dict[int, dict[RootKey, Fact]], params: dict[int, Value],
+                 askew: set[tuple[RootKey, int]], misses: dict[RootKey, list[Miss]]) -> None:  # fmt: skip
+        self.graph, self.facts, self.params, self.askew, self.misses = graph, facts, params, askew, misses
+        self.made: list[Site] = []
+        self.taken: set[int] = set()  # the values of the sites
+
+    def sites(self) -> list[Site]:
+        """Choose, of all values that are norms, those that are not merely a step towards another one."""
+        matches: dict[int, list[tuple[Fact, Match]]] = {}  # in the layout of the root
+        groups: dict[int, set[RootKey]] = {}  # in any layout
+        values = [v for node in self.graph.nodes for v in node.outputs if v.index in self.facts]
+        for value in values:
+            for key, fact in sorted(self.facts[value.index].items()):
+                if fact.advanced < 3 or not fact.alpha or fact.kappa or fact.absolute:
+                    continue
+                whole = fact.layout == identity_layout(fact.root.value)
+                try:
+                    found = match(fact)
+                except Refused as why:
+                    assert value.producer is not None
+                    if whole:
+                        miss = (4, value.producer.index, why.code, value.producer.name, why.message)
+                        self.misses.setdefault(key, []).append(miss)
+                    continue
+                groups.setdefault(value.index, set()).add(key)
+                used = {(key, atom[1]) for p in (found.weight, found.bias) for term in p for atom, _ in term}
+                if whole and self.askew.isdisjoint(used):  # else the norm is that of a transposed tensor
+                    matches.setdefault(value.index, []).append((fact, found))
+        read: set[int] = set()
+        for _ in range(MAX_ROUNDS):  # what a norm reads whole stands for itself, and that may change what it reads
+            chosen = self._chosen(values, matches, self._final(values, matches, groups, read))
+            before, read = read, {chain[0][1].root.value.index for chain in chosen}
+            if read == before:
+                break
+        for chain in chosen:
+            self._site(chain)
+        return self.made
+
+    def _chosen(self, values: list[Value], matches: dict[int, list[tuple[Fact, Match]]],
+                final: dict[int, bool]) -> list[list[tuple[Value, Fact]]]:  # fmt: skip
+        """The chains of the values that are norms in their own right, and no view or copy of one that is."""
+        chosen: set[int] = set()
+        out = []
+        for value in values:
+            if value.index in matches and final[value.index]:
+                chain = list(self._chain(self._best(matches[value.index])[0], value))
+                if not any(v.index in chosen and f.advanced >= 3 for v, f in chain):
+                    chosen.add(value.index)
+                    out.append(chain)
+        return out
+
+    def _final(self, values: list[Value], matches: dict[int, list[tuple[Fact, Match]]],
+               groups: dict[int, set[RootKey]], read: set[int]) -> dict[int, bool]:  # fmt: skip
+        """Which values are more than a step towards a norm that all their readers come to."""
+        final: dict[int, bool] = {}
+        steps: dict[int, set[RootKey]] = {}  # the groups in which a value is a norm, or all its readers come to one
+        for value in reversed(values):
+            own = groups.get(value.index, set())
+            ahead = [steps.get(node.outputs[0].index, set()) if node.outputs else set() for node in value.uses]
+            leads = own.intersection(*ahead) if ahead and not value.kept and value.index not in read else set()
+            final[value.index] = not leads
+            # a copy is not another norm: what reads the one reads the other
+            steps[value.index] = leads | {f.root.key() for f, _ in matches.get(value.index, ())
+                                          if not self._idle(value, f)}  # fmt: skip
+        return final
+
+    def _best(self, found: list[tuple[Fact, Match]]) -> tuple[Fact, Match]:
+        """Of several readings of one value: the oldest root, unless a later one is more than a cast away."""
+        best = found[0]
+        for fact, m in found:
+            seen = self.facts[fact.root.value.index].get(best[0].root.key())
+            plain = seen is not None and seen.alpha == {ONE: 1.0} and seen.beta in (ZERO, {MEAN: -1.0})
+            if not plain and not (best[1].kind == "layer_norm" and m.kind == "rms_norm"):
+                best = (fact, m)
+        return best
+
+    def _chain(self, fact: Fact, value: Value) -> Iterator[tuple[Value, Fact]]:
+        """The value and those before it on the way of x, back to the root."""
+        while value is not fact.root.value:
+            step = self.facts[value.index][fact.root.key()]
+            yield value, step
+            assert step.via is not None
+            value = step.via
+
+    def _site(self, chain: list[tuple[Value, Fact]]) -> None:
+        """Take the longest part of the chain that an operator with the same roundings can compute."""
+        why_not = ""
+        chain_name = _label(chain[0][0])
+        for value, fact in chain:
+            if why_not and self._joins(chain, value):
+                break
+            try:
+                if fact.layout != identity_layout(fact.root.value) or self._idle(value, fact):
+                    continue
+                if value.index in self.taken:  # read through two copies
+                    return
+                found = match(fact)
+                compute, cast, narrow = precision(fact)
+                rounded = _bits(compute) < 24 or (cast == "first" and _bits(value.dtype) < 24)
+                if rounded and not exact(found.weight):
+                    raise Refused("NF117", "a constant factor or 1/weight would be rounded to a narrow type")
+            except Refused as why:
+                why_not = why.message
+                continue
+            norm = self._norm(value, fact, found, compute, cast, narrow)
+            self.taken.add(value.index)
+            self.made.append(Site(value, norm, fact, is_op(value, norm), chain_name))
+            return
+        value, fact = chain[0]
+        compute = max(fact.types & set(PRECISION) | {"float32"}, key=PRECISION.__getitem__)
+        norm = self._norm(value, fact, match(fact), compute, "mixed")
+        self.made.append(Site(value, norm, fact, is_op(value, norm), chain_name, why_not))
+
+    def _joins(self, chain: list[tuple[Value, Fact]], value: Value) -> bool:
+        """Whether, after a value on the chain, another operand depends on the root too: the value alone will not do."""
+        after = chain[[v for v, _ in chain].index(value) - 1][0]
+        key = chain[0][1].root.key()
+        assert after.producer is not None
+        return len({v for v in after.producer.inputs if key in self.facts.get(v.index, ())}) > 1
+
+    def _idle(self, value: Value, fact: Fact) -> bool:
+        """Only a copy or a view of a value before it that has the same layout."""
+        node, via = value.producer, fact.via
+        assert node is not None and via is not None
+        copies = node.kind in VIEWS or node.kind == "identity" or (node.kind == "cast" and via.dtype == value.dtype)
+        return copies and self.facts[via.index][fact.root.key()].layout == fact.layout
+
+    def _norm(self, value: Value, fact: Fact, found: Match, compute: str, cast: str, narrow: str = "") -> Norm:
+        root = fact.root
+        weight, bias = self._expr(found.weight, 1.0), self._expr(found.bias, 0.0)
+        return Norm(found.kind, root.value, root.axes, root.size, found.eps, weight, bias, compute, cast,
+                    value.dtype or "?", narrow)  # fmt: skip
+
+    def _expr(self, p: Poly, neutral: float) -> Expr | None:
+        if not p or (set(p) == {ONE} and abs(p[ONE] - neutral) <= NEAR / 2):
+            return None
+        terms = []
+        for key in sorted(p):
+            factors = tuple((self.params[int(str(atom[1]))], int(e)) for atom, e in key)
+            terms.append((p[key], factors))
+        return tuple(terms)
+
+
+def _label(value: Value) -> str:
+    """What made a value, by name: not a copy or a view behind it, which may stand outside of the norm's module."""
+    while value.producer is not None and value.producer.kind in COPIES and value.producer.inputs[0].producer:
+        value = value.producer.inputs[0]
+    assert value.producer is not None
+    return value.producer.name or value.name
+
+
+def _bits(dtype: str | None) -> int:
+    return PRECISION.get(dtype or "", 0)
