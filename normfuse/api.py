@@ -176,10 +176,11 @@ def optimize(model: Any, config: Config | None = None, *, args: Sequence[Any] = 
 
     if config.verify == "model":
         raise UnsupportedError(whole)
+    given = _as_ir(model, kind)
     if kind == "proto":
-        done, report = _rewrite_ir(_of_proto(model), config, None, calibration, shown=True)[:2]
+        done, report = _rewrite_ir(given, config, None, calibration, shown=True)[:2]
         return to_proto(done), report
-    copy = (model.model if kind == "program" else model).clone()
+    copy = given.clone()
     secure(copy)
     copy, report = _rewrite_ir(copy, config, None, calibration, shown=True)[:2]
     if kind == "program":
@@ -215,9 +216,13 @@ def _of_proto(proto: onnx.ModelProto) -> ir.Model:
 
 
 def _as_ir(model: Any, kind: str) -> ir.Model:
+    from normfuse.frontends.onnx import in_order
+
     if kind == "proto":
         return _of_proto(model)
     found: ir.Model = model.model if kind == "program" else model
+    if not in_order(found):
+        raise InputError("the nodes of the model are not in topological order: model.graph.sort() puts them into it")
     return found
 
 
@@ -296,7 +301,8 @@ def _rewrite_ir(model: ir.Model, config: Config, progress: Progress | None, cali
     if before is not None:
         report.recall(before)
     other = any(r.verdict != "kept" for r in records) or bool(notes)
-    plain = not (one.inlined or (first and first.inlined) or any(p.edits() for p in one.plans[1:]) or other)
+    inner = any(p.edits() for p in one.plans[1:]) or (one.sorted and len(one.plans) > 1)
+    plain = not (one.inlined or (first and first.inlined) or inner or other)
     return model, report, changed or other, plain
 
 

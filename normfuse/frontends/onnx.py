@@ -29,6 +29,12 @@ MAX_ROUNDS = 6
 """Rounds of shape inference: ours follows computed sizes, that of `onnx` knows every operator."""
 MAX_DEPTH = 64
 """Control flow nested deeper than this is left alone."""
+SORTED = "normfuse.sorted"
+"""In the `meta` of a model: `lower` has put its nodes in order."""
+
+
+class OutOfOrder(InputError):
+    """A node reads what a later one computes."""
 
 
 def shape_of(shape: ir.Shape | None) -> Shape | None:
@@ -143,8 +149,7 @@ class Lowering:
         if found is None:
             source = value.producer()
             if source is not None and source.graph is self.source:
-                raise InputError(f"{value.name!r} is read before it is computed: the graph has a cycle or is not in "
-                                 "topological order")  # fmt: skip
+                raise OutOfOrder(f"{value.name!r} is read before it is computed: the graph has a cycle")
             above = self.outer
             while above is not None and value not in above.values:
                 above = above.outer
@@ -400,7 +405,35 @@ def lower(model: ir.Model) -> list[Lowering]:
 
     Shapes that the model does not state are inferred, by the operators' rows or, where these leave open what a
     norm may depend on, by `onnx.shape_inference` on a copy without the weights.
+
+    Nodes that are not in topological order are put into it, in the model itself. ONNX demands that order, but ONNX
+    Runtime does not, and its own converter to float16 appends casts at the end. Raises `InputError` for a cycle.
     """
+    try:
+        return _lowered(model)
+    except OutOfOrder as why:
+        try:
+            model.graph.sort()
+        except ValueError:
+            raise why from None
+        model.meta[SORTED] = True
+        return _lowered(model)
+
+
+def in_order(model: ir.Model) -> bool:
+    """Whether every node of every graph stands behind those whose results it reads."""
+    for graph in model.graphs():
+        seen: set[ir.Node] = set()
+        for node in graph:
+            for value in node.inputs:
+                source = value.producer() if value is not None else None
+                if source is not None and source.graph is graph and source not in seen:
+                    return False
+            seen.add(node)
+    return True
+
+
+def _lowered(model: ir.Model) -> list[Lowering]:
     if model.functions:
         for graph in model.graphs():
             graph.meta["normfuse.functions"] = model.functions

@@ -145,7 +145,7 @@ def head_sizes(model: ir.Model) -> dict[str, int]:
 
     found: dict[str, int] = {}
     low: Lowering | None = None
-    for node in model.graph:
+    for node in list(model.graph):  # which may be sorted on the way
         slots = CACHES.get(node.op_type, ()) if node.domain == "com.microsoft" else ()
         for past in (node.inputs[i] for i in slots if i < len(node.inputs)):
             if past is None or past.shape is None or len(past.shape) != 4 or not past.is_graph_input():

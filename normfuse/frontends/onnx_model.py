@@ -13,7 +13,7 @@ from onnx_ir.passes.common import InlinePass, RemoveUnusedFunctionsPass
 from normfuse.config import Config
 from normfuse.errors import InputError, UnsupportedError, first_line
 from normfuse.field import Prover
-from normfuse.frontends.onnx import Lowering, lower
+from normfuse.frontends.onnx import SORTED, Lowering, lower
 from normfuse.frontends.onnx_check import MOST, Checker
 from normfuse.frontends.onnx_emit import DOMAIN, Emitter, evaluate, names_of, register_functions, spread, unique
 from normfuse.frontends.onnx_fused import FusedEmitter, fused_already
@@ -56,6 +56,7 @@ class OnnxModel:
         self.emitter = Emitter(self.opset)
         self.progress("reading", 0.0)
         self.lowerings = lower(model)
+        self.sorted = SORTED in model.meta
         self.operators_before = operators(self.model)
         self.nodes_before = sum(self.operators_before.values())
         self.table = Table(config)
@@ -130,6 +131,8 @@ class OnnxModel:
         found = []
         if self.repaired:
             found.append(f"{self.repaired} norm operators of mixed types, which no runtime takes, were given a Cast")
+        if self.sorted:
+            found.append("the nodes were not in topological order, which ONNX demands: sorted")
         used = Counter(self.respelled)
         for one in self.plans:
             sites = {site: edit for edit in one.edits() for site in edit.sites}
@@ -200,7 +203,7 @@ class OnnxModel:
             while not self._write_out(low, one):
                 self._again(low, one)
         if not any(one.edits() for one in self.plans):
-            return bool(self.repaired or self.respelled)
+            return bool(self.repaired or self.respelled or self.sorted)
         used = names_of(low.source for low in self.lowerings) | set(self.model.graph.initializers)
         used.update(node.name for low in self.lowerings for node in low.source)
         for low, one in zip(self.lowerings, self.plans, strict=True):
