@@ -117,7 +117,7 @@ class Chooser:
             try:
                 if fact.layout != identity_layout(fact.root.value) or self._idle(value, fact):
                     continue
-                if value.index in self.taken:  # read through two copies
+                if value.index in self.taken:  # by another norm that has this part in common
                     return
                 found = match(fact)
                 compute, cast, narrow = precision(fact)

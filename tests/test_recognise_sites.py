@@ -531,6 +531,25 @@ def test_a_factor_that_would_be_rounded_stays_outside() -> None:
     assert described(found) == [(y.name, "float32", "last", "float16")]
 
 
+def test_a_part_that_two_norms_have_in_common_is_one_site() -> None:
+    """Each is a norm up to a factor that would be rounded."""
+    _g, (c, *_), found = half(lambda g, n: (c := g.op("cast", n, dtype="float16"), g.op("mul", c, g.c(3.0, "float16")),
+                                           g.op("mul", c, g.c(5.0, "float16"))))  # fmt: skip
+    assert described(found) == [(c.name, "float32", "last", "float16")]
+
+
+def test_a_part_behind_a_copy_or_between_transposes_is_taken() -> None:
+    """Behind it stands a factor that would be rounded."""
+    _g, (c, *_), found = half(lambda g, n: (c := g.op("cast", n, dtype="float16"), i := g.op("identity", c),
+                                           g.op("mul", i, g.c(3.0, "float16"))))  # fmt: skip
+    assert described(found) == [(c.name, "float32", "last", "float16")]
+    _g, (c, *_), found = half(lambda g, n: (c := g.op("cast", n, dtype="float16"),
+                                           t := g.op("transpose", c, shape=("S", "B", 64), perm=(1, 0, 2)),
+                                           m := g.op("mul", t, g.c(3.0, "float16")),
+                                           g.op("transpose", m, shape=("B", "S", 64), perm=(1, 0, 2))))  # fmt: skip
+    assert described(found) == [(c.name, "float32", "last", "float16")]
+
+
 def test_a_norm_in_half_precision_with_a_factor_is_mixed() -> None:
     g = Build(dtype="float16")
     y = g.op("mul", rms(g, g.x), g.c(3.0, "float16"))
