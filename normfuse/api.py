@@ -63,7 +63,7 @@ def rewrite(src_path: str | Path, dst_path: str | Path, config: Config | None = 
     """Read an ONNX model or .pt2 program, fuse its norms, check the result and save it; the input is never changed.
 
     `dry_run` writes nothing. `overwrite` allows to replace an existing output, `in_place` that it is the input.
-    `progress(what, share)` is called as the work goes on. A model in which nothing is fused is copied byte by byte.
+    `progress(what, share)` is called as the work goes on. A model with nothing to do is copied byte by byte.
     External data is copied, by the file system and under a name made from its content, or, with
     `external_data="reference"`, stays where it is, which has to be in the folder of the output or below. `calibration`
     is for `layernorm_to_rmsnorm="approximate"`: an .npz file, a folder of them, or dicts of arrays by input name; for
