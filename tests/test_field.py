@@ -79,7 +79,7 @@ def test_near_misses_are_never_disproved_where_they_are_norms(name: str, tmp_pat
 
 def test_a_wrong_rule_is_caught_by_the_proof_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the comparison in floats asleep, a norm with another eps is left as it was."""
-    monkeypatch.setattr("normfuse.recognise.match", lambda fact: replace(found := match(fact), eps=found.eps * 3))
+    monkeypatch.setattr("normfuse.sites.match", lambda fact: replace(found := match(fact), eps=found.eps * 3))
     monkeypatch.setattr("normfuse.frontends.onnx_check.Checker.check", lambda *_: verify.Check(True, same=True))
     source = exported("torchscript", 17, SINGLE, "rms_llama")
     _, report = normfuse.optimize(source)
