@@ -216,7 +216,7 @@ def _of_proto(proto: onnx.ModelProto) -> ir.Model:
 
 
 def _as_ir(model: Any, kind: str) -> ir.Model:
-    from normfuse.frontends.onnx import in_order
+    from normfuse.frontends.onnx_repair import in_order
 
     if kind == "proto":
         return _of_proto(model)

@@ -10,13 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch._functorch.config as functorch
-import torch._inductor.config as inductor
 from torch._inductor.async_compile import AsyncCompile
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-
-
 SHOWN = re.compile(r"<!-- output: examples/compile.py -->\n```\n(.*?)```", re.DOTALL)
 
 
@@ -38,7 +34,9 @@ def test_compile_without_its_kernels(monkeypatch: pytest.MonkeyPatch, capsys: py
     pytest.importorskip("transformers")
     monkeypatch.setattr(AsyncCompile, "cpp_pybinding", lambda *_: lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["compile.py"])
-    with functorch.patch(enable_autograd_cache=False), inductor.patch(fx_graph_cache=False):
+    from tests.test_backend import uncached
+
+    with uncached():
         runpy.run_path(str(EXAMPLES / "compile.py"), run_name="__main__")
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[:2]] == ["eager:", "compiled:"] and lines[2:] == shown()[2:]

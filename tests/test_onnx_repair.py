@@ -92,7 +92,8 @@ def test_nodes_out_of_order_are_sorted(tmp_path: Path) -> None:
         assert report.fused == 1 and report.notes[0] == (
             "the nodes were not in topological order, which ONNX demands: sorted")  # fmt: skip
         onnx.checker.check_model(out, full_check=True)
-        assert not normfuse.rewrite(out, again, config, overwrite=True).notes[:-1]
+        report = normfuse.rewrite(out, again, config, overwrite=True)
+        assert not any("topological" in note for note in report.notes)
         assert again.read_bytes() == out.read_bytes()
     made, _ = normfuse.optimize(proto)
     onnx.checker.check_model(made, full_check=True)

@@ -420,19 +420,6 @@ def lower(model: ir.Model) -> list[Lowering]:
         return _lowered(model)
 
 
-def in_order(model: ir.Model) -> bool:
-    """Whether every node of every graph stands behind those whose results it reads."""
-    for graph in model.graphs():
-        seen: set[ir.Node] = set()
-        for node in graph:
-            for value in node.inputs:
-                source = value.producer() if value is not None else None
-                if source is not None and source.graph is graph and source not in seen:
-                    return False
-            seen.add(node)
-    return True
-
-
 def _lowered(model: ir.Model) -> list[Lowering]:
     if model.functions:
         for graph in model.graphs():

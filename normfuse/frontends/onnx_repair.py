@@ -20,6 +20,19 @@ HALF = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 KINDS = {"RMSNormalization": "rms_norm", "LayerNormalization": "layer_norm"}
 
 
+def in_order(model: ir.Model) -> bool:
+    """Whether every node of every graph stands behind those whose results it reads."""
+    for graph in model.graphs():
+        seen: set[ir.Node] = set()
+        for node in graph:
+            for value in node.inputs:
+                source = value.producer() if value is not None else None
+                if source is not None and source.graph is graph and source not in seen:
+                    return False
+            seen.add(node)
+    return True
+
+
 def repair(graph: ir.Graph, opset: int) -> int:
     """Put a cast where each such operator lacks one; how many there were."""
     found = [node for node in graph.all_nodes() if node.domain == "" and node.op_type in KINDS and _mixed(node)]
