@@ -282,6 +282,7 @@ def _rewrite_ir(model: ir.Model, config: Config, progress: Progress | None, cali
     one = onnx_model.OnnxModel(model, config, rewrite=True, progress=progress)
     if first is not None:
         one.respelled += first.respelled
+        one.sorted = one.sorted or first.sorted  # what was converted and put back is a copy
     planned = time.perf_counter()
     if config.verify != "off":
         one.check()
