@@ -5,8 +5,10 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
+# Python compiles what is imported; all of torch and transformers takes pip a minute.
+INSTALL := $(PIP) install --quiet --no-compile
 
-.PHONY: demo test lint trust bench clean
+.PHONY: demo test test-slow lint trust bench clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
@@ -14,6 +16,10 @@ demo: $(STAMP)
 # Each of the two workers has a core; threads of torch in both would wait for each other.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# The rest of the tests: every family, spelling and architecture in every form. It takes more than an hour.
+test-slow: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not gpu"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -28,7 +34,7 @@ trust: $(STAMP)
 	$(BIN)/python -m tests.mutation --jobs 2 --budget $(BUDGET)
 
 bench: $(STAMP)
-	$(PIP) install --quiet -c constraints.txt -e ".[bench]"
+	$(INSTALL) -c constraints.txt -e ".[bench]"
 	$(BIN)/python -m tests.bench.peers
 	$(BIN)/python -m tests.bench.pretrained
 	$(BIN)/python -m tests.bench.speed --peers
@@ -48,9 +54,9 @@ $(STAMP): pyproject.toml constraints.txt
 	  echo "NormFuse needs Python 3.11 or newer, and '$(PYTHON)' is not: try 'make PYTHON=python3.12 ...'" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --upgrade pip
-	$(PIP) install --quiet -c constraints.txt -e ".[test,transformers]"
-	$(PIP) install --quiet -c constraints.txt onnxruntime-gpu || $(PIP) install --quiet -c constraints.txt onnxruntime
-	$(PIP) install --quiet -c constraints.txt --no-deps rapidocr-onnxruntime
-	$(PIP) install --quiet -c constraints.txt --no-deps --only-binary :all: magika pipecat-ai || \
+	$(INSTALL) -c constraints.txt -e ".[test,transformers]"
+	$(INSTALL) -c constraints.txt onnxruntime-gpu || $(INSTALL) -c constraints.txt onnxruntime
+	$(INSTALL) -c constraints.txt --no-deps rapidocr-onnxruntime
+	$(INSTALL) -c constraints.txt --no-deps --only-binary :all: magika pipecat-ai || \
 	  echo "without magika and pipecat-ai, whose models tests/test_pretrained.py reads" >&2
 	@touch $@

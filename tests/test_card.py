@@ -21,6 +21,7 @@ from normfuse.graph import Graph
 from tests.cli_tools import fails, norm_model, run, saved
 from tests.families import FAMILIES, LAYERS, cached_export, exported_program
 from tests.layernorm_architectures import ARCHITECTURES
+from tests.share import share
 
 ALL = tuple(range(LAYERS))
 
@@ -99,8 +100,7 @@ def blocks(card: Card) -> list[tuple[tuple[int, ...], list[str], list[list[str]]
             for b in stack.blocks]  # fmt: skip
 
 
-@pytest.mark.parametrize("door", ["18", "23", "fx"])
-@pytest.mark.parametrize("name", EXPECTED)
+@pytest.mark.parametrize(("name", "door"), share(((name, door) for door in ("18", "23", "fx") for name in EXPECTED), 2))
 def test_recipe_of_a_family(name: str, door: str) -> None:
     card, want = card_of(name, door), EXPECTED[name]
     assert blocks(card) == want["blocks"]

@@ -28,6 +28,7 @@ from tests.cli_tools import fails, run
 from tests.families import FAMILIES, cached_export
 from tests.onnx_lines import model as lines_model
 from tests.onnx_lines import rms
+from tests.share import share
 
 Install = Callable[[str], None]
 SAME = "return model, True"
@@ -196,7 +197,7 @@ def test_a_model_that_onnxscript_breaks_is_rewritten_as_it_is(tmp_path: Path) ->
     assert (tmp_path / "plain.onnx").read_bytes() == (tmp_path / "out.onnx").read_bytes()
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "gpt2"])
+@pytest.mark.parametrize("name", share((name for name in FAMILIES if name != "gpt2"), 2))
 def test_after_onnxscript_all_norms_of_a_family_are_there(name: str) -> None:
     """As operators of ONNX Runtime some of them, with additions in them, and attention in one operator beside them."""
     family = FAMILIES[name]

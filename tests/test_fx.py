@@ -31,6 +31,7 @@ from normfuse.report import Report
 from tests.families import FAMILIES, aot_graphs, exported_program
 from tests.near_misses import TORCH_EQUAL_OK, TORCH_NEAR_MISSES, TORCH_RANDOM
 from tests.spellings import SPELLINGS, Spelling, SpellingModule, hostile_inputs, reference
+from tests.share import share
 
 SINGLE, BRAIN = torch.float32, torch.bfloat16
 ULP = {SINGLE: 2.0**-23, BRAIN: 2.0**-7}
@@ -135,11 +136,11 @@ CASES = [("dynamo", SINGLE), ("dynamo", BRAIN), ("export", SINGLE), ("aot", SING
 
 
 def cases() -> Iterator[Any]:
-    """Each spelling as Dynamo gives it, every second in one of the other ways, too; with the rest of them if slow."""
+    """Each spelling as Dynamo gives it, every fourth in one of the other ways, too; with the rest of them if slow."""
     for i, name in enumerate(SPELLINGS):
         for k, (how, dtype) in enumerate(CASES):
             yield pytest.param(name, how, dtype, id=f"{name}-{how}-{str(dtype)[6:]}",
-                               marks=() if k in (0, i % 6 + 1) else pytest.mark.slow)  # fmt: skip
+                               marks=() if k in (0, i % 12 + 1) else pytest.mark.slow)  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "how", "dtype"), list(cases()))
@@ -197,8 +198,9 @@ class NearMissModule(nn.Module):
         return self.fn(x, self.w)
 
 
-@pytest.mark.parametrize("how", ["dynamo", "export", "aot"])
-@pytest.mark.parametrize("name", TORCH_NEAR_MISSES)
+@pytest.mark.parametrize(("name", "how"), share(
+    ((name, how) for name in TORCH_NEAR_MISSES for how in ("dynamo", "export", "aot")), 2),
+)  # fmt: skip
 def test_near_miss(name: str, how: str) -> None:
     fn, shape = TORCH_NEAR_MISSES[name]
     module, x = NearMissModule(fn), torch.randn(shape, generator=torch.Generator().manual_seed(2))
@@ -217,8 +219,7 @@ def test_near_miss(name: str, how: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "how"), [
-    pytest.param(name, how, marks=() if i % 2 == k else pytest.mark.slow)
-    for i, name in enumerate(FAMILIES) for k, how in enumerate(("dynamo", "export"))
+    *share(((name, "dynamo") for name in FAMILIES), 4), *share(((name, "export") for name in FAMILIES), 4, 2),
 ])  # fmt: skip
 def test_family(name: str, how: str) -> None:
     family = FAMILIES[name]

@@ -19,6 +19,7 @@ from normfuse.frontends.onnx_kernels import KERNELS
 from tests.layernorm_architectures import ARCHITECTURES, CASES, EXACT, Outcome, converted, outcome_of
 from tests.layernorm_models import CASES as OTHERS
 from tests.layernorm_models import to_onnx
+from tests.share import share
 
 CLOSE = 1e-4
 SLOW = frozenset(
@@ -40,10 +41,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def _named(name: str, slow: bool) -> object:
-    return pytest.param(name, marks=pytest.mark.slow) if slow else name
-
-
 def _holds(found: Outcome, counts: tuple[int, int, int]) -> None:
     assert (found.converted, found.norms, found.operators) == counts, found
     assert found.apart <= CLOSE
@@ -57,13 +54,16 @@ def test_names() -> None:
     assert set(CASES) >= SLOW | set(ONNX)
 
 
-@pytest.mark.parametrize("name", [_named(name, name in SLOW) for name in CASES])
+@pytest.mark.parametrize("name", [
+    *share((name for name in CASES if name not in SLOW), 2),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in CASES if name in SLOW),
+])  # fmt: skip
 def test_architecture(name: str) -> None:
     case = CASES[name]
     _holds(converted(case), (case.converted, case.norms, case.operators))
 
 
-@pytest.mark.parametrize("name", [_named(name, i > 1) for i, name in enumerate(ONNX)])
+@pytest.mark.parametrize("name", share(ONNX, 4))
 def test_onnx(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     module, args = case.build(), case.inputs()

@@ -13,10 +13,12 @@ import normfuse
 from normfuse.errors import InputError
 from normfuse.verify import session
 from tests.families import FAMILIES, cached, digest, export_onnx
+from tests.share import share
 
 
-@pytest.mark.parametrize("name", ["gemma3", "olmo2", "gpt_oss"])
-@pytest.mark.parametrize("target", ["onnx", "ort-cpu", "normfuse"])
+@pytest.mark.parametrize(("name", "target"), share(
+    ((name, target) for name in ("gemma3", "olmo2", "gpt_oss") for target in ("onnx", "ort-cpu", "normfuse")), 2),
+)  # fmt: skip
 def test_half_exports_at_opset_23(name: str, target: str, tmp_path: Path) -> None:
     family, out = FAMILIES[name], tmp_path / "out.onnx"
     module, args = family.build().half(), family.args()

@@ -78,7 +78,7 @@ def run(built: Path, driver: str, *args: str, library: str = "tested/tested.so",
 
 @pytest.fixture(scope="module")
 def found(built: Path) -> dict[str, Found]:
-    """What the cases found, with a half or a third of the types and sizes."""
+    """What the cases found, with some of the types and sizes."""
     cases: dict[str, Found] = json.loads(run(built, "fake", NORMFUSE_SAMPLE="1"))
     return cases
 
