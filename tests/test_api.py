@@ -17,6 +17,7 @@ import torch
 import normfuse
 from tests.families import FAMILIES, cached_export, dynamo_graphs, exported_program
 from tests.spelling_files import session
+from tests.share import share
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +194,7 @@ def test_model_verification_copies_no_weights_twice(right: bool, llama: Path, tm
     assert dry is None or (dry.model_check is not None and not (out / "dry.onnx").exists())
 
 
-@pytest.mark.parametrize("target", ["onnx", "ort-cuda", "normfuse"])
+@pytest.mark.parametrize("target", share(["onnx", "ort-cuda", "normfuse"], 2))
 def test_the_result_does_not_depend_on_hash_seeds(target: str, tmp_path: Path) -> None:
     path = cached_export("gemma3", 18)
     results = []

@@ -11,6 +11,7 @@ import pytest
 import normfuse
 from normfuse.verify import compare_models
 from tests.families import FAMILIES, RECIPES, cached, cached_export, digest, export_onnx, often
+from tests.share import share
 
 
 
@@ -36,13 +37,13 @@ def test_family(name: str, opset: int, optimize: bool, tmp_path: Path) -> None:
     assert (tmp_path / "again.onnx").read_bytes() == target.read_bytes()
 
 
-@pytest.mark.parametrize(("name", "cast", "emitted"), [
+@pytest.mark.parametrize(("name", "cast", "emitted"), share([
     ("llama", "float32, cast to float16 before the weight", "function normfuse.rms_norm"),
     ("t5", "float32, cast to float16 before the weight", "function normfuse.rms_norm"),
     ("gemma3", "float32, cast to float16 after the weight", "Cast, function normfuse.rms_norm, Cast"),
     ("olmo2", "float32, cast to float16 after the weight", "Cast, function normfuse.rms_norm, Cast"),
     ("cohere", "float32, cast to float16 after the weight", "Cast, LayerNormalization, Cast"),
-])  # fmt: skip
+], 2))  # fmt: skip
 def test_half_precision_keeps_the_order_of_roundings(name: str, cast: str, emitted: str, tmp_path: Path) -> None:
     family = FAMILIES[name]
     source = cached(f"{name}-half-18-{digest(family)}.onnx",

@@ -22,6 +22,7 @@ from normfuse.norm import Site, match
 from tests.near_misses import NEAR_MISSES
 from tests.spellings import CANNOT_EXPORT, LOSES_EPS, SPELLINGS
 from tests.spelling_files import SINGLE, exported
+from tests.share import share
 
 NAMES = [n for n in SPELLINGS if n not in CANNOT_EXPORT["torchscript", 17] and n not in LOSES_EPS["torchscript"]]
 UNSUITED = {
@@ -57,7 +58,7 @@ def wrong(site: Site) -> Iterator[tuple[str, Site]]:
             yield "axis", replace(site, norm=replace(norm, axes=axes))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", share(NAMES, 2))
 def test_every_spelling_is_proved_and_nothing_else(name: str) -> None:
     found = sites(exported("torchscript", 17, SINGLE, name))
     assert found

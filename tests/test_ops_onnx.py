@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from itertools import product
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 import normfuse.ops  # noqa: F401  registers the operators
 from normfuse.ops.register import decompose_on_cpu
 from normfuse.ops.to_onnx import export, translations
+from tests.share import share
 
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 CALLS: tuple[tuple[str, str, dict[str, Any]], ...] = (
@@ -80,9 +82,8 @@ def run(model: onnx.ModelProto, args: tuple[Tensor, ...]) -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize("optimize", [True, False], ids=["optimized", "raw"])
-@pytest.mark.parametrize("opset", [18, 23])
-@pytest.mark.parametrize("dtype", [FP32, FP16], ids=str)
+@pytest.mark.parametrize(("dtype", "opset", "optimize"),
+                         share(product((FP32, FP16), (18, 23), (True, False)), 3), ids=str)  # fmt: skip
 def test_a_model_of_functions(dtype: torch.dtype, opset: int, optimize: bool) -> None:
     module = Calls(dtype).eval().requires_grad_(False)
     model = export(program(module, dtype), opset_version=opset, optimize=optimize, verbose=False).model_proto

@@ -454,8 +454,10 @@ def test_family(name: str, target: str, version: str, tmp_path: Path) -> None:
         assert made[SKIP] == beside + (name == "olmo2")  # its last sum goes to the final norm, and not to norm_add
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "olmo2", "gpt2"])
-@pytest.mark.parametrize(("target", "version"), [*CHOICES, ("onnx", ""), ("normfuse", "")])
+@pytest.mark.parametrize(("name", "target", "version"), share(
+    ((name, *choice) for name in ("llama", "gemma3", "olmo2", "gpt2")
+     for choice in (*CHOICES, ("onnx", ""), ("normfuse", ""))), 2),
+)  # fmt: skip
 def test_half_precision_is_no_further_from_float64(name: str, target: str, version: str, tmp_path: Path) -> None:
     family, out = FAMILIES[name], tmp_path / "out.onnx"
     module = family.build().half()
