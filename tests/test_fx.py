@@ -30,8 +30,8 @@ from normfuse.norm import Norm
 from normfuse.report import Report
 from tests.families import FAMILIES, aot_graphs, exported_program
 from tests.near_misses import TORCH_EQUAL_OK, TORCH_NEAR_MISSES, TORCH_RANDOM
-from tests.spellings import SPELLINGS, Spelling, SpellingModule, hostile_inputs, reference
 from tests.share import share
+from tests.spellings import SPELLINGS, Spelling, SpellingModule, hostile_inputs, reference
 
 SINGLE, BRAIN = torch.float32, torch.bfloat16
 ULP = {SINGLE: 2.0**-23, BRAIN: 2.0**-7}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from itertools import product
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
