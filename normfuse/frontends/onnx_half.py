@@ -19,15 +19,19 @@ from normfuse.targets import WIDE, Row, Table
 
 
 def widen(lowerings: Sequence[Lowering], table: Table, opset: int) -> Counter[Row]:
-    """Put casts around the operators for which the target's table says so. Gives the rows used, with how often."""
+    """Put casts around the operators for which the target's table says so. Gives the rows used, with how often.
+
+    Among them those that say to leave an operator: the report tells of the target that would not.
+    """
     chosen = [(node, row) for low in lowerings for node in low.source
               if node.op_type in WIDE and not node.domain and node.inputs and node.inputs[0] is not None
               and (row := table.widened(node.op_type, low.value(node.inputs[0]).dtype, opset)) is not None]  # fmt: skip
-    used = names_of(low.source for low in lowerings if chosen)
-    for node, row in chosen:
+    wide = [(node, row) for node, row in chosen if row.form != "leave"]
+    used = names_of(low.source for low in lowerings if wide)
+    for node, row in wide:
         (narrow,) = row.types
         before = ir.Node("", "Cast", [node.inputs[0]], [ir.AttrInt64("to", DTYPES["float32"])])
-        wide = ir.Node("", node.op_type, before.outputs, list(node.attributes.values()))
-        behind = ir.Node("", "Cast", wide.outputs, [ir.AttrInt64("to", DTYPES[narrow])])
-        respell(node, [before, wide, behind], {node.outputs[0]: behind.outputs[0]}, used)
+        same = ir.Node("", node.op_type, before.outputs, list(node.attributes.values()))
+        behind = ir.Node("", "Cast", same.outputs, [ir.AttrInt64("to", DTYPES[narrow])])
+        respell(node, [before, same, behind], {node.outputs[0]: behind.outputs[0]}, used)
     return Counter(row for _, row in chosen)

@@ -64,8 +64,8 @@ class OnnxModel:
         self.respelled = Counter[Row]()
         for step in (take_apart, widen) if changes else ():
             rows = step(self.lowerings, self.table, self.opset)
-            if rows:
-                self.respelled += rows
+            self.respelled += rows
+            if any(row.form != "leave" for row in rows):
                 self.lowerings = lower(model)
         self.emitter.unseen = any(_narrows(node) for low in self.lowerings for node in low.graph.nodes)
         self.progress("recognising", 0.2)
