@@ -99,6 +99,8 @@ ROWS = (
     Row("ort-cpu", "layer_norm", "skip", frozenset({"float16"}), "apart", _APART_HALF, since=(1, 30)),
     Row("normfuse", "rms_norm", "skip", HALF | FLOAT, "apart", _OURS),
     Row("normfuse", "layer_norm", "skip", HALF | FLOAT, "apart", _OURS),
+    *(Row(target, op, "half", frozenset({"float16"}), "leave", _AS_IT_IS)
+      for op in WIDE for target in ("onnx", "normfuse")),
     Row("ort-cpu", "rms_norm", "norm", frozenset({"bfloat16"}), "refuse", _NO_KERNEL),
     Row("ort-cpu", "layer_norm", "norm", frozenset({"bfloat16"}), "refuse", _NO_KERNEL, before=(1, 31)),
     Row("ort-cpu", "rms_norm", "add_norm", FLOAT, "skip", _SKIP, before=(1, 30), ranks=FLAT),
@@ -113,8 +115,6 @@ ROWS = (
     Row("ort-cpu", "layer_norm", "conversion", ANY, "leave", _NO_GAIN, before=(1, 27)),
     Row("ort-cpu", "layer_norm", "conversion", ANY, "operator", _GAIN, since=(1, 27)),
     *(Row("ort-cpu", op, "half", frozenset({"float16"}), "float32", _WIDE) for op in WIDE),
-    *(Row(target, op, "half", frozenset({"float16"}), "leave", _AS_IT_IS)
-      for op in WIDE for target in ("onnx", "normfuse")),
     Row("ort-cuda", "rms_norm", "add_norm", FLOAT, "skip", _FUSED, ranks=FLAT),
     Row("ort-cuda", "rms_norm", "add_norm", HALF, "skip", _HALF, since=(1, 27), ranks=FLAT, cast="last"),
     Row("ort-cuda", "rms_norm", "add_norm", HALF, "skip", _HALF, since=(1, 27), ranks=FLAT, numerics="fast"),

@@ -107,7 +107,7 @@ def every_operator(driver: Driver) -> Found:
     sizes = itertools.cycle([(1, 7), (5, 100), (5, 64), (1, 1), (5, 24), (5, 1), (1, 2000)])
     weights = itertools.cycle(["wb", "", "w", "b", "wb"])
     there = [what for what in itertools.product(OPS, KINDS, ALL_TYPES) if fits(what[0], what[2])]
-    for op, kind, types in some((what for what in there for _ in range(2)), 5):
+    for op, kind, types in some((what for what in there for _ in range(2)), 9):
         (m, n), given = next(sizes), next(weights)
         compare(run, op, kind, types, given, inputs(op, types, m, n, given, (m + 2, n)))
         count += 1
@@ -119,7 +119,7 @@ def odd_sizes(driver: Driver) -> Found:
     """Each operator in each type of x, for every odd size."""
     run = Interpreted(driver)
     three: list[Types] = [(FP32, False, FP32), (FP16, True, FP16), (BF16, False, BF16)]
-    for op, kind, types, m, n in some(itertools.product(OPS, KINDS, three, (1, 5), (1, 7, 100, 4099)), 5):
+    for op, kind, types, m, n in some(itertools.product(OPS, KINDS, three, (1, 5), (1, 7, 100, 4099)), 9):
         if fits(op, types) and (n < 4099 or op == "norm" or (m == 1 and kind == "layer_norm")):
             compare(run, op, kind, types, "wb", inputs(op, types, m, n, "wb", (1, n)))
     return {}

@@ -21,13 +21,13 @@ EXPORTERS: tuple[tuple[Exporter, int], ...] = (
 
 
 def marks(exporter: Exporter, dtype: torch.dtype, i: int, opset: int) -> tuple[pytest.MarkDecorator, ...]:
-    """By default, in float32: of torch's newer exporter, which takes long, a sixth at the first opset and another sixth
+    """By default, in float32: of torch's newer exporter, which takes long, a tenth at the first opset and another tenth
     at the second; of the older one all at opset 11 and a sixth at each other. And a part in half types."""
     if dtype == SINGLE:
         turn = (9, 10, 17).index(opset) if opset in (9, 10, 17) else 0
-        often = i % 6 == (opset == 23) if exporter == "dynamo" else opset == 11 or i % 6 == turn
+        often = i % 10 == (opset == 23) if exporter == "dynamo" else opset == 11 or i % 6 == turn
     else:
-        often = i % (18 if exporter == "dynamo" else 6) == opset % 2
+        often = i % (24 if exporter == "dynamo" else 6) == opset % 2
     return () if often else (pytest.mark.slow,)
 
 

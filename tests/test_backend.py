@@ -204,7 +204,7 @@ def test_report_and_log_say_what_was_done_and_why_not(caplog: pytest.LogCaptureF
 # -- what it must not add ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("dynamic", [pytest.param(None, marks=pytest.mark.slow), True])
 def test_no_more_recompiles_than_inductor(dynamic: bool | None) -> None:
     counts = {}
     for name in ("inductor", "normfuse"):
@@ -260,7 +260,7 @@ class Stack(nn.Module):
         return out
 
 
-@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_activation_checkpointing(inner: str, graphs: list[torch.fx.GraphModule]) -> None:
     model, x = Stack(recompute=True), torch.randn(4, 16)
     parameters = dict(model.named_parameters())

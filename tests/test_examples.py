@@ -29,6 +29,7 @@ def test_compile(more: list[str]) -> None:
     assert done.stdout.splitlines()[2:] == shown()[2:]
 
 
+@pytest.mark.slow
 def test_compile_without_its_kernels(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """What is printed but for the numbers of the compiled model: the kernels of Inductor are not built."""
     pytest.importorskip("transformers")

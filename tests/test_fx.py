@@ -244,7 +244,7 @@ def test_half_family_keeps_every_bit(name: str) -> None:
         assert torch.equal(found(*args), module(*args))
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", pytest.param("t5", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["gpt2", *(pytest.param(n, marks=pytest.mark.slow) for n in ("llama", "t5"))])
 def test_dynamic_sizes(name: str) -> None:
     """With dynamic=True even eps is open; it is read, with a guard, while compiling."""
     family = FAMILIES[name]

@@ -55,7 +55,7 @@ def test_names() -> None:
 
 
 @pytest.mark.parametrize("name", [
-    *share((name for name in CASES if name not in SLOW), 2),
+    *share((name for name in CASES if name not in SLOW), 3),
     *(pytest.param(name, marks=pytest.mark.slow) for name in CASES if name in SLOW),
 ])  # fmt: skip
 def test_architecture(name: str) -> None:

@@ -17,7 +17,7 @@ from tests.share import share
 
 
 @pytest.mark.parametrize(("name", "target"), share(
-    ((name, target) for name in ("gemma3", "olmo2", "gpt_oss") for target in ("onnx", "ort-cpu", "normfuse")), 2),
+    ((name, target) for name in ("gemma3", "olmo2", "gpt_oss") for target in ("onnx", "ort-cpu", "normfuse")), 4),
 )  # fmt: skip
 def test_half_exports_at_opset_23(name: str, target: str, tmp_path: Path) -> None:
     family, out = FAMILIES[name], tmp_path / "out.onnx"

@@ -402,7 +402,8 @@ def test_import_is_lazy() -> None:
 @pytest.mark.parametrize("baseline", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_sanitizers(baseline: bool, tmp_path: Path) -> None:
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    flags = ["-std=c11", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-ffp-contract=off"]
+    flags = ["-std=c11", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-ffp-contract=off",
+             "-DINLINE=inline __attribute__((unused))"]
     probe = tmp_path / "probe.c"
     probe.write_text("int main(void) { return 0; }\n")
     assert compiler is not None

@@ -12,7 +12,8 @@ from tests.bench import auto_models
 
 
 @pytest.mark.parametrize(("kind", "norms", "more"), [
-    ("qwen3_next", 14, 6),  # linear attention in chunks, written in place; query and key normalised by a function
+    # linear attention in chunks, written in place; query and key normalised by a function
+    pytest.param("qwen3_next", 14, 6, marks=pytest.mark.slow),
     ("falcon_h1", 9, 4),  # two norms of one, which two readers scale
 ])  # fmt: skip
 def test_all_norms_of_an_architecture(kind: str, norms: int, more: int, monkeypatch: pytest.MonkeyPatch) -> None:
