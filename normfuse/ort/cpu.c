@@ -4,7 +4,7 @@
 
 #include <math.h>
 
-#ifndef INLINE /* a sanitizer makes forty seconds of it */
+#ifndef INLINE /* tests set it: forced, it takes a sanitizer forty seconds */
 #define INLINE __attribute__((always_inline)) inline
 #endif
 #if defined(__GNUC__) && !defined(__clang__)
