@@ -17,7 +17,7 @@ from normfuse.errors import InputError
 from normfuse.verify import session
 from tests.families import FAMILIES, cached_export
 from tests.onnx_lines import N
-from tests.test_targets import SKIP_LAYER, operators, rewritten
+from tests.targeted import SKIP_LAYER, operators, rewritten
 
 
 def skipping(call: str, outputs: str = "y, , , s", kind: str = "float", shape: str = "2,3,16") -> onnx.ModelProto:

@@ -14,7 +14,8 @@ from onnx import TensorProto, helper, numpy_helper
 pytest.importorskip("onnxruntime")
 
 from tests.bench.common import merged, save
-from tests.bench.latency import Files, Job, against_best, in_parts, loaded, turn
+from tests.bench.contenders import Files, Job, loaded
+from tests.bench.latency import against_best, in_parts, turn
 
 MS = {"input": 4.0, "onnxsim": 3.0, "normfuse onnx": 2.0, "normfuse normfuse": 1.0, "control": 5.0}
 OTHER = {"names": {"prefix": "other_"}, "order": {"swapped": True}, "constant": {"factor": 3.0}, "axis": {"axis": 0}}
