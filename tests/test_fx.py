@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.decomposition import select_decomp_table
 
@@ -21,7 +20,7 @@ from tests.families import FAMILIES, aot_graphs
 from tests.near_misses import TORCH_EQUAL_OK, TORCH_NEAR_MISSES, TORCH_RANDOM
 from tests.share import share
 from tests.spellings import SPELLINGS, Spelling, SpellingModule, hostile_inputs, reference
-from tests.traced import BRAIN, SINGLE, ULP, NearMissModule, Rewritten, dangling, names, silent
+from tests.traced import BRAIN, SINGLE, ULP, NearMissModule, Rewritten, dangling, names, rewriting, silent
 
 REDUCTIONS = frozenset("mean sum var std var_mean std_mean norm linalg_vector_norm linalg_norm einsum bmm".split())
 MIXED = frozenset({"rms_rounded_rstd"})
@@ -156,14 +155,9 @@ def test_aot_in_training_keeps_what_the_backward_needs() -> None:
     family = FAMILIES["llama"]
     module, args = family.build(), family.args()
     reports: list[Report] = []
-
-    def compiler(graph: fx.GraphModule, _inputs: list[Any]) -> Any:
-        new, report = normfuse.optimize(graph)
-        reports.append(report)
-        return new.forward
-
     with silent():
         torch._dynamo.reset()
+        compiler = rewriting(reports)
         out = torch.compile(module, backend=aot_autograd(fw_compiler=compiler, bw_compiler=compiler))(*args)
         out.sum().backward()
     assert len(reports[0].norms) == family.norms

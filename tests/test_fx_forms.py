@@ -19,7 +19,7 @@ from normfuse.frontends import fx_emit
 from normfuse.norm import Norm
 from normfuse.report import Report
 from tests.families import FAMILIES
-from tests.traced import BRAIN, SINGLE, ULP, NearMissModule, Rewritten, rms, silent
+from tests.traced import BRAIN, SINGLE, ULP, NearMissModule, Rewritten, rms, rewriting, silent
 
 FORMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], torch.dtype, str]] = {
     "weight after the cast": (lambda x, w: w.bfloat16() * rms(x.float()).bfloat16(), BRAIN, "rms_norm, mul"),
@@ -204,15 +204,9 @@ def test_refused(case: str) -> None:
     fn, grad, code = REFUSED[case]
     module, x = NearMissModule(fn), torch.randn(4, 64)
     reports: list[Report] = []
-
-    def backend(graph: fx.GraphModule, _inputs: list[Any]) -> Any:
-        new, report = normfuse.optimize(graph)
-        reports.append(report)
-        return new.forward
-
     torch._dynamo.reset()
     with silent(), torch.set_grad_enabled(grad):
-        got = torch.compile(module, backend=backend)(x.requires_grad_(grad))
+        got = torch.compile(module, backend=rewriting(reports))(x.requires_grad_(grad))
         assert torch.equal(got, module(x))
     assert not reports[0].fused
     assert code in {r.code for r in reports[0].refusals}
@@ -344,15 +338,9 @@ def test_gradients_flow_through_the_operator() -> None:
     want = (x.grad, module.w.grad)
     x.grad = module.w.grad = None
     reports: list[Report] = []
-
-    def backend(graph: fx.GraphModule, _inputs: list[Any]) -> Any:
-        new, report = normfuse.optimize(graph)
-        reports.append(report)
-        return new.forward
-
     torch._dynamo.reset()
     with silent():
-        torch.compile(module, backend=backend)(x).sum().backward()
+        torch.compile(module, backend=rewriting(reports))(x).sum().backward()
     assert reports[0].fused == 1
     for a, b in zip(want, (x.grad, module.w.grad), strict=True):
         assert a is not None and b is not None and (a - b).abs().max() < 1e-4

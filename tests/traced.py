@@ -91,6 +91,17 @@ def silent() -> Iterator[None]:
         yield
 
 
+def rewriting(reports: list[Report]) -> Callable[..., Any]:
+    """A backend that rewrites each graph and keeps what was done."""
+
+    def backend(graph: fx.GraphModule, _inputs: list[Any]) -> Any:
+        new, report = normfuse.optimize(graph)
+        reports.append(report)
+        return new.forward
+
+    return backend
+
+
 def names(graph: fx.Graph) -> Counter[str]:
     """The bare names of what a graph calls."""
     found = (name_of(n) or str(n.target) for n in graph.nodes if n.op.startswith("call"))
