@@ -124,7 +124,6 @@ class Driver:
         module, entry = self.entries[function - 1]
         named = dict(zip((*TENSORS, *NUMBERS, "eps"), values, strict=False))
         self.launches.append(Launch(self.texts[module], entry, shape[:7], stream or 0, named, values[16:]))
-        self.then(self.launches[-1])
         return 0
 
     def run(self, what: Spec, **args: Any) -> list[Launch]:
@@ -134,6 +133,8 @@ class Driver:
         message = self.lib.nf_cuda_run(c.byref(what), c.byref(Args(**args)))
         if message is not None:
             raise RuntimeError(message.decode())
+        for launch in self.launches[done:]:  # an error in a call back from C would be lost
+            self.then(launch)
         return self.launches[done:]
 
     @cache  # noqa: B019 - there is one

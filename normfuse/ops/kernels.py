@@ -119,8 +119,8 @@ def write(view, row, sizes, cols, inside, v):
 def parameter(p, cols, n, added: tl.constexpr, how: tl.constexpr):
     """A weight or, to be added, a bias in C, (1, BLOCK); what changes nothing where it is a null pointer."""
     if how.optional:
-        there = p.to(tl.int64, bitcast=True) != 0
-        value = tl.load(p + cols, mask=(cols < n) & there, other=minus_zero(p) if added else 1.0)
+        there = tl.where(p.to(tl.int64, bitcast=True) != 0, n, 0)
+        value = tl.load(p + cols, mask=cols < there, other=minus_zero(p) if added else 1.0)
     else:
         value = tl.load(p + cols, mask=cols < n, other=0.0)
     return widen(value, how.c)
