@@ -88,9 +88,32 @@ def facts(found: Recognition) -> list[str]:
     return [formula(site.fact, site.norm.x.name) for site in found.sites]
 
 
+def names(found: Recognition) -> list[str]:
+    return [site.value.name for site in found.sites]
+
+
 def codes(found: Recognition) -> list[tuple[str, str]]:
     return [(r.code, r.node) for r in found.refusals]
 
 
 def matrix(g: Build, *shape: Any, number: float | None = None) -> Value:
     return leaf(g, *shape, number=number, fixed=True)
+
+
+def reads(shape: Shape, kind: str, axes: Any = (2,), **more: Any) -> Callable[[Build, Value], Value]:
+    def make(g: Build, v: Value) -> Value:
+        return g.op(kind, v, shape=shape, axes=axes, keepdims=True, **more)
+
+    return make
+
+
+def shapeless(v: Value) -> Value:
+    v.shape = None
+    return v
+
+
+def node(g: Build, kind: str, *inputs: Value, shape: Any = None, **attrs: Any) -> Value:
+    """A node whose shape is not worked out."""
+    out = g.graph.value(f"v{len(g.graph.nodes)}", shape, "float32")
+    g.graph.node(kind, list(inputs), [out], native=object(), name=out.name, **attrs)
+    return out

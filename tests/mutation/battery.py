@@ -25,8 +25,9 @@ import torch
 
 from tests.mutation.mutants import ROOT
 
-MODULES = ("test_recognise", "test_facts", "test_layouts", "test_transfer", "test_norm", "test_recognise_rules",
-           "test_recognise_sites", "test_passes", "test_passes_single", "test_placement", "test_placement_walks",
+MODULES = ("test_recognise", "test_facts", "test_layouts", "test_transfer", "test_norm", "test_recognise_roots",
+           "test_recognise_rules", "test_recognise_unknown", "test_recognise_misses", "test_recognise_sites",
+           "test_recognise_roundings", "test_passes", "test_passes_single", "test_placement", "test_placement_walks",
            "test_placement_names", "test_centring_rules", "test_conversion_plan", "test_conversion_rules",
            "test_neutral", "test_near_misses", "test_fusions", "test_onnx_fusions", "test_centring",
            "test_layernorm_to_rmsnorm")  # fmt: skip
