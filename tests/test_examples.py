@@ -35,7 +35,7 @@ def test_compile_without_its_kernels(monkeypatch: pytest.MonkeyPatch, capsys: py
     pytest.importorskip("transformers")
     monkeypatch.setattr(AsyncCompile, "cpp_pybinding", lambda *_: lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["compile.py"])
-    from tests.test_backend import uncached
+    from tests.compiling import uncached
 
     with uncached():
         runpy.run_path(str(EXAMPLES / "compile.py"), run_name="__main__")

@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import normfuse
 from normfuse.frontends import fx_model
-from tests.test_backend import operators
+from tests.compiling import operators
 
 N = 16
 Arguments = tuple[Tensor, ...]
