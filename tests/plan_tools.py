@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from normfuse.graph import Value
@@ -54,3 +54,18 @@ def sandwich() -> tuple[Build, list[Value]]:
     s = native(g.op("add", r, n))
     y = scaled(g, s)
     return g, [f, r, n, s, y]
+
+
+def in_float32(change: Callable[[Build, dict[str, Value]], None] = lambda g, v: None,
+               rounded: bool = True) -> tuple[Plan, dict[str, Value]]:  # fmt: skip
+    """The norm of a sum of casts, and the sum cast back."""
+    g = Build(dtype="bfloat16")
+    x, r = rows(g, "x16", "bfloat16"), rows(g, "r16", "bfloat16")
+    made = {"x": x, "r": r}
+    made["x32"], made["r32"] = g.op("cast", x, dtype="float32"), g.op("cast", r, dtype="float32")
+    made["s"] = native(g.op("add", made["x32"], made["r32"]))
+    made["y"] = g.op("cast", rms(g, made["s"]), dtype="bfloat16")
+    if rounded:
+        made["narrow"] = g.op("cast", made["s"], dtype="bfloat16")
+    change(g, made)
+    return start(g, *(made[name] for name in ("y", "narrow") if name in made)), made
