@@ -301,7 +301,6 @@ def test_functions_of_an_exported_torch_program_keep_their_bodies() -> None:
     body = [helper.make_node("Mul", ["x", "w"], ["y"])]
     function = helper.make_function("normfuse", "rms_norm", ["x", "w"], ["y"], body, [helper.make_opsetid("", 18)],
                                     ["eps", "offset"])  # fmt: skip
-    node.overload = function.overload = "float32_last"
     x, w, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, [4]) for n in "xwy")
     graph = helper.make_graph([node], "g", [x, w], [y])
     opsets = [helper.make_opsetid("", 18), helper.make_opsetid("normfuse", 1)]

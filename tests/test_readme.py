@@ -41,6 +41,7 @@ def printed(command: str, folder: Path) -> str:
     return subprocess.run(argv, cwd=folder, capture_output=True, text=True, check=True).stdout
 
 
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="before 2.13 the exporter has other names for nodes")
 def test_the_first_screen_is_what_rewrite_prints(tmp_path: Path) -> None:
     found = re.search(r"<!-- output: (.*?) -->\n```\n(.*?)```", README, re.DOTALL)
     assert found is not None

@@ -208,9 +208,9 @@ class Block(nn.Module):
         h = self.norm1(x)
         q, k, v = (w(h).unflatten(-1, (4, 8)) for w in (self.wq, self.wk, self.wv))
         q, k = self.heads(q, k)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        q, k, v = (t.permute(2, 0, 1, 3) for t in (q, k, v))  # torch before 2.13 flattens only a leading axis in parts
         scores = torch.softmax(q @ k.transpose(-1, -2) / 8**0.5, -1)
-        h, s = self.norm2(self.wo((scores @ v).transpose(1, 2).flatten(-2)), residual=x)
+        h, s = self.norm2(self.wo((scores @ v).permute(1, 2, 0, 3).flatten(-2)), residual=x)
         out: Tensor = s + self.down(F.silu(self.gate(h)) * self.up(h))
         return out
 

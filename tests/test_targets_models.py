@@ -106,7 +106,9 @@ def test_it_runs_without_our_library(name: str, target: str, tmp_path: Path) -> 
     feeds = dict(zip(names, (a.numpy() for a in FAMILIES[name].args()), strict=True))
     want = before.run(None, feeds)[0]
     results = [after.run(None, feeds)[0]]
-    if name != "bert":  # the evaluator of onnx 1.23 does not run the GatherElements of the input
+    unable = ["bert"]  # the evaluator of onnx 1.23 does not run the GatherElements of the input
+    unable += ["deepseek_v3"] if tuple(map(int, onnx.__version__.split(".")[:2])) < (1, 23) else []  # nor 1.22 its TopK
+    if name not in unable:
         results += [np.asarray(next(iter(ReferenceEvaluator(onnx.load(out)).run(None, feeds))))]
     for found in results:
         assert np.abs(found - want).max() <= 1e-5 * np.abs(want).max()

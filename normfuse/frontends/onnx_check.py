@@ -261,6 +261,15 @@ class Expand(OpRun):
         return (np.broadcast_to(data, np.broadcast_shapes(data.shape, tuple(np.abs(shape)))),)
 
 
+class Gather(OpRun):
+    """Elements by index; onnx before 1.23 fails where the indices are a transposed view."""
+
+    op_domain = ""
+
+    def _run(self, x: Array, indices: Array, axis: int = 0) -> tuple[Array]:
+        return (np.take(x, indices, axis=axis),)
+
+
 class ReduceMean(OpRun):
     """A mean rounded once, as runtimes compute it; the reference adds up in the type of the data."""
 
@@ -316,7 +325,7 @@ class SimplifiedLayerNormalization(RMSNormalization):
 
 
 OPS: list[Any] = [
-    Expand, ReduceMean, LayerNormalization, RMSNormalization, SimplifiedLayerNormalization,
+    Expand, Gather, ReduceMean, LayerNormalization, RMSNormalization, SimplifiedLayerNormalization,
     type("SimplifiedLayerNormalization", (SimplifiedLayerNormalization,), {"op_domain": "com.microsoft"}),
 ]  # fmt: skip
 

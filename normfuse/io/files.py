@@ -14,7 +14,9 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -32,7 +34,9 @@ __all__ = [
 PROTO_LIMIT = 2**31 - 1
 INLINE, SMALL = 2**28, 1024
 """The most bytes of weights that a new model holds itself, and the tensors too small to lie beside it."""
-ALIGNMENT, CHUNK = 4096, 2**20
+CHUNK = 2**20
+ALIGNED: Any = {"alignment": 4096} if "alignment" in signature(ir.external_data.unload_from_model).parameters else {}
+"""onnx-ir aligns large tensors by itself before 1.1, and since then only when it is asked to."""
 ANNOTATIONS = "normfuse.annotations"
 Copied = Callable[[int, int], None]
 
@@ -232,8 +236,7 @@ def write_new(model: ir.Model, target: Path) -> int:
     with _made() as made:
         try:
             with tempfile.TemporaryDirectory(prefix=".normfuse-", dir=target.parent) as folder:
-                ir.external_data.unload_from_model(model, folder, "data", size_threshold_bytes=SMALL,
-                                                   alignment=ALIGNMENT)  # fmt: skip
+                ir.external_data.unload_from_model(model, folder, "data", size_threshold_bytes=SMALL, **ALIGNED)
                 name = _name_data(Path(folder) / "data", target, made)
         except OSError as why:
             raise InputError(f"{target}: its weights cannot be written: {first_line(why)}") from None

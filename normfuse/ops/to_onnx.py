@@ -3,8 +3,9 @@
     normfuse.ops.to_onnx.export(program, opset_version=23)
 
 The body of a function is the meaning of the operator in standard operators of opset 18 or later, so every runtime runs
-the model. A body knows the types that it computes in, so one operator can have several functions, told apart by
-`overload` (IR version 10); eps and offset are attributes of the call. Floats in ONNX are float32, and so are these
+the model. A body knows the types that it computes in, so one operator can have several functions, `rms_norm`,
+`rms_norm_2` and so on: ONNX Runtime before 1.27 and the reference evaluator do not tell overloads apart. The doc string
+of each says what it is for; eps and offset are attributes of the call. Floats in ONNX are float32, and so are these
 where x is float64. The backward operators have no translation.
 """
 
@@ -99,17 +100,21 @@ class Body:
         return [self.norm(how, s, *last), s] if last else [s]
 
 
-def _function(name: str, overload: str, tensors: dict[str, Any], how: dict[str, Any]) -> ir.Function:
+def _function(name: str, what: str, tensors: dict[str, Any], how: dict[str, Any], known: Functions) -> ir.Function:
     body = Body()
     typed: list[Any] = [v if v is None else Typed(ir.Value(name=k), _TYPES[v.dtype]) for k, v in tensors.items()]
     inputs, outputs = [t.value for t in typed if t], [t.value for t in body.results(name, how, *typed)]
     attributes = [ir.Attr(k, ir.AttributeType.FLOAT, None) for k in ("eps", "offset")]
-    return ir.Function(DOMAIN, name, overload, graph=ir.Graph(inputs, outputs, nodes=body.nodes, name=name),
-                       attributes=attributes)  # fmt: skip
+    called, number = name, 1
+    while (other := known.get((DOMAIN, called, ""))) is not None and other.doc_string != what:
+        number += 1
+        called = f"{name}_{number}"
+    graph = ir.Graph(inputs, outputs, nodes=body.nodes, name=called, doc_string=what)
+    return known.setdefault((DOMAIN, called, ""), ir.Function(DOMAIN, called, graph=graph, attributes=attributes))
 
 
-def _translate(op: Any, functions: Functions | None, *args: Any, **kwargs: Any) -> Any:
-    """A call of a fused operator: a node, and the function of its types in `functions` or in the model."""
+def _translate(op: Any, functions: Functions, inside: bool, *args: Any, **kwargs: Any) -> Any:
+    """A call of a fused operator: a node, and the function of its types in `functions`, and inside of the model."""
     from onnxscript import evaluator
 
     recorder: Any = evaluator.default()
@@ -123,10 +128,11 @@ def _translate(op: Any, functions: Functions | None, *args: Any, **kwargs: Any) 
     rest = [how["kind"], how["cast"], *(["offset"] if how["offset"] else []),
             *([] if how.get("round_sum", True) else ["unrounded"]),
             *(["to", str(how["dtype"]).removeprefix("torch.")] if how["dtype"] else [])]  # fmt: skip
-    function = _function(name, "_".join([*types, *rest]).lower(), tensors, how)
-    (recorder.functions if functions is None else functions)[function.identifier()] = function
+    function = _function(name, " ".join([*types, *rest]).lower(), tensors, how, functions)
+    if inside:
+        recorder.functions[function.identifier()] = function
     floats = ir.convenience.convert_attributes({"eps": float(how["eps"]), "offset": float(how["offset"])})
-    node = ir.Node(DOMAIN, name, [v for v in tensors.values() if v is not None], floats, overload=function.overload,
+    node = ir.Node(DOMAIN, function.name, [v for v in tensors.values() if v is not None], floats,
                    num_outputs=len(op._schema.returns))  # fmt: skip
     recorder.nodes.append(node)
     return node.outputs[0] if len(node.outputs) == 1 else node.outputs
@@ -139,9 +145,11 @@ def translations(functions: Functions | None = None) -> dict[Any, Callable[..., 
     """
     import normfuse.ops.register
 
+    known: Functions = {} if functions is None else functions
+
     def translation(op: Any) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            return _translate(op, functions, *args, **kwargs)
+            return _translate(op, known, functions is None, *args, **kwargs)
 
         return call
 

@@ -101,7 +101,7 @@ def _library() -> ctypes.CDLL | None:
 
 
 def called(model: str | Path | onnx.ModelProto, provider: str = "cpu") -> list[str]:
-    """The functions of a model that may have operators: those of an exported torch program have overloads.
+    """The functions of a model that may have operators: those of an exported torch program have an offset.
 
     CUDA kernels normalise trailing axes, so that a function called with others keeps its body there.
     """
@@ -111,7 +111,7 @@ def called(model: str | Path | onnx.ModelProto, provider: str = "cpu") -> list[s
 
     if isinstance(model, str | Path):
         model = read_proto(Path(model))
-    wanted = {f.name for f in model.functions if f.domain == _DOMAIN and not getattr(f, "overload", "")}
+    wanted = {f.name for f in model.functions if f.domain == _DOMAIN and "offset" not in f.attribute}
     graphs = [model.graph] if provider == "cuda" else []
     while graphs:
         for node in graphs.pop().node:
