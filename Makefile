@@ -48,7 +48,7 @@ clean:
 	rm -rf $(VENV) build dist normfuse.egg-info .pytest_cache .ruff_cache .mypy_cache
 
 # ONNX Runtime: the GPU build where there is a wheel of it (it runs on the CPU too), else the CPU build.
-# The last three are there for the models they hold; --no-deps, or they bring a second ONNX Runtime and much else.
+# The last three are there for the models they hold, which any Python reads; --no-deps, or they bring a second ONNX Runtime.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "NormFuse needs Python 3.11 or newer, and '$(PYTHON)' is not: try 'make PYTHON=python3.12 ...'" >&2; exit 1; }
@@ -56,7 +56,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) install --quiet --upgrade pip
 	$(INSTALL) -c constraints.txt -e ".[test,transformers]"
 	$(INSTALL) -c constraints.txt onnxruntime-gpu || $(INSTALL) -c constraints.txt onnxruntime
-	$(INSTALL) -c constraints.txt --no-deps rapidocr-onnxruntime
+	$(INSTALL) -c constraints.txt --no-deps --ignore-requires-python rapidocr-onnxruntime
 	$(INSTALL) -c constraints.txt --no-deps --only-binary :all: magika pipecat-ai || \
 	  echo "without magika and pipecat-ai, whose models tests/test_pretrained.py reads" >&2
 	@touch $@
