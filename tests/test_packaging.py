@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -140,3 +142,12 @@ def test_every_public_name_says_what_it_is() -> None:
         members = [v for v in public if callable(v) or isinstance(v, property)]
         for one in [thing, *members] if inspect.isclass(thing) else [thing]:
             assert inspect.getdoc(one), (name, one)
+
+
+def test_the_oldest_releases_are_those_that_are_allowed() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = project["dependencies"] + project["optional-dependencies"]["triton"]
+    bounds = [re.fullmatch(r"([\w-]+)>=([\d.]+)", requirement) for requirement in wanted]
+    lines = (ROOT / "constraints-oldest.txt").read_text().splitlines()
+    oldest = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert oldest == {found[1]: f"{found[2]}.0" for found in bounds if found}
