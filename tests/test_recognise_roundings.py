@@ -67,10 +67,15 @@ def test_a_norm_in_half_precision_with_a_factor_is_mixed() -> None:
     assert site.norm.cast in ("none", "mixed") and (site.value is not y or site.norm.cast == "mixed")
 
 
+def rstd_in(g: Build, dtype: str) -> Value:
+    """1/rms of float16, by way of a mean in another type."""
+    m = g.op("cast", g.mean(g.op("square", g.x)), dtype=dtype)
+    return g.op("cast", g.op("rsqrt", g.op("add", m, g.c(1e-3))), dtype="float16")
+
+
 def test_statistics_in_another_type_are_mixed_and_say_why() -> None:
     g = Build(dtype="float16")
-    m = g.op("cast", g.mean(g.op("square", g.x)), dtype="float32")
-    r = g.op("cast", g.op("rsqrt", g.op("add", m, g.c(1e-3))), dtype="float16")
+    r = rstd_in(g, "float32")
     (site,) = g.found(g.op("mul", g.x, r)).sites
     assert (site.norm.cast, site.norm.compute) == ("mixed", "float32")
     assert "float16/float32" in site.mixed
@@ -78,16 +83,14 @@ def test_statistics_in_another_type_are_mixed_and_say_why() -> None:
 
 def test_of_the_reasons_for_mixed_roundings_the_one_about_roundings_is_told() -> None:
     g = Build(dtype="float16")
-    m = g.op("cast", g.mean(g.op("square", g.x)), dtype="float32")
-    r = g.op("cast", g.op("rsqrt", g.op("add", m, g.c(1e-3))), dtype="float16")
+    r = rstd_in(g, "float32")
     (site,) = g.found(g.op("mul", g.op("mul", g.x, g.w), r)).sites
     assert site.norm.cast == "mixed" and "float16/float32" in site.mixed
 
 
 def test_a_norm_in_two_narrow_types_is_computed_in_float32() -> None:
     g = Build(dtype="float16")
-    m = g.op("cast", g.mean(g.op("square", g.x)), dtype="bfloat16")
-    r = g.op("cast", g.op("rsqrt", g.op("add", m, g.c(1e-3))), dtype="float16")
+    r = rstd_in(g, "bfloat16")
     (site,) = g.found(g.op("mul", g.x, r)).sites
     assert (site.norm.cast, site.norm.compute) == ("mixed", "float32")
 
