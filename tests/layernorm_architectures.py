@@ -144,7 +144,7 @@ ARCHITECTURES: dict[str, dict[str, Case]] = {
         "speech_to_text": heard("Speech2TextForConditionalGeneration", "Speech2TextConfig", pixels(2, 24, 8), 12, 12, 2,
                                 **BART, max_source_positions=64, max_target_positions=32, num_conv_layers=2,
                                 conv_channels=24, input_feat_per_channel=8, input_channels=1),
-        "moonshine": heard("MoonshineForConditionalGeneration", "MoonshineConfig", pixels(2, 2000), 12, 12, 2,
+        "moonshine": heard("MoonshineForConditionalGeneration", "MoonshineConfig", pixels(2, 2000), 12, 13, 2,
                            name="input_values", vocab_size=VOCABULARY, hidden_size=D, intermediate_size=INNER,
                            encoder_num_hidden_layers=2, decoder_num_hidden_layers=2, encoder_num_attention_heads=2,
                            decoder_num_attention_heads=2, encoder_num_key_value_heads=2,

