@@ -19,7 +19,7 @@ import pytest
 from onnx import TensorProto, helper
 
 import normfuse.ort
-from normfuse.errors import UnsupportedError
+from normfuse.errors import InputError, UnsupportedError
 from normfuse.frontends.onnx_functions import function_name as lone_name
 from normfuse.verify import EPSILON, representable, rows
 from tests.ort_cases import (
@@ -320,6 +320,26 @@ def test_all_operators_at_once_load_beside_any_model() -> None:
     feeds = {n: np.ones((1, 8), "f4") for n in ("y0", "s0")}
     running = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     np.testing.assert_allclose(running.run(None, feeds)[1], 2)
+
+
+def test_a_model_that_the_runtime_optimised_and_saved(tmp_path: Path) -> None:
+    """It has calls of the operators, and no functions any more."""
+    model, saved = chain(1, (1, 8)), tmp_path / "saved.onnx"
+    options = ort.SessionOptions()
+    options.log_severity_level, options.optimized_model_filepath = 4, str(saved)
+    normfuse.ort.register(options, model)
+    feeds = {n: np.ones((1, 8), "f4") for n in ("y0", "s0")}
+    want = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"]).run(None, feeds)
+    assert not onnx.load(saved).functions and normfuse.ort.called(saved) == normfuse.ort.called(model) != []
+    for found, known in zip(session(onnx.load(saved)).run(None, feeds), want, strict=True):
+        np.testing.assert_array_equal(found, known)
+
+
+def test_options_are_for_one_model() -> None:
+    options, model = ort.SessionOptions(), chain(1, (1, 8))
+    normfuse.ort.register(options, model)
+    with pytest.raises(InputError, match="hold NormFuse's operators already; make new ones for each model"):
+        normfuse.ort.register(options, model)
 
 
 CUDA = """#include "ops.h"

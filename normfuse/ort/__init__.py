@@ -26,6 +26,7 @@ OLDEST = (1, 17)
 """The oldest ONNX Runtime: the first whose C API has parallel loops and shape inference for custom operators."""
 
 _ENTRY = "normfuse.operators"
+_DONE = "normfuse.registered"
 _DOMAIN = "normfuse"
 
 
@@ -38,12 +39,14 @@ def library_path() -> Path | None:
 def register(options: Any, model: str | Path | onnx.ModelProto | None = None, provider: str = "cpu") -> None:
     """Load the operators into an `onnxruntime.SessionOptions`.
 
+    Once for the same options, which hold for one model; ONNX Runtime refuses sessions with them after a second time.
     With the `model` that the session is to run, only the operators that it calls: ONNX Runtime takes about 0.1 ms for
     each operator that it is offered, and there are two thousand. With `provider="cuda"`, for sessions with the CUDA
     provider, only those that have a CUDA kernel: the others run there by their bodies, and not on the CPU.
 
     Raises `UnsupportedError` where the library was not compiled, where ONNX Runtime is missing or too old, or where it
-    refuses the library; `InputError` where `model` is no model, or `provider` not known.
+    refuses the library; `InputError` where `model` is no model, `provider` not known, or the options hold the operators
+    already.
     """
     if provider not in ("cpu", "cuda"):
         raise InputError(f"provider={provider!r} is not known; choose 'cpu' or 'cuda'")
@@ -59,6 +62,8 @@ def register(options: Any, model: str | Path | onnx.ModelProto | None = None, pr
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
         raise UnsupportedError(f"NormFuse's operators need ONNX Runtime {'.'.join(map(str, OLDEST))} or newer, and "
                                f"this is {version}: update it, or load the model without them")  # fmt: skip
+    if _registered(options):
+        raise InputError("these session options hold NormFuse's operators already; make new ones for each model")
     wanted = None if provider == "cpu" else "cuda"
     if model is not None:
         found = set(names(provider))
@@ -67,8 +72,17 @@ def register(options: Any, model: str | Path | onnx.ModelProto | None = None, pr
         if wanted is not None:
             options.add_session_config_entry(_ENTRY, wanted)
         options.register_custom_ops_library(str(path))
+        options.add_session_config_entry(_DONE, "1")
     except Exception as why:
         raise UnsupportedError(f"ONNX Runtime {version} does not take the operators of {path}: {why}") from why
+
+
+def _registered(options: Any) -> bool:
+    """Whether the operators are in some session options."""
+    try:
+        return bool(options.get_session_config_entry(_DONE))
+    except RuntimeError:  # there is no such entry
+        return False
 
 
 def names(provider: str = "cpu") -> list[str]:
@@ -101,7 +115,8 @@ def _library() -> ctypes.CDLL | None:
 
 
 def called(model: str | Path | onnx.ModelProto, provider: str = "cpu") -> list[str]:
-    """The functions of a model that may have operators: those of an exported torch program have an offset.
+    """The functions of a model that may have operators: those of an exported torch program have an offset. Where ONNX
+    Runtime saved an optimised model, nodes of the domain have no function any more, and are operators.
 
     CUDA kernels normalise trailing axes, so that a function called with others keeps its body there.
     """
@@ -112,12 +127,17 @@ def called(model: str | Path | onnx.ModelProto, provider: str = "cpu") -> list[s
     if isinstance(model, str | Path):
         model = read_proto(Path(model))
     wanted = {f.name for f in model.functions if f.domain == _DOMAIN and "offset" not in f.attribute}
-    graphs = [model.graph] if provider == "cuda" else []
+    defined = {f.name for f in model.functions if f.domain == _DOMAIN}
+    graphs, bodies = [model.graph], set[str]()
     while graphs:
         for node in graphs.pop().node:
+            if node.domain == _DOMAIN and node.op_type not in defined:
+                wanted.add(node.op_type)
             for attribute in node.attribute:
                 graphs += [attribute.g] if attribute.type == onnx.AttributeProto.GRAPH else attribute.graphs
                 if node.domain == _DOMAIN and attribute.name == "axes":
                     axes = sorted(attribute.ints)
-                    wanted -= {node.op_type} if axes != list(range(-len(axes), 0)) else set()
+                    bodies |= {node.op_type} if axes != list(range(-len(axes), 0)) else set()
+    if provider == "cuda":
+        wanted -= bodies
     return sorted(wanted)
