@@ -24,6 +24,8 @@ from normfuse.recognise import Recognition
 from normfuse.transfer import identity_layout
 
 Block = tuple[int, int]
+WIDER = {(half, wide) for half in ("float16", "bfloat16") for wide in ("float32", "float64")} | {("float32", "float64")}
+"""Casts that change no number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,19 +126,37 @@ def _product(node: Node, out: Value, want: Centre, uniform: Callable[[Value], bo
         axis = None if v.number is not None else _axis_in(v, out, want.axis)
         if axis is not None:
             carriers.append((v, axis))
+    if not carriers:
+        raise Blocked(f"{_label(node)} makes the same of all channels")
     if node.kind == "div" and any(v is not node.inputs[0] for v, _ in carriers):
         raise Blocked(f"{_label(node)} divides the channels by different numbers")
     if len(carriers) == 2:
         scales = [c for c in carriers if _per_channel(*c)]
         if len(scales) != 1:
             raise Blocked(f"{_label(node)} multiplies two values channel by channel")
-        (g, _), (v, axis) = scales[0], next(c for c in carriers if c is not scales[0])
+        (factor, _), (v, axis) = scales[0], next(c for c in carriers if c is not scales[0])
+        g = constant_behind(factor)
+        if g is None or v.shape != out.shape:
+            raise Blocked(f"{_label(node)} scales the channels by what is computed, or spreads what it scales")
         if uniform(g):
             return [(v, want.moved(axis))]
         if not replace(want, scales=()).whole(out):
             raise Blocked(f"{_label(node)} scales the channels within a part of the axis")
         return [(v, replace(want.moved(axis), scales=(g, *want.scales)))]
     return [(v, want.moved(axis)) for v, axis in carriers]
+
+
+def constant_behind(value: Value) -> Value | None:
+    """The constant whose elements a value has, in the same order: itself, or what it is a view or wider copy of."""
+    while (node := value.producer) is not None:
+        source = node.inputs[0] if node.inputs else value
+        axes = [d for d in source.shape or () if d != 1]
+        moved = node.kind == "transpose" and len(axes) > 1
+        wider = node.kind == "cast" and (source.dtype, value.dtype) in WIDER
+        if not wider and (node.kind not in ("identity", "reshape", "unsqueeze", "squeeze", "transpose") or moved):
+            return None
+        value = source
+    return value if value.fixed and not value.overridable and value.native is not None else None
 
 
 def _per_channel(value: Value, axis: int) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 from normfuse.centring import Centre, Channels
 from normfuse.graph import Graph, Node, Value
 from normfuse.norm import Expr, Site, region
-from normfuse.passes.fold_affine import Contraction, Linear, constant, elements, readers
+from normfuse.passes.fold_affine import Contraction, Linear, constants, elements, readers
 from normfuse.passes.layernorm_to_rmsnorm import Conversion, rms
 from normfuse.records import record_of
 from normfuse.report import NormRecord, RefusalRecord, Report
@@ -90,6 +90,10 @@ class Certificate:
     message: str = ""
 
 
+class Overflow(Exception):
+    """An edited constant is more than its type holds; the message says which."""
+
+
 class Folder:
     """Plans what of the norms goes into the constants behind them: the bias, with `scale` the weight too.
 
@@ -109,17 +113,18 @@ class Folder:
                 continue
             inner = self.plan.inner.get(site, site)
             norm = rms(inner.norm)
-            if norm.bias is not None and constant(norm.bias):
-                values = [v for _, factors in norm.bias for v, _ in factors]
-                if len(norm.bias) == 1 and all(self.zero(v) for v in values):
+            bias, weight = constants(norm.bias), constants(norm.weight)
+            if bias is not None:
+                values = [v for _, factors in bias for v, _ in factors]
+                if len(bias) == 1 and all(self.zero(v) for v in values):
                     self.plan.zero += values
                     norm = replace(norm, bias=None)
             found = self._readers(inner)
-            if found and norm.bias is not None and constant(norm.bias) and all(one.bias is not None for one in found):
-                self.plan.folds.append(("bias", norm.bias, found))
+            if found and norm.bias is not None and bias is not None and all(one.bias is not None for one in found):
+                self.plan.folds.append(("bias", bias, found))
                 norm = replace(norm, bias=None)
-            if scale and found and norm.bias is None and norm.weight is not None and constant(norm.weight):
-                self.plan.folds.append(("scale", norm.weight, found))
+            if scale and found and norm.bias is None and weight is not None:
+                self.plan.folds.append(("scale", weight, found))
                 norm = replace(norm, weight=None)
             if (norm.bias, norm.weight) != (inner.norm.bias, inner.norm.weight):
                 self.plan.folded[site] = replace(inner, norm=norm)

@@ -14,11 +14,11 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
-from normfuse.centring import Blocked, Centre, Channels, back
+from normfuse.centring import Blocked, Centre, Channels, back, constant_behind
 from normfuse.graph import Graph, Node, Value
 from normfuse.norm import Expr
 from normfuse.passes.remove_dead import live
@@ -79,7 +79,7 @@ def readers(graph: Graph, value: Value, axis: int, linear: Linear, channels: Cha
     shared = [twins(v) for one in found for v in (one.weight, one.bias) if v is not None]
     counts = {twins(v): 0 for v in graph.leaves}
     for v in graph.leaves:
-        counts[twins(v)] += sum(node in alive for node in v.uses)
+        counts[twins(v)] += v.kept + sum(node in alive for node in v.uses)
     return found if found and all(counts[key] == 1 for key in shared) else None
 
 
@@ -144,7 +144,10 @@ def elements(expr: Expr, size: int, give: Callable[[Value], Any]) -> Any:
     return total
 
 
-def constant(expr: Expr | None) -> bool:
-    """Whether a weight or bias is made of constants of the graph alone."""
-    values = [v for _, factors in expr or () for v, _ in factors]
-    return bool(values) and all(v.fixed and not v.overridable and v.native is not None for v in values)
+def constants(expr: Expr | None) -> Expr | None:
+    """A weight or bias, of the constants that its factors are views of; None where it is made of anything else."""
+    if expr is None or not any(factors for _, factors in expr):
+        return None
+    found = tuple((c, tuple((constant_behind(v), e) for v, e in factors)) for c, factors in expr)
+    known = all(v is not None for _, factors in found for v, _ in factors)
+    return cast("Expr", found) if known else None

@@ -266,7 +266,8 @@ class _Planner:
             raise Blocked(f"{value.name} is written in place")
         if node is None:
             fixed = value.fixed or value.overridable
-            why = self.can.locked(value) if fixed else f"{value.name} is an input of the graph"
+            why = f"{value.name} is an input of the graph" if not fixed else next(
+                (why for v in (value, *want.scales) if (why := self.can.locked(v)) is not None), None)
             if why is not None:
                 raise Blocked(why)
             links = []
@@ -296,7 +297,7 @@ class _Planner:
         """Find the changed values that somebody reads as they were; True if there are any."""
         twins: dict[Hashable, list[Value]] = {}
         for value in self.graph.leaves:
-            if any(use in self.alive for use in value.uses):
+            if value.kept or any(use in self.alive for use in value.uses):
                 twins.setdefault(self.can.twins(value), []).append(value)
         bad = []
         self.raw = set()
@@ -306,13 +307,14 @@ class _Planner:
             why = self._reader(value, want)
             if why is None and value.producer is None:
                 others = [v for v in twins.get(self.can.twins(value), ()) if v is not value]
-                if any(self.state.get(v) != want for v in others):
+                if any(v.kept or self.state.get(v) != want for v in others):
                     why = f"its storage is that of {others[0].name} too"
             if why is not None:
                 bad.append((value, why))
                 self.raw.add(value)
         for value, why in bad:
-            if self.can.untie and value.fixed and not any(isinstance(by, Site) for by in self.askers[value]):
+            constant = value.fixed and value.producer is None
+            if self.can.untie and constant and not any(isinstance(by, Site) for by in self.askers[value]):
                 self.copies.add(value)
             else:
                 self._stop(value, f"{value.name}: {why}")
@@ -320,7 +322,7 @@ class _Planner:
 
     def _reader(self, value: Value, want: Centre) -> str | None:
         if value.kept:
-            return "it is an output of the graph, or a sub-graph reads it"
+            return "it is an output of the graph, or a sub-graph or a constant is made of it"
         for node in dict.fromkeys(value.uses):
             if not self._blind(node, value, want):
                 for out in node.outputs:
@@ -348,7 +350,8 @@ class _Planner:
             return False
         links = back(node, out, self.state[out], self.can.channels, self.can.uniform)
         mine = [c for v, c in links if v is value]
-        return bool(mine) and all(c == replace(want, blocks=blocks or ()) for c in mine)
+        whole = len(mine) == sum(v is value for v in node.inputs)  # it may also be read in a place that did not ask
+        return bool(mine) and whole and all(c == replace(want, blocks=blocks or ()) for c in mine)
 
     def _public(self) -> bool:
         """Where an operator changes a value for all its readers, all have to be content; True if some are not."""

@@ -180,7 +180,10 @@ def _optional(at: At, i: int, *names: str) -> Value | None:
 def _linear(at: At, want: Centre) -> Links:
     if want.axis != at.rank - 1:
         raise at.blocked("has the channels as rows")
-    return [(at.tensor(1, "weight"), want.moved(0)), *_bias(at, _optional(at, 2, "bias"), want)]
+    weight = at.tensor(1, "weight")
+    if weight.rank != 2:
+        raise at.blocked("has one channel")
+    return [(weight, want.moved(0)), *_bias(at, _optional(at, 2, "bias"), want)]
 
 
 def _matmul(at: At, want: Centre) -> Links:
@@ -242,6 +245,12 @@ def _same_but(*names: str, at_index: int, default: int = 0) -> Row:
         return [(x, want)]
 
     return row
+
+
+def _roll(at: At, want: Centre) -> Links:
+    if at.get(2, "dims") in (None, (), []):
+        raise at.blocked("rolls over all positions, the channels among them")
+    return _same_but("dims", at_index=2)(at, want)
 
 
 def _cut(at: At) -> tuple[Value, dict[int, tuple[int, int, int]], list[int]] | None:
@@ -513,7 +522,7 @@ ROWS: dict[str, Row] = _table(
         "index_select": _index_select,
         "gather take_along_dim": _gather,
         "index_add index_add_": _index_add,
-        "roll": _same_but("dims", at_index=2, default=0),
+        "roll": _roll,
         "flip": _same_but("dims", at_index=1),
         "cumsum": _same_but("dim", at_index=1),
         "repeat tile": _repeat,

@@ -13,7 +13,7 @@ from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
 from normfuse.centring import Centre, Links
 from normfuse.config import Config
-from normfuse.convert import Edits, Folder, Record, fold, folds_note, refusals
+from normfuse.convert import Certificate, Edits, Folder, Overflow, Record, fold, folds_note, refusals
 from normfuse.errors import InputError
 from normfuse.frontends import fx_channels as table
 from normfuse.frontends.fx_certify import certify
@@ -153,8 +153,12 @@ def convert_graph(source: fx.GraphModule, config: Config, state: Mapping[str, to
     if not plan.sites and not plan.folds:
         return Converted(source, records=records)
     editor = Editor(whole, plan, numbers)
-    module = editor.run()
-    check = certify(source, module, editor, weights, inputs, config)
+    module = source
+    try:
+        module = editor.run()
+        check = certify(source, module, editor, weights, inputs, config)
+    except Overflow as why:
+        check = Certificate(False, message=str(why))
     if check is not None and not check.ok:
         failed = [refusals(s, "NF304", check.message) for s in dict.fromkeys([*plan.sites, *plan.folded])]
         return Converted(source, records=records + failed)
@@ -233,7 +237,10 @@ class Editor:
             assert old is not None
             if not torch.isfinite(new).all():
                 raise InputError(f"{name}: holds NaN or infinity; a weight with those has no mean to take away")
-            self.tensors[name] = new.to(old.dtype).to(old.device)
+            rounded = new.to(old.dtype)
+            if not torch.isfinite(rounded).all():
+                raise Overflow(f"{name} would hold {new.abs().max().item():.3g}, more than its type does")
+            self.tensors[name] = rounded.to(old.device)
 
     def _operator(self, value: Value, want: Centre) -> fx.Node:
         """x - mean(x) behind a value, in float32 for half types."""

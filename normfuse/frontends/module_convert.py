@@ -20,7 +20,7 @@ from normfuse.errors import InputError, UnsupportedError
 from normfuse.frontends.fx_approximate import approximate_program
 from normfuse.frontends.fx_convert import Converted, convert_program
 from normfuse.frontends.fx_effects import is_assert
-from normfuse.graph import Value
+from normfuse.graph import Node, Value
 from normfuse.nn import Centre, RMSNorm
 from normfuse.norm import Site
 from normfuse.passes.layernorm_to_rmsnorm import Conversion
@@ -209,10 +209,7 @@ def _edit(module: nn.Module, program: Any, found: Converted, places: _Places) ->
     plan = found.plan or Conversion()
     targets = {spec.arg.name: str(spec.target) for spec in program.graph_signature.input_specs if spec.target}
     with torch.no_grad():
-        for node in plan.scaled:
-            factor = next(v for v in node.inputs if v.fixed and v not in plan.values)
-            if len(factor.uses) != 1:
-                raise _Unfit(f"{targets[factor.native.name]} is read in several places")
+        factors = [_factor(node, plan, targets) for node in plan.scaled]
         for name, tensor in found.tensors.items():
             source = found.copies.get(name)
             if source is None:
@@ -225,9 +222,8 @@ def _edit(module: nn.Module, program: Any, found: Converted, places: _Places) ->
                 if old is None:
                     raise _Unfit(f"{targets[source]} is not the weight of the module that reads it")
                 module.get_submodule(path).weight = nn.Parameter(tensor, old.requires_grad)
-        for node in plan.scaled:
-            factor = next(v for v in node.inputs if v.fixed and v not in plan.values)
-            _get(module, targets[factor.native.name]).fill_(1.0)
+        for factor in factors:
+            _get(module, factor).fill_(1.0)
     norms = {site: plan.inner.get(site, site) for site in plan.sites} | found.approximated
     for site, inner in norms.items():
         known = places.norm_module(site, inner)
@@ -243,6 +239,18 @@ def _edit(module: nn.Module, program: Any, found: Converted, places: _Places) ->
             owner.register_forward_pre_hook(centre)
         else:
             owner.register_forward_hook(centre)
+
+
+def _factor(node: Node, plan: Conversion, targets: Mapping[str, str]) -> str:
+    """The path of the constant behind the factor of a multiplication, which nothing else reads."""
+    value = next(v for v in node.inputs if v.fixed and v not in plan.values)
+    once = len(value.uses) == 1
+    while value.producer is not None:
+        value = value.producer.inputs[0]
+        once = once and len(value.uses) == 1
+    if not once:
+        raise _Unfit(f"{targets[value.native.name]} is read in several places")
+    return targets[value.native.name]
 
 
 def _get(module: nn.Module, path: str) -> torch.Tensor:

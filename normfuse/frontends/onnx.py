@@ -74,6 +74,7 @@ class Lowering:
         self.sizes: dict[ir.Value, Shape] = {}  # what is known of small integer vectors that hold sizes
         self.call: ir.Node | None = None
         self.controlled: list[ir.Graph] = []
+        self.folded: list[ir.Node] = []
         self.missing = False
         self.stuck = False  # some operator that has a row was left opaque
         for value in source.inputs:
@@ -88,6 +89,11 @@ class Lowering:
         for output in source.outputs:
             if output in self.values:
                 self.values[output].kept = True
+        for node in reversed(self.folded):  # the model still computes it, from a constant that it reads
+            made = self.values[node.outputs[0]]
+            for operand in node.inputs if made.kept or made.uses else ():
+                if operand in self.values:
+                    self.values[operand].kept = True
 
     # -- values ---------------------------------------------------------------------------------------------------
 
@@ -307,6 +313,8 @@ class Lowering:
             return False
         uniform = array.size > 1 and (node.op_type in ("ConstantOfShape", "Expand") or self._is_matrix(out, array))
         self._fold(out, array, uniform)
+        if node.op_type not in ("Shape", "Size"):
+            self.folded.append(node)
         return True
 
     def _large(self, out: ir.Value, tensor: Any) -> None:

@@ -21,7 +21,7 @@ from normfuse.frontends.onnx_model import OnnxModel
 from normfuse.frontends.onnx_region import target_of
 from normfuse.graph import Value
 from normfuse.norm import Site
-from normfuse.passes.fold_affine import constant, elements
+from normfuse.passes.fold_affine import constants, elements
 from normfuse.passes.layernorm_to_rmsnorm import operator_of, rms
 from normfuse.passes.remove_dead import RemoveDead
 from normfuse.plan import Replace
@@ -97,7 +97,7 @@ class _Editor:
         norm = site.norm
         if len(norm.axes) != 1 or norm.x.native is None or norm.size is None:
             return "it normalises over several axes, or its input is a value inside another operator"
-        if norm.bias is not None and not constant(norm.bias):
+        if norm.bias is not None and constants(norm.bias) is None:
             return "its bias is computed at run time"
         found = self.emitter.expressible(rms(norm), site.value)
         return None if found is None else found[1]
@@ -114,7 +114,8 @@ class _Editor:
             assert array is not None or tensor is not None
             return np.asarray(tensor.numpy() if array is None else array).astype(np.float64)
 
-        old = elements(norm.bias, size, own) if norm.bias is not None else np.zeros(size)
+        bias_of = constants(norm.bias)
+        old = np.zeros(size) if bias_of is None else elements(bias_of, size, own)
         types = [v.dtype for _, factors in (norm.bias or norm.weight or ()) for v, _ in factors]
         dtype = DTYPES[types[0] or norm.dtype] if types else DTYPES[norm.dtype]
         name = unique(f"{native.name}_calibrated", self.used)

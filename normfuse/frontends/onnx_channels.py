@@ -25,6 +25,7 @@ QUANTISED = frozenset(
     MatMulNBits MatMulBnb4 MatMulFpQ4 QAttention QEmbedLayerNormalization QOrderedMatMul QGemm QLinearAdd QLinearMul
     DynamicQuantizeMatMul MatMulIntegerToFloat QMoE GatherBlockQuantized""".split()
 )
+FIRST_SOFTMAX_OF_ONE_AXIS = 13
 RANDOM = frozenset("RandomNormal RandomNormalLike RandomUniform RandomUniformLike Bernoulli Multinomial".split())
 
 
@@ -85,11 +86,17 @@ def span(low: Lowering, node: Node, out: Value, axis: int) -> tuple[int, int] | 
 
 
 def blind(low: Lowering, node: Node, value: Value, want: Centre) -> bool:
-    """A softmax along the axis gives the same whatever is added to its operand along it."""
+    """A softmax along the axis gives the same whatever is added to its operand along it.
+
+    Before opset 13 it is along all axes from `axis` on, together, and `axis` is 1 where it is not given.
+    """
     native = node.native
     if not isinstance(native, ir.Node) or native.op_type not in ("Softmax", "LogSoftmax") or not want.whole(value):
         return False
-    return bool(attribute(native, "axis", -1) % max(value.rank or 1, 1) == want.axis)
+    imports, rank = low.source.opset_imports, max(value.rank or 1, 1)
+    together = imports.get("", imports.get("ai.onnx", 0)) < FIRST_SOFTMAX_OF_ONE_AXIS
+    axis = attribute(native, "axis", 1 if together else -1) % rank
+    return bool(axis == want.axis and (axis == rank - 1 or not together))
 
 
 def linear(low: Lowering, node: Node, value: Value, axis: int, channels: Channels) -> Contraction | None:
@@ -301,6 +308,8 @@ def _resize(low: Lowering, node: ir.Node, want: Centre) -> Links:
     x, out = _operand(low, node, 0), low.value(node.outputs[0])
     if out.shape is None or x.shape is None or want.axis > 1 or x.shape[want.axis] != out.shape[want.axis]:
         raise Blocked(f"Resize {node.name or ''} mixes positions along this axis")
+    if attribute(node, "coordinate_transformation_mode", "") == "tf_crop_and_resize":
+        raise Blocked(f"Resize {node.name or ''} fills with a number what lies outside")
     return [(x, want)]
 
 
@@ -312,7 +321,7 @@ def _pad(low: Lowering, node: ir.Node, want: Centre) -> Links:
         raise Blocked(f"Pad {node.name or ''} pads by what is known only at run time")
     over = [int(a) % (x.rank or 1) for a in (range(len(pads) // 2) if axes is None else axes.reshape(-1))]
     mode = attribute(node, "mode", "constant")
-    fill = low.value(node.inputs[2]).number if _has(node, 2) else 0.0
+    fill = low.value(node.inputs[2]).number if _has(node, 2) else attribute(node, "value", 0.0)
     if any(a == want.axis and (pads[i] or pads[i + len(over)]) for i, a in enumerate(over)):
         raise Blocked(f"Pad {node.name or ''} adds channels")
     if mode == "constant" and fill != 0:

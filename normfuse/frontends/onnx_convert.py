@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from normfuse.centring import Centre
 from normfuse.config import Config
-from normfuse.convert import Edits, Folder, Record, fold, folds_note, refusals
+from normfuse.convert import Certificate, Edits, Folder, Overflow, Record, fold, folds_note, refusals
 from normfuse.errors import InputError
 from normfuse.frontends import onnx_channels as table
 from normfuse.frontends.onnx import Lowering
@@ -55,8 +55,11 @@ def convert_model(one: OnnxModel, config: Config) -> tuple[ir.Model, list[Record
             means.settle(value)
         original = one.model.clone()
         editor = Editor(one, low, found, means)
-        editor.run()
-        check = certify(original, one.model, editor, config)
+        try:
+            editor.run()
+            check = certify(original, one.model, editor, config)
+        except Overflow as why:
+            check = Certificate(False, message=str(why))
         if check is not None and not check.ok:
             failed = [refusals(site, "NF304", check.message) for site in dict.fromkeys([*found.sites, *found.folded])]
             return original, records + failed + [refusals(s, r.code, r.message) for s, r in found.kept.items()], []
@@ -205,7 +208,11 @@ class Editor:
             if not np.isfinite(array).all():
                 raise InputError(f"{name}: holds NaN or infinity; a weight with those has no mean to take away")
             assert native.dtype is not None
-            native.const_value = ir.Tensor(array.astype(native.dtype.numpy()), dtype=native.dtype, name=name)
+            with np.errstate(over="ignore"):
+                rounded = array.astype(native.dtype.numpy())
+            if not np.isfinite(rounded.astype(np.float64)).all():
+                raise Overflow(f"{name} would hold {np.abs(array).max():.3g}, more than its type does")
+            native.const_value = ir.Tensor(rounded, dtype=native.dtype, name=name)
 
     def _operator(self, value: Value, want: Centre) -> ir.Value:
         """x - mean(x) behind a value, in float32 for half types."""

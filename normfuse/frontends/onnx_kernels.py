@@ -85,6 +85,35 @@ class Erf(OpRun):
         return (torch.erf(wide).numpy().astype(x.dtype),)
 
 
+class Softmax(OpRun):
+    """e^x / sum(e^x) along an axis; before opset 13 along all from `axis` on, which the reference leaves out."""
+
+    op_domain = ""
+
+    def _run(self, x: Array, axis: int = -1) -> tuple[Array]:
+        together = self.run_params.get("opsets", {}).get("", 13) < 13
+        if together and not any(given.name == "axis" for given in self.onnx_node.attribute):
+            axis = 1
+        rows = x.reshape(*x.shape[: axis % x.ndim], -1) if together else np.moveaxis(x, axis, -1)
+        e = rows - rows.max(-1, keepdims=True, initial=-np.inf)
+        found = self.of(e, np.exp(e).sum(-1, keepdims=True))
+        return (np.asarray(found.reshape(x.shape) if together else np.moveaxis(found, -1, axis)).astype(x.dtype),)
+
+    @staticmethod
+    def of(e: Array, total: Array) -> Array:
+        """The result, of exponents and the sum of their powers."""
+        return np.asarray(np.exp(e) / total)
+
+
+class LogSoftmax(Softmax):
+    """log(softmax(x))."""
+
+    @staticmethod
+    def of(e: Array, total: Array) -> Array:
+        """The result, of exponents and the sum of their powers."""
+        return np.asarray(e - np.log(total))
+
+
 class FusedMatMul(OpRun):
     """ONNX Runtime's alpha * a @ b, each transposed first where it says so."""
 
@@ -136,4 +165,5 @@ class BiasGelu(OpRun):
         return Gelu._run(self, x + bias)  # type: ignore[arg-type]
 
 
-KERNELS: list[Any] = [Conv, GatherElements, Pad, Erf, FusedMatMul, FastGelu, QuickGelu, Gelu, BiasGelu]
+KERNELS: list[Any] = [Conv, GatherElements, Pad, Erf, Softmax, LogSoftmax, FusedMatMul, FastGelu, QuickGelu, Gelu,
+                      BiasGelu]  # fmt: skip
