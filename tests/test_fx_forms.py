@@ -358,3 +358,17 @@ def test_numbers_beyond_all_arithmetic(number: float) -> None:
 
     report = normfuse.inspect(torch.export.export(Beyond(), (torch.ones(2, 8),)))
     assert len(report.norms) >= 1
+
+
+@pytest.mark.parametrize("equation", ["bsd->dbs", "bsd->sbd", "bsd,bdt->bts", "bsd,tbd->bst"])
+def test_an_einsum_that_is_no_product_of_rows(equation: str) -> None:
+    """Beside a norm: it turns its operand, or multiplies other axes than a matrix product, which the algebra knows."""
+    class Turned(torch.nn.Module):
+        def forward(self, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+            y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * w
+            other = [x, x.transpose(1, 2) if equation == "bsd,bdt->bts" else x.transpose(0, 1)]
+            return y, torch.einsum(equation, *other[: equation.count(",") + 1])
+
+    program = torch.export.export(Turned(), (torch.randn(2, 5, 8), torch.ones(8)))
+    (norm,) = normfuse.inspect(program).norms
+    assert norm.kind == "rms_norm"

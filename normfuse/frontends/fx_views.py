@@ -80,7 +80,8 @@ def einsum(call: Call) -> bool:
         if len(terms) == 1:
             return call.emit("sum", [x], axes=gone, keepdims=False) if gone else same(call, x)
         return dotted(call, x, y, gone) if gone else call.emit("mul", [x, y])
-    call.low.role(call.node, "linear" if any(v.fixed for v in operands) else "matmul")
+    fixed = any(v.fixed for v in operands)
+    call.low.role(call.node, "linear" if fixed else "attention" if len(operands) == 2 else "opaque")
     return True
 
 

@@ -59,12 +59,13 @@ def skip_norm(kind: str) -> Row:
 def _fused_matmul(low: Lowering, node: ir.Node) -> None:
     """ONNX Runtime's ``alpha * A' @ B'``, of which either may be transposed in its last two axes."""
     operands = low.inputs(node)
+    role = "linear" if any(v.fixed for v in operands) else "attention"  # not "matmul", of which the algebra knows all
     if attribute(node, "transBatchA", 0) or attribute(node, "transBatchB", 0):
-        return low.opaque(node, "matmul")
+        return low.opaque(node, role)
     for i, turned in enumerate(attribute(node, name, 0) for name in ("transA", "transB")):
         v = operands[i]
         if turned and v.shape is None:
-            return low.opaque(node, "matmul")
+            return low.opaque(node, role)
         if turned and v.shape is not None and len(v.shape) > 1:
             *rest, m, n = range(len(v.shape))
             operands[i] = low.virtual((*v.shape[:-2], v.shape[-1], v.shape[-2]), v.dtype)
