@@ -32,7 +32,8 @@ class Value:
     `number` is set when every element is known to equal it. `leaf` says that nothing in the graph computes the
     value; `fixed` that it is moreover the same in every run (a constant, or an initializer or parameter).
     `overridable` marks a constant that the caller may replace, which therefore is none.
-    `kept` says that someone outside the node list reads it: a graph output or a control-flow sub-graph.
+    `kept` says that someone outside the node list reads it: a graph output or a control-flow sub-graph, which runs
+    ahead of the node with index `captured`.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Value:
     leaf: bool = False
     fixed: bool = False
     kept: bool = False
+    captured: int | None = None
     tainted: bool = False
     overridable: bool = False
     index: int = 0

@@ -410,6 +410,8 @@ def _expand(node: Node, facts: list[Fact]) -> Fact:
             if f.linear:
                 raise Refused("NF108", "x itself is expanded")
             entry = SPREAD
+        elif entry and (d is None or d != old[i - pad]):
+            raise Refused("NF108", "an expand along an axis whose size may be another")
         entries.append(entry)
     return replace(f, layout=tuple(entries), via=node.inputs[0])
 

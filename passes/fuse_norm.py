@@ -97,7 +97,8 @@ class FuseNorm:
                 continue
             if fact.absolute:
                 continue  # |mean| is another number
-            if any(use.index < last.index for use in value.uses if use in staying):
+            early = value.captured is not None and value.captured < last.index
+            if early or any(use.index < last.index for use in value.uses if use in staying):
                 continue  # it is read before the operator could stand
             if fact.beta == {MEAN: 1.0}:
                 found["mean"] = value

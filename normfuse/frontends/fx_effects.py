@@ -29,7 +29,9 @@ MODES = {"_set_grad_enabled": 0, "_enter_autocast": 1, "_exit_autocast": -1, "_e
 _INPLACE_OPERATORS = frozenset(
     "iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor ilshift irshift setitem delitem".split()
 )
-_KEEPS_DATA = frozenset({"detach_", "requires_grad_", "retain_grad"})
+_KEEPS_DATA = frozenset({"requires_grad_", "retain_grad"})
+CREATED = frozenset("lift_fresh lift_fresh_copy tensor as_tensor scalar_tensor full zeros ones empty arange".split())
+"""What makes a tensor without a history, so that to detach it is to do nothing."""
 _SHARES_ALL = frozenset("einsum broadcast_tensors meshgrid atleast_1d atleast_2d atleast_3d".split())
 _SHARES_FIRST = frozenset(
     """dropout feature_dropout alpha_dropout feature_alpha_dropout type_as sum_to_size getitem getattr pos
@@ -97,9 +99,10 @@ def written(node: fx.Node) -> list[fx.Node]:
     """The nodes whose values this one overwrites, as far as can be told: all inputs of what is not known."""
     if node.op not in ("call_function", "call_method", "call_module"):
         return []
+    hidden = _hidden_writes(node)
     if isinstance(node.target, OpOverload):
-        return _schema_writes(node, node.target)
-    out = _nodes(node.kwargs.get("out"))
+        return hidden + _schema_writes(node, node.target)
+    out = hidden + _nodes(node.kwargs.get("out"))
     name = name_of(node)
     if node.op == "call_module" or isinstance(node.target, HigherOrderOperator):
         inner = list(_modules(node))
@@ -108,20 +111,51 @@ def written(node: fx.Node) -> list[fx.Node]:
     if name is None:
         return list(node.all_input_nodes)
     bare = name.strip("_")
-    inplace = name in _INPLACE_OPERATORS or bare in _INPLACE_OPERATORS or (name == f"{bare}_" and bare)
-    if name not in _KEEPS_DATA and (inplace or (node.op == "call_function" and _inplace_flag(node))):
+    inplace = name in _INPLACE_OPERATORS or bare in _INPLACE_OPERATORS or (
+        name.endswith("_") and not name.endswith("__") and bare)  # fmt: skip
+    kept = name in _KEEPS_DATA or (name == "detach_" and without_history(node.args[0], True))
+    if not kept and (inplace or (node.op == "call_function" and _inplace_flag(node))):
         out += _nodes(node.args[:1]) or list(node.all_input_nodes)
     return out
 
 
+def _hidden_writes(node: fx.Node) -> list[fx.Node]:
+    """What functions overwrite whose name and schema do not say so."""
+    name, functional = name_of(node) or "", getattr(node.target, "__module__", "") == "torch.nn.functional"
+    if name in ("batch_norm", "instance_norm"):
+        means = node.args[1:3] if functional else node.args[3:5]
+        told = node.args[5] if len(node.args) > 5 else node.kwargs.get(
+            "training", node.kwargs.get("use_input_stats", name == "instance_norm"))  # fmt: skip
+        named = [node.kwargs.get(n) for n in ("running_mean", "running_var")]
+        return [] if told is False else _nodes((means, named))
+    if name in ("embedding", "embedding_bag") and functional:
+        limit = node.args[3] if len(node.args) > 3 else node.kwargs.get("max_norm")
+        return [] if limit is None else _nodes((node.args[1:2], node.kwargs.get("weight")))
+    return []
+
+
 def _schema_writes(node: fx.Node, op: OpOverload) -> list[fx.Node]:
-    if not op._schema.is_mutable or op._schema.name.partition("::")[2] in _KEEPS_DATA:
+    name = op._schema.name.partition("::")[2]
+    if not op._schema.is_mutable or name in _KEEPS_DATA or (name == "detach_" and without_history(node.args[0], True)):
         return []
     out: list[fx.Node] = []
     for i, argument in enumerate(op._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             out += _nodes(node.args[i] if i < len(node.args) else node.kwargs.get(argument.name))
     return out
+
+
+def without_history(node: Any, inplace: bool) -> bool:
+    """Whether no gradient goes through a node, so that to detach it is to do nothing.
+
+    It was just made; or Dynamo, which makes a new graph where that changes, has seen that it has none (not `inplace`,
+    which changes what it has seen).
+    """
+    if not isinstance(node, fx.Node):
+        return False
+    seen = node.meta.get("example_value")
+    guarded = not inplace and is_tensor(seen) and not getattr(seen, "requires_grad", True)
+    return guarded or (node.op == "call_function" and name_of(node) in CREATED)
 
 
 def _module_writes(module: torch.nn.Module) -> bool:

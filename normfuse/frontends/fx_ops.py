@@ -14,6 +14,7 @@ from torch import fx, nn
 from normfuse.frontends import fx_norms as norms
 from normfuse.frontends import fx_views as views
 from normfuse.frontends.fx_call import Call, Row, Unfit, axes_of, guarded, shape_of_pair
+from normfuse.frontends.fx_effects import name_of, without_history
 from normfuse.frontends.fx_meta import elsewhere, is_tensor, meta_of
 from normfuse.graph import Value
 
@@ -106,9 +107,7 @@ def _identity(call: Call) -> bool:
 
 
 def _detach(call: Call) -> bool:
-    source = call.node.args[0]
-    meta = meta_of(source) if isinstance(source, fx.Node) else None
-    return not getattr(meta, "requires_grad", False) and _identity(call)
+    return without_history(call.node.args[0], name_of(call.node) == "detach_") and _identity(call)
 
 
 def _dropout(call: Call) -> bool:
@@ -260,8 +259,8 @@ OPS: dict[str, Row] = _table(
         "clamp_min maximum": guarded(_maximum),
         "relu": guarded(_relu),
         "to float double half bfloat16 type type_as _to_copy convert_element_type": guarded(_cast),
-        "contiguous clone alias lift_fresh lift_fresh_copy positive detach_": guarded(_identity),
-        "detach": guarded(_detach),
+        "contiguous clone alias lift_fresh lift_fresh_copy positive": guarded(_identity),
+        "detach detach_": guarded(_detach),
         "dropout": guarded(_dropout),
         "mean": reduction("mean"),
         "sum": reduction("sum"),

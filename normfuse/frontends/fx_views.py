@@ -94,7 +94,8 @@ def same(call: Call, x: Value) -> bool:
 
 
 def reshape(call: Call) -> bool:
-    if any(isinstance(a, torch.dtype) for a in call.node.args):  # view(dtype) reads the bits anew
+    given = (*call.node.args, *call.node.kwargs.values())
+    if any(isinstance(a, torch.dtype) for a in given):  # view(dtype) reads the bits anew
         return False
     return call.emit("reshape", [call.tensor()])
 

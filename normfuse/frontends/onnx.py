@@ -286,16 +286,21 @@ class Lowering:
             graph = todo.pop()
             for value in graph.outputs:
                 if value in self.values:
-                    self.values[value].kept = True
+                    self._captured(self.values[value])
             for inner in graph:
                 for operand in inner.inputs:
                     if operand is not None and operand in self.values:
-                        self.values[operand].kept = True
+                        self._captured(self.values[operand])
                 todo.extend(g for a in inner.attributes.values() for g in _subgraphs(a))
+
+    def _captured(self, value: Value) -> None:
+        value.kept = True
+        if value.captured is None:
+            value.captured = len(self.graph.nodes)
 
     def _constant(self, node: ir.Node) -> bool:
         """Fold a node whose inputs are small constants; its output is a leaf of the neutral graph."""
-        if len(node.outputs) != 1:
+        if len(node.outputs) != 1 or node.domain not in ("", "ai.onnx"):
             return False
         out = node.outputs[0]
         if node.op_type == "Constant":

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from normfuse.errors import UnsupportedError
 from normfuse.frontends.onnx_infer import DTYPES
 from normfuse.frontends.onnx_functions import function_for, function_name
 from normfuse.frontends.onnx_region import rest_of
@@ -125,7 +126,7 @@ class Emitter:
         else:
             rank = len(norm.x.shape or ())
             key = (norm.kind, weight is not None, bias is not None and not rms_bias, inner, stash, self.opset)
-            unseen = self.unseen and norm.kind == "layer_norm"
+            unseen = (self.unseen and norm.kind == "layer_norm") or rank < 2  # ORT's fusion breaks those of rank 1
             function = function_for(*key, norm.eps, unseen)
             self.functions[function.identifier()] = function
             attrs = [ir.AttrInt64s("axes", [a - rank for a in norm.axes]), *attrs]
@@ -311,9 +312,24 @@ def register_functions(model: ir.Model, functions: Sequence[ir.Function]) -> Non
     if not functions:
         return
     for function in functions:
+        known = model.functions.get(function.identifier())
+        if known is not None and _body(known) != _body(function):
+            raise UnsupportedError(f"the model has a function {function.domain}.{function.name} of its own, which does "
+                                   "something else than ours of that name; inline it (onnx.inliner) or rename it")
         model.functions[function.identifier()] = function
     model.graph.opset_imports.setdefault(DOMAIN, 1)
     model.ir_version = max(model.ir_version, 8)
+
+
+def _body(function: ir.Function) -> bytes:
+    """What a function does."""
+    proto = ir.to_proto(function)
+    for field in ("doc_string", "metadata_props", "value_info"):
+        proto.ClearField(field)
+    for node in proto.node:
+        for field in ("name", "doc_string", "metadata_props"):
+            node.ClearField(field)
+    return bytes(proto.SerializeToString(deterministic=True))
 
 
 def unique(name: str, used: set[str | None]) -> str:

@@ -7,6 +7,7 @@ chains of Cast, Reshape, Concat and the like.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -39,9 +40,9 @@ def constant_of(node: ir.Node) -> Array | None:
 
 
 def _axes(node: ir.Node, args: Sequence[Array]) -> tuple[int, ...] | None:
-    if len(args) > 1:
-        return tuple(int(a) for a in args[1].reshape(-1))
-    axes = attribute(node, "axes")
+    axes = [int(a) for a in args[1].reshape(-1)] if len(args) > 1 else attribute(node, "axes")
+    if axes is not None and not axes:
+        raise ValueError("no axes: all or none of them, which runtimes do not agree on")
     return None if axes is None else tuple(axes)
 
 
@@ -66,13 +67,18 @@ def _slice(node: ir.Node, args: Sequence[Array]) -> Array:
         steps = args[4].tolist() if len(args) > 4 else [1] * len(starts)
     index: list[slice] = [slice(None)] * args[0].ndim
     for a, s, e, t in zip(axes, starts, ends, steps, strict=True):
+        if t < 0 and s < -args[0].shape[a]:
+            raise ValueError("numpy has no element there, ONNX the first")
         low = None if t < 0 and e < -(2**31) else e
         index[a] = slice(s, low, t)
     return args[0][tuple(index)]
 
 
 def _cast(node: ir.Node, args: Sequence[Array]) -> Array:
-    return args[0].astype(ir.DataType(attribute(node, "to")).numpy())
+    to = ir.DataType(attribute(node, "to"))
+    if to == ir.DataType.STRING:
+        raise ValueError("no number")
+    return args[0].astype(to.numpy())
 
 
 def _fill(node: ir.Node, args: Sequence[Array]) -> Array:
@@ -89,7 +95,16 @@ def _range(start: float, stop: float, step: float) -> Array:
 
 def _div(node: ir.Node, args: Sequence[Array]) -> Array:
     a, b = args
-    return np.asarray(np.trunc(a / b).astype(a.dtype) if a.dtype.kind in "iu" else a / b)
+    if a.dtype.kind in "iu":  # towards zero, and exact
+        return np.asarray(np.abs(a) // np.abs(b) * np.sign(a) * np.sign(b)).astype(a.dtype)
+    return np.asarray(a / b)
+
+
+def _prod(node: ir.Node, args: Sequence[Array]) -> Array:
+    axes = _axes(node, args)
+    if axes is None and attribute(node, "noop_with_empty_axes", 0):
+        return args[0]
+    return np.asarray(np.prod(args[0], axes, keepdims=bool(attribute(node, "keepdims", 1)))).astype(args[0].dtype)
 
 
 def _binary(f: Callable[[Array, Array], Array]) -> Callable[[ir.Node, Sequence[Array]], Array]:
@@ -102,8 +117,8 @@ FOLDS: dict[str, Callable[[ir.Node, Sequence[Array]], Array]] = {
     "Mul": _binary(np.multiply),
     "Div": _div,
     "Pow": lambda node, args: np.power(args[0], args[1]).astype(args[0].dtype),
-    "Max": _binary(np.maximum),
-    "Min": _binary(np.minimum),
+    "Max": lambda node, args: reduce(np.maximum, args),
+    "Min": lambda node, args: reduce(np.minimum, args),
     "Equal": _binary(np.equal),
     "Greater": _binary(np.greater),
     "Less": _binary(np.less),
@@ -132,9 +147,7 @@ FOLDS: dict[str, Callable[[ir.Node, Sequence[Array]], Array]] = {
     "ConstantOfShape": _fill,
     "Range": lambda node, args: _range(*(a.item() for a in args)).astype(args[0].dtype),
     "Where": lambda node, args: np.where(args[0], args[1], args[2]),
-    "ReduceProd": lambda node, args: np.prod(
-        args[0], _axes(node, args), keepdims=bool(attribute(node, "keepdims", 1))
-    ).astype(args[0].dtype),
+    "ReduceProd": _prod,
     "Size": lambda node, args: np.array(args[0].size, np.int64),
 }
 """Operators that are evaluated when all their inputs are small constants."""

@@ -58,8 +58,8 @@ class FusedEmitter:
         if edit.view is not None and not _reshaped(edit.view, edit.outputs[1]):
             return "between the sum and the norm stands more than a Reshape"
         for norm, site in zip(norms, edit.sites, strict=True):
-            if norm.size is None or norm.axes != (len(norm.x.shape or ()) - 1,):
-                return "the operators normalise the last axis, of a known size"
+            if norm.size is None or norm.axes != (len(norm.x.shape or ()) - 1,) or norm.axes == (0,):
+                return "the operators normalise the last axis of two or more, of a known size"
             if site.value.native is None or not _alike(site.value.shape, norm.x.shape):
                 return "a norm ends inside another operator or in another shape"
         for v in (*edit.inputs, *edit.results):

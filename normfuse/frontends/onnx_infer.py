@@ -44,6 +44,10 @@ def infer(model: ir.Model, known: dict[ir.Value, Value], arrays: dict[ir.Value, 
     finally:
         for value, tensor in held:
             value.const_value = tensor
+    given = {v.name for v in proto.graph.input}
+    for i in reversed(range(len(proto.graph.initializer))):  # what the caller may replace says nothing about shapes
+        if proto.graph.initializer[i].name in given:
+            del proto.graph.initializer[i]
     _forget_negative(proto.graph)
     _decide(proto.graph, {v.name: bool(a) for v, a in arrays.items() if a.dtype == np.bool_ and a.size == 1})
     stated = {info.name: info for info in proto.graph.value_info}
@@ -55,7 +59,8 @@ def infer(model: ir.Model, known: dict[ir.Value, Value], arrays: dict[ir.Value, 
             else:
                 proto.graph.value_info.append(info)
     try:
-        done = onnx.shape_inference.infer_shapes(proto, data_prop=not _long(known, arrays))
+        values = not _long(known, arrays) and not _matrix_of_sizes(model.graph, known)
+        done = onnx.shape_inference.infer_shapes(proto, data_prop=values)
     except Exception:  # the C++ checker raises various kinds for graphs it does not understand
         return {}
     out: Inferred = {}
@@ -65,6 +70,16 @@ def infer(model: ir.Model, known: dict[ir.Value, Value], arrays: dict[ir.Value, 
             if out.setdefault(info.name, found) != found:  # the branches of an If may have a name in common
                 out[info.name] = (None, None)
     return out
+
+
+def _matrix_of_sizes(graph: ir.Graph, known: dict[ir.Value, Value]) -> bool:
+    """Whether a vector of sizes becomes a matrix: `onnx.shape_inference` takes it for the vector still."""
+    for node in graph:
+        seen = known.get(node.inputs[0]) if node.op_type == "Unsqueeze" and node.inputs and node.inputs[0] else None
+        shape = seen.shape if seen is not None and not seen.fixed and seen.dtype in ("int32", "int64") else None
+        if shape and len(shape) == 1 and isinstance(shape[0], int) and shape[0] > 1:
+            return True
+    return False
 
 
 def _facts(info: onnx.ValueInfoProto) -> tuple[Shape | None, str | None]:

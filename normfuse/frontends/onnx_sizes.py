@@ -38,7 +38,7 @@ def _product(sizes: Shape) -> Dim:
 
 
 def _gather(node: ir.Node, args: Sequence[Sizes], arrays: Arrays) -> Sizes:
-    if args[0] is None or arrays[1] is None:
+    if args[0] is None or arrays[1] is None or arrays[1].ndim > 1:
         return None
     picked = [int(i) for i in arrays[1].reshape(-1)]
     return tuple(args[0][i] for i in picked) if all(-len(args[0]) <= i < len(args[0]) for i in picked) else None
@@ -65,6 +65,16 @@ def _same(node: ir.Node, args: Sequence[Sizes], arrays: Arrays) -> Sizes:
     return args[0] if args else None
 
 
+def _vector(node: ir.Node, args: Sequence[Sizes], arrays: Arrays) -> Sizes:
+    """A scalar as a vector, or one of one element; several would be a matrix, whose rows are no sizes."""
+    return args[0] if args[0] is not None and len(args[0]) == 1 else None
+
+
+def _reshaped(node: ir.Node, args: Sequence[Sizes], arrays: Arrays) -> Sizes:
+    to = arrays[1] if len(arrays) > 1 else None
+    return args[0] if to is not None and to.size == 1 else _vector(node, args, arrays)
+
+
 def _cast(node: ir.Node, args: Sequence[Sizes], arrays: Arrays) -> Sizes:
     return args[0] if ir.DataType(attribute(node, "to")).is_integer() else None
 
@@ -81,9 +91,9 @@ SIZES: dict[str, Rule] = {
     "Concat": _concat,
     "Cast": _cast,
     "Identity": _same,
-    "Unsqueeze": _same,
+    "Unsqueeze": _vector,
     "Squeeze": _same,
-    "Reshape": _same,
+    "Reshape": _reshaped,
     "ReduceProd": _all,
 }
 

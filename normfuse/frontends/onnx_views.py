@@ -152,9 +152,9 @@ def view_axes(kind: str) -> Row:
         axes: Any = attribute(node, "axes")
         if len(node.inputs) > 1 and node.inputs[1] is not None:
             array = low.array(node.inputs[1])
-            axes = None if array is None else [int(a) for a in array.reshape(-1)]
-        elif axes is None and kind == "squeeze" and x.shape is not None and None not in x.shape:
-            axes = [i for i, d in enumerate(x.shape) if d == 1]
+            axes = None if array is None or not array.size else [int(a) for a in array.reshape(-1)]
+        elif axes is None and kind == "squeeze" and all(isinstance(d, int) for d in x.shape or (None,)):
+            axes = [i for i, d in enumerate(x.shape or ()) if d == 1]
         if axes is None or x.shape is None:
             return low.emit("reshape", [x], low.output(node, None, x.dtype), node)
         rank = len(x.shape) + (len(axes) if kind == "unsqueeze" else 0)
