@@ -1,4 +1,4 @@
-"""ONNX graphs in which a shape, a constant or a name is not what it seems: outputs, their shapes too, stay as they were."""
+"""ONNX graphs in which a shape, a constant or a name is not what it seems: outputs, their shapes too, stay the same."""
 
 from __future__ import annotations
 
@@ -55,7 +55,8 @@ OLD = "sq = Mul({0}, {0}) ms = ReduceMean<axes=[{1}]>(sq) a = Add(ms, eps) r = S
 
 @pytest.mark.parametrize(("lines", "norms"), [
     (ROOT.format("x") + "sh = Shape<end=1>(z) to = Concat<axis=0>(sh, sixteen) e = Expand(r, to) y = Div(x, e)", 0),
-    ("sh = Shape<end=1>(z) to = Concat<axis=0>(sh, sixteen) e = Expand(x, to) " + ROOT.format("x") + "y = Div(e, r)", 0),
+    ("sh = Shape<end=1>(z) to = Concat<axis=0>(sh, sixteen) e = Expand(x, to) " + ROOT.format("x")
+     + "y = Div(e, r)", 0),
     (ROOT.format("x") + "to = Shape(x) e = Expand(r, to) y = Div(x, e)", 1),
 ])  # fmt: skip
 @pytest.mark.parametrize("target", TARGETS)
@@ -131,8 +132,8 @@ def test_a_norm_of_one_row_without_other_axes(inputs: str, opset: int, w: Any, b
     """ONNX Runtime's own fusion of such breaks the model, so that it must not see the pattern in a function."""
     x = "d" if layer else "x"
     lines = ("m = ReduceMean<axes=[-1]>(x) d = Sub(x, m) " if layer else "") + OLD.format(x, -1)
-    made = model(inputs, lines + f"n = Div({x}, r) y = Mul(n, w) {behind}", "float[A,B] z" if behind else "float[A] y", opset,
-                 w=w, p=numbers(2, 1))  # fmt: skip
+    outputs = "float[A,B] z" if behind else "float[A] y"
+    made = model(inputs, lines + f"n = Div({x}, r) y = Mul(n, w) {behind}", outputs, opset, w=w, p=numbers(2, 1))
     check(made, [{"x": numbers(4)}], tmp_path, 1, target)
 
 

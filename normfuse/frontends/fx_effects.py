@@ -85,12 +85,8 @@ def is_assert(node: fx.Node) -> bool:
 
 def _modules(node: fx.Node) -> Iterator[torch.nn.Module]:
     """The module that a node calls, or the sub-graphs that a higher-order operator is given."""
-    owner = node.graph.owning_module
-    targets = [n.target for n in node.all_input_nodes if n.op == "get_attr"]
-    for target in [node.target] if node.op == "call_module" else targets:
-        module: Any = owner
-        for part in str(target).split("."):
-            module = getattr(module, part, None)
+    nodes = [node] if node.op == "call_module" else [n for n in node.all_input_nodes if n.op == "get_attr"]
+    for module in map(_held, nodes):
         if isinstance(module, torch.nn.Module):
             yield module
 
@@ -223,6 +219,24 @@ def _fresh_packet(name: str) -> bool:
     return all(r.alias_info is None for o in overloads for r in o._schema.returns)
 
 
+def _storage(node: fx.Node) -> int | None:
+    """What an input shares with those that lie in the same memory, as far as its tensor tells."""
+    found = meta_of(node)
+    if not isinstance(found, torch.Tensor) and node.op == "get_attr":
+        found = _held(node)
+    try:
+        return found.untyped_storage()._cdata if isinstance(found, torch.Tensor) else None
+    except (NotImplementedError, RuntimeError):  # a layout without a storage
+        return None
+
+
+def _held(node: fx.Node) -> Any:
+    found: Any = node.graph.owning_module
+    for part in str(node.target).split("."):
+        found = getattr(found, part, None)
+    return found
+
+
 def tainted(graph: fx.Graph) -> set[fx.Node]:
     """The nodes whose memory somebody overwrites after them, with all that may share it. Linear in the graph.
 
@@ -244,6 +258,11 @@ def tainted(graph: fx.Graph) -> set[fx.Node]:
     for node in graph.nodes:
         for n in (*shared(node), *_nodes(node.kwargs.get("out"))):
             parent[find(n)] = find(node)
+    held: dict[int, fx.Node] = {}
+    for node in graph.nodes:
+        storage = _storage(node) if node.op in ("placeholder", "get_attr") else None
+        if storage is not None:
+            parent[find(held.setdefault(storage, node))] = find(node)
     until: dict[fx.Node, int] = {}
     for node, i in last.items():
         until[find(node)] = max(i, until.get(find(node), i))

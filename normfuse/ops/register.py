@@ -239,6 +239,8 @@ def _register(name: str, schema: str, like: tuple[int, ...], run: Callable[..., 
 
     library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     library.impl(name, kernel, "CompositeExplicitAutograd")
+    # under vmap, grad, jvp and the like: plain torch, which has every rule for batches and every derivative
+    library.impl(name, lambda *args: run(name, meaning, *args), "FuncTorchDynamicLayerFrontMode")
     torch.library.register_fake(f"normfuse::{name}", fake, lib=library)
     if gradients is not None:
         torch.library.register_autograd(f"normfuse::{name}", gradients, setup_context=save, lib=library)

@@ -1,0 +1,216 @@
+"""Torch graphs in which something is written, cut off or read anew that no name tells of, and norms under functorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+import normfuse
+
+EPS = 1e-6
+
+
+def rms(h: Tensor, v: Tensor | None = None) -> Tensor:
+    """The norm; `v` its mean square, if that was taken before."""
+    return h * torch.rsqrt((h.pow(2).mean(-1, keepdim=True) if v is None else v) + EPS)
+
+
+def compiled(f: Any) -> Any:
+    torch._dynamo.reset()
+    return torch.compile(f, backend="normfuse", options={"inner": "aot_eager"})
+
+
+# -- writes -----------------------------------------------------------------------------------------------------------
+
+
+class Views(nn.Module):
+    """A buffer that is a view of another one, which is written."""
+
+    cache: Tensor
+    row: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("cache", torch.arange(48.0).reshape(6, 8).sin())
+        self.register_buffer("row", self.cache[2:4])
+
+    def forward(self, x: Tensor) -> Tensor:
+        v = self.row.pow(2).mean(-1, keepdim=True)
+        self.cache.mul_(0.5)
+        return x + rms(self.row, v)
+
+
+def test_buffers_in_the_same_memory() -> None:
+    x = torch.ones(2, 8)
+    torch.testing.assert_close(compiled(Views())(x), Views()(x))
+
+
+def foreach(x: Tensor, r: Tensor) -> Tensor:
+    v = x.pow(2).mean(-1, keepdim=True)
+    torch._foreach_mul_([x], 0.5)
+    return r + rms(x, v)
+
+
+def limited(w: Tensor, r: Tensor) -> Tensor:
+    v = w.pow(2).mean(-1, keepdim=True)
+    return r + rms(w, v) + F.embedding(torch.tensor([0, 2]), w, max_norm=0.5).sum()
+
+
+def limited_bag(w: Tensor, r: Tensor) -> Tensor:
+    v = w.pow(2).mean(-1, keepdim=True)
+    return r + rms(w, v) + F.embedding_bag(torch.tensor([[0, 2]]), w, max_norm=0.5).sum()
+
+
+@pytest.mark.parametrize("f", [foreach, limited, limited_bag])
+def test_a_write_that_no_name_tells_of(f: Callable[[Tensor, Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    x, r = torch.randn(4, 8), torch.randn(4, 8)
+    torch.testing.assert_close(compiled(f)(x.clone(), r), f(x.clone(), r))
+
+
+class Running(nn.Module):
+    """The running statistics of a batch norm, read before it writes them."""
+
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        self.bn: Any = kind(8, track_running_stats=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x + x.sin()
+        scaled = self.bn.running_var * rms(h)
+        found: Tensor = self.bn(x.unsqueeze(-1).repeat(1, 1, 2))[..., 0] + scaled
+        return found
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm1d, nn.InstanceNorm1d])
+@pytest.mark.parametrize("training", [True, False])
+def test_running_statistics(kind: type[nn.Module], training: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 8)
+    torch.testing.assert_close(compiled(Running(kind).train(training))(x), Running(kind).train(training)(x))
+
+
+# -- gradients --------------------------------------------------------------------------------------------------------
+
+
+def cut_in_place(x: Tensor, r: Tensor) -> Tensor:
+    s = x + r
+    return rms(s, s.pow(2).mean(-1, keepdim=True).detach_()) + s
+
+
+def cut_beside(x: Tensor, r: Tensor) -> Tensor:
+    s = x + r
+    v = s.pow(2).mean(-1, keepdim=True)
+    v.detach_()
+    return rms(s, v) + s
+
+
+def cut(x: Tensor, r: Tensor) -> Tensor:
+    s = x + r
+    return rms(s, s.pow(2).mean(-1, keepdim=True).detach()) + s
+
+
+@pytest.mark.parametrize("f", [cut_in_place, cut_beside, cut])
+def test_a_statistic_that_is_detached(f: Callable[[Tensor, Tensor], Tensor]) -> None:
+    def gradient(f: Any) -> Tensor:
+        torch.manual_seed(0)
+        x = torch.randn(4, 8, requires_grad=True)
+        (found,) = torch.autograd.grad(f(x, torch.randn(4, 8)).sin().sum(), x)
+        return found
+
+    torch.testing.assert_close(gradient(compiled(f)), gradient(f))
+
+
+class Cut(nn.Module):
+    """Values inside an exported program say that they need no gradient, whatever they are made of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.l, self.w = nn.Linear(8, 8), nn.Parameter(torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.l(x) + x
+        return self.w * rms(h, h.detach().pow(2).mean(-1, keepdim=True))
+
+
+def test_a_statistic_of_an_exported_program_that_is_detached() -> None:
+    torch.manual_seed(0)
+    module, x = Cut(), torch.randn(4, 8)
+    program = torch.export.export(module, (x,))
+    result, _ = normfuse.optimize(program)
+
+    def gradients(m: Any) -> tuple[Tensor, ...]:
+        parameters = dict(m.named_parameters())
+        return torch.autograd.grad(m(x).sin().sum(), [parameters["l.weight"], parameters["w"]])
+
+    torch.testing.assert_close(gradients(result.module()), gradients(module))
+
+
+def test_a_norm_of_a_new_tensor_that_is_detached() -> None:
+    """torch.export writes constants so; there is nothing to cut."""
+    class Constant(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + torch.tensor(EPS))
+
+    (norm,) = normfuse.inspect(torch.export.export(Constant(), (torch.randn(4, 8),))).norms
+    assert norm.eps == pytest.approx(EPS)
+
+
+# -- types ------------------------------------------------------------------------------------------------------------
+
+
+def test_bits_that_are_read_as_another_type() -> None:
+    def f(x: Tensor, r: Tensor) -> Tensor:
+        return r + rms(x.view(dtype=torch.bfloat16).float())
+
+    torch.manual_seed(0)
+    x, r = torch.randn(4, 8).half(), torch.randn(4, 8)
+    torch.testing.assert_close(compiled(f)(x, r), f(x, r))
+
+
+# -- functorch --------------------------------------------------------------------------------------------------------
+
+
+def summed(x: Tensor) -> Tensor:
+    s = x.sin() + x.cos()
+    return s + rms(s)
+
+
+TRANSFORMS: dict[str, Callable[[Tensor], Any]] = {
+    "grad": lambda x: torch.func.grad(lambda x: summed(x).sin().sum())(x),
+    "vjp": lambda x: torch.func.vjp(summed, x)[1](x.cos())[0],
+    "jacrev": lambda x: torch.func.jacrev(summed)(x),
+    "jvp": lambda x: torch.func.jvp(summed, (x,), (x.cos(),))[1],
+    "vmap": lambda x: torch.func.vmap(summed)(x),
+    "vmap of grad": lambda x: torch.func.vmap(torch.func.grad(lambda x: summed(x).sin().sum()))(x),
+    "hessian": lambda x: torch.func.hessian(lambda x: summed(x).sin().sum())(x[:1]),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms_inside_of_what_is_compiled(name: str) -> None:
+    torch.manual_seed(0)
+    x, f = torch.randn(4, 8), TRANSFORMS[name]
+    torch.testing.assert_close(compiled(f)(x), f(x))
+
+
+@pytest.mark.parametrize("op", ["add_rms_norm", "norm_add", "norm_add_norm", "qk_norm"])
+def test_transforms_of_the_operators(op: str) -> None:
+    torch.manual_seed(0)
+    x, r, w = torch.randn(4, 8, dtype=torch.float64), torch.randn(4, 8, dtype=torch.float64), torch.ones(8).double()
+    four = [w, None, w, None] if op in ("norm_add_norm", "qk_norm") else [w, None]
+
+    def f(x: Tensor) -> Any:
+        out = getattr(torch.ops.normfuse, op)(x, r, *four, EPS)
+        return sum(o.sin().sum() for o in out) if isinstance(out, tuple) else out.sin().sum()
+
+    jacobian: Any = torch.autograd.functional.jacobian
+    want = jacobian(f, x)
+    torch.testing.assert_close(torch.func.grad(f)(x), want)
+    torch.testing.assert_close(torch.func.jvp(f, (x,), (r,))[1], (want * r).sum())
+    torch.testing.assert_close(torch.func.jacfwd(f)(x), want)
