@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -214,3 +215,47 @@ def test_transforms_of_the_operators(op: str) -> None:
     torch.testing.assert_close(torch.func.grad(f)(x), want)
     torch.testing.assert_close(torch.func.jvp(f, (x,), (r,))[1], (want * r).sum())
     torch.testing.assert_close(torch.func.jacfwd(f)(x), want)
+
+
+# -- programs ---------------------------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """A norm of a sum, both of which leave the module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n, self.l = nn.RMSNorm(8, eps=EPS), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+        h = x + r
+        return self.l(self.n(h)), h
+
+
+class Blocks(nn.Module):
+    """Two of them, and a norm of a sum that is taken outside of its module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.b, self.f = nn.ModuleList([Block(), Block()]), nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        r = x.sin()
+        for b in self.b:
+            x, r = b(x, r)
+        found: Tensor = self.f(x + r)
+        return found
+
+
+def test_call_signatures_that_were_to_be_preserved() -> None:
+    torch.manual_seed(0)
+    module, x = Blocks(), torch.randn(4, 8)
+    program = torch.export.export(module, (x,), preserve_module_call_signature=("b.0", "b.1", "f"))
+    result, report = normfuse.optimize(program)
+    assert [n.action for n in report.norms] == ["fused"] * 3
+    assert any(note.startswith("not preserved: the call signatures of ") and "f" in note for note in report.notes)
+    torch.testing.assert_close(result.module()(x), module(x))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch's own, of the original program as well
+        torch.testing.assert_close(torch.export.unflatten(result)(x), module(x))
+    assert not normfuse.optimize(torch.export.export(module, (x,)))[1].notes

@@ -88,6 +88,9 @@ def _run(model: Any, config: Config, rewrite: bool, leave: Leave | None, calibra
             last = _Module(changed, config, True, state, level, leave)
             changed = last.carry_out()
             later.append(last)
+        if exported and (lost := _lost_calls(model, changed)):
+            where = ", ".join(lost)
+            notes = [*notes, f"not preserved: the call signatures of {where}, of which a value is in an operator now"]
         model = _program(model, changed) if exported else changed
     report = whole.report()
     report.approximation = cost
@@ -152,10 +155,24 @@ def _program(program: Any, changed: fx.GraphModule, **others: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own copying of its tree specs
         calls = copy.deepcopy(program.module_call_graph)
+    for call in _lost_calls(program, changed):
+        next(c for c in calls if c.fqn == call).signature = None
     return torch.export.ExportedProgram(
         root=changed, graph=changed.graph, range_constraints=dict(program.range_constraints),
         module_call_graph=calls, example_inputs=program.example_inputs, verifiers=program.verifiers, **parts,
     )  # fmt: skip
+
+
+def _lost_calls(program: Any, changed: fx.GraphModule) -> list[str]:
+    """The modules whose call signature, that `torch.export` was told to preserve, names what is not there any more."""
+    there = {node.name for node in changed.graph.nodes}
+
+    def named(signature: Any) -> set[str]:
+        arguments = (*signature.inputs, *signature.outputs)
+        return {a.name for a in arguments if isinstance(getattr(a, "name", None), str)}
+
+    return [c.fqn for c in program.module_call_graph if c.fqn and c.signature is not None
+            and not named(c.signature) <= there]  # fmt: skip
 
 
 class _Module:
