@@ -259,3 +259,15 @@ def test_call_signatures_that_were_to_be_preserved() -> None:
         warnings.simplefilter("ignore", UserWarning)  # torch's own, of the original program as well
         torch.testing.assert_close(torch.export.unflatten(result)(x), module(x))
     assert not normfuse.optimize(torch.export.export(module, (x,)))[1].notes
+
+
+@pytest.mark.parametrize(("groups", "found"), [(1, 1), (2, 0)])
+def test_a_group_norm_that_torch_has_decomposed(groups: int, found: int) -> None:
+    torch.manual_seed(0)
+    norm, x = nn.GroupNorm(groups, 8), torch.randn(2, 4, 6)
+    nn.init.normal_(norm.weight)
+    module = nn.Sequential(nn.Conv1d(4, 8, 1), norm).eval().requires_grad_(False)
+    program = torch.export.export(module, (x,)).run_decompositions()
+    result, report = normfuse.optimize(program)
+    assert len(report.norms) == found
+    torch.testing.assert_close(result.module()(x), module(x))

@@ -70,7 +70,8 @@ def norm(kind: str, many: bool = False) -> Row:
     return guarded(row)
 
 
-def _group_norm(call: Call, x: Value, groups: Any, rows: tuple[Value | None, Value | None], eps: float | None) -> bool:
+def _group_norm(call: Call, x: Value, groups: Any, rows: tuple[Value | None, Value | None], eps: float | None,
+                out: Value | None = None) -> bool:  # fmt: skip
     """A group normalization of one group: a LayerNorm over all axes but the first, with weights by channel."""
     if groups != 1 or x.shape is None or any(v is not None and v.rank != 1 for v in rows):
         return False
@@ -83,7 +84,7 @@ def _group_norm(call: Call, x: Value, groups: Any, rows: tuple[Value | None, Val
         return call.emit_to("unsqueeze", [v], out, axes=behind)
 
     weight, bias = map(column, rows)
-    return norm_stages(call, "layer_norm", x, weight, bias, len(x.shape) - 1, eps, call.low.out(call.node))
+    return norm_stages(call, "layer_norm", x, weight, bias, len(x.shape) - 1, eps, out or call.low.out(call.node))
 
 
 @guarded
@@ -91,6 +92,19 @@ def group_norm(call: Call) -> bool:
     """group_norm, of one group."""
     rows = (call.value(2, "weight"), call.value(3, "bias"))
     return _group_norm(call, call.tensor(), call.get(1, "num_groups"), rows, call.number(4, "eps", default=1e-5))
+
+
+@guarded
+def native_group_norm(call: Call) -> bool:
+    """native_group_norm, of one group, which gives statistics too."""
+    x, outs, rows = call.tensor(), call.outs(3), (call.value(1, "weight"), call.value(2, "bias"))
+    if outs[0] is None or outs[0].rank != x.rank:
+        return False
+    if not _group_norm(call, x, call.get(6, "group"), rows, call.number(7, "eps"), outs[0]):
+        return False
+    rest = [v for v in outs[1:] if v is not None]
+    call.low.graph.node("opaque", [x], rest, native=call.node, op="group_norm", name=call.node.name)
+    return True
 
 
 @guarded

@@ -291,6 +291,7 @@ OPS: dict[str, Row] = _table(
         "layer_norm": norms.norm("layer_norm"),
         "rms_norm": norms.norm("rms_norm"),
         "group_norm": norms.group_norm,
+        "native_group_norm": norms.native_group_norm,
         "native_layer_norm": norms.norm("layer_norm", many=True),
         "_fused_rms_norm": norms.norm("rms_norm", many=True),
         **{f"normfuse::{name}": norms.fused(name) for name in norms.FUSED},
