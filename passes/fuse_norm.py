@@ -97,8 +97,9 @@ class FuseNorm:
                 continue
             if fact.absolute:
                 continue  # |mean| is another number
-            early = value.captured is not None and value.captured < last.index
-            if early or any(use.index < last.index for use in value.uses if use in staying):
+            if value.captured is not None and value.captured < last.index:
+                continue  # a sub-graph is run before that
+            if any(use.index < last.index for use in value.uses if use in staying):
                 continue  # it is read before the operator could stand
             if fact.beta == {MEAN: 1.0}:
                 found["mean"] = value

@@ -350,8 +350,9 @@ class _Planner:
             return False
         links = back(node, out, self.state[out], self.can.channels, self.can.uniform)
         mine = [c for v, c in links if v is value]
-        whole = len(mine) == sum(v is value for v in node.inputs)  # it may also be read in a place that did not ask
-        return bool(mine) and whole and all(c == replace(want, blocks=blocks or ()) for c in mine)
+        if len(mine) != sum(v is value for v in node.inputs):
+            return False  # it is read in a place that did not ask, too
+        return bool(mine) and all(c == replace(want, blocks=blocks or ()) for c in mine)
 
     def _public(self) -> bool:
         """Where an operator changes a value for all its readers, all have to be content; True if some are not."""
