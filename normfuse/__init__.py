@@ -42,7 +42,7 @@ def __getattr__(name: str) -> Any:
         from normfuse import backend
 
         return getattr(backend, name)
-    if name in ("nn", "ops", "ort"):
+    if name in ("bench", "nn", "ops", "ort"):
         from importlib import import_module
 
         return import_module(f"normfuse.{name}")

@@ -133,7 +133,9 @@ def rewrite(src_path: str | Path, dst_path: str | Path, config: Config | None = 
     report.seconds = {k: round(v, 4) for k, v in report.seconds.items()}
     assert isinstance(model, ir.Model)
     report.source, report.target = str(source), "" if dry_run else str(target)
-    report.replay = f"normfuse.rewrite({str(source)!r}, {str(target)!r}, normfuse.{config!r})"
+    more = ", in_place=True" * in_place + f", external_data={external_data!r}" * (external_data != "copy")
+    more += ", calibration=..." * (calibration is not None)
+    report.replay = f"normfuse.rewrite({str(source)!r}, {str(target)!r}, normfuse.{config!r}{more})"
     return report
 
 

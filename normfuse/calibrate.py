@@ -231,17 +231,23 @@ def read_batches(path: str | Path) -> list[dict[str, Array]]:
 
 def load(path: str | Path) -> dict[str, Array]:
     """The arrays of an .npz file by name; pickled objects in it are refused."""
+    import stat
     import zipfile
+    import zlib
 
     advice = "make it with numpy.savez(path, input_name=array, ...)"
     try:
-        file = np.load(path, allow_pickle=False)
-        if not isinstance(file, np.lib.npyio.NpzFile):
-            raise InputError(f"{path} holds one array without a name; {advice}")
-        with file:
-            return {name: file[name] for name in file.files}
-    except (ValueError, EOFError, zipfile.BadZipFile) as why:
-        raise InputError(f"{path} is not a readable .npz file ({why}); {advice}") from why
+        if not stat.S_ISREG(Path(path).stat().st_mode):
+            raise InputError(f"{path} is not a regular file; {advice}")
+        with Path(path).open("rb") as handle:
+            file = np.load(handle, allow_pickle=False)
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise InputError(f"{path} holds one array without a name; {advice}")
+            with file:
+                return {name: file[name] for name in file.files}
+    except (ValueError, EOFError, OSError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error) as why:
+        text = (str(why).strip() or type(why).__name__).splitlines()[0]  # numpy and zipfile raise all of these
+        raise InputError(f"{path} is not a readable .npz file ({text}); {advice}") from why
 
 
 def named_batches(given: Any, inputs: Mapping[str, tuple[Sequence[Any], Any]],
@@ -274,6 +280,8 @@ def named_batches(given: Any, inputs: Mapping[str, tuple[Sequence[Any], Any]],
 
 
 def _each(given: Any) -> Iterable[Any]:
+    if isinstance(given, Mapping):
+        return [given]
     try:
         return list(given)
     except TypeError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import os
 import shlex
 import sys
 import time
@@ -46,6 +47,9 @@ class Outcome:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; nothing but `SystemExit` from --help leaves here."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as cron and daemons do
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     as_json, verbose = "--json" in argv, "-v" in argv or "--verbose" in argv
     try:
         args = _parser().parse_args(argv)
@@ -126,7 +130,7 @@ def _timing(args: argparse.Namespace, output: str) -> How | None:
         return None
     from normfuse import bench, cli_bench
 
-    if args.bench and (args.dry_run or Path(args.model).resolve() == Path(output).resolve()):
+    if args.bench and (args.dry_run or os.path.realpath(args.model) == os.path.realpath(output)):
         raise InputError("--bench runs IN and OUT in turns; leave --dry-run and --in-place out")
     bench.check(args.model)
     return bench.How(sizes=cli_bench.sizes(args.size))
@@ -178,6 +182,10 @@ def _verify(args: argparse.Namespace) -> Outcome:
 
     from normfuse.io.pt2 import is_zip
 
+    if not 0 <= args.seed < 2**63:
+        raise InputError(f"--seed {args.seed}: give a number from 0 to 2^63 - 1")
+    for path in (args.a, args.b):
+        Path(path).stat()  # a file that is missing is that, and not of another kind
     inputs = load(args.inputs) if args.inputs else None
     programs = [is_zip(path) for path in (args.a, args.b)]
     if all(programs):
@@ -392,9 +400,12 @@ def _fail(code: int, kind: str, message: str, as_json: bool) -> int:
     from normfuse.cli_print import clean, print_json
 
     message = " ".join(message.split())
-    if as_json:
-        print_json({"schema": SCHEMA, "error": {"kind": kind, "message": message}})
-    else:
-        with contextlib.suppress(BrokenPipeError):
+    try:
+        if as_json:
+            print_json({"schema": SCHEMA, "error": {"kind": kind, "message": message}})
+        else:
             print(f"normfuse: {clean(message)}", file=sys.stderr)
+    except OSError:  # there is no one to tell: the disk is full, say
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), (sys.stdout if as_json else sys.stderr).fileno())
     return code

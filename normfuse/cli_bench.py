@@ -21,7 +21,7 @@ def bench_models(args: argparse.Namespace) -> Outcome:
     paths = [path for path in (args.a, args.b) if path is not None]
     if args.rounds is not None and args.rounds < 3:
         raise InputError(f"--rounds {args.rounds}: it takes 3 rounds to tell a median from chance")
-    if args.threads < 0:
+    if not 0 <= args.threads < 2**31:
         raise InputError(f"--threads {args.threads}: give 1 or more, or 0 for what ONNX Runtime takes")
     if args.report:
         page.check(Path(args.report), [Path(path) for path in paths], args.overwrite)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 from normfuse.errors import InputError
 
@@ -13,6 +13,13 @@ Target = Literal["onnx", "ort-cpu", "ort-cuda", "normfuse"]
 Verify = Literal["sites", "model", "off"]
 OPTIMISERS = ("onnxscript", "onnxsim")
 FASTEST = "fastest"
+
+
+KINDS: dict[Any, tuple[Any, str]] = {
+    bool: (bool, "True or False"), float: ((int, float), "a number"),
+    str: (str, "a text, such as '1.31' for a version"),
+}  # fmt: skip
+"""What a value of each type is, and the words for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +74,9 @@ class Config:
             value, known = getattr(self, f.name), get_args(hints[f.name])
             if known and value not in known:
                 raise InputError(f"{f.name}={value!r} is not known; choose one of {', '.join(map(repr, known))}")
+            kind, words = KINDS.get(hints[f.name], (object, ""))
+            if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool and words):
+                raise InputError(f"{f.name}={value!r} is not {words}")
         if self.layernorm_to_rmsnorm == "approximate" and self.verify == "model":
             raise InputError("verify='model' asks for equal outputs, which layernorm_to_rmsnorm='approximate' does not "
                              "give; its error is measured on held-back inputs, see tolerance")  # fmt: skip
@@ -74,9 +84,6 @@ class Config:
             raise InputError(f"tolerance={self.tolerance!r} is not a positive number, such as 0.05")
         if not self.norms.strip(" ,"):
             raise InputError(f"norms={self.norms!r} is not a pattern of names, such as '*.output.LayerNorm*'")
-        if not isinstance(self.ort_version, str):
-            raise InputError(f"ort_version={self.ort_version!r} is not a version; give one such as '1.31'")
-
         if self.first == FASTEST and self.layernorm_to_rmsnorm == "approximate":
             raise InputError(f"first={FASTEST!r} measures models of equal outputs, which layernorm_to_rmsnorm="
                              "'approximate' does not give; name the optimisers")  # fmt: skip

@@ -34,6 +34,10 @@ OURS = {
 }  # fmt: skip
 
 
+USUAL = {"dynamo": True, "external_data": True, "export_params": True}
+"""What may be said of these all the same: it is what is done."""
+
+
 @tidy
 def export(module: Any, args: tuple[Any, ...] | None, path: str | Path, config: Config | None = None, *,
            overwrite: bool = False, calibration: Any = None, progress: Callable[[str, float], None] | None = None,
@@ -61,7 +65,7 @@ def export(module: Any, args: tuple[Any, ...] | None, path: str | Path, config: 
 
     config, target, started = config or Config(), Path(path), time.perf_counter()
     for name, why in OURS.items():
-        if name in options:
+        if options.pop(name, USUAL.get(name)) is not USUAL.get(name):
             raise InputError(f"normfuse.export takes no option {name!r}: {why}")
     files.check_target(None, target, overwrite, False)
     first.check(config, how)

@@ -66,10 +66,10 @@ class RefusalRecord:
 class Report:
     """Result of `inspect`, `rewrite` and `optimize`; `to_dict()` is what `--json` prints, `to_html()` a page.
 
-    `operators_before` and `operators_after` count operators by type. After a rewrite of an ONNX file there is no card:
-    the page reads the file for it. `source` and `target` are the files, where there are any, and `replay` is the call
-    that does it again. `latency` is what `normfuse.bench.bench([source, target], How())` gives, where somebody asked,
-    and `fastest` the files that `Config(first="fastest")` measured.
+    `operators_before` and `operators_after` count operators by type. After a rewrite of an ONNX file there is no
+    card: the page reads the file for it. `source` and `target` are the files, where there are any, and `replay` is
+    the call that does it again, given the same calibration. `latency` is what `normfuse.bench.bench([source, target],
+    How())` gives, where somebody asked, and `fastest` the files that `Config(first="fastest")` measured.
     """
 
     norms: list[NormRecord] = field(default_factory=list)

@@ -7,6 +7,7 @@ direction overrides as escapes) and escaped. A page has no script; its policy fo
 from __future__ import annotations
 
 import html
+import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -115,7 +116,7 @@ def check(target: Path, models: Iterable[Path], overwrite: bool) -> None:
     """Raise `InputError` unless a page may be written there: never over a model, or over anything but a page."""
     from normfuse.io import files
 
-    if any(target.resolve() == model.resolve() for model in models):
+    if any(os.path.realpath(target) == os.path.realpath(model) for model in models):  # a ring of links, too
         raise InputError(f"{target}: is a model; choose another name for the report")
     files.check_target(None, target, overwrite, False)
     if target.exists():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,8 +29,8 @@ def check_target(source: Path | None, target: Path, overwrite: bool, in_place: b
             raise InputError(f"{target}: the folder {str(target.parent)!r} does not exist")
         if target.is_dir():
             raise InputError(f"{target}: is a directory; give the name of the output file")
-        exists = target.exists()
-        if exists and source is not None and os.path.samefile(source, target):
+        exists = os.path.lexists(target)  # a link to nothing is there, too
+        if exists and source is not None and target.exists() and os.path.samefile(source, target):
             if not in_place:
                 raise InputError(f"{target}: is the input itself; choose another name, or allow it with --in-place")
         elif exists and not overwrite:
@@ -65,7 +66,7 @@ def write(target: Path, fill: Callable[[int], None], named: Callable[[Path], str
         handle, temporary = tempfile.mkstemp(prefix=".normfuse-", dir=target.parent)
         try:
             fill(handle)
-            os.fchmod(handle, 0o666 & ~_umask())
+            os.fchmod(handle, stat.S_IMODE(target.stat().st_mode) & 0o777 if target.is_file() else 0o666 & ~_umask())
             os.fsync(handle)
         finally:
             os.close(handle)
