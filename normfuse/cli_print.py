@@ -105,6 +105,8 @@ def _print_rich(blocks: list[Block]) -> None:
     from rich.text import Text
 
     console = Console(highlight=False, markup=False, emoji=False)
+    if console.width < 1:  # COLUMNS=0
+        console.width = 80
     for block in blocks:
         if isinstance(block, str):
             line = Text(clean(block))

@@ -11,7 +11,7 @@ import pytest
 from onnx import numpy_helper
 
 import normfuse
-from normfuse.errors import UnsupportedError
+from normfuse.errors import InputError, UnsupportedError
 from normfuse.verify import session
 
 RNG = np.random.default_rng(0)
@@ -160,3 +160,17 @@ def test_what_is_folded_is_what_runs(lines: str, want: list[float], tmp_path: Pa
     (found,) = session(made.SerializeToString()).run(None, {"x": np.ones((1, 3), np.float32)})
     np.testing.assert_allclose(found, np.broadcast_to(want, (1, 3)), rtol=1e-4)
     check(made, [{"x": numbers(2, 3)}], tmp_path, 1)
+
+
+@pytest.mark.parametrize(("op", "fits"), [("Mul(x, x)", True), ("ReduceMean<axes=[1]>(x)", False)])
+def test_a_function_of_another_opset(op: str, fits: bool, tmp_path: Path) -> None:
+    """Its operators are the same in both, or not: from opset 18 on ReduceMean has its axes as an input."""
+    lines = "sq = normfuse.f(x) ms = ReduceMean(sq, last) a = Add(ms, eps) r = Sqrt(a) y = Div(x, r)"
+    function = f'<domain: "other", opset_import: ["": 17]> f (x) => (y) {{ y = {op} }}'
+    made = model("float[N,16] x", lines, functions=function)
+    made.graph.node[0].domain = made.opset_import[1].domain = "other"
+    if fits:
+        check(made, [{"x": numbers(2, 16)}], tmp_path, 1)
+    else:
+        with pytest.raises(InputError, match="functions cannot be inlined"):
+            normfuse.inspect(made)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, RemoveUnusedFunctionsPass
+from onnx_ir.traversal import RecursiveGraphIterator
 
 from normfuse.config import Config
 from normfuse.errors import InputError, UnsupportedError, first_line
@@ -147,6 +149,8 @@ class OnnxModel:
         if all(f.domain == DOMAIN for f in self.model.functions.values()):
             return False
         try:
+            for function in self.model.functions.values():
+                _align(function, self.model.graph.opset_imports)
             InlinePass(criteria=lambda f: f.domain != DOMAIN)(self.model)
         except Exception as why:
             raise InputError(f"the model's functions cannot be inlined: {first_line(why)}") from why
@@ -315,6 +319,18 @@ def operators(model: ir.Model) -> dict[str, int]:
     """The nodes of a model by operator, with its domain where that is not ONNX's own; those of sub-graphs included."""
     found = Counter((node.domain, node.op_type) for node in ir.traversal.RecursiveGraphIterator(model.graph))
     return {op if domain in ("", "ai.onnx") else f"{domain}.{op}": n for (domain, op), n in found.items()}
+
+
+def _align(function: ir.Function, imports: Mapping[str, int]) -> None:
+    """Let a function import the opset of the model, where all operators in it are the same in both."""
+    for domain, version in function.opset_imports.items():
+        wanted = imports.get(domain)
+        if wanted is None or wanted == version or domain not in ("", "ai.onnx"):
+            continue
+        nodes = [node for node in RecursiveGraphIterator(function.graph) if node.domain == domain]
+        since = [{onnx.defs.get_schema(node.op_type, v, "").since_version for v in (version, wanted)} for node in nodes]
+        if all(len(versions) == 1 for versions in since):
+            function.opset_imports[domain] = wanted
 
 
 def _narrows(node: Node) -> bool:
