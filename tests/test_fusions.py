@@ -252,6 +252,14 @@ def test_qk_pair_waits_for_the_key() -> None:
     assert fused(attention, tensors(*QK)) == {"qk_norm": 1}
 
 
+def test_a_query_with_a_weight_and_a_key_without() -> None:
+    def f(x: Tensor, a: Tensor, b: Tensor, w: Tensor) -> Tensor:
+        q, k = (rms(F.linear(x, m).view(3, 4, 2, N).transpose(1, 2), None if m is b else w) for m in (a, b))
+        return F.scaled_dot_product_attention(q, k, k)
+
+    assert fused(f, tensors(*QK[:-1])) == {"qk_norm": 1}
+
+
 def test_joint_attention_has_two_pairs() -> None:
     def f(x: Tensor, a: Tensor, b: Tensor, w: Tensor, v: Tensor) -> Tensor:
         def heads(y: Tensor, weight: Tensor) -> Tensor:

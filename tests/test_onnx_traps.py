@@ -174,3 +174,15 @@ def test_a_function_of_another_opset(op: str, fits: bool, tmp_path: Path) -> Non
     else:
         with pytest.raises(InputError, match="functions cannot be inlined"):
             normfuse.inspect(made)
+
+
+def test_a_query_without_weight_and_a_key_with_one(tmp_path: Path) -> None:
+    """A pair at once: the standard operator has a weight in any case, so that a second run would see two alike."""
+    lines = (ROOT.format("x") + "q = Div(x, r) sq2 = Mul(z, z) ms2 = ReduceMean(sq2, last) a2 = Add(ms2, eps) "
+             "r2 = Sqrt(a2) n = Div(z, r2) o = Neg(n) k = Mul(n, w) kt = Transpose<perm=[0, 2, 1]>(k) "
+             "at = MatMul(q, kt) sm = Softmax<axis=-1>(at) y = MatMul(sm, x)")  # fmt: skip
+    made = model("float[A,B,8] x, float[A,B,8] z", lines, "float[A,B,8] y, float[A,B,8] o", 23, w=numbers(8))
+    once = check(made, [{"x": numbers(2, 5, 8), "z": numbers(2, 5, 8)}], tmp_path, 3, "normfuse")
+    assert [node.op_type for node in once.graph.node][:2] == ["qk_norm_plain_scale", "RMSNormalization"]
+    normfuse.rewrite(tmp_path / "out.onnx", tmp_path / "twice.onnx", normfuse.Config(target="normfuse"))
+    assert (tmp_path / "twice.onnx").read_bytes() == (tmp_path / "out.onnx").read_bytes()

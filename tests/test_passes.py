@@ -150,9 +150,9 @@ def attending(g: Build, made: Sequence[Value], product: Node) -> Plan:
 
 @pytest.mark.parametrize(("weights", "pairs"), [
     ((True, True), [(0, 1)]), ((True, True, True), [(0, 1)]), ((True, True, True, True), [(0, 1), (2, 3)]),
-    ((True, False), []), ((True, False, True), [(0, 2)]), ((True,), []),
-    ((True, False, True, False), [(0, 2)]),  # pairs that interlace could each wait for the other
-    ((False, True, True, False), [(0, 3)]), ((True, True, False, False), [(0, 1), (2, 3)]),
+    ((True, False), [(0, 1)]), ((True, False, True), [(0, 2)]), ((True,), []),
+    ((True, False, True, False), [(0, 2), (1, 3)]), ((False, True, True, False), [(0, 3), (1, 2)]),
+    ((True, True, False, False), [(0, 1), (2, 3)]), ((True, True, False, True, False, False), [(0, 1), (2, 4), (3, 5)]),
 ])  # fmt: skip
 def test_norms_that_meet_in_one_product_are_pairs(weights: tuple[bool, ...], pairs: list[tuple[int, int]]) -> None:
     g, made, product = heads(*weights)
@@ -185,7 +185,26 @@ def test_a_pair_that_cannot_be_made_does_not_stand_in_the_way() -> None:
     g, made, product = heads(True, False, True, False)
     plan = attending(g, made, product)
     QKPair(able(lambda edit: ("", "") if edit.sites[0].value is made[0] else None))(plan)
-    assert [e.sites[0].value for e in plan.fused] == [made[1]]
+    assert [e.outputs for e in plan.fused] == [(made[1], made[3])]
+
+
+@pytest.mark.parametrize(("reads", "pairs"), [(None, 2), ("norm", 1), ("captured", 1)])
+def test_of_pairs_that_interlace_neither_reads_the_other(reads: str | None, pairs: int) -> None:
+    """q1, q2, k1, k2, where what k2 is made of may depend on q1."""
+    g = Build()
+    made = [scaled(g, rows(g, "q1")), rms(g, rows(g, "q2")), scaled(g, rows(g, "k1"))]
+    x = rows(g, "k2")
+    if reads == "norm":
+        x = g.op("add", x, made[0])
+    elif reads == "captured":
+        made[0].captured = len(g.graph.nodes)
+        x = g.op("opaque", x)
+    made.append(rms(g, x))
+    product = g.op("attention", *made[:3], shape=ROWS)
+    assert product.producer is not None
+    plan = attending(g, made, product.producer)
+    QKPair(able())(plan)
+    assert [e.outputs for e in plan.fused] == [(made[0], made[2]), (made[1], made[3])][:pairs]
 
 
 def test_a_pair_is_left_where_the_front_end_gains_nothing_by_it() -> None:
