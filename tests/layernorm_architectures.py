@@ -151,7 +151,7 @@ ARCHITECTURES: dict[str, dict[str, Case]] = {
                            decoder_num_key_value_heads=2, max_position_embeddings=32),
         "musicgen_decoder": Case(model("MusicgenForCausalLM", "MusicgenDecoderConfig", call=NO_CACHE,
                                        **less(TEXT, "intermediate_size"), ffn_dim=INNER, num_codebooks=2,
-                                       bos_token_id=0), ids((4, 7)), 5, 5, 1),
+                                       bos_token_id=0), ids((4, 7)), 5, 5),
     },
     "encoder": {
         "roberta": encoder("RobertaForMaskedLM", "RobertaConfig", 0, 6, **TEXT),

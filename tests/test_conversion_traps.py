@@ -241,6 +241,21 @@ def test_torch(other: Callable[[Chosen, Tensor, Tensor], Tensor], converted: int
         torch.testing.assert_close(result.module()(x, z, mask), module(x, z, mask), rtol=1e-4, atol=1e-4)
 
 
+def test_what_is_detached_is_centred_ahead_of_that() -> None:
+    """No operator stands behind it, and still no gradient goes through it."""
+    torch.manual_seed(0)
+    module, given = Chosen(lambda m, x, z: m.two(x).detach()).eval(), (torch.randn(2, D, 4), torch.zeros(1))
+    flag = torch.rand(2, D, 1) > 0.5
+    program = torch.export.export(module, (*given, flag))
+    result, report = normfuse.optimize(program, normfuse.Config(layernorm_to_rmsnorm="exact"))
+    assert [(n.conversion or {})["verdict"] for n in report.norms] == ["exact"]
+    converted = result.module()
+    found = converted(*given, flag)
+    torch.testing.assert_close(found, module(*given, flag), rtol=1e-5, atol=1e-5)
+    found.square().sum().backward()
+    assert converted.one.weight.grad is not None and converted.two.weight.grad is None
+
+
 class Scaled(nn.Module):
     """A factor for each channel, seen as one of an image (timm's LayerScale2d)."""
 

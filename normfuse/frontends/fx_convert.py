@@ -18,6 +18,7 @@ from normfuse.errors import InputError
 from normfuse.frontends import fx_channels as table
 from normfuse.frontends.fx_certify import certify
 from normfuse.frontends.fx_emit import Emitter
+from normfuse.frontends.fx_effects import held
 from normfuse.frontends.fx_meta import dtype_of
 from normfuse.frontends.fx_model import _infer, _Module, _program, _state
 from normfuse.graph import Node, Value
@@ -61,9 +62,8 @@ class Weights:
 
 
 def _attribute(module: Any, path: str) -> torch.Tensor | None:
-    for part in path.split("."):
-        module = getattr(module, part, None)
-    return module if isinstance(module, torch.Tensor) else None
+    found = held(module, path)
+    return found if isinstance(found, torch.Tensor) else None
 
 
 def key_of(native: Any) -> str:

@@ -86,7 +86,7 @@ def is_assert(node: fx.Node) -> bool:
 def _modules(node: fx.Node) -> Iterator[torch.nn.Module]:
     """The module that a node calls, or the sub-graphs that a higher-order operator is given."""
     nodes = [node] if node.op == "call_module" else [n for n in node.all_input_nodes if n.op == "get_attr"]
-    for module in map(_held, nodes):
+    for module in (held(n.graph.owning_module, n.target) for n in nodes):
         if isinstance(module, torch.nn.Module):
             yield module
 
@@ -223,18 +223,18 @@ def _storage(node: fx.Node) -> int | None:
     """What an input shares with those that lie in the same memory, as far as its tensor tells."""
     found = meta_of(node)
     if not isinstance(found, torch.Tensor) and node.op == "get_attr":
-        found = _held(node)
+        found = held(node.graph.owning_module, node.target)
     try:
         return found.untyped_storage()._cdata if isinstance(found, torch.Tensor) else None
     except (NotImplementedError, RuntimeError):  # a layout without a storage
         return None
 
 
-def _held(node: fx.Node) -> Any:
-    found: Any = node.graph.owning_module
-    for part in str(node.target).split("."):
-        found = getattr(found, part, None)
-    return found
+def held(module: Any, path: Any) -> Any:
+    """What a module has under a dotted path, or None."""
+    for part in str(path).split("."):
+        module = getattr(module, part, None)
+    return module
 
 
 def tainted(graph: fx.Graph) -> set[fx.Node]:
