@@ -245,7 +245,7 @@ class _Recogniser:
         """Whether a value may be a parameter of a norm of this root: light enough, and not what the root is made of."""
         if self.light.get(value.index, HEAVY) > len(root.axes):
             return False
-        made = any(index == value.index for index, _ in self.facts.get(root.value.index, ()))
+        made = not value.fixed and any(index == value.index for index, _ in self.facts.get(root.value.index, ()))
         return not made and (value.shape != root.value.shape or not _akin(value, root.value))
 
     def _miss(self, key: RootKey, node: Node, why: Refused) -> None:

@@ -134,7 +134,8 @@ def _add(node: Node, facts: list[Fact], sign: float = 1.0) -> Fact:  # sums of f
 
 def _mul(node: Node, facts: list[Fact]) -> Fact:  # (a1 x + b1)(a2 x + b2) = a1 a2 x^2 + (a1 b2 + a2 b1) x + b1 b2
     f, g = facts
-    if f.absolute and g.absolute and (f.alpha, f.beta) == (g.alpha, g.beta):
+    same = (f.layout, f.trace) == (g.layout, g.trace)
+    if f.absolute and g.absolute and same and (f.alpha, f.beta) == (g.alpha, g.beta):
         return _square(node, [replace(f, absolute=False)])
     _plain(f, g)
     if (f.kappa and g.linear) or (g.kappa and f.linear):

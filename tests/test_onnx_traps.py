@@ -186,3 +186,141 @@ def test_a_query_without_weight_and_a_key_with_one(tmp_path: Path) -> None:
     assert [node.op_type for node in once.graph.node][:2] == ["qk_norm_plain_scale", "RMSNormalization"]
     normfuse.rewrite(tmp_path / "out.onnx", tmp_path / "twice.onnx", normfuse.Config(target="normfuse"))
     assert (tmp_path / "twice.onnx").read_bytes() == (tmp_path / "out.onnx").read_bytes()
+
+
+@pytest.mark.parametrize(("ir", "norms"), [(3, 1), (4, 0)])
+@pytest.mark.parametrize("target", TARGETS)
+def test_initializers_that_are_inputs(ir: int, norms: int, target: str, tmp_path: Path) -> None:
+    """Once each had to be one, and nobody could give it; now it is one that the caller may replace."""
+    lines = "h = Reshape(x, to) " + OLD.format("h", -1) + "d = Div(h, r) y = Mul(d, w)"
+    made = model("float[B,T,32] x, int64[4] to, float eps, float[8] w", lines, "float[B,T,4,8] y", 13, w=numbers(8),
+                 to=np.array([0, 0, 4, 8]))  # fmt: skip
+    made.ir_version = ir
+    check(made, [{"x": numbers(2, 3, 32)}], tmp_path, norms, target)
+    report = normfuse.inspect(made)
+    assert len(report.norms) == norms and [made.ir_version, len(made.graph.input)] == [ir, 4]
+    assert any("remove_initializer_from_input" in note for note in report.notes) == (not norms)
+
+
+SUM = "sq = Mul({0}, {0}) ms0 = ReduceSum(sq, last) ms = Mul(ms0, inv) a = Add(ms, eps) r = Sqrt(a) "
+FIRST = "sq = Mul({0}, {0}) ms = ReduceMean(sq, zero) a = Add(ms, eps) r = Sqrt(a) "
+ZERO = np.array([0])
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_two_sizes_that_are_not_known(target: str, tmp_path: Path) -> None:
+    """One in the target of a Reshape, the other in its operand: not the same."""
+    made = model("float[?,16,8] x, float[?,4] z", "sh = Shape<end=1>(z) to = Concat<axis=0>(sh, eight, minus) "
+                 "s = Reshape(x, to) " + SUM.format("s") + "y = Div(s, r)", "float[A,B,C] y", eight=np.array([8]),
+                 minus=np.array([-1]), inv=np.array(1 / 16, np.float32))  # fmt: skip
+    for given in made.graph.input:
+        given.type.tensor_type.shape.dim[0].Clear()
+    check(made, [{"x": numbers(2, 16, 8), "z": numbers(4, 4)}], tmp_path, 0, target)
+
+
+@pytest.mark.parametrize("rows", [
+    "u0 = Unsqueeze(n0, zero) u1 = Unsqueeze(n1, zero)", "u0 = Reshape(n0, square) u1 = Reshape(n1, square)",
+])  # fmt: skip
+def test_a_matrix_of_one_size(rows: str, tmp_path: Path) -> None:
+    """Two of them side by side have one row of two sizes."""
+    made = model("float[N,M] x", f"""sh = Shape(x) n0 = Slice(sh, zero, one) n1 = Slice(sh, one, two) {rows}
+                 row = Concat<axis=1>(u0, u1) to = Gather<axis=0>(row, first) s = Reshape(x, to) """
+                 + FIRST.format("s") + "y = Div(s, r)", zero=ZERO, one=np.array([1]), two=np.array([2]),
+                 first=np.array(0), square=np.array([1, 1]))  # fmt: skip
+    check(made, [{"x": numbers(3, 16)}], tmp_path, 1)
+
+
+@pytest.mark.parametrize("operation", ["ReduceProd<keepdims=0, noop_with_empty_axes=1>(sh)", "Identity(sh)"])
+def test_a_product_over_no_axes(operation: str, tmp_path: Path) -> None:
+    lines = f"sh = Shape(x) to = {operation} s = Reshape(x, to) {FIRST.format('s')} y = Div(x, r)"
+    made = model("float[N,16] x", lines, zero=ZERO)
+    check(made, [{"x": numbers(3, 16)}], tmp_path, 1)
+
+
+def test_a_product_of_sizes_is_one(tmp_path: Path) -> None:
+    lines = "sh = Shape(x) p = ReduceProd(sh) s = Reshape(x, p) " + FIRST.format("s") + "y = Div(s, r)"
+    check(model("float[3,16] x", lines, "float[A] y", zero=ZERO), [{"x": numbers(3, 16)}], tmp_path, 1)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_name_in_two_branches(known: bool, tmp_path: Path) -> None:
+    """What is told of one of the values does not hold for the other."""
+    other = "h = Slice(x, zero, eight, last)" if known else "h = com.microsoft.Pad(x, pads)"
+    lines = f"""y = If (c) <then_branch = t1 () => (float[P,Q] ya) {{ h = Neg(x) {SUM.format("h")} ya = Div(h, r) }},
+        else_branch = t2 () => (float[P,Q] yb) {{ {other} {SUM.format("h")} yb = Div(h, r) }}>"""
+    made = model("float[N,16] x, bool c", lines, inv=np.array(1 / 16, np.float32), pads=np.array([0, 0, 0, -8]),
+                 zero=ZERO, eight=np.array([8]))  # fmt: skip
+    made.opset_import.add(domain="com.microsoft", version=1)
+    check(made, [{"x": numbers(3, 16), "c": np.array(c)} for c in (True, False)], tmp_path, 1)
+
+
+@pytest.mark.parametrize("end", [2**31 - 1, 2**63 - 1])
+def test_backwards_to_the_end(end: int, tmp_path: Path) -> None:
+    """ONNX Runtime gives both elements of the constant, numpy none."""
+    made = model("float[N,3] x", ROOT.format("x") + "n = Div(x, r) b = Slice(k, one, end, zero, last) "
+                 "c = Concat<axis=0>(b, k1) y = Mul(n, c)", k=numbers(2), k1=numbers(1), one=np.array([1]), zero=ZERO,
+                 end=np.array([end]))  # fmt: skip
+    check(made, [{"x": numbers(3, 3)}], tmp_path, 1)
+
+
+@pytest.mark.parametrize(("turned", "norms"), [("Transpose(ab)", 0), ("Identity(ab)", 1)])
+def test_a_square_of_two_absolute_values(turned: str, norms: int, tmp_path: Path) -> None:
+    made = model("float[4,4] x", f"ab = Abs(x) tr = {turned} sq = Mul(ab, tr) ms = ReduceMean(sq, last) "
+                 "a = Add(ms, eps) r = Sqrt(a) y = Div(x, r)")  # fmt: skip
+    onnx.save(made, tmp_path / "in.onnx")
+    report = normfuse.rewrite(tmp_path / "in.onnx", tmp_path / "out.onnx", normfuse.Config(verify="off"))
+    assert len(report.norms) == norms
+
+
+def test_a_quotient_of_integers(tmp_path: Path) -> None:
+    """An eps of 7 // 2."""
+    made = model("float[N,16] x", "sh = Shape<end=1>(x) to = Concat<axis=0>(sh, one) f = ConstantOfShape<value=int64[1]"
+                 "{7}>(to) h = Div(f, two) c = Cast<to=1>(h) sq = Mul(x, x) ms = ReduceMean(sq, last) a = Add(ms, c) "
+                 "r = Sqrt(a) y = Div(x, r)", one=np.array([1]), two=np.array(2))  # fmt: skip
+    check(made, [{"x": numbers(3, 16)}], tmp_path, 1)
+
+
+def test_a_type_that_a_quantized_value_is_given(tmp_path: Path) -> None:
+    lines = "x = DequantizeLinear<output_dtype=10>(q, scale) " + ROOT.format("x") + "y = Div(x, r)"
+    made = model("int8[N,16] q", lines, "float16[A,B] y", 23, scale=np.array(0.1, np.float32),
+                 eps=np.array(1e-3, np.float16))  # fmt: skip
+    result, report = normfuse.optimize(made)
+    assert [n.op_type for n in result.graph.node] == ["DequantizeLinear", "RMSNormalization"]
+    assert report.norms[0].action == "fused"
+
+
+def test_names_that_are_taken(tmp_path: Path) -> None:
+    """By a value of the model, and in a branch."""
+    mended = model("float16[N,16] x0", "x = Add(x0, x0) y_normfuse0 = Neg(x) y = RMSNormalization(x, w)",
+                   "float[A,B] y, float16[A,B] y_normfuse0", 23, w=numbers(16))  # fmt: skip
+    result, report = normfuse.optimize(mended)  # the type of x is inferred
+    session(result.SerializeToString()).run(None, {"x0": np.ones((2, 16), np.float16)})
+    assert any("were given a Cast" in note for note in report.notes)
+    lines = """t0 = Sigmoid(x) n1 = LayerNormalization<axis=-1>(t0, g, b) u1 = MatMul(n1, w) t = Add(t0, u1)
+        n2 = LayerNormalization<axis=-1>(t, g, b) y = MatMul(n2, w2) z = If (c) <
+            then_branch = t1 () => (float[2,3,8] za) { t0_centred = Neg(y) za = Neg(t0_centred) },
+            else_branch = t2 () => (float[2,3,8] zb) { zb = Abs(y) }>"""
+    made = model("float[2,3,8] x, bool c", lines, "float[A,B,C] z", g=numbers(8), b=numbers(8), w=numbers(8, 8),
+                 w2=numbers(8, 8))  # fmt: skip
+    result, report = normfuse.optimize(made, normfuse.Config(layernorm_to_rmsnorm="exact"))
+    assert [n.action for n in report.norms] == ["converted"] * 2
+    assert {"t0_centred_2"} <= {v for node in result.graph.node for v in node.output}
+    onnx.checker.check_model(result, full_check=True)
+
+
+def test_quantization_annotations_stay_as_many() -> None:
+    made = model("float[N,16] x", "z = Neg(x) " + ROOT.format("z") + "n = Div(z, r) y = Mul(n, w)", w=numbers(16))
+    for name in "xwzy":
+        entry = made.graph.quantization_annotation.add(tensor_name=name)
+        entry.quant_parameter_tensor_names.add(key="SCALE_TENSOR", value="w")
+    once, _ = normfuse.optimize(made)
+    assert sorted(q.tensor_name for q in once.graph.quantization_annotation) == sorted("xwzy")
+    assert normfuse.optimize(once)[0].SerializeToString() == once.SerializeToString()
+
+
+@pytest.mark.parametrize("weight", ["w", "v"])
+def test_a_constant_that_is_added_to_x_and_the_weight(weight: str, tmp_path: Path) -> None:
+    made = model("float[4] x", "h = Add(x, w) mu = ReduceMean(h, last) d = Sub(h, mu) " + ROOT.format("d")
+                 + f"n = Div(d, r) y = Mul(n, {weight})", "float[A] y", w=numbers(4), v=numbers(4))  # fmt: skip
+    check(made, [{"x": numbers(4)}], tmp_path, 1)
+    assert normfuse.inspect(tmp_path / "in.onnx").norms[0].kind == "layer_norm"

@@ -274,8 +274,9 @@ def test_an_unbiased_variance(correction: int, factor: float | None) -> None:
     ("expand", {}, stat(UNDER), ("B", 5, 64), ((0,), (1,), S)), ("expand", {}, stat(UNDER), ("B", 5, 1), ROW),
     ("expand", {}, stat(UNDER), (7, "B", 5, 64), (S, (0,), (1,), S)), ("expand", {}, x1, ("B", 5, 64), WHOLE),
     ("expand", {}, x1, (1, "B", 5, 64), ((), *WHOLE)), ("expand", {}, x1, (7, "B", 5, 64), "NF108"),
+    ("expand", {}, x1, ("C", 5, 64), "NF108"), ("expand", {}, x1, (None, 5, 64), "NF108"),
     ("expand", {}, x1, None, "NF115"), ("reshape", {}, x1, None, "NF115"),
-    ("reshape", {}, x1, ("n", 64), ((0, 1), (2,))),
+    ("reshape", {}, x1, ("n", 64), ((0, 1), (2,))), ("reshape", {}, x1, ("n", 64, 1), ((0, 1), (2,), ())),
     ("reshape", {}, stat(UNDER, ((0,), (1,), S)), ("n", 64), ((0, 1), S)), ("reshape", {}, x1, ("B", 10, 32), "NF106"),
     ("reshape", {}, stat(UNDER, ((0,), (1,), S)), ("B", 5, 64), ((0,), (1,), S)),
     ("reshape", {}, stat(UNDER, ((0,), (1,), S)), ("n", 32), "NF107"),
@@ -292,6 +293,12 @@ def test_view(kind: str, attrs: dict[str, Any], fact: Fact, shape: Any, layout: 
     if kind in ("reshape", "expand") and shape is not None:
         unknown = (Value("i0", None, "float32"),)
         assert refusal(lambda: apply(kind, fact, inputs=unknown, shape=shape)) == "NF115"
+
+
+def test_expand_to_a_size_that_is_not_known() -> None:
+    """Nor is the old one: they may differ."""
+    inputs = (Value("i0", (None, 5, 64), "float32"),)
+    assert refusal(lambda: apply("expand", x1, inputs=inputs, shape=(None, 5, 64))) == "NF108"
 
 
 def test_operators_that_are_norms() -> None:

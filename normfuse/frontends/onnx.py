@@ -20,7 +20,7 @@ from normfuse.frontends.onnx_fold import FOLDS, MAX_ELEMENTS, Array, attribute, 
 from normfuse.frontends.onnx_functions import function_body
 from normfuse.frontends.onnx_infer import DTYPE_NAMES, Inferred, infer
 from normfuse.frontends.onnx_ops import OPS, Row
-from normfuse.frontends.onnx_sizes import SIZES, sizes_of
+from normfuse.frontends.onnx_sizes import SIZES, rank_of, sizes_of
 from normfuse.frontends.onnx_views import product_shape
 from normfuse.graph import FLOATS, Dim, Graph, Shape, Value
 from normfuse.transfer import REDUCTIONS
@@ -345,12 +345,17 @@ class Lowering:
             args = [None if v is None else self.value(v).shape for v in node.inputs]
         else:
             args = [self.known_sizes(v) for v in node.inputs]
-        sizes = sizes_of(node, args, [None if v is None else self.arrays.get(v) for v in node.inputs])
+        arrays = [None if v is None else self.arrays.get(v) for v in node.inputs]
+        sizes = sizes_of(node, args, arrays)
         if sizes is None:
             return False
+        rank = rank_of(node, len(self.value(node.inputs[0]).shape or ()), arrays)
+        if rank == 0 and len(sizes) > 1:
+            rank = 1  # nothing is squeezed off
+        if rank not in (0, 1):
+            return False  # the rows of a matrix are no sizes
         numbers = [d for d in sizes if isinstance(d, int)]
-        scalar = node.op_type in ("Gather", "Squeeze", "Size", "ReduceProd", "Cast", "Identity") and (
-            len(sizes) == 1 and _is_scalar(node, self))  # fmt: skip
+        scalar = rank == 0
         if len(numbers) == len(sizes):
             dtype = ir.DataType(attribute(node, "to", ir.DataType.INT64.value)).numpy()
             self._fold(out, np.array(numbers[0] if scalar else numbers, dtype))
@@ -375,16 +380,6 @@ def _row(node: ir.Node) -> Row | None:
     """How to lower an operator, where the tables have it."""
     name = node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}::{node.op_type}"
     return OPS.get(name) or CONTRIB.get(name)
-
-
-def _is_scalar(node: ir.Node, low: Lowering) -> bool:
-    """Whether a size that stands alone has rank 0."""
-    if node.op_type == "Gather":
-        index = low.arrays.get(node.inputs[1]) if node.inputs[1] is not None else None
-        return index is not None and index.ndim == 0
-    if node.op_type in ("Cast", "Identity"):
-        return low.value(node.inputs[0]).shape == ()
-    return node.op_type in ("Squeeze", "Size") or not attribute(node, "keepdims", 1)
 
 
 def _dtype_of(array: Array) -> str:

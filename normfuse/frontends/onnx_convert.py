@@ -15,7 +15,7 @@ from normfuse.errors import InputError
 from normfuse.frontends import onnx_channels as table
 from normfuse.frontends.onnx import Lowering
 from normfuse.frontends.onnx_certify import certify
-from normfuse.frontends.onnx_emit import Emitter, unique
+from normfuse.frontends.onnx_emit import Emitter, names_of, unique
 from normfuse.frontends.onnx_infer import DTYPES
 from normfuse.frontends.onnx_model import OnnxModel
 from normfuse.graph import FLOATS, Node, Value
@@ -75,9 +75,8 @@ class _Means:
         self.one, self.low, self.config = one, low, config
         self.known: dict[Value, bool] = {}
         self.emitter, self.table = Emitter(one.opset, fold=False), Table(config)
-        self.used: set[str | None] = {*one.model.graph.initializers, *(v.name for v in low.source.inputs)}
-        for node in low.source:
-            self.used |= {node.name, *(v.name for v in node.outputs)}
+        self.used = names_of(lowering.source for lowering in one.lowerings)
+        self.used.update(node.name for node in low.source)
 
     def means(self) -> Means:
         low = self.low

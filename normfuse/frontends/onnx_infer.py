@@ -64,12 +64,16 @@ def infer(model: ir.Model, known: dict[ir.Value, Value], arrays: dict[ir.Value, 
     except Exception:  # the C++ checker raises various kinds for graphs it does not understand
         return {}
     out: Inferred = {}
+    told, made = Counter[str](), Counter[str]()
     for graph in _graphs(done.graph):
+        made.update({*_made(graph), *(v.name for v in graph.input)})
         for info in graph.value_info:
             found = _facts(info)
-            if out.setdefault(info.name, found) != found:  # the branches of an If may have a name in common
+            told[info.name] += 1
+            if out.setdefault(info.name, found) != found:
                 out[info.name] = (None, None)
-    return out
+    # the branches of an If may have a name in common, and what is known of one of the values holds for that alone
+    return {name: found if told[name] >= made[name] else (None, None) for name, found in out.items()}
 
 
 def _matrix_of_sizes(graph: ir.Graph, known: dict[ir.Value, Value]) -> bool:
@@ -77,7 +81,7 @@ def _matrix_of_sizes(graph: ir.Graph, known: dict[ir.Value, Value]) -> bool:
     for node in graph:
         seen = known.get(node.inputs[0]) if node.op_type == "Unsqueeze" and node.inputs and node.inputs[0] else None
         shape = seen.shape if seen is not None and not seen.fixed and seen.dtype in ("int32", "int64") else None
-        if shape and len(shape) == 1 and isinstance(shape[0], int) and shape[0] > 1:
+        if shape and len(shape) == 1 and isinstance(shape[0], int):
             return True
     return False
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import onnx
 import onnx_ir as ir
-from onnx_ir.passes.common import InlinePass, RemoveUnusedFunctionsPass
+from onnx_ir.passes.common import InlinePass, RemoveInitializersFromInputsPass, RemoveUnusedFunctionsPass
 from onnx_ir.traversal import RecursiveGraphIterator
 
 from normfuse.config import Config
@@ -32,6 +32,8 @@ from normfuse.targets import PROVIDERS, Row, Table
 from normfuse.verify import Check
 
 OLDEST_OPSET = 9
+FIRST_WITH_DEFAULTS = 4
+"""The version of the format from which an initializer need not be an input; one that is may be replaced by a caller."""
 SLIM = 2**15
 """How many elements a row may have for its weight by channel to be spread over it in exchange for an
 InstanceNormalization, which is nearly as fast."""
@@ -54,10 +56,15 @@ class OnnxModel:
             raise UnsupportedError(f"opset {self.opset} is older than {OLDEST_OPSET}; convert it with "
                                    "onnx.version_converter first")  # fmt: skip
         self.inlined = self._inline()
-        self.repaired = repair(model.graph, self.opset) if rewrite else 0
+        if model.ir_version < FIRST_WITH_DEFAULTS:
+            RemoveInitializersFromInputsPass()(model)  # every initializer had to be an input, which nobody could give
+            model.ir_version = FIRST_WITH_DEFAULTS
         self.emitter = Emitter(self.opset)
         self.progress("reading", 0.0)
         self.lowerings = lower(model)
+        self.repaired = repair(self.lowerings, self.opset) if rewrite else 0
+        if self.repaired:
+            self.lowerings = lower(model)
         self.sorted = SORTED in model.meta
         self.operators_before = operators(self.model)
         self.nodes_before = sum(self.operators_before.values())
@@ -135,6 +142,10 @@ class OnnxModel:
             found.append(f"{self.repaired} norm operators of mixed types, which no runtime takes, were given a Cast")
         if self.sorted:
             found.append("the nodes were not in topological order, which ONNX demands: sorted")
+        defaults = set(self.model.graph.inputs) & set(self.model.graph.initializers.values())
+        if defaults:
+            found.append(f"{len(defaults)} initializers are inputs as well: a caller may replace them, so they are "
+                         "no constants; python -m onnxruntime.tools.remove_initializer_from_input takes them off")
         used = Counter(self.respelled)
         for one in self.plans:
             sites = {site: edit for edit in one.edits() for site in edit.sites}

@@ -5,6 +5,7 @@ A row is called as ``row(lower, node)``, where `lower` is the graph being built 
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,8 @@ import onnx_ir as ir
 from normfuse.frontends import onnx_views as views
 from normfuse.frontends.onnx_fold import attribute
 from normfuse.frontends.onnx_functions import DTYPES as FLOAT_TYPES
-from normfuse.graph import Shape, Value
+from normfuse.frontends.onnx_infer import DTYPE_NAMES
+from normfuse.graph import FLOATS, Shape, Value
 
 if TYPE_CHECKING:
     from normfuse.frontends.onnx import Lowering
@@ -32,7 +34,8 @@ def elementwise(kind: str) -> Row:
         low.emit(kind, inputs, out, node)
         a, b = (*inputs, *inputs)[:2]
         if a.number is not None and b.number is not None and kind in _UNIFORM and (kind != "div" or b.number):
-            out.number = rounded(_UNIFORM[kind](a.number, b.number), out.dtype)
+            number = _UNIFORM[kind](a.number, b.number)
+            out.number = rounded(number if out.dtype in FLOATS else math.trunc(number), out.dtype)
 
     return row
 
@@ -299,7 +302,8 @@ def quantize(low: Lowering, node: ir.Node) -> None:
     """To fewer bits and back: the shape stays; what happens to numbers is no norm's."""
     inputs = low.inputs(node)
     types = [*(v.dtype for v in inputs), "uint8", "uint8"]  # a zero point that is not there is one of uint8
-    dtype = types[1 if node.op_type == "DequantizeLinear" else 2]
+    stated = attribute(node, "output_dtype", 0)
+    dtype = DTYPE_NAMES[ir.DataType(stated)] if stated else types[1 if node.op_type == "DequantizeLinear" else 2]
     low.emit("quantize", inputs, low.output(node, inputs[0].shape, dtype), node)
 
 

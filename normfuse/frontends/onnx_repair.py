@@ -11,12 +11,17 @@ rounded that was not before.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 
+from normfuse.frontends.onnx import Lowering
+from normfuse.frontends.onnx_emit import names_of, unique
 from normfuse.frontends.onnx_fold import attribute
 from normfuse.frontends.onnx_functions import spelled
+from normfuse.frontends.onnx_infer import DTYPES
 
-HALF = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
+HALF = ("float16", "bfloat16")
 KINDS = {"RMSNormalization": "rms_norm", "LayerNormalization": "layer_norm"}
 
 
@@ -33,14 +38,17 @@ def in_order(model: ir.Model) -> bool:
     return True
 
 
-def repair(graph: ir.Graph, opset: int) -> int:
+def repair(lowerings: Sequence[Lowering], opset: int) -> int:
     """Put a cast where each such operator lacks one; how many there were."""
-    found = [node for node in graph.all_nodes() if node.domain == "" and node.op_type in KINDS and _mixed(node)]
-    for node in found:
+    found = [(low, node) for low in lowerings for node in low.source
+             if node.domain == "" and node.op_type in KINDS and _mixed(low, node)]  # fmt: skip
+    used = names_of(low.source for low in lowerings) if found else set()
+    for low, node in found:
         x, scale, *rest = node.inputs
-        assert x is not None and scale is not None and scale.dtype is not None and node.graph is not None
-        to, name = ir.AttrInt64("to", scale.dtype.value), node.outputs[0].name
-        if x.dtype in HALF:
+        assert x is not None and scale is not None and node.graph is not None
+        scale_type, name = DTYPES[low.value(scale).dtype or ""], node.outputs[0].name
+        to = ir.AttrInt64("to", scale_type.value)
+        if low.value(x).dtype in HALF:
             cast = ir.Node("", "Cast", [x], [to], name=f"{node.name}/upcast")
             nodes = [cast, ir.Node("", node.op_type, [cast.outputs[0], scale, *rest], list(node.attributes.values()),
                                    num_outputs=len(node.outputs))]  # fmt: skip
@@ -52,26 +60,27 @@ def repair(graph: ir.Graph, opset: int) -> int:
                 if value is not None:
                     nodes.append(ir.Node("", op, [nodes[-1].outputs[0], value]))
         for i, new in enumerate(nodes):
-            new.outputs[0].name, new.name = f"{name}_normfuse{i}", new.name or f"{node.name}/{i}"
+            new.outputs[0].name, new.name = unique(f"{name}_normfuse{i}", used), new.name or f"{node.name}/{i}"
             new.metadata_props.update(node.metadata_props)
         nodes[-1].name, nodes[-1].doc_string = node.name, node.doc_string
         node.graph.insert_before(node, nodes)
         for old, value in zip(node.outputs, nodes[-1].outputs, strict=False):
             value.name, value.shape, value.type, value.doc_string = old.name, old.shape, old.type, old.doc_string
             old.replace_all_uses_with(value, replace_graph_outputs=True)
-        nodes[-1].outputs[0].type = ir.TensorType(scale.dtype)
+        nodes[-1].outputs[0].type = ir.TensorType(scale_type)
         node.graph.remove(node, safe=True)
     return len(found)
 
 
-def _mixed(node: ir.Node) -> bool:
+def _mixed(low: Lowering, node: ir.Node) -> bool:
     x, scale = [*node.inputs, None][:2]
-    if x is None or scale is None or x.dtype is None or scale.dtype is None:
+    if x is None or scale is None:
         return False
-    if x.dtype in HALF:
-        return scale.dtype not in HALF and scale.dtype.is_floating_point()
+    types = low.value(x).dtype, low.value(scale).dtype
+    if types[0] in HALF:
+        return types[1] in ("float32", "float64")
     alone = not any(v.uses() or v.is_graph_output() for v in node.outputs[1:])
-    return x.dtype == ir.DataType.FLOAT and scale.dtype in HALF and alone and bool(_axes(x, node))
+    return types[0] == "float32" and types[1] in HALF and alone and bool(_axes(x, node))
 
 
 def _axes(x: ir.Value, node: ir.Node) -> list[int]:

@@ -65,21 +65,13 @@ def _same(node: ir.Node, args: Sequence[Sizes], arrays: Arrays) -> Sizes:
     return args[0] if args else None
 
 
-def _vector(node: ir.Node, args: Sequence[Sizes], arrays: Arrays) -> Sizes:
-    """A scalar as a vector, or one of one element; several would be a matrix, whose rows are no sizes."""
-    return args[0] if args[0] is not None and len(args[0]) == 1 else None
-
-
-def _reshaped(node: ir.Node, args: Sequence[Sizes], arrays: Arrays) -> Sizes:
-    to = arrays[1] if len(arrays) > 1 else None
-    return args[0] if to is not None and to.size == 1 else _vector(node, args, arrays)
-
-
 def _cast(node: ir.Node, args: Sequence[Sizes], arrays: Arrays) -> Sizes:
-    return args[0] if ir.DataType(attribute(node, "to")).is_integer() else None
+    return args[0] if attribute(node, "to") in (ir.DataType.INT32, ir.DataType.INT64) else None
 
 
 def _all(node: ir.Node, args: Sequence[Sizes], arrays: Arrays) -> Sizes:
+    if len(arrays) < 2 and attribute(node, "axes") is None and attribute(node, "noop_with_empty_axes", 0):
+        return args[0]
     return None if args[0] is None else (_product(args[0]),)
 
 
@@ -91,11 +83,31 @@ SIZES: dict[str, Rule] = {
     "Concat": _concat,
     "Cast": _cast,
     "Identity": _same,
-    "Unsqueeze": _vector,
+    "Unsqueeze": _same,
     "Squeeze": _same,
-    "Reshape": _reshaped,
+    "Reshape": _same,
     "ReduceProd": _all,
 }
+
+
+def rank_of(node: ir.Node, rank: int, arrays: Arrays) -> int | None:
+    """The rank of what a node computes from sizes of a rank, 0 or 1; None where it depends on what is not known."""
+    op, given = node.op_type, arrays[1] if len(arrays) > 1 else None
+    if op in ("Cast", "Identity"):
+        return rank
+    if op == "Gather":
+        return None if given is None else rank - 1 + given.ndim
+    if op == "Reshape":
+        return None if given is None else given.size
+    axes = attribute(node, "axes") if len(arrays) < 2 else None if given is None else given.reshape(-1).tolist()
+    if op == "Unsqueeze":
+        return None if axes is None else rank + len(axes)
+    if op == "ReduceProd":
+        if len(arrays) > 1 and not axes:
+            return None  # all or none of them, which runtimes do not agree on
+        whole = axes is None and attribute(node, "noop_with_empty_axes", 0)
+        return rank if whole or attribute(node, "keepdims", 1) else 0
+    return int(op not in ("Size", "Squeeze"))
 
 
 def sizes_of(node: ir.Node, args: Sequence[Sizes], arrays: Arrays) -> Sizes:

@@ -110,7 +110,7 @@ def _fill_in(dims: list[Dim], source: Shape) -> list[Dim]:
     rest = list(source)
     others: list[Dim] = [d for d in dims if d != -1]
     for d in list(others):
-        if d in rest:
+        if d is not None and d in rest:
             rest.remove(d)
             others.remove(d)
     filled: Dim = None

@@ -93,10 +93,11 @@ def from_proto(proto: onnx.ModelProto, source: Path) -> tuple[ir.Model, list[Ext
 
 
 def to_proto(model: ir.Model) -> onnx.ModelProto:
-    """The message of a model, with the quantization annotations that `onnx_ir` does not keep."""
+    """The message of a model, with the quantization annotations that older versions of `onnx_ir` do not keep."""
     proto = ir.to_proto(model)
     known = {v.name for node in model.graph for v in node.outputs} | {v.name for v in model.graph.inputs}
     known |= set(model.graph.initializers)
+    known -= {a.tensor_name for a in proto.graph.quantization_annotation}
     proto.graph.quantization_annotation.extend(a for a in model.meta.get(ANNOTATIONS, ()) if a.tensor_name in known)
     return proto
 
@@ -123,6 +124,10 @@ def _spliced(model: ir.Model, source: Source) -> onnx.ModelProto:
         if node not in old:
             gone.difference_update(v.name for v in node.outputs)
             graph.node.insert(i, ir.to_proto(node))
+    inputs = {v.name for v in model.graph.inputs}
+    for i in reversed(range(len(graph.input))):
+        if graph.input[i].name not in inputs:
+            del graph.input[i]
     wanted = model.graph.initializers
     known = {tensor.name for tensor in graph.initializer}
     for i in reversed(range(len(graph.initializer))):
