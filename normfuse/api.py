@@ -328,8 +328,7 @@ def _onnx_report(one: OnnxModel, rewritten: bool, shown: bool = False) -> Report
     report = build_report(one.plans, one.checks, rewritten, one.label, None if rewritten and not shown else module_of)
     report.operators_before = one.operators_before
     report.format, report.opset, report.nodes_before = "onnx", one.opset or None, one.nodes_before
-    if one.inlined:
-        report.notes.append("model-local functions were inlined")
+    report.notes += one.notes_on_reading()
     if rewritten:
         report.notes += one.notes()
     return report

@@ -135,6 +135,15 @@ class OnnxModel:
         norm = edit.site.norm
         return f"function {DOMAIN}.{norm.kind}_as_written" if edit.as_written else ", ".join(self.emitter.form(norm))
 
+    def notes_on_reading(self) -> list[str]:
+        """What to know about how the model was read."""
+        found = ["model-local functions were inlined"] if self.inlined else []
+        defaults = set(self.model.graph.inputs) & set(self.model.graph.initializers.values())
+        if defaults:
+            found.append(f"{len(defaults)} initializers are inputs as well: a caller may replace them, so they are no "
+                         "constants; python -m onnxruntime.tools.remove_initializer_from_input takes them off")
+        return found
+
     def notes(self) -> list[str]:
         """What else was done, and which rows of the target's table were used, and how often."""
         found = []
@@ -142,10 +151,6 @@ class OnnxModel:
             found.append(f"{self.repaired} norm operators of mixed types, which no runtime takes, were given a Cast")
         if self.sorted:
             found.append("the nodes were not in topological order, which ONNX demands: sorted")
-        defaults = set(self.model.graph.inputs) & set(self.model.graph.initializers.values())
-        if defaults:
-            found.append(f"{len(defaults)} initializers are inputs as well: a caller may replace them, so they are "
-                         "no constants; python -m onnxruntime.tools.remove_initializer_from_input takes them off")
         used = Counter(self.respelled)
         for one in self.plans:
             sites = {site: edit for edit in one.edits() for site in edit.sites}
