@@ -65,7 +65,9 @@ def rewrite(graph: fx.GraphModule, config: Config, inner: str = "inductor", trai
     """The module with the norms of its graph fused, in place: what Dynamo has noted on it stays."""
 
     def leave(site: Site, pair: bool) -> str | None:
-        cuda = getattr(meta_of(site.value.native), "device", torch.device("cpu")).type == "cuda"
+        native = site.value.native or site.norm.x.native  # a norm may be computed inside another operator
+        found = meta_of(native) if isinstance(native, fx.Node) else None
+        cuda = getattr(found, "device", torch.device("cpu")).type == "cuda"
         if (cuda and training) or (pair and not (cuda and inner == "inductor")):
             return None
         if site.is_op:

@@ -50,6 +50,8 @@ def added(value: Value, x: Value, axes: Sequence[int]) -> tuple[Value, Value] | 
     """
     while len(value.uses) == 1 and not value.kept:
         node = value.uses[0]
+        if not node.outputs:
+            break
         if summed(node.outputs[0]) is node:
             a, b = node.inputs
             other = b if a is value else a

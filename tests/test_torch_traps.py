@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn import functional as F  # noqa: N812
 
 import normfuse
@@ -96,6 +98,107 @@ def test_running_statistics(kind: type[nn.Module], training: bool) -> None:
     torch.testing.assert_close(compiled(Running(kind).train(training))(x), Running(kind).train(training)(x))
 
 
+WRITES: dict[str, Callable[[Tensor, Tensor, Tensor], Any]] = {
+    "native": lambda x, h, k: torch.native_batch_norm(x, None, None, k, torch.ones(8), True, 0.5, 1e-5)[0],
+    "aten": lambda x, h, k: torch.ops.aten.native_batch_norm(x, None, None, k, torch.ones(8), True, 0.5, 1e-5)[0],
+    "update": lambda x, h, k: torch.batch_norm_update_stats(x, k, torch.ones(8), 0.5)[0],
+    "noise": lambda x, h, k: torch._C._nn.rrelu_with_noise(x, h, 0.1, 0.3, True),
+    "step": lambda x, h, k: torch._fused_sgd_([x.clone()], [x.clone()], [h], weight_decay=0.0, momentum=0.9, lr=0.1,
+                                              dampening=0.0, nesterov=False, maximize=False, is_first_step=False),
+    "same": lambda x, h, k: h.conj_physical().add_(1), "dense": lambda x, h, k: h.to_dense().add_(1),
+    "product": lambda x, h, k: torch.cartesian_prod(k).add_(1),
+    "flat": lambda x, h, k: torch._C._nn.flatten_dense_tensors([k]).add_(1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_operands_that_an_operator_writes_or_gives_back(write: Callable[..., Any]) -> None:
+    """The norms are of what they were before."""
+    def f(x: Tensor, r: Tensor, h: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        h, k = h * 1.0, k * 1.0
+        v, u = (t.pow(2).mean(-1, keepdim=True) for t in (h, k))
+        write(x, h, k)
+        return r + rms(h, v), r[0] + rms(k, u)
+
+    torch.manual_seed(0)
+    given = torch.randn(4, 8), torch.randn(4, 8), torch.randn(4, 8), torch.randn(8)
+    torch._dynamo.reset()
+    found = torch.compile(f, backend="normfuse", options={"inner": "eager"})
+    torch.manual_seed(1)
+    want = f(*given)
+    torch.manual_seed(1)
+    torch.testing.assert_close(found(*given), want)
+
+
+def traced(module: nn.Module, *given: Tensor) -> fx.GraphModule:
+    """With the modules of torch as they are called, and shapes."""
+    graph = fx.symbolic_trace(module)
+    scratch = copy.deepcopy(graph)
+    ShapeProp(scratch).propagate(*given)  # type: ignore[no-untyped-call]
+    for node, seen in zip(graph.graph.nodes, scratch.graph.nodes, strict=True):
+        node.meta.update(seen.meta)
+    return graph
+
+
+class Averaged(nn.Module):
+    """Running statistics as the weight, which their module then writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn: Any = nn.BatchNorm1d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x + x.sin()
+        scaled = self.bn.running_var * rms(h)
+        found: Tensor = self.bn(x) + scaled
+        return found
+
+
+class Table(nn.Module):
+    """The norm of a table of which a lookup shortens the rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.e = nn.Embedding(4, 8, max_norm=0.5)
+        with torch.no_grad():
+            self.e.weight.copy_(torch.randn(4, 8) * 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        v = self.e.weight.pow(2).mean(-1, keepdim=True)
+        h: Tensor = self.e(x[:, 0].long() * 0)
+        return rms(self.e.weight, v) + h
+
+
+@pytest.mark.parametrize("kind", [Averaged, Table])
+@pytest.mark.parametrize("training", [True, False])
+def test_modules_that_write_what_they_hold(kind: type[nn.Module], training: bool) -> None:
+    torch.manual_seed(0)
+    module, x = kind().train(training), torch.randn(4, 8)
+    want = copy.deepcopy(module)(x)
+    torch.testing.assert_close(normfuse.optimize(traced(module, x), normfuse.Config(verify="off"))[0](x), want)
+
+
+HOOKS: dict[str, Callable[[nn.Module], Any]] = {
+    "forward": lambda m: m.register_forward_hook(lambda m, given, out: out * 2),
+    "before": lambda m: m.register_forward_pre_hook(lambda m, given: (given[0].clamp(max=0.1),)),
+    "backward": lambda m: m.register_full_backward_hook(lambda m, given, out: (torch.zeros(4, 8),)),
+    "patched": lambda m: setattr(m, "forward", lambda x: x * 2), "none": lambda m: None,
+}
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_hooks_of_a_norm(hook: str) -> None:
+    """They would be lost with its call."""
+    torch.manual_seed(0)
+    module, x = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8)), torch.randn(4, 8, requires_grad=True)
+    HOOKS[hook](module[1])
+    graph = traced(module, x)
+    result, report = normfuse.optimize(graph, normfuse.Config(verify="off"))
+    found, want = (torch.autograd.grad(f(x).sin().sum(), x)[0] for f in (result, graph))
+    torch.testing.assert_close(found, want)
+    assert [len(report.norms), *(r.code for r in report.refusals)] == ([1] if hook == "none" else [0, "NF116"])
+
+
 # -- gradients --------------------------------------------------------------------------------------------------------
 
 
@@ -125,6 +228,36 @@ def test_a_statistic_that_is_detached(f: Callable[[Tensor, Tensor], Tensor]) -> 
         return found
 
     torch.testing.assert_close(gradient(compiled(f)), gradient(f))
+
+
+def carried(x: Tensor, state: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    s = x + state
+    return w * rms(s), s
+
+
+def test_a_sum_that_needs_no_gradient() -> None:
+    """Only the weight is trained; the sum is carried from step to step."""
+    def gradient(f: Any) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(0)
+        w, state = torch.ones(8, requires_grad=True), torch.zeros(4, 8)
+        for _ in range(3):
+            y, state = f(torch.randn(4, 8), state, w)
+            assert (y.requires_grad, state.requires_grad) == (True, False)
+            y.sin().sum().backward()
+        assert w.grad is not None
+        return w.grad, state
+
+    torch.testing.assert_close(gradient(compiled(carried)), gradient(carried))
+    report = normfuse.last_report()
+    assert report is not None and [n.emitted for n in report.norms] == ["normfuse.add_rms_norm"]
+
+
+def test_of_two_results_only_one_needs_a_gradient() -> None:
+    q, k, w = torch.randn(4, 8), torch.randn(4, 8), torch.ones(8, requires_grad=True)
+    for found in (torch.ops.normfuse.qk_norm(q, k, w, None, None, None, EPS),
+                  torch.ops.normfuse.norm_add_norm(q, k, None, None, w, None, EPS)):
+        assert [t.requires_grad for t in found] == [True, False]
+        found[0].sum().backward()
 
 
 class Cut(nn.Module):
@@ -271,3 +404,38 @@ def test_a_group_norm_that_torch_has_decomposed(groups: int, found: int) -> None
     result, report = normfuse.optimize(program)
     assert len(report.norms) == found
     torch.testing.assert_close(result.module()(x), module(x))
+
+
+@pytest.mark.parametrize("f", [
+    lambda x, r: torch.add(r, F.layer_norm(x, (8,)), alpha=2), lambda x, r: torch.sub(r, F.rms_norm(x, (8,)), alpha=2),
+])  # fmt: skip
+def test_a_norm_that_alpha_scales(f: Callable[[Tensor, Tensor], Tensor]) -> None:
+    x, r = torch.randn(4, 8), torch.randn(4, 8)
+    torch.testing.assert_close(compiled(f)(x, r), f(x, r))
+
+
+class Average(nn.Module):
+    """A moving average is the only reader of the norm, in a block that gives no result."""
+
+    ema: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n = nn.LayerNorm(8)
+        self.register_buffer("ema", torch.zeros(4, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.n(x)
+        with torch.no_grad():
+            self.ema.mul_(0.9).add_(y, alpha=0.1)
+        return x * 2
+
+
+def test_a_norm_whose_reader_has_no_result() -> None:
+    x = torch.randn(4, 8)
+    program = torch.export.export(Average(), (x,))
+    result, report = normfuse.optimize(program)
+    found, want = result.module(), Average()
+    torch.testing.assert_close(found(x), want(x))
+    torch.testing.assert_close(found.ema, want.ema)
+    assert len(report.norms) == 1

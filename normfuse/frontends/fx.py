@@ -21,6 +21,7 @@ from normfuse.frontends.fx_meta import MISSING, Symbol, dtype_of, is_tensor, lab
 from normfuse.frontends.fx_ops import MODULES, OPS
 from normfuse.graph import Graph, Shape, Value
 
+NORMS = (torch.nn.LayerNorm, torch.nn.RMSNorm, torch.nn.GroupNorm)
 _CONSTANT = re.compile(r"(_tensor_constant|lifted_tensor_|_lifted_tensor_constant)\d+$")
 _STATE = re.compile(r"l_.*_(parameters|buffers)_", re.IGNORECASE)
 
@@ -174,6 +175,10 @@ class Lowering:
 
     def _call(self, node: fx.Node) -> None:
         meta = meta_of(node)
+        if node.op == "call_module":
+            module = self.module.get_submodule(str(node.target))
+            if isinstance(module, NORMS) and fx_effects.hooked(module):
+                self.note("NF116", node, "hooks of the module, or a forward of its own, see what goes in and out")
         if fx_effects.written(node) or not fx_effects.known(node):
             return self.role(node, effect=True)
         if meta is not MISSING and not is_tensor(meta) and not (isinstance(meta, (tuple, list)) and meta):

@@ -32,11 +32,19 @@ _INPLACE_OPERATORS = frozenset(
 _KEEPS_DATA = frozenset({"requires_grad_", "retain_grad"})
 CREATED = frozenset("lift_fresh lift_fresh_copy tensor as_tensor scalar_tensor full zeros ones empty arange".split())
 """What makes a tensor without a history, so that to detach it is to do nothing."""
-_SHARES_ALL = frozenset("einsum broadcast_tensors meshgrid atleast_1d atleast_2d atleast_3d".split())
+_SHARES_ALL = frozenset(
+    "einsum broadcast_tensors meshgrid atleast_1d atleast_2d atleast_3d cartesian_prod flatten_dense_tensors".split()
+)
 _SHARES_FIRST = frozenset(
     """dropout feature_dropout alpha_dropout feature_alpha_dropout type_as sum_to_size getitem getattr pos
-    resolve_conj resolve_neg""".split()
+    resolve_conj resolve_neg conj_physical to_dense""".split()
 )
+_STATISTICS = dict.fromkeys(
+    """batch_norm instance_norm native_batch_norm cudnn_batch_norm miopen_batch_norm _batch_norm_impl_index
+    batch_norm_gather_stats batch_norm_gather_stats_with_counts""".split(), 3
+) | {"batch_norm_update_stats": 1}  # fmt: skip
+"""Operators that write running statistics of which their schemas say nothing, and where the mean of these stands."""
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @cache
@@ -103,7 +111,8 @@ def written(node: fx.Node) -> list[fx.Node]:
     if node.op == "call_module" or isinstance(node.target, HigherOrderOperator):
         inner = list(_modules(node))
         pure = inner or "functional" in str(node.target)  # an operator that hides what it runs may write
-        return [] if pure and not any(_module_writes(m) for m in inner) else list(node.all_input_nodes)
+        own = [n for m in inner for n in _state(node, m)]
+        return own if pure and not any(_module_writes(m) for m in inner) else own + list(node.all_input_nodes)
     if name is None:
         return list(node.all_input_nodes)
     bare = name.strip("_")
@@ -112,15 +121,29 @@ def written(node: fx.Node) -> list[fx.Node]:
     kept = name in _KEEPS_DATA or (name == "detach_" and without_history(node.args[0], True))
     if not kept and (inplace or (node.op == "call_function" and _inplace_flag(node))):
         out += _nodes(node.args[:1]) or list(node.all_input_nodes)
+    for i, argument in _packet_writes(name) if not kept else ():
+        out += _nodes(node.args[i] if i < len(node.args) else node.kwargs.get(argument))
     return out
+
+
+@cache
+def _packet_writes(name: str) -> list[tuple[int, str]]:
+    """The arguments that some operator of a name writes, those for results aside."""
+    packet = getattr(torch.ops.aten, name, None)
+    if not isinstance(packet, OpOverloadPacket):
+        return []
+    found = [getattr(packet, o)._schema for o in packet.overloads() if "out" not in o]  # type: ignore[no-untyped-call]
+    return sorted({(i, a.name) for schema in found for i, a in enumerate(schema.arguments)
+                   if a.alias_info is not None and a.alias_info.is_write})  # fmt: skip
 
 
 def _hidden_writes(node: fx.Node) -> list[fx.Node]:
     """What functions overwrite whose name and schema do not say so."""
     name, functional = name_of(node) or "", getattr(node.target, "__module__", "") == "torch.nn.functional"
-    if name in ("batch_norm", "instance_norm"):
-        means = node.args[1:3] if functional else node.args[3:5]
-        told = node.args[5] if len(node.args) > 5 else node.kwargs.get(
+    if name in _STATISTICS:
+        at = 1 if functional else _STATISTICS[name]
+        means = node.args[at : at + 2]
+        told = True if "stats" in name else node.args[5] if len(node.args) > 5 else node.kwargs.get(
             "training", node.kwargs.get("use_input_stats", name == "instance_norm"))  # fmt: skip
         named = [node.kwargs.get(n) for n in ("running_mean", "running_var")]
         return [] if told is False else _nodes((means, named))
@@ -154,11 +177,31 @@ def without_history(node: Any, inplace: bool) -> bool:
     return guarded or (node.op == "call_function" and name_of(node) in CREATED)
 
 
+def hooked(module: torch.nn.Module) -> bool:
+    """Whether a call of one of torch's modules is more than that of the `forward` of its class."""
+    patched = "forward" in vars(module) and type(module).__module__.startswith("torch.nn.modules")
+    return patched or any(getattr(module, name, None) for name in _HOOKS)
+
+
+def _state(node: fx.Node, module: torch.nn.Module) -> list[fx.Node]:
+    """The nodes that give parameters and buffers of a module which its call may write."""
+    kinds = torch.nn.modules.batchnorm._NormBase, (torch.nn.Embedding, torch.nn.EmbeddingBag)
+
+    def writes(part: torch.nn.Module) -> bool:
+        if isinstance(part, kinds[0]):
+            return part.training and part.running_mean is not None
+        return part.max_norm is not None if isinstance(part, kinds[1]) else _module_writes(part)
+
+    parts = [] if isinstance(module, fx.GraphModule) else [part for part in module.modules() if writes(part)]
+    own = {_memory(t) for part in parts for t in (*part.parameters(), *part.buffers())}
+    return [n for n in node.graph.nodes if n.op == "get_attr" and _storage(n) in own] if own else []
+
+
 def _module_writes(module: torch.nn.Module) -> bool:
     if isinstance(module, fx.GraphModule):
         return any(written(n) for n in module.graph.nodes)
     ours = type(module).__module__.startswith(("torch.nn.modules", "torch.export."))
-    return bool(getattr(module, "inplace", False)) or not ours
+    return bool(getattr(module, "inplace", False)) or not ours or hooked(module)
 
 
 def _inplace_flag(node: fx.Node) -> bool:
@@ -220,12 +263,16 @@ def _fresh_packet(name: str) -> bool:
 
 
 def _storage(node: fx.Node) -> int | None:
-    """What an input shares with those that lie in the same memory, as far as its tensor tells."""
+    """What a result shares with those that lie in the same memory, as far as its tensor tells."""
     found = meta_of(node)
     if not isinstance(found, torch.Tensor) and node.op == "get_attr":
         found = held(node.graph.owning_module, node.target)
+    return _memory(found)
+
+
+def _memory(tensor: Any) -> int | None:
     try:
-        return found.untyped_storage()._cdata if isinstance(found, torch.Tensor) else None
+        return tensor.untyped_storage()._cdata if isinstance(tensor, torch.Tensor) else None
     except (NotImplementedError, RuntimeError):  # a layout without a storage
         return None
 
@@ -258,11 +305,11 @@ def tainted(graph: fx.Graph) -> set[fx.Node]:
     for node in graph.nodes:
         for n in (*shared(node), *_nodes(node.kwargs.get("out"))):
             parent[find(n)] = find(node)
-    held: dict[int, fx.Node] = {}
+    owners: dict[int, fx.Node] = {}
     for node in graph.nodes:
-        storage = _storage(node) if node.op in ("placeholder", "get_attr") else None
+        storage = _storage(node)
         if storage is not None:
-            parent[find(held.setdefault(storage, node))] = find(node)
+            parent[find(owners.setdefault(storage, node))] = find(node)
     until: dict[fx.Node, int] = {}
     for node, i in last.items():
         until[find(node)] = max(i, until.get(find(node), i))

@@ -125,6 +125,13 @@ def _cast(gradient: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return gradient if gradient is None else gradient.to(dtype)
 
 
+def _needed(ctx: Any, outputs: Any, *sources: tuple[int, ...]) -> None:
+    """Results need a gradient where one of their own sources among the operands does, and not as soon as any does."""
+    need = ctx.needs_input_grad
+    none = [out for out, own in zip(outputs, sources, strict=True) if not any(need[i] for i in own)]
+    ctx.mark_non_differentiable(*none)
+
+
 def _save_norm(ctx: Any, inputs: Any, output: Any, kind: str) -> None:
     x, weight, bias, ctx.eps, ctx.offset, *_ = inputs
     ctx.save_for_backward(x, weight, bias)
@@ -143,6 +150,7 @@ def _save_add_norm(ctx: Any, inputs: Any, output: Any, kind: str) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(weight, bias, *((output[1],) if round_sum else (x, residual)))
     ctx.types, ctx.kind = (x.dtype, residual.dtype), kind
+    _needed(ctx, output, (0, 1, 2, 3), (0, 1))
 
 
 def _add_norm_gradients(ctx: Any, dy: Tensor | None, ds: Tensor | None) -> Gradients:
@@ -175,6 +183,7 @@ def _save_norm_add_norm(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, output[1], w1, b1, w2, b2)
     ctx.dtype = residual.dtype
+    _needed(ctx, output, (0, 1, 2, 3, 4, 5), (0, 1, 2, 3))
 
 
 def _norm_add_norm_gradients(ctx: Any, dy: Tensor | None, ds: Tensor | None) -> Gradients:
@@ -188,6 +197,7 @@ def _save_qk_norm(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:6])
     ctx.eps, ctx.offset, ctx.kind = inputs[6], inputs[7], inputs[10]
+    _needed(ctx, output, (0, 2, 3), (1, 4, 5))
 
 
 def _qk_norm_gradients(ctx: Any, dq: Tensor | None, dk: Tensor | None) -> Gradients:
