@@ -16,6 +16,7 @@ from torch.nn import functional as F  # noqa: N812
 import normfuse
 
 EPS = 1e-6
+NN: Any = torch._C._nn
 
 
 def rms(h: Tensor, v: Tensor | None = None) -> Tensor:
@@ -102,7 +103,7 @@ WRITES: dict[str, Callable[[Tensor, Tensor, Tensor], Any]] = {
     "native": lambda x, h, k: torch.native_batch_norm(x, None, None, k, torch.ones(8), True, 0.5, 1e-5)[0],
     "aten": lambda x, h, k: torch.ops.aten.native_batch_norm(x, None, None, k, torch.ones(8), True, 0.5, 1e-5)[0],
     "update": lambda x, h, k: torch.batch_norm_update_stats(x, k, torch.ones(8), 0.5)[0],
-    "noise": lambda x, h, k: torch._C._nn.rrelu_with_noise(x, h, 0.1, 0.3, True),
+    "noise": lambda x, h, k: NN.rrelu_with_noise(x, h, 0.1, 0.3, True),
     "step": lambda x, h, k: torch._fused_sgd_([x.clone()], [x.clone()], [h], weight_decay=0.0, momentum=0.9, lr=0.1,
                                               dampening=0.0, nesterov=False, maximize=False, is_first_step=False),
     "same": lambda x, h, k: h.conj_physical().add_(1), "dense": lambda x, h, k: h.to_dense().add_(1),
@@ -134,7 +135,7 @@ def traced(module: nn.Module, *given: Tensor) -> fx.GraphModule:
     """With the modules of torch as they are called, and shapes."""
     graph = fx.symbolic_trace(module)
     scratch = copy.deepcopy(graph)
-    ShapeProp(scratch).propagate(*given)  # type: ignore[no-untyped-call]
+    ShapeProp(scratch).propagate(*given)
     for node, seen in zip(graph.graph.nodes, scratch.graph.nodes, strict=True):
         node.meta.update(seen.meta)
     return graph
