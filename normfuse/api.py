@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from normfuse.config import Config
+from normfuse.config import Config, config_of, demand_use
 from normfuse.convert import Record, tell
 from normfuse.errors import InputError, UnsafeModelError, UnsupportedError
 from normfuse.process import tidy
@@ -78,7 +78,8 @@ def rewrite(src_path: str | Path, dst_path: str | Path, config: Config | None = 
     from normfuse import first
     from normfuse.io import files
 
-    config = config or Config()
+    config = config_of(config)
+    demand_use(config, calibration)
     if external_data not in ("copy", "reference"):
         raise InputError(f"external_data={external_data!r} is not known; choose 'copy' or 'reference'")
     refer = external_data == "reference"
@@ -122,7 +123,7 @@ def rewrite(src_path: str | Path, dst_path: str | Path, config: Config | None = 
                 progress("saving", 0.9)
             copied = None if progress is None else partial(_copied, progress)
             if changed:
-                files.write_onnx(model, target, keep, refer, copied, check)
+                files.write_onnx(model, target, keep, refer, copied, check, source)
             elif not (target.exists() and target.samefile(made.path)):
                 files.copy_onnx(model, made.path, target, refer, copied)
     done = time.perf_counter()
@@ -153,7 +154,8 @@ def optimize(model: Any, config: Config | None = None, *, args: Sequence[Any] = 
     become RMSNorms in a copy, which is an ordinary module. `calibration`: as for `rewrite`; for torch, tuples of
     inputs.
     """
-    config = config or Config()
+    config = config_of(config)
+    demand_use(config, calibration)
     kind = "path" if isinstance(model, (str, Path)) else _kind(model)
     if kind == "module":
         from normfuse.frontends.module_convert import convert_module
@@ -236,11 +238,7 @@ def _is_pt2(path: Path) -> bool:
 
 def _read(path: Path) -> tuple[ir.Model, Source]:
     from normfuse.io import files
-    from normfuse.io.pt2 import foreign
 
-    other = foreign(path)
-    if other is not None:
-        raise InputError(f"{path}: {other}")
     return files.read_onnx(path)
 
 

@@ -27,7 +27,7 @@ from torch._dynamo.backends.registry import lookup_backend
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
 import normfuse
-from normfuse.config import Config
+from normfuse.config import Config, config_of
 from normfuse.errors import InputError, UnsupportedError
 from normfuse.frontends import fx_model
 from normfuse.frontends.fx_meta import meta_of
@@ -38,6 +38,8 @@ from normfuse.report import Report
 log = logging.getLogger("normfuse.backend")
 INNER = ("inductor", "aot_eager", "eager")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+FILES = ("ort_version", "first", "norms", "tolerance")
+"""The options of a `Config` that are for ONNX files and calibration."""
 _last: list[Report] = []
 
 
@@ -112,7 +114,7 @@ def _demand_constants(graph: fx.GraphModule, config: Config) -> None:
 
 def _options(options: dict[str, Any], mode: str | None) -> tuple[str, str | None, Config]:
     given = {"mode": mode, **options}
-    known = ["inner", "mode", *(f.name for f in fields(Config))]
+    known = ["inner", "mode", *(f.name for f in fields(Config) if f.name not in FILES)]
     for name in given:
         if name not in known:
             raise InputError(f"the backend 'normfuse' has no option {name!r}; it has {', '.join(known)}")
@@ -124,7 +126,10 @@ def _options(options: dict[str, Any], mode: str | None) -> tuple[str, str | None
         raise InputError(f"mode={mode!r} is for inner='inductor', not for inner={inner!r}")
     if mode not in (None, *MODES):
         raise InputError(f"mode={mode!r} is not known; choose one of {', '.join(map(repr, MODES))}")
-    return inner, mode, Config(**given)
+    config = Config(**given)
+    if config.target in ("ort-cpu", "ort-cuda"):
+        raise InputError(f"target={config.target!r} is for ONNX models, and torch runs this one; leave it out")
+    return inner, mode, config
 
 
 def _inductor(graph: fx.GraphModule, inputs: Sequence[Any], mode: str | None) -> Callable[..., Any]:
@@ -173,7 +178,7 @@ class InductorPass(CustomGraphPass):
     """
 
     def __init__(self, config: Config | None = None) -> None:
-        self.config = config or Config()
+        self.config = config_of(config)
 
     def uuid(self) -> str:
         """Changes with the options and with any line of NormFuse, so that no cached code is stale."""

@@ -275,7 +275,11 @@ def named_batches(given: Any, inputs: Mapping[str, tuple[Sequence[Any], Any]],
                 wanted = "x".join(str(d) for d in shape)
                 got = "x".join(map(str, array.shape))
                 raise InputError(f"{what} {i}: input {name!r} has shape {got}, the model wants {wanted}")
-            batch[name] = array.astype(dtype)
+            with np.errstate(invalid="ignore"):
+                batch[name] = array.astype(dtype)
+            if batch[name].dtype.kind in "biu" and not np.array_equal(batch[name], array):
+                raise InputError(f"{what} {i}: input {name!r} holds numbers that {batch[name].dtype} does not, "
+                                 "which the model wants")  # fmt: skip
     return _split(batches, inputs) if len(batches) == 1 else batches
 
 

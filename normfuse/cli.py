@@ -10,8 +10,11 @@ import argparse
 import contextlib
 import logging
 import os
+import re
 import shlex
+import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -52,12 +55,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     as_json, verbose = "--json" in argv, "-v" in argv or "--verbose" in argv
     try:
-        args = _parser().parse_args(argv)
+        args, more = _parser().parse_known_args(argv)
+        if more:
+            raise InputError(f"unrecognized arguments: {' '.join(more)}; see `{args.prog} --help`")
         args.typed = argv
-        with _quiet(args.verbose):
+        with _ending(), _quiet(args.verbose):
             outcome = args.run(args)
         _emit(outcome, as_json)
         return int(outcome.code)
+    except Ended as why:
+        return _fail(128 + why.number, "Interrupted", f"ended by {why.number.name}", as_json)
     except KeyboardInterrupt:
         return _fail(INTERRUPTED, "Interrupted", "interrupted", as_json)
     except VerificationError as why:
@@ -92,7 +99,7 @@ def _rewrite(args: argparse.Namespace) -> Outcome:
     from normfuse.cli_print import progress
     from normfuse.cli_report import report_blocks
 
-    if args.output is None and not (args.in_place or args.dry_run):
+    if not args.output and not (args.output is None and (args.in_place or args.dry_run)):
         raise InputError("no output is given; name a file to write, or use --in-place or --dry-run")
     output, in_place = args.output or args.model, args.in_place or args.output is None
     config = replace(_config(args), norms=args.norms, tolerance=args.tolerance, first=args.first)
@@ -180,12 +187,14 @@ def _verify(args: argparse.Namespace) -> Outcome:
 
     from normfuse.calibrate import load
 
-    from normfuse.io.pt2 import is_zip
+    from normfuse.io.pt2 import foreign, is_zip
 
     if not 0 <= args.seed < 2**63:
         raise InputError(f"--seed {args.seed}: give a number from 0 to 2^63 - 1")
     for path in (args.a, args.b):
         Path(path).stat()  # a file that is missing is that, and not of another kind
+        if (other := foreign(path)) is not None:
+            raise InputError(f"{path}: {other}")
     inputs = load(args.inputs) if args.inputs else None
     programs = [is_zip(path) for path in (args.a, args.b)]
     if all(programs):
@@ -193,7 +202,8 @@ def _verify(args: argparse.Namespace) -> Outcome:
 
         result = pt2_run.compare_files(Path(args.a), Path(args.b), trust=args.trust, seed=args.seed, inputs=inputs)
     elif any(programs):
-        raise InputError("a .pt2 and an ONNX model are not compared; give two of a kind")
+        zipped, plain = (args.a, args.b) if programs[0] else (args.b, args.a)
+        raise InputError(f"{zipped} is a .pt2 or another zip archive, and {plain} is none; give two of a kind")
     else:
         from normfuse.frontends.onnx_wide import compare_rewritten
 
@@ -279,7 +289,7 @@ def _parser() -> argparse.ArgumentParser:
     def command(name: str, run: Callable[[argparse.Namespace], Outcome], text: str) -> argparse.ArgumentParser:
         options: dict[str, Any] = {"description": text, "epilog": EPILOG, "parents": [common], "allow_abbrev": False}
         sub = commands.add_parser(name, help=text, **options)
-        sub.set_defaults(run=run)
+        sub.set_defaults(run=run, prog=sub.prog)
         return sub
 
     inspect = command("inspect", _inspect, "show every norm of a model: where it sits, and its formula")
@@ -369,6 +379,33 @@ def _rewrite_arguments(rewrite: argparse.ArgumentParser) -> None:
     add("--in-place", action="store_true", help="allow OUT to be IN; OUT may be left out")
 
 
+# -- signals ------------------------------------------------------------------------------------------------------
+
+
+class Ended(KeyboardInterrupt):
+    """A signal that asks the process to end, which it does as at Ctrl-C: with nothing half done."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        super().__init__()
+        self.number = number
+
+
+@contextlib.contextmanager
+def _ending() -> Iterator[None]:
+    """Clean up before a signal ends the process, unless whoever started it has settled what is to happen."""
+    def end(number: int, _: object) -> NoReturn:
+        raise Ended(signal.Signals(number))
+
+    names = ("SIGTERM", "SIGHUP") if threading.current_thread() is threading.main_thread() else ()
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    before = {number: signal.signal(number, end) for number in numbers if signal.getsignal(number) is signal.SIG_DFL}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 # -- printing -----------------------------------------------------------------------------------------------------
 
 
@@ -399,7 +436,7 @@ def _fail(code: int, kind: str, message: str, as_json: bool) -> int:
     """Report an error in one line, and give back the exit code."""
     from normfuse.cli_print import clean, print_json
 
-    message = " ".join(message.split())
+    message = re.sub(r"\s*\n\s*", " ", message.strip())
     try:
         if as_json:
             print_json({"schema": SCHEMA, "error": {"kind": kind, "message": message}})

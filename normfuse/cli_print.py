@@ -18,6 +18,8 @@ from typing import IO, Any
 
 Advance = Callable[[str, float], None]
 
+WHOLE, FOLDED = 16, 12
+"""The widest cells that are not folded, and how wide a column of others is at least."""
 PATIENCE = 0.7
 """Seconds before a progress bar appears."""
 
@@ -114,9 +116,13 @@ def _print_rich(blocks: list[Block]) -> None:
             console.print(line, soft_wrap=True)
             continue
         keep = _columns(block)
+        widths = [max(len(block.headers[i]), *(len(clean(row[i])) for row in block.rows)) for i in keep]
+        if sum(2 + (w if w <= WHOLE else FOLDED) for w in widths) > console.width:
+            _print_plain([block], sys.stdout)  # which the terminal wraps: nothing may be cut
+            continue
         grid = table.Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
         for i in keep:
-            narrow = max(len(row[i]) for row in block.rows) <= 16
+            narrow = max(len(row[i]) for row in block.rows) <= WHOLE
             grid.add_column(Text(block.headers[i]), no_wrap=narrow, overflow="fold")
         for row in block.rows:
             grid.add_row(*(Text(clean(row[i]), style=STYLES.get(row[i], "")) for i in keep))

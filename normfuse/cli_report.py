@@ -206,7 +206,11 @@ def _gap(value: float | None) -> str:
 
 def _verdict(result: dict[str, Any]) -> str:
     if not result["equal"]:
-        return f"different, by more than {result['tolerance']:g} roundings; {result['provider']}"
+        from normfuse.verify import difference
+
+        measured = all("other" not in o for o in result["outputs"])
+        allowed = f" ({result['tolerance']:g} roundings are allowed)" if measured else ""
+        return f"different: {difference(result)}{allowed}; {result['provider']}"
     if far := [o for o in result["outputs"] if "before" in o]:
         before, after = (max(o[key] for o in far) for key in ("before", "after"))
         return (f"equal: from the input with its norms in float64, the result is {after:.2g} of an output's largest "

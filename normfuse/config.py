@@ -108,3 +108,17 @@ class Config:
     def converts(self) -> bool:
         """Whether weights may be edited at all."""
         return self.layernorm_to_rmsnorm != "off" or self.fold_scale
+
+
+def config_of(config: Config | None) -> Config:
+    """The configuration, the usual one where none is given; `InputError` for what is none."""
+    if config is not None and not isinstance(config, Config):
+        what = "the class" if config is Config else f"a {type(config).__name__}"
+        raise InputError(f"config is {what}; give normfuse.Config(...) with the options in it")
+    return config or Config()
+
+
+def demand_use(config: Config, calibration: Any) -> None:
+    """Raise `InputError` for calibration inputs that nothing would read."""
+    if calibration is not None and config.layernorm_to_rmsnorm != "approximate":
+        raise InputError("calibration inputs are for layernorm_to_rmsnorm='approximate'; leave them out")

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from normfuse.config import Config
+from normfuse.config import Config, config_of, demand_use
 from normfuse.errors import InputError, UnsupportedError
 from normfuse.process import tidy
 from normfuse.report import Report
@@ -63,7 +63,8 @@ def export(module: Any, args: tuple[Any, ...] | None, path: str | Path, config: 
     from normfuse.api import _kind, _rewrite_ir, _untouched
     from normfuse.io import files
 
-    config, target, started = config or Config(), Path(path), time.perf_counter()
+    config, target, started = config_of(config), Path(path), time.perf_counter()
+    demand_use(config, calibration)
     for name, why in OURS.items():
         if options.pop(name, USUAL.get(name)) is not USUAL.get(name):
             raise InputError(f"normfuse.export takes no option {name!r}: {why}")
@@ -95,6 +96,9 @@ def export(module: Any, args: tuple[Any, ...] | None, path: str | Path, config: 
         size = files.write_new(model, target)
         done = time.perf_counter()
     report.notes.append(f"exported by torch.onnx.export at opset {report.opset}; {size / 2**20:.1f} MiB of weights")
+    if options.get("opset_version", report.opset) != report.opset:
+        report.notes.append(f"opset {options['opset_version']} was asked for: torch.onnx.export does not convert this "
+                            "model to it")  # fmt: skip
     report.seconds |= {"export": exported - started, "save": done - planned, "total": done - started}
     report.seconds = {k: round(v, 4) for k, v in report.seconds.items()}
     return report

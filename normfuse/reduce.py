@@ -21,7 +21,7 @@ import onnx.inliner
 import onnx_ir as ir
 
 from normfuse.api import optimize
-from normfuse.config import Config
+from normfuse.config import Config, config_of
 from normfuse.errors import InputError, NormFuseError, UnsupportedError, first_line
 from normfuse.frontends.onnx_contrib import head_sizes
 from normfuse.frontends.onnx_model import OnnxModel
@@ -87,7 +87,7 @@ def reduce(src_path: str | Path, dst_path: str | Path, config: Config | None = N
 def reduce_model(model: onnx.ModelProto, config: Config | None = None,
                  progress: Progress | None = None) -> tuple[onnx.ModelProto, Reduced] | None:  # fmt: skip
     """The smallest model found whose rewrite fails as that of `model` does, or None where it does not fail."""
-    config = config or Config()
+    config = config_of(config)
     if config.verify == "model":  # the whole model is compared in any case
         config = replace(config, verify="sites")
     if config.layernorm_to_rmsnorm == "approximate":

@@ -206,7 +206,10 @@ def run_both(path_a: str | Path, path_b: str | Path, *, seed: int, inputs: Mappi
 
 def compare_outputs(names: Sequence[str], first: Sequence[Any], second: Sequence[Any], roundings: float,
                     provider: str) -> dict[str, Any]:  # fmt: skip
-    """What `compare_models` says of two sets of outputs: arrays, and anything else by its text."""
+    """What `compare_models` says of two sets of outputs: arrays, and anything else by its text.
+
+    Of an output that has another shape or type in the second, `other` is what it has there.
+    """
     outputs, equal = [], True
     for name, x, y in zip(names, first, second, strict=True):
         record, same = _compare_output(name, x, y, roundings)
@@ -222,6 +225,10 @@ def difference(found: dict[str, Any]) -> str:
     worst = max(found["outputs"], key=lambda o: o["max_rel"] or 0.0)
     kinds = [o["name"] for o in found["outputs"] if o["max_rel"] is None]
     name, gap = worst["name"], worst["max_rel"]
+    for o in found["outputs"]:
+        if other := o.get("other"):
+            a, b = (f"{v['dtype']} of shape {'x'.join(map(str, v['shape'])) or '()'}" for v in (o, other))
+            return f"output {o['name']!r} is {a}, and {b} in the second"
     return (f"output {name!r} differs by {gap:.2g} of its largest element" if gap or not kinds else
             f"output {kinds[0]!r} has another shape, type or text")  # fmt: skip
 
@@ -253,7 +260,8 @@ def _compare_output(name: str, x: Any, y: Any, roundings: float) -> tuple[dict[s
         return {"name": name, "max_abs": None, "max_rel": None, "shape": None, "dtype": type(x).__name__}, same
     record: dict[str, Any] = {"name": name, "shape": list(x.shape), "dtype": str(x.dtype)}
     if x.shape != y.shape or x.dtype != y.dtype:
-        return record | {"max_abs": None, "max_rel": None}, False
+        other = {"shape": list(y.shape), "dtype": str(y.dtype)}
+        return record | {"max_abs": None, "max_rel": None, "other": other}, False
     p, q = x.astype(np.float64), y.astype(np.float64)
     gap, top = distance(p, q), float(np.max(np.abs(p[np.isfinite(p)]), initial=0.0))
     unit = EPSILON.get(str(x.dtype), 0.0)
@@ -277,12 +285,18 @@ def session(model: str | Path | bytes, data: str | Path = "", without: Sequence[
     if data:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(data))
     given = model if isinstance(model, bytes) else str(model)
+    if isinstance(given, str) and not _unicode(given):
+        raise InputError(f"{given}: ONNX Runtime opens only files whose names are UTF-8; rename it")
     try:
         return onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"],
                                             disabled_optimizers=list(without))  # fmt: skip
     except Exception as why:
         name = "a model" if isinstance(model, bytes) else model
         raise InputError(f"{name}: ONNX Runtime does not load it: {first_line(why)}") from why
+
+
+def _unicode(name: str) -> bool:
+    return not any("\ud800" <= c <= "\udfff" for c in name)
 
 
 MOST = 2**22

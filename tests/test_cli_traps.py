@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
+import resource
+import signal
+import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +21,8 @@ from onnx import numpy_helper
 
 import normfuse
 from normfuse.calibrate import load
-from normfuse.cli import main
+from normfuse.cli import _ending, main
+from normfuse.cli_print import Table, _print_rich
 from normfuse.errors import InputError
 from normfuse.verify import compare_outputs
 
@@ -178,3 +184,176 @@ def test_what_torch_may_be_told_all_the_same(option: str, tmp_path: Path) -> Non
 def test_options_of_another_type(given: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match=said):
         normfuse.Config(**given)
+
+
+# -- what was ignored, cut off or left behind -------------------------------------------------------------------------
+
+
+def program(path: Path) -> Path:
+    module = torch.nn.Sequential(torch.nn.Linear(16, 256), torch.nn.LayerNorm(256)).eval()
+    torch.export.save(torch.export.export(module, (torch.randn(2, 16),)), path)
+    return path
+
+
+def test_a_full_disk_under_a_program(tmp_path: Path) -> None:
+    """torch's writer would end the process."""
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (16_000, 16_000))
+
+    source = program(tmp_path / "in.pt2")
+    done = run("rewrite", source, tmp_path / "out.pt2", "--trust", preexec_fn=limit)
+    assert (done.returncode, done.stdout) == (2, "") and "out.pt2: cannot be written: " in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and list(tmp_path.iterdir()) == [source]
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_to_end(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                         capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    """It comes while the result is being written."""
+    source, number = saved(tmp_path / "in.onnx"), getattr(signal, name)
+    before = signal.getsignal(number)
+
+    def end(*_: object) -> int:
+        os.kill(os.getpid(), number)
+        time.sleep(5)
+        return 0o600
+
+    monkeypatch.setattr("normfuse.io.write._permissions", end)
+    assert main(["rewrite", str(source), str(tmp_path / "out.onnx"), "--json"]) == 128 + number
+    assert json.loads(capsys.readouterr().out)["error"] == {"kind": "Interrupted", "message": f"ended by {name}"}
+    assert list(tmp_path.iterdir()) == [source] and signal.getsignal(number) is before
+
+
+def test_a_signal_that_is_to_be_ignored(tmp_path: Path) -> None:
+    """As nohup says of SIGHUP."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with _ending():
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("lines", [RMS, "y = Mul(x, w)"])
+def test_what_others_may_not_read(lines: str, tmp_path: Path) -> None:
+    source = saved(tmp_path / "in.onnx", lines)
+    onnx.save(onnx.load(source), source, save_as_external_data=True, location="in.data", size_threshold=0)
+    for name in ("in.onnx", "in.data"):
+        (tmp_path / name).chmod(0o600)
+    normfuse.rewrite(source, tmp_path / "out.onnx")
+    made = [path for path in tmp_path.iterdir() if path.name.startswith("out")]
+    assert len(made) == 2 and {stat.S_IMODE(path.stat().st_mode) for path in made} == {0o600}
+    (tmp_path / "out.onnx").chmod(0o640)  # what is replaced says
+    normfuse.rewrite(source, tmp_path / "out.onnx", overwrite=True)
+    assert stat.S_IMODE((tmp_path / "out.onnx").stat().st_mode) == 0o640
+
+
+@pytest.mark.parametrize("width", ["24", "40", "80", "200"])
+def test_no_terminal_cuts_numbers(width: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+                                  ) -> None:  # fmt: skip
+    monkeypatch.setenv("COLUMNS", width)
+    rows = [(f"0.{i}2345678", "7 x 128", "a rather long name of a file " * 2, "1.2345 MiB") for i in range(4)]
+    _print_rich([Table(("median ms", "shape", "name", "memory"), rows)])
+    out = capsys.readouterr().out
+    for row in rows:
+        assert row[0] in out and row[1] in out and row[3] in out
+
+
+def test_what_differs_is_said(tmp_path: Path) -> None:
+    a, b = (saved(tmp_path / f"{n}.onnx", f"y = Slice(x, zero, {n}, last)") for n in ("eight", "four"))
+    for path, n in ((a, 8), (b, 4)):
+        made = onnx.load(path)
+        made.graph.output[0].type.tensor_type.shape.dim[1].dim_value = n
+        for name, array in (("zero", [0]), ("eight", [8]), ("four", [4])):
+            made.graph.initializer.append(numpy_helper.from_array(np.array(array), name))
+        onnx.save(made, path)
+    done = run("verify", a, b, "-q")
+    assert done.returncode == 1
+    said = "different: output 'y' is float32 of shape 2x8, and float32 of shape 2x4 in the second"
+    assert done.stdout.startswith(said)
+    found = json.loads(run("verify", a, b, "--json").stdout)
+    assert found["outputs"][0]["other"] == {"shape": [2, 4], "dtype": "float32"}
+
+
+@pytest.mark.parametrize(("call", "said"), [
+    (lambda p: normfuse.rewrite(p / "in.pt2", p / "out.pt2", trust="no"), "allow it with"),  # type: ignore[arg-type]
+    (lambda p: normfuse.optimize(p / "in.onnx", {"numerics": "fast"}), "config is a dict"),  # type: ignore[arg-type]
+    (lambda p: normfuse.rewrite(p / "in.onnx", p / "o.onnx", normfuse.Config), "config is the class"),  # type: ignore[arg-type]
+    (lambda p: normfuse.export(torch.nn.LayerNorm(8), (torch.ones(2, 8),), p / "o.onnx", 3), "config is a int"),  # type: ignore[arg-type]
+    (lambda p: normfuse.InductorPass({}), "config is a dict"),  # type: ignore[arg-type]
+    (lambda p: normfuse.rewrite(p / "in.onnx", p / "o.onnx", calibration=p / "gone"), "leave them out"),
+    (lambda p: normfuse.optimize(p / "in.onnx", calibration=[]), "leave them out"),
+    (lambda p: normfuse.verify.compare_models(p / "in.onnx", p / "in.onnx", inputs={"x": np.ones((1, 3))}), "not run"),
+])  # fmt: skip
+def test_arguments_that_mean_nothing(call: Any, said: str, tmp_path: Path) -> None:
+    saved(tmp_path / "in.onnx")
+    program(tmp_path / "in.pt2")
+    with pytest.raises(normfuse.NormFuseError, match=said):
+        call(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.onnx", "in.pt2"]
+
+
+@pytest.mark.parametrize("option", [{"first": "onnxsim"}, {"ort_version": "1.31"}, {"target": "ort-cpu"}])
+def test_options_that_torch_has_no_use_for(option: dict[str, Any]) -> None:
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match=r"has no option|is for ONNX models"):
+        torch.compile(torch.nn.LayerNorm(8), backend="normfuse", options=option)(torch.ones(2, 8))
+
+
+@pytest.mark.parametrize("asked", [18, 99])
+def test_an_opset_that_the_exporter_does_not_give(asked: int, tmp_path: Path) -> None:
+    report = normfuse.export(torch.nn.LayerNorm(8), (torch.ones(2, 8),), tmp_path / "o.onnx", opset_version=asked)
+    said = f"opset {asked} was asked for: torch.onnx.export does not convert this model to it" in report.notes
+    assert said is (report.opset != asked)
+
+
+def lookup(path: Path) -> Path:
+    lines = "e = Gather(table, ids) f = Gather(table, more) s = Add(e, f) p = Relu(s) "
+    lines += "y = LayerNormalization<axis=-1>(p, w)"
+    head = '<ir_version: 9, opset_import: ["": 18]> g (int64[B] ids, int64[C] more) => (float[D,16] y)'
+    made = onnx.parser.parse_model(f"{head} {{ {lines} }}")
+    for name, array in (("table", np.random.default_rng(0).random((8, 16))), ("w", np.ones(16))):
+        made.graph.initializer.append(numpy_helper.from_array(array.astype(np.float32), name))
+    onnx.save(made, path)
+    return path
+
+
+@pytest.mark.parametrize(("ids", "said"), [
+    ([0] * 8, "does not run on the calibration inputs"), ([0.0, 1.0, 2.5] * 4, "holds numbers that int64 does not"),
+    ([0.0, 1.0, 2.0] * 4, ""),
+])  # fmt: skip
+def test_calibration_inputs_that_do_not_fit(ids: list[float], said: str, tmp_path: Path) -> None:
+    for name in "ab":
+        np.savez(tmp_path / f"{name}.npz", ids=np.array(ids), more=np.arange(12) % 8)
+    done = run("rewrite", lookup(tmp_path / "in.onnx"), tmp_path / "out.onnx", "--layernorm-to-rmsnorm", "approximate",
+               "--calibration", tmp_path, "--tolerance", "9")  # fmt: skip
+    assert done.returncode == (2 if said else 0) and said in done.stderr
+
+
+@pytest.mark.parametrize("command", [
+    ("verify", "bad", "in.onnx"), ("verify", "in.onnx", "bad"), ("reduce", "bad", "out"), ("inspect", "bad"),
+    ("bench", "bad"),
+])  # fmt: skip
+def test_files_of_another_format(command: tuple[str, ...], tmp_path: Path) -> None:
+    saved(tmp_path / "in.onnx")
+    (tmp_path / "bad").write_bytes(b"GGUF" + bytes(100))
+    done = run(*command, cwd=tmp_path)
+    assert done.returncode == 2 and "bad: a GGUF file: weights without a graph" in done.stderr
+
+
+def test_names_and_places(tmp_path: Path) -> None:
+    saved(tmp_path / "in.onnx")
+    odd = os.fsencode(tmp_path) + b"/\xff.onnx"
+    Path(os.fsdecode(odd)).write_bytes((tmp_path / "in.onnx").read_bytes())
+    for args, said in (
+        (("verify", os.fsdecode(odd), os.fsdecode(odd)), "whose names are UTF-8; rename it"),
+        (("inspect", "a  b.gone"), "a  b.gone: no such file"),
+        (("inspect", "in.onnx", "--frob"), "`normfuse inspect --help`"),
+        (("rewrite", "in.onnx", ""), "no output is given"),
+        (("rewrite", "in.onnx", "", "--in-place"), "no output is given"),
+        (("inspect", "in.onnx", "--report", "page.onnx"), "give a name that ends in .html"),
+        (("verify", "in.onnx", "some.zip"), "some.zip is a .pt2 or another zip archive, and in.onnx is none"),
+    ):  # fmt: skip
+        (tmp_path / "some.zip").write_bytes(b"PK\3\4")
+        done = run(*args, cwd=tmp_path)
+        assert done.returncode == 2 and said in done.stderr, (args, done)

@@ -13,6 +13,7 @@ import onnx_ir as ir
 from normfuse.calibrate import Approximation, Hook, Layer, calibrate, matching, named_batches
 from normfuse.config import Config
 from normfuse.convert import Record, refusals
+from normfuse.errors import InputError, NormFuseError, first_line
 from normfuse.frontends import onnx_channels as table
 from normfuse.frontends.onnx_certify import Program
 from normfuse.frontends.onnx_emit import Emitter, unique
@@ -58,7 +59,12 @@ def approximate_model(one: OnnxModel, config: Config, given: Any) -> tuple[list[
 
     def runner(program: Program) -> Any:
         def run(some: Sequence[dict[str, Array]], watch: Mapping[str, Hook]) -> list[list[Array]]:
-            return program.run_all(some, program.own, watch)
+            try:
+                return program.run_all(some, program.own, watch)
+            except NormFuseError:
+                raise
+            except Exception as why:
+                raise InputError(f"the model does not run on the calibration inputs: {first_line(why)}") from why
 
         return run
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import io
 import shutil
 import time
 from collections.abc import Callable
@@ -56,10 +56,10 @@ def rewrite(source: Path, target: Path, config: Config, *, dry_run: bool, overwr
     if not dry_run:
         tell("saving", 0.8)
         if changed:
-            _save(result, target)
+            _save(result, source, target)
         elif not (target.exists() and target.samefile(source)):
             with source.open("rb") as original:
-                _write(target, lambda f: shutil.copyfileobj(original, f, files.CHUNK))
+                _write(source, target, lambda f: shutil.copyfileobj(original, f, files.CHUNK))
     done = time.perf_counter()
     report.seconds |= {"load": loaded - started, "save": done - planned, "total": done - started}
     report.seconds = {k: round(v, 4) for k, v in report.seconds.items()}
@@ -81,20 +81,39 @@ def _check_options(source: Path, target: Path, config: Config, refer: bool) -> N
         raise InputError(f"{source}: a .pt2 holds its weights itself; leave --external-data out")
 
 
-def _save(program: torch.export.ExportedProgram, target: Path) -> None:
+def _save(program: torch.export.ExportedProgram, source: Path, target: Path) -> None:
     try:
-        _write(target, lambda f: torch.export.save(program, f))
+        _write(source, target, lambda f: torch.export.save(program, f))
     except NormFuseError:
         raise
     except Exception as why:
         raise UnsupportedError(f"{target}: torch.export.save does not save the result: {first_line(why)}") from why
 
 
-def _write(target: Path, fill: Callable[[Any], object]) -> None:
+def _write(source: Path, target: Path, fill: Callable[[Any], object]) -> None:
     """Write a file whole or not at all."""
 
     def filled(handle: int) -> None:
-        with os.fdopen(handle, "w+b", closefd=False) as f:
+        with _Taking(handle, "w+b", closefd=False) as f:
             fill(f)
+            if f.error is not None:
+                raise f.error
 
-    write(target, filled)
+    write(target, filled, like=source)
+
+
+class _Taking(io.FileIO):
+    """A file that takes all that is written, and keeps the first error: torch's writer ends the process at one."""
+
+    error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """Give back the size of the data, written or not."""
+        rest = memoryview(data).cast("B")
+        size = len(rest)
+        try:
+            while rest and self.error is None:
+                rest = rest[super().write(rest) or 0 :]
+        except OSError as why:
+            self.error = why
+        return size

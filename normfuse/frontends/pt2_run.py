@@ -22,8 +22,8 @@ from normfuse.verify import ROUNDINGS, Array, compare_outputs
 
 
 def demand_trust(source: Path, trust: bool) -> None:
-    """Raise `UnsafeModelError` for an archive that is not trusted."""
-    if not trust:
+    """Raise `UnsafeModelError` for an archive that is not trusted, by True itself."""
+    if trust is not True:
         raise UnsafeModelError(f"{source}: loading a .pt2 can run code in it; if you trust its origin, allow it with "
                                "--trust (trust=True in Python)")  # fmt: skip
 

@@ -118,6 +118,8 @@ def check(target: Path, models: Iterable[Path], overwrite: bool) -> None:
 
     if any(os.path.realpath(target) == os.path.realpath(model) for model in models):  # a ring of links, too
         raise InputError(f"{target}: is a model; choose another name for the report")
+    if target.suffix in (".onnx", ".pt2"):
+        raise InputError(f"{target}: the report is an HTML page; give a name that ends in .html")
     files.check_target(None, target, overwrite, False)
     if target.exists():
         with target.open("rb") as f:

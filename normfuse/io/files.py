@@ -24,6 +24,7 @@ import onnx_ir as ir
 from normfuse.errors import InputError, UnsupportedError, first_line
 from normfuse.io.data import DataFile, DataFiles, External, secure
 from normfuse.io.message import check_message
+from normfuse.io.pt2 import foreign
 from normfuse.io.write import check_target, copy, extents, write, write_bytes
 
 __all__ = [
@@ -66,7 +67,9 @@ def read_onnx(path: str | os.PathLike[str]) -> tuple[ir.Model, Source]:
 
 def read_proto(source: Path) -> onnx.ModelProto:
     """The message in a file, as it stands there; `InputError` for what is no ONNX model."""
-    data = _bytes(source)
+    data, other = _bytes(source), foreign(source)
+    if other is not None:
+        raise InputError(f"{source}: {other}")
     try:
         proto = onnx.load_model_from_string(data)
     except Exception:
@@ -174,13 +177,15 @@ def _bytes(source: Path) -> bytes:
 
 
 def write_onnx(model: ir.Model, target: Path, source: Source | None = None, reference: bool = False,
-               progress: Copied | None = None, check: Callable[[Path], object] | None = None) -> None:  # fmt: skip
+               progress: Copied | None = None, check: Callable[[Path], object] | None = None,
+               like: Path | None = None) -> None:  # fmt: skip
     """Save a model whole or not at all. External data is copied next to it under a name made from its content.
 
     With the `source` it was read from, what was not edited is written as it was read; this needs edits in the main
     graph only. With `reference`, external data stays where it is, which has to be in the folder of `target` or below;
     otherwise `progress` is called with the bytes copied so far and all that there are. `check` is given the model under
-    a temporary name in the same folder, where it finds its weights; what it raises undoes all.
+    a temporary name in the same folder, where it finds its weights; what it raises undoes all. A new file has the
+    permissions of the one it is `like`, or is a copy of.
     """
     tensors = list(external_tensors(model)) if source is None or source.external else []
     files = {tensor: tensor.file() for tensor in tensors}
@@ -204,7 +209,7 @@ def write_onnx(model: ir.Model, target: Path, source: Source | None = None, refe
         finally:
             for tensor, location in old:
                 tensor._location = location
-        write_bytes(_serialised(proto, target), target, check)
+        write_bytes(_serialised(proto, target), target, check, like)
 
 
 def external_tensors(model: ir.Model) -> Iterator[External]:
@@ -223,9 +228,9 @@ def copy_onnx(model: ir.Model, source: Path, target: Path, reference: bool = Fal
               progress: Copied | None = None) -> None:  # fmt: skip
     """Save a model that was not changed: the same bytes, unless external data has to get a new name."""
     if next(external_tensors(model), None) is None:
-        write_bytes(_bytes(source), target)
+        write_bytes(_bytes(source), target, like=source)
     else:
-        write_onnx(model, target, None, reference, progress)
+        write_onnx(model, target, None, reference, progress, like=source)
 
 
 def write_new(model: ir.Model, target: Path) -> int:
@@ -324,6 +329,6 @@ def _copy_data(file: DataFile, target: Path, advance: Callable[[int], None] | No
 
     source = file.open()
     try:
-        return write(target, lambda handle: copy(source, handle, advance), named).name
+        return write(target, lambda handle: copy(source, handle, advance), named, like=file.path).name
     finally:
         os.close(source)

@@ -43,7 +43,8 @@ def check_target(source: Path | None, target: Path, overwrite: bool, in_place: b
         raise InputError(f"{target}: cannot be written: {first_line(why)}") from None
 
 
-def write_bytes(data: bytes, target: Path, check: Callable[[Path], object] | None = None) -> None:
+def write_bytes(data: bytes, target: Path, check: Callable[[Path], object] | None = None,
+                like: Path | None = None) -> None:  # fmt: skip
     """Write a file whole or not at all; raises `InputError` where the system does not let it, and what `check` does."""
 
     def fill(handle: int) -> None:
@@ -51,22 +52,23 @@ def write_bytes(data: bytes, target: Path, check: Callable[[Path], object] | Non
         while view:
             view = view[os.write(handle, view[:CHUNK]) :]
 
-    write(target, fill, check=check)
+    write(target, fill, check=check, like=like)
 
 
 def write(target: Path, fill: Callable[[int], None], named: Callable[[Path], str] | None = None,
-          check: Callable[[Path], object] | None = None) -> Path:  # fmt: skip
+          check: Callable[[Path], object] | None = None, like: Path | None = None) -> Path:  # fmt: skip
     """Have `fill` write to an open file, and give it its name: that of `target`, or what `named` makes of the content.
 
-    `check` is called before, with the temporary name. Raises `InputError` where the system does not let it; what else
-    `fill` or `check` raises passes through. Either way nothing has changed then.
+    `check` is called before, with the temporary name. The permissions are those of the file that is replaced, or of the
+    file that it is `like`, of which the umask takes its share. Raises `InputError` where the system does not let it;
+    what else `fill` or `check` raises passes through. Either way nothing has changed then.
     """
     temporary = ""
     try:
         handle, temporary = tempfile.mkstemp(prefix=".normfuse-", dir=target.parent)
         try:
             fill(handle)
-            os.fchmod(handle, stat.S_IMODE(target.stat().st_mode) & 0o777 if target.is_file() else 0o666 & ~_umask())
+            os.fchmod(handle, _permissions(target if named is None else None, like))
             os.fsync(handle)
         finally:
             os.close(handle)
@@ -84,6 +86,12 @@ def write(target: Path, fill: Callable[[int], None], named: Callable[[Path], str
         raise
     sync_folder(target.parent)
     return target
+
+
+def _permissions(replaced: Path | None, like: Path | None) -> int:
+    if replaced is not None and replaced.is_file():
+        return stat.S_IMODE(replaced.stat().st_mode) & 0o777
+    return 0o666 & ~_umask() & (0o666 if like is None else stat.S_IMODE(like.stat().st_mode))
 
 
 def sync_folder(folder: Path) -> None:
