@@ -127,8 +127,9 @@ CODES: dict[str, Code] = {
         "an inner value is used elsewhere",
         "A value inside the norm, such as its mean or its rounded intermediate result, is also a graph output or is "
         "read by another operator or a sub-graph, and the fused operator would not give it. Example: the variance "
-        "returned next to the normalised tensor.",
-        "Drop the extra output or use if nobody needs it.",
+        "returned next to the normalised tensor. So it is where the module of a norm has hooks, which see what goes in "
+        "and out.",
+        "Drop the extra output, use or hook if nobody needs it.",
     ),
     "NF117": Code(
         "roundings that no operator has",
