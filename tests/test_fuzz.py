@@ -6,7 +6,7 @@ import contextlib
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import pytest
 from normfuse.facts import Refused
 from normfuse.transfer import RULES
 from tests.fuzz import check, onnx_eval, runner, to_fx, to_onnx
+from tests.fuzz.claims import wrong
 from tests.fuzz.generator import generate
 from tests.fuzz.misses import MISSES
 from tests.fuzz.program import evaluate
@@ -161,3 +162,13 @@ def test_two_near_misses_may_make_a_norm(monkeypatch: pytest.MonkeyPatch) -> Non
     assert check.emerges(program, "layer_norm", (-1,), eps)
     for kind, axes, other in (("rms_norm", (-1,), 2 * eps), ("layer_norm", (-2,), eps), ("layer_norm", (-1,), 2 * eps)):
         assert not check.emerges(program, kind, axes, other)
+
+
+@pytest.mark.parametrize("seeds", [range(40), (42, 389, 587, 1009, 1659)])
+def test_what_is_claimed_of_shapes_is_true(seeds: Sequence[int]) -> None:
+    assert not [(seed, line) for seed in seeds for line in wrong(seed)]
+
+
+def test_a_claim_that_is_not_true_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("normfuse.frontends.onnx.rank_of", lambda node, rank, arrays: 1)
+    assert any("has shape" in line for line in wrong(42))

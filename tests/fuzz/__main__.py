@@ -2,6 +2,7 @@
 
     python -m tests.fuzz graphs [--count 100000] [--replay SEED]     random graphs, by two front ends, against float64
     python -m tests.fuzz onnx|pt2 [--count 50000] [--replay SEED]    damaged files, given to the command line
+    python -m tests.fuzz claims [--count 20000] [--replay SEED]      shapes, sizes and constants, against ONNX Runtime
     python -m tests.fuzz kills [--count 1000]                        kill -9, and a fault at every call that writes
     python -m tests.fuzz all [--budget SECONDS] [--json FILE]        all of them, each with its share of the time
 
@@ -41,7 +42,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the sum-up there")
     args = parser.parse_args()
     if args.replay is not None:
-        return replay(args.replay) if args.what == "graphs" else files.replay(args.replay, args.what)
+        own = {"graphs": replay, "claims": replay_claims}.get(args.what)
+        return own(args.replay) if own is not None else files.replay(args.replay, args.what)
     found, until = {}, time.monotonic() + args.budget
     shares = SHARES if args.what == "all" else {args.what: 1.0}
     for what, share in shares.items():
@@ -80,6 +82,30 @@ def broken(args: argparse.Namespace, count: int, seconds: float) -> dict[str, An
     print(f"a fault at each of {calls} calls that write; killed {count} times: {dict(found)}; "
           f"{len(failures)} failures; {data['seconds']:.0f} s", flush=True)  # fmt: skip
     return data
+
+
+def claimed(args: argparse.Namespace, count: int, seconds: float) -> dict[str, Any]:
+    """What is claimed of random graphs."""
+    from tests.fuzz.claims import wrong
+
+    began, failures, done = time.monotonic(), [], 0
+    while done < count and time.monotonic() - began < seconds:
+        for line in wrong(args.seed + done)[:1]:
+            failures.append({"seed": args.seed + done, "message": line})
+            print(f"seed {args.seed + done}: {line}", flush=True)
+        done += 1
+    data = {"graphs": done, "failures": failures, "seconds": round(time.monotonic() - began, 1)}
+    print(f"{done} graphs in {data['seconds']:.0f} s: {len(failures)} wrong", flush=True)
+    return data
+
+
+def replay_claims(seed: int) -> int:
+    """One graph, and what is claimed of it that is not true."""
+    import onnx
+    from tests.fuzz.claims import drawn, wrong
+
+    print(onnx.printer.to_text(drawn(seed).whole()[0]), *(found := wrong(seed)), sep="\n")
+    return int(bool(found))
 
 
 def judge(args: argparse.Namespace, count: int, seconds: float) -> dict[str, Any]:
@@ -143,11 +169,12 @@ def replay(seed: int) -> int:
     return 1 if failures else 0
 
 
-COUNTS = {"graphs": 100_000, "onnx": 50_000, "pt2": 5_000, "kills": 1_000}
-SHARES = {"kills": 0.1, "pt2": 0.1, "onnx": 0.2, "graphs": 0.6}
+COUNTS = {"graphs": 100_000, "onnx": 50_000, "pt2": 5_000, "claims": 20_000, "kills": 1_000}
+SHARES = {"kills": 0.1, "pt2": 0.1, "claims": 0.1, "onnx": 0.2, "graphs": 0.5}
 """How much of the time each may take; the cheap ones first."""
 RUNS: dict[str, Callable[[argparse.Namespace, int, float], dict[str, Any]]] = {
     "graphs": judge, "onnx": partial(damaged, "onnx"), "pt2": partial(damaged, "pt2"), "kills": broken,
+    "claims": claimed,
 }  # fmt: skip
 
 
