@@ -253,7 +253,7 @@ def wrong(seed: int) -> list[str]:
     low = lower(ir.from_proto(model))[0]
     for feeds in (draft.given, draft.feeds(), draft.feeds()):
         results = _run(every, feeds)
-        if results is None:
+        if results is None or not all(found.size for found in results):  # reductions of nothing have odd shapes there
             continue
         sizes: dict[str, int] = {}
         for i, dims in enumerate(draft.sizes):
