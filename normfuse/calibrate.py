@@ -12,7 +12,7 @@ with the original's: converted with the old biases (naive), calibrated, and the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from normfuse.convert import Array, normwise
+from normfuse.convert import Array, largest, normwise
 from normfuse.errors import InputError, VerificationError
 
 Hook = Callable[[list[Array]], list[Array] | None]
@@ -107,7 +107,9 @@ def calibrate(original: Runner, converted: Runner, wide: Runner | None, layers: 
 
     def statistics(layer: Layer) -> Hook:
         def hook(values: list[Array]) -> None:
-            rows = [_wide(v) for v in values]
+            rows = [_wide(v) for v in values if v.size]
+            if not rows:
+                raise InputError("the calibration inputs have no rows to take a mean of")
             ratios = [np.abs(v.mean(layer.axis)) / np.sqrt((v * v).mean(layer.axis) + 1e-30) for v in rows]
             layer.mean_over_rms = float(np.mean(np.concatenate([r.reshape(-1) for r in ratios])))
 
@@ -131,12 +133,15 @@ def calibrate(original: Runner, converted: Runner, wide: Runner | None, layers: 
     found = Approximation(list(layers), len(seen), len(held), tolerance)
     truth: dict[str, list[Array]] = {}
     want = original(held, {layer.y: _keep(truth, layer.y) for layer in layers})
+    if not any(v.dtype.kind == "f" and v.size for some in want for v in some):
+        raise InputError("the inputs that are held back give no output of floats with elements in it, so that no error "
+                         "can be measured")  # fmt: skip
     for naive in (True, False):
         after: dict[str, list[Array]] = {}
         watch = {layer.new: _shift(after, layer, old[layer.label] if naive else layer.bias) for layer in layers}
         got = converted(held, watch)
-        error = max(normwise(a, b) for a, b in zip(want, got, strict=True))
-        cosine = max(_cosine(a, b) for a, b in zip(want, got, strict=True))
+        error = largest(normwise(a, b) for a, b in zip(want, got, strict=True))
+        cosine = largest(_cosine(a, b) for a, b in zip(want, got, strict=True))
         if naive:
             found.naive, found.naive_cosine = error, cosine
         else:
@@ -146,7 +151,7 @@ def calibrate(original: Runner, converted: Runner, wide: Runner | None, layers: 
                            [np.concatenate([v.reshape(-1) for v in after[layer.new]])])  # fmt: skip
             layer.naive, layer.error = (gap, layer.error) if naive else (layer.naive, gap)
     if wide is not None:
-        found.floor = max(normwise(a, b) for a, b in zip(wide(held, {}), want, strict=True))
+        found.floor = largest(normwise(a, b) for a, b in zip(wide(held, {}), want, strict=True))
     if not found.error <= tolerance:
         worst = sorted(layers, key=lambda layer: -layer.error)[:3]
         names = ", ".join(f"{layer.label} ({layer.error:.2g}, mean/rms {layer.mean_over_rms:.2f})" for layer in worst)
@@ -211,7 +216,7 @@ def _cosine(want: Sequence[Array], got: Sequence[Array]) -> float:
         p, q = (_wide(v).reshape(-1, v.shape[-1]) for v in (a, b))
         scale = np.linalg.norm(p, axis=1) * np.linalg.norm(q, axis=1)
         cos = np.where(scale > 0, (p * q).sum(axis=1) / np.where(scale > 0, scale, 1), 1.0)
-        out = max(out, float(np.mean(1 - cos)))
+        out = largest([out, float(np.mean(1 - cos))]) if cos.size else out
     return out
 
 
@@ -259,7 +264,7 @@ def named_batches(given: Any, inputs: Mapping[str, tuple[Sequence[Any], Any]],
     if given is None:
         raise InputError("layernorm_to_rmsnorm='approximate' needs calibration inputs: an .npz file, a folder of them, "
                          "or an iterable")  # fmt: skip
-    batches = read_batches(given) if isinstance(given, (str, Path)) else [dict(b) for b in _each(given)]
+    batches = read_batches(given) if isinstance(given, (str, Path)) else [dict(b) for b in each(given, Mapping)]
     known = ", ".join(inputs)
     for i, batch in enumerate(batches):
         for name in batch:
@@ -275,6 +280,9 @@ def named_batches(given: Any, inputs: Mapping[str, tuple[Sequence[Any], Any]],
                 wanted = "x".join(str(d) for d in shape)
                 got = "x".join(map(str, array.shape))
                 raise InputError(f"{what} {i}: input {name!r} has shape {got}, the model wants {wanted}")
+            real = array.dtype.kind in "biuf" or "float" in array.dtype.name
+            if not real and array.dtype.kind != np.dtype(dtype).kind:
+                raise InputError(f"{what} {i}: input {name!r} holds {array.dtype}, the model wants {np.dtype(dtype)}")
             with np.errstate(invalid="ignore"):
                 batch[name] = array.astype(dtype)
             if batch[name].dtype.kind in "biu" and not np.array_equal(batch[name], array):
@@ -283,14 +291,17 @@ def named_batches(given: Any, inputs: Mapping[str, tuple[Sequence[Any], Any]],
     return _split(batches, inputs) if len(batches) == 1 else batches
 
 
-def _each(given: Any) -> Iterable[Any]:
-    if isinstance(given, Mapping):
-        return [given]
+def each(given: Any, kinds: Any, words: str = "dicts of arrays by the names of inputs") -> list[Any]:
+    """The sets of an iterable, each of these kinds; `InputError`, which has words for them, for what is none."""
     try:
-        return list(given)
+        found = [given] if isinstance(given, Mapping) else list(given)
     except TypeError:
         raise InputError(f"calibration inputs are an .npz file, a folder of them, or an iterable, not a "
                          f"{type(given).__name__}") from None  # fmt: skip
+    for i, one in enumerate(found):
+        if not isinstance(one, kinds):
+            raise InputError(f"calibration set {i} is a {type(one).__name__}; give {words}")
+    return found
 
 
 def _split(batches: list[dict[str, Array]], inputs: Mapping[str, tuple[Sequence[Any], Any]]) -> list[dict[str, Array]]:

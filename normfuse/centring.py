@@ -68,6 +68,8 @@ def back(node: Node, out: Value, want: Centre, channels: Channels, uniform: Call
 
     `uniform` tells of a constant whether all its elements are one number. Raises `Blocked`.
     """
+    if out.dtype is not None and out.dtype not in FLOATS:
+        raise Blocked(f"{_label(node)} gives {out.dtype}, which is rounded")
     rule = _RULES.get(node.kind)
     if rule is not None:
         return rule(node, out, want, uniform)

@@ -250,7 +250,12 @@ def normwise(want: Sequence[Any], got: Sequence[Any]) -> float:
     largest element where outputs are few."""
     pairs = [(np.asarray(a), np.asarray(b)) for a, b in zip(want, got, strict=True)]
     floats = [(a, b) for a, b in pairs if a.dtype.kind == "f" and a.size]
-    return max((float(np.linalg.norm(a - b) / (np.linalg.norm(a) or 1.0)) for a, b in floats), default=0.0)
+    return largest(float(np.linalg.norm(a - b) / (np.linalg.norm(a) or 1.0)) for a, b in floats)
+
+
+def largest(errors: Iterable[float]) -> float:
+    """The largest of some errors: NaN where one is, which `max` may pass over."""
+    return float(np.max([0.0, *errors]))
 
 
 def relative(want: Array, got: Array) -> float:

@@ -84,6 +84,16 @@ class Conversion:
     proof: dict[Site, Proof] = field(default_factory=dict)
 
 
+    def factor(self, node: Node) -> Value:
+        """The factor of a multiplication that is taken out."""
+        return next(v for v in node.inputs if v.fixed and v not in self.values)
+
+    def unscaled(self, value: Value) -> Value:
+        """What a value is once the multiplications are taken out."""
+        while (node := value.producer) is not None and node in self.scaled:
+            value = next(v for v in node.inputs if v is not self.factor(node))
+        return value
+
     def witnesses(self) -> list[Value]:
         """Values inside the graph that have to stay as they were: what layers give into which a bias or weight went.
         The outputs may hide them: a softmax does not see the bias of the keys."""

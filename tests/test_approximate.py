@@ -174,6 +174,62 @@ def test_calibration_inputs_of_another_shape_or_too_few(model: Path) -> None:
         normfuse.optimize(program, LOOSE, calibration=[()] * 2)
 
 
+@pytest.mark.parametrize(("given", "message"), [
+    ([[1, 2], [3, 4]], "set 0 is a list; give dicts"), ([3, 3], "set 0 is a int"),
+    ([{"ids": np.array([["a"] * 12] * 4)}] * 2, "holds <U1, the model wants int64"),
+    ([{"ids": np.ones((4, 12)) * 1j}] * 2, "holds complex128, the model wants int64"),
+])  # fmt: skip
+def test_calibration_inputs_of_another_kind(given: Any, message: str, model: Path) -> None:
+    given = [{names_of(model): one["ids"]} if isinstance(one, dict) else one for one in given]
+    with pytest.raises(InputError, match=message):
+        normfuse.optimize(model, LOOSE, calibration=given)
+
+
+class Mixed(torch.nn.Module):
+    """A norm that has to be approximated, of two inputs."""
+
+    def __init__(self, whole: bool = False) -> None:
+        super().__init__()
+        self.n, self.whole = torch.nn.LayerNorm(8), whole
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.n(torch.relu(a) + b.exp())
+        return y.argmax(-1) if self.whole else y
+
+
+def two(rows: int = 4, **more: Any) -> list[dict[str, torch.Tensor]]:
+    torch.manual_seed(0)
+    return [{"a": torch.randn(rows, 8), "b": torch.randn(rows, 8), **more} for _ in range(4)]
+
+
+def program(whole: bool = False) -> torch.export.ExportedProgram:
+    given, rows = (torch.ones(4, 8), torch.ones(4, 8)), {0: torch.export.Dim.DYNAMIC}
+    return torch.export.export(Mixed(whole), given, dynamic_shapes=(rows, rows))
+
+
+def test_inputs_by_name_are_taken_by_name() -> None:
+    errors = [normfuse.optimize(program(), LOOSE, calibration=given)[1].approximation for given in (
+        two(), [dict(reversed(one.items())) for one in two()], [(one["a"], one["b"]) for one in two()])]
+    assert errors[0] is not None and len({e.error for e in errors if e is not None}) == 1
+    with pytest.raises(InputError, match="set 0 has inputs named a, b, c; the program takes a, b"):
+        normfuse.optimize(program(), LOOSE, calibration=two(c=torch.ones(4, 8)))
+    for bad, message in ((3, "not a int"), ([3, 4], "set 0 is a int; give tuples of tensors")):
+        with pytest.raises(InputError, match=message):
+            normfuse.optimize(program(), LOOSE, calibration=bad)
+
+
+def test_an_error_that_cannot_be_measured() -> None:
+    """No rows, no floats, or no numbers."""
+    empty, spoiled = two(0), two()
+    spoiled[-1]["a"][0, 0] = float("nan")
+    for given, whole, error, message in (
+        (empty, False, InputError, "no rows"), ([*two()[:3], empty[0]], False, InputError, "no output of floats"),
+        (two(), True, InputError, "no output of floats"), (spoiled, False, VerificationError, "nan"),
+    ):  # fmt: skip
+        with pytest.raises(error, match=message):
+            normfuse.optimize(program(whole), LOOSE, calibration=given)
+
+
 def test_a_pattern_that_names_no_norm(model: Path) -> None:
     with pytest.raises(InputError, match=r"no LayerNorm is named like 'nix\*'; there are node_layer_norm"):
         normfuse.optimize(model, Config(layernorm_to_rmsnorm="approximate", norms="nix*"), calibration=feeds(model))

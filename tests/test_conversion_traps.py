@@ -205,6 +205,23 @@ def test_other_masks_are_tried() -> None:
     assert not tried[1]["flag"].any() and 0 < tried[0]["flag"].sum() < 6 and others({"x": ROWS}) == []
 
 
+@pytest.mark.parametrize("verify", ["off", "sites"])
+def test_a_norm_of_scaled_channels_reads_what_was_scaled(verify: str) -> None:
+    """The factor is in the weights then, and is not to be there twice."""
+    made = model("float[T,4] x", f"k = MatMul(x, u) h = Add(k, v) t = Mul(h, c) {NORM.format('t')}", u=numbers(4, D),
+                 v=numbers(D), c=numbers(D))  # fmt: skip
+    check(made, [{"x": ROWS[0]}], 1, verify=verify)
+
+
+@pytest.mark.parametrize(("scales", "converted"), [([1, 1, 2], 1), ([1, 1.05, 2], 0)])
+def test_channels_that_a_resize_moves(scales: list[float], converted: int) -> None:
+    """The size stays the same, and some channels are there twice."""
+    made = model("float[2,4,3] x", """k = MatMul(u, x) z = Resize<mode="nearest", nearest_mode="floor",
+                 coordinate_transformation_mode="asymmetric">(k, , scales) t = Transpose<perm=[0, 2, 1]>(z) """
+                 + NORM.format("t"), u=numbers(1, D, 4), scales=np.array(scales, np.float32))  # fmt: skip
+    check(made, [{"x": numbers(2, 4, 3)}], converted, verify="off")
+
+
 # -- torch ------------------------------------------------------------------------------------------------------------
 
 
@@ -318,3 +335,147 @@ def test_parameters_behind_views_and_casts(made: type[nn.Module], x: Tensor, con
     assert done == (converted if not as_module or made is Scaled else 0)  # a module's norms are modules of their own
     found = (result if as_module else result.module())(x)
     torch.testing.assert_close(found, want, rtol=1e-2 if x.dtype == torch.half else 1e-4, atol=1e-3)
+
+
+# -- whole programs and modules ---------------------------------------------------------------------------------------
+
+
+def proved(module: nn.Module, *given: Any, **config: Any) -> tuple[Any, normfuse.Report]:
+    """What becomes of a module by the proof alone, and the report."""
+    found, report = normfuse.optimize(module, normfuse.Config(layernorm_to_rmsnorm="exact", **config), args=given)
+    return found, report
+
+
+def verdicts(report: normfuse.Report) -> list[str]:
+    return [(n.conversion or {})["verdict"] for n in report.norms]
+
+
+class Scaling(nn.Module):
+    """A norm that reads a multiplication."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.l, self.c, self.n = nn.Linear(4, D), nn.Parameter(torch.randn(D)), nn.LayerNorm(D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The norm."""
+        found: Tensor = self.n(self.l(x) * self.c)
+        return found
+
+
+@pytest.mark.parametrize("verify", ["off", "sites"])
+def test_a_scaled_norm_in_torch(verify: Any) -> None:
+    torch.manual_seed(0)
+    module, x = Scaling().eval(), torch.randn(2, 4)
+    config = normfuse.Config(layernorm_to_rmsnorm="exact", verify=verify)
+    program = torch.export.export(module, (x,))
+    for result, report in (normfuse.optimize(program, config), proved(module, x, verify=verify)):
+        assert verdicts(report) == ["exact"]
+        run = result.module() if isinstance(result, torch.export.ExportedProgram) else result
+        torch.testing.assert_close(run(x), module(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["off", "exact"])
+@pytest.mark.parametrize("kind", [nn.LayerNorm, nn.RMSNorm])
+def test_a_decomposed_norm_that_is_an_output(kind: type[nn.Module], mode: Any) -> None:
+    torch.manual_seed(0)
+    module, x = nn.Sequential(nn.Linear(D, D), kind(D)).eval(), torch.randn(2, D)
+    program = torch.export.export(module, (x,)).run_decompositions()
+    result, report = normfuse.optimize(program, normfuse.Config(layernorm_to_rmsnorm=mode))
+    assert len(report.norms) == 1
+    torch.testing.assert_close(result.module()(x), module(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("whole", [
+    lambda h: (h * 3).to(torch.int64), lambda h: (h * 3).sum(1, dtype=torch.int64, keepdim=True),
+    lambda h: (h * 3).cumsum(1, dtype=torch.int64),
+])  # fmt: skip
+def test_whole_numbers_are_rounded(whole: Callable[[Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    module, given = Chosen(lambda m, x, z: whole(m.two(x))).eval(), (torch.randn(2, D, 4), torch.zeros(1))
+    flag = torch.zeros(2, D, 1, dtype=torch.bool)
+    result, report = proved(module, *given, flag, verify="off")
+    assert "exact" not in verdicts(report)
+    with torch.no_grad():
+        torch.testing.assert_close(result(*given, flag), module(*given, flag), rtol=1e-4, atol=1e-4)
+
+
+class Tied(nn.Module):
+    """An embedding and a head with one weight, and dropout."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.e, self.n, self.d = nn.Embedding(9, D), nn.LayerNorm(D), nn.Dropout(p)
+        self.head = nn.Linear(D, 9, bias=False)
+
+    def forward(self, ids: Tensor, logits: bool = False) -> Tensor:
+        """The hidden states, or what the head makes of them."""
+        h: Tensor = self.n(self.d(self.e(ids)))
+        return self.head(h) if logits else h
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_parameter_of_a_module_that_the_inputs_do_not_reach(tied: bool) -> None:
+    module, ids = Tied(0.0).eval(), torch.arange(9)[None]
+    if tied:
+        module.head.weight = module.e.weight
+    result, report = proved(module, ids)
+    assert verdicts(report) == ["kept" if tied else "exact"]
+    torch.testing.assert_close(result(ids, True), module(ids, True), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_dropout_is_told_of(p: float) -> None:
+    _, report = proved(Tied(p), torch.arange(9)[None])
+    assert verdicts(report) == ["exact"] and any("dropout" in note for note in report.notes) is (p > 0)
+
+
+class Borrowed(nn.Module):
+    """A bias that another layer has as well, and modules under two names."""
+
+    def __init__(self, conv: bool) -> None:
+        super().__init__()
+        self.c: nn.Module = nn.Conv1d(4, D, 1) if conv else nn.Linear(4, D)
+        self.o, self.n, self.conv = nn.Linear(4, D), nn.LayerNorm(D), conv
+        self.again = self.n
+        for p in self.parameters():
+            nn.init.normal_(p, 0.5)
+        self.o.bias = self.c.bias  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm, and the other layer."""
+        h = self.c(x.transpose(1, 2)).transpose(1, 2) if self.conv else self.c(x)
+        return self.again(h), self.o(x)
+
+
+@pytest.mark.parametrize("conv", [True, False])
+def test_a_bias_that_is_untied_and_a_norm_of_two_names(conv: bool) -> None:
+    torch.manual_seed(0)
+    module, x = Borrowed(conv).eval(), torch.randn(2, 3, 4)
+    result, report = proved(module, x, untie=True)
+    assert verdicts(report) == ["exact"] and result.n is result.again
+    torch.testing.assert_close(result(x), module(x), rtol=1e-4, atol=1e-4)
+    assert list(result.state_dict()) == list(module.state_dict())
+
+
+class TwoNames(nn.Module):
+    """A layer that is called under both of its names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.i, self.a, self.n = nn.Linear(4, D), nn.Linear(D, D), nn.LayerNorm(D)
+        self.act, self.b = nn.ReLU(), self.a
+        self.last = self.act
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The norm of what the second call gives."""
+        found: Tensor = self.n(self.last(self.b(self.act(self.a(self.i(x))))))
+        return found
+
+
+def test_a_module_that_is_called_under_two_names() -> None:
+    """No hook can stand behind one of the calls."""
+    module, x = TwoNames().eval(), torch.randn(2, 4)
+    result, report = proved(module, x, force=True)
+    assert verdicts(report) == ["kept"] and "NF304" not in str(report.to_dict())
+    torch.testing.assert_close(result(x), module(x))

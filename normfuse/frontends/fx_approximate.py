@@ -12,7 +12,7 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_flatten
 
-from normfuse.calibrate import Approximation, Hook, Layer, calibrate, matching
+from normfuse.calibrate import Approximation, Hook, Layer, calibrate, each, matching
 from normfuse.config import Config
 from normfuse.convert import Record, refusals
 from normfuse.errors import InputError
@@ -119,9 +119,14 @@ def _batches(given: Any, program: Any) -> list[list[Any]]:
     skip = tensors_of(program)
     inputs = [node for node in program.graph.nodes if node.op == "placeholder" and node.name not in skip]
     out = []
-    for i, batch in enumerate(given):
-        pair = ((), dict(batch)) if isinstance(batch, Mapping) else (tuple(batch), {})
-        flat = tree_flatten(pair)[0]
+    names, words = [node.name for node in inputs], "tuples of tensors, or dicts by the names of inputs"
+    for i, batch in enumerate(each(given, (Mapping, list, tuple), words)):
+        if isinstance(batch, Mapping):
+            if set(batch) != set(names):
+                raise InputError(f"calibration set {i} has inputs named {', '.join(map(str, batch))}; the program "
+                                 f"takes {', '.join(names)}")  # fmt: skip
+            batch = [batch[name] for name in names]
+        flat = tree_flatten(tuple(batch))[0]
         if len(flat) != len(inputs):
             raise InputError(f"calibration set {i}: {len(flat)} inputs, the program takes {len(inputs)} "
                              f"({', '.join(node.name for node in inputs)})")  # fmt: skip

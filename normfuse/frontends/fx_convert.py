@@ -196,7 +196,7 @@ class Editor:
         edits = {}
         for site in dict.fromkeys([*plan.sites, *plan.folded]):
             inner = plan.folded.get(site) or plan.inner.get(site, site)
-            x = inner.norm.x
+            x = plan.unscaled(inner.norm.x)
             if site in readers:
                 x = Value(x.name, x.shape, x.dtype, native=readers[site], index=x.index)
             edits[site] = Replace(replace(inner, norm=rms(inner.norm, x), is_op=False))

@@ -317,7 +317,6 @@ class _Module:
             by_native.setdefault(node.native, []).append(node)
         gone = {n.native for n in self.plan.remove if not any(other in alive for other in by_native[n.native])}
         gone |= self.spent
-        names = {new: old.name for old, new in self.moved.items() if old in gone}
         while True:
             before = len(self.graph.nodes)
             for old in reversed(list(self.graph.nodes)):
@@ -334,8 +333,10 @@ class _Module:
                     self.graph.erase_node(old)
             if len(self.graph.nodes) == before:
                 break
-        for new, name in names.items():
-            new.name = name
+        left = set(self.graph.nodes)
+        for old, new in self.moved.items():
+            if old not in left and new in left:
+                new.name = old.name
 
     def report(self) -> Report:
         """The report on this graph and those inside it."""

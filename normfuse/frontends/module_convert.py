@@ -16,7 +16,7 @@ from torch import fx, nn
 
 from normfuse.config import Config
 from normfuse.convert import refusals, tell, worst
-from normfuse.errors import InputError, UnsupportedError
+from normfuse.errors import InputError, UnsupportedError, first_line
 from normfuse.frontends.fx_approximate import approximate_program
 from normfuse.frontends.fx_convert import Converted, convert_program
 from normfuse.frontends.fx_effects import is_assert
@@ -55,8 +55,11 @@ def convert_module(module: nn.Module, config: Config, args: Sequence[Any], kwarg
     if found.plan is not None or found.approximated:
         try:
             _edit(out, program, found, places)
-            with torch.no_grad():
-                got, want = (_outputs(m(*args, **(kwargs or {}))) for m in (out, new_program.module()))
+            try:
+                with torch.no_grad():
+                    got, want = (_outputs(m(*args, **(kwargs or {}))) for m in (out, new_program.module()))
+            except Exception as why:
+                raise _Unfit(f"the converted module does not run: {first_line(why)}") from why
             gap = worst([v.double().numpy() for v in want], [v.double().numpy() for v in got])
             unit = max((torch.finfo(v.dtype).eps for v in want), default=0.0)
             if not gap <= TOLERANCE * unit:
@@ -69,10 +72,18 @@ def convert_module(module: nn.Module, config: Config, args: Sequence[Any], kwarg
             out = copy.deepcopy(module)
     report = _report(program, new_program, config, found)
     report.approximation = cost
+    if report.converted and any(_drops(m) for m in out.modules()):
+        report.notes.append("values that dropout sets to zero give the rows a mean again: the converted module is "
+                            "exact in evaluation mode, and in training with a dropout of 0")  # fmt: skip
     for name, m in out.named_modules():
         m.training = modes.get(name, module.training)
     report.seconds = {"total": round(time.perf_counter() - started, 4)}
     return out, report
+
+
+def _drops(module: nn.Module) -> bool:
+    p = getattr(module, "p" if isinstance(module, nn.modules.dropout._DropoutNd) else "dropout", 0.0)
+    return isinstance(p, float) and p > 0
 
 
 class _Unfit(Exception):
@@ -120,10 +131,11 @@ class _Places:
     def __init__(self, graph: fx.Graph, module: nn.Module) -> None:
         self.module = module
         self.nodes: dict[str, fx.Node] = {node.name: node for node in graph.nodes}
-        self.calls: dict[str, set[str]] = {}
+        self.known = {path: id(part) for path, part in module.named_modules(remove_duplicate=False)}
+        self.calls: dict[int | None, set[str]] = {}  # of a module, which may have several names
         for node in graph.nodes:
             for key, (path, _) in (node.meta.get("nn_module_stack") or {}).items():
-                self.calls.setdefault(_clean(path), set()).add(str(key))
+                self.calls.setdefault(self.known.get(_clean(path)), set()).add(f"{path} {key}")
 
     def path(self, node: fx.Node) -> str:
         """The innermost module that a node belongs to."""
@@ -149,7 +161,7 @@ class _Places:
         return (shared[0], True) if shared and self._once(shared[0]) else None
 
     def _once(self, path: str) -> bool:
-        return bool(path) and len(self.calls.get(path, ())) == 1
+        return bool(path) and len(self.calls.get(self.known.get(path), ())) == 1
 
     def can_place(self, value: Value) -> bool:
         """Whether a hook can put an operator behind a value."""
@@ -213,24 +225,28 @@ def _edit(module: nn.Module, program: Any, found: Converted, places: _Places) ->
         for name, tensor in found.tensors.items():
             source = found.copies.get(name)
             if source is None:
+                _demand_alone(module, targets[name], places)
                 _get(module, targets[name]).copy_(tensor)
                 continue
             value = next(v for v in plan.copies if v.native.name == source)
             for reader in plan.copies[value]:
-                path = places.path(reader.native)
-                old = getattr(module.get_submodule(path), "weight", None)
-                if old is None:
-                    raise _Unfit(f"{targets[source]} is not the weight of the module that reads it")
-                module.get_submodule(path).weight = nn.Parameter(tensor, old.requires_grad)
+                path, old = places.path(reader.native), _get(module, targets[source])
+                owner = module.get_submodule(path)
+                names = [n for n, p in owner.named_parameters(recurse=False, remove_duplicate=False) if p is old]
+                if len(names) != 1:
+                    raise _Unfit(f"{targets[source]} is no parameter of the module that reads it")
+                setattr(owner, names[0], nn.Parameter(tensor, old.requires_grad))
         for factor in factors:
             _get(module, factor).fill_(1.0)
     norms = {site: plan.inner.get(site, site) for site in plan.sites} | found.approximated
     for site, inner in norms.items():
         known = places.norm_module(site, inner)
         assert known is not None and isinstance(inner.norm.size, int)  # `unfit` has seen to it
-        above, _, last = known[0].rpartition(".")
-        new = RMSNorm.of(module.get_submodule(known[0]), inner.norm.size, inner.norm.eps, known[1])
-        setattr(module.get_submodule(above), last, new)
+        old_norm = module.get_submodule(known[0])
+        new = RMSNorm.of(old_norm, inner.norm.size, inner.norm.eps, known[1])
+        for path in [path for path, part in module.named_modules(remove_duplicate=False) if part is old_norm]:
+            above, _, last = path.rpartition(".")
+            setattr(module.get_submodule(above), last, new)
     for value, want in plan.operators:
         hook = places.hook_of(value.native)
         assert hook is not None  # the plan asked for it
@@ -241,9 +257,20 @@ def _edit(module: nn.Module, program: Any, found: Converted, places: _Places) ->
             owner.register_forward_hook(centre)
 
 
+def _demand_alone(module: nn.Module, name: str, places: _Places) -> None:
+    """Of the modules that share a parameter the trace has seen each: another one may be called another time."""
+    found = _get(module, name)
+    names = [other for other, parameter in module.named_parameters(remove_duplicate=False) if parameter is found]
+    for other in names if len(names) > 1 else ():
+        owner = other.rpartition(".")[0]
+        if owner and places.known.get(owner) not in places.calls:
+            same = next(n for n in names if n != other)
+            raise _Unfit(f"{other}, which these inputs do not reach, is the same parameter as {same}")
+
+
 def _factor(node: Node, plan: Conversion, targets: Mapping[str, str]) -> str:
     """The path of the constant behind the factor of a multiplication, which nothing else reads."""
-    value = next(v for v in node.inputs if v.fixed and v not in plan.values)
+    value = plan.factor(node)
     once = len(value.uses) == 1
     while value.producer is not None:
         value = value.producer.inputs[0]

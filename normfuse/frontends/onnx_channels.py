@@ -308,6 +308,11 @@ def _resize(low: Lowering, node: ir.Node, want: Centre) -> Links:
     x, out = _operand(low, node, 0), low.value(node.outputs[0])
     if out.shape is None or x.shape is None or want.axis > 1 or x.shape[want.axis] != out.shape[want.axis]:
         raise Blocked(f"Resize {node.name or ''} mixes positions along this axis")
+    at = 2 if len(node.inputs) > 2 else 1  # of opset 10
+    if _has(node, at) and not _has(node, 3):
+        scales, axes = _array(low, node, at), [a % len(x.shape) for a in attribute(node, "axes", range(len(x.shape)))]
+        if scales is None or any(a == want.axis and scale != 1 for a, scale in zip(axes, scales, strict=False)):
+            raise Blocked(f"Resize {node.name or ''} may move positions along this axis")
     if attribute(node, "coordinate_transformation_mode", "") == "tf_crop_and_resize":
         raise Blocked(f"Resize {node.name or ''} fills with a number what lies outside")
     return [(x, want)]

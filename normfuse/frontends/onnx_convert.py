@@ -245,17 +245,16 @@ class Editor:
 
     def _bypass(self, node: Node) -> None:
         """Take a multiplication out whose factor is in the constants now."""
-        out, (a, b) = node.outputs[0], node.inputs
-        factor = next(v for v in (a, b) if v.fixed and v not in self.plan.values)
-        data: ir.Value = (b if factor is a else a).native
-        out.native.replace_all_uses_with(data)
+        a, b = node.inputs
+        data: ir.Value = (b if self.plan.factor(node) is a else a).native
+        node.outputs[0].native.replace_all_uses_with(data)
 
     def _norms(self, centred: dict[Any, ir.Value]) -> None:
         one, plan = self.one, self.one.plans[0]
         labels = {}
         for site in dict.fromkeys([*self.plan.sites, *self.plan.folded]):
             inner = self.plan.folded.get(site) or self.plan.inner.get(site, site)
-            norm = rms(inner.norm)
+            norm = rms(inner.norm, self.plan.unscaled(inner.norm.x))
             if site in centred:
                 x = norm.x
                 norm = rms(norm, Value(x.name, x.shape, x.dtype, native=centred[site], index=x.index))
