@@ -243,9 +243,10 @@ def _read(path: Path) -> tuple[ir.Model, Source]:
 
 
 def _inspect_ir(model: ir.Model, own: bool = False) -> Report:
-    from normfuse.frontends.onnx_model import OnnxModel
+    from normfuse.frontends.onnx_model import FIRST_WITH_DEFAULTS, OnnxModel
 
-    source = model.clone() if model.functions and not own else model
+    edited = model.functions or model.ir_version < FIRST_WITH_DEFAULTS  # it is read in another form
+    source = model.clone() if edited and not own else model
     one = OnnxModel(source, Config(), rewrite=False)
     return _onnx_report(one, rewritten=False)
 

@@ -121,9 +121,8 @@ def _print_rich(blocks: list[Block]) -> None:
             _print_plain([block], sys.stdout)  # which the terminal wraps: nothing may be cut
             continue
         grid = table.Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
-        for i in keep:
-            narrow = max(len(row[i]) for row in block.rows) <= WHOLE
-            grid.add_column(Text(block.headers[i]), no_wrap=narrow, overflow="fold")
+        for i, width in zip(keep, widths, strict=True):
+            grid.add_column(Text(block.headers[i]), no_wrap=width <= WHOLE, overflow="fold")
         for row in block.rows:
             grid.add_row(*(Text(clean(row[i]), style=STYLES.get(row[i], "")) for i in keep))
         console.print(grid)

@@ -100,8 +100,8 @@ class Placer:
         if site.attends is not None:
             return "qk"
         if adds and len(adds) >= len([n for n in uses if n.kind not in THROUGH]) and not reads_stream:
-            if self._branch(x):
-                return "post"
+            if self._branch(x) and any(self.base(v).index < y.index for node in adds for v in node.inputs):
+                return "post"  # else it begins the stream that it is added to
         if adds:
             if not self._after_norm(x) and not self._first_sum(x):
                 return "embedding"

@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import combinations
+from math import isclose
 
 from normfuse.graph import Graph, Node, Value
 from normfuse.norm import Site
@@ -38,6 +39,8 @@ class QKPair:
                 for a, b in combinations(sites, 2):
                     if a in taken or b in taken or ((a.norm.weight is None) == (b.norm.weight is None)) is not alike:
                         continue
+                    if a.norm.kind != b.norm.kind or not isclose(a.norm.eps, b.norm.eps, rel_tol=1e-6):
+                        continue  # no operator has two of them
                     edit = Fused("qk_norm", (a, b), (a.norm.x, b.norm.x), (a.value, b.value))
                     if not _linked(plan.graph, edit, taken.values()) and plan.fuse(edit, self.can):
                         taken[a] = taken[b] = edit

@@ -176,8 +176,9 @@ class Lowering:
     def _call(self, node: fx.Node) -> None:
         meta = meta_of(node)
         if node.op == "call_module":
-            module = self.module.get_submodule(str(node.target))
-            if isinstance(module, NORMS) and fx_effects.hooked(module):
+            module = fx_effects.held(self.module, node.target)
+            norm = isinstance(module, NORMS) and getattr(module, "num_groups", 1) == 1
+            if norm and fx_effects.hooked(module):
                 self.note("NF116", node, "hooks of the module, or a forward of its own, see what goes in and out")
         if fx_effects.written(node) or not fx_effects.known(node):
             return self.role(node, effect=True)

@@ -135,10 +135,17 @@ def region(low: Lowering, results: list[fx.Node], boundary: list[Value]) -> list
             if not isinstance(slot, Value) or slot.number is None:
                 return None
         found.add(node)
-        todo.extend(node.all_input_nodes)
+        todo.extend(node.all_input_nodes[:1] if _alike(node) else node.all_input_nodes)
         if len(found) > MAX_REGION:
             return None
     return [n for n in low.source.nodes if n in found]
+
+
+def _alike(node: fx.Node) -> bool:
+    """Whether of the operands behind the first no more than type and shape are read."""
+    name, other = name_of(node), node.args[1] if len(node.args) > 1 else None
+    like = name in ("type_as", "view_as", "reshape_as", "expand_as")
+    return like or (name == "to" and isinstance(other, fx.Node) and is_tensor(meta_of(other)))
 
 
 def _shape(value: Value, axes: tuple[int, ...] | None, fixed: bool, symbols: dict[str, int]) -> tuple[int, ...]:
@@ -201,10 +208,21 @@ class _Program:
             names[node] = f"t{i}"
             slot = self.low.values.get(node)
             number = slot.number if isinstance(slot, Value) else None
-            args = fx.map_arg((node.args, node.kwargs), lambda n: names.get(n) or str(self._size(n)))
+            args = fx.map_arg((node.args, node.kwargs), lambda n: names.get(n) or self._text(n))
             target = "" if node.op in ("placeholder", "get_attr") else node.target
             lines.append(f"{node.op} {target} {args} {number}")
         return "\n".join([*lines, *(names[n] for n in self.results)])
+
+    def _text(self, node: fx.Node) -> str:
+        meta = meta_of(node)
+        return f"{meta.dtype} {_sizes(tuple(meta.shape), self.symbols)}" if is_tensor(meta) else str(self._size(node))
+
+    def _given(self, node: fx.Node, wide: bool) -> Any:
+        """A size, or a tensor of which the type or shape alone is read."""
+        meta = meta_of(node)
+        if not is_tensor(meta):
+            return self._size(node)
+        return torch.zeros(_sizes(tuple(meta.shape), self.symbols), dtype=self._type(meta.dtype, wide))
 
     def _size(self, node: fx.Node) -> Any:
         meta, slot = meta_of(node), self.low.values.get(node)
@@ -237,7 +255,7 @@ class _Program:
             shape = tuple(d for d in slot.shape or () if isinstance(d, int))
             dtype = meta.dtype if is_tensor(meta) else getattr(torch, slot.dtype or "float32")
             return torch.full(shape, slot.number, dtype=self._type(dtype, wide))
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: env[n] if n in env else self._size(n))
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: env[n] if n in env else self._given(n, wide))
         args = tuple(self._type(a, wide) for a in args)
         kwargs = {k: self._type(v, wide) for k, v in kwargs.items()}
         if node.op == "call_method":

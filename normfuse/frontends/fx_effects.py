@@ -10,6 +10,7 @@ import operator
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import fx
@@ -44,6 +45,7 @@ _STATISTICS = dict.fromkeys(
     batch_norm_gather_stats batch_norm_gather_stats_with_counts""".split(), 3
 ) | {"batch_norm_update_stats": 1}  # fmt: skip
 """Operators that write running statistics of which their schemas say nothing, and where the mean of these stands."""
+_KNOWN: WeakKeyDictionary[fx.Graph, tuple[int, dict[int | None, list[fx.Node]]]] = WeakKeyDictionary()
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -128,13 +130,18 @@ def written(node: fx.Node) -> list[fx.Node]:
 
 @cache
 def _packet_writes(name: str) -> list[tuple[int, str]]:
-    """The arguments that some operator of a name writes, those for results aside."""
+    """The tensors, or of those that work on lists the lists, that some operator of a name writes, results aside.
+
+    Others that are said to be written are lists of TorchScript's: `sort` has such.
+    """
     packet = getattr(torch.ops.aten, name, None)
     if not isinstance(packet, OpOverloadPacket):
         return []
     found = [getattr(packet, o)._schema for o in packet.overloads() if "out" not in o]  # type: ignore[no-untyped-call]
+    lists = {"List[Tensor]"} if name.startswith(("_foreach", "_fused", "_amp")) else set()
+    kinds = {"Tensor", "Optional[Tensor]"} | lists
     return sorted({(i, a.name) for schema in found for i, a in enumerate(schema.arguments)
-                   if a.alias_info is not None and a.alias_info.is_write})  # fmt: skip
+                   if a.alias_info is not None and a.alias_info.is_write and str(a.type) in kinds})  # fmt: skip
 
 
 def _hidden_writes(node: fx.Node) -> list[fx.Node]:
@@ -179,8 +186,17 @@ def without_history(node: Any, inplace: bool) -> bool:
 
 def hooked(module: torch.nn.Module) -> bool:
     """Whether a call of one of torch's modules is more than that of the `forward` of its class."""
-    patched = "forward" in vars(module) and type(module).__module__.startswith("torch.nn.modules")
-    return patched or any(getattr(module, name, None) for name in _HOOKS)
+    return _patched(module) or any(getattr(module, name, None) for name in _HOOKS)
+
+
+def _patched(module: torch.nn.Module) -> bool:
+    return "forward" in vars(module) and type(module).__module__.startswith("torch.nn.modules")
+
+
+def _hooks_write(module: torch.nn.Module) -> bool:
+    """Whether hooks may write what goes in or out; those of torch's own utilities write the module's weight alone."""
+    hooks = [hook for name in _HOOKS[:2] for hook in (getattr(module, name, None) or {}).values()]
+    return any(not type(hook).__module__.startswith("torch.nn.utils.") for hook in hooks)
 
 
 def _state(node: fx.Node, module: torch.nn.Module) -> list[fx.Node]:
@@ -190,18 +206,33 @@ def _state(node: fx.Node, module: torch.nn.Module) -> list[fx.Node]:
     def writes(part: torch.nn.Module) -> bool:
         if isinstance(part, kinds[0]):
             return part.training and part.running_mean is not None
-        return part.max_norm is not None if isinstance(part, kinds[1]) else _module_writes(part)
+        if isinstance(part, kinds[1]) and part.max_norm is not None:
+            return True
+        return _module_writes(part) or any(getattr(part, name, None) for name in _HOOKS[:2])
 
     parts = [] if isinstance(module, fx.GraphModule) else [part for part in module.modules() if writes(part)]
     own = {_memory(t) for part in parts for t in (*part.parameters(), *part.buffers())}
-    return [n for n in node.graph.nodes if n.op == "get_attr" and _storage(n) in own] if own else []
+    found = _attributes(node.graph) if own else {}
+    return [n for memory in own for n in found.get(memory, ())]
+
+
+def _attributes(graph: fx.Graph) -> dict[int | None, list[fx.Node]]:
+    """The nodes that give what a module holds, by its memory; made once for a graph of this many nodes."""
+    size, found = _KNOWN.get(graph, (0, {}))
+    if size != len(graph.nodes):
+        found = {}
+        for n in graph.nodes:
+            if n.op == "get_attr":
+                found.setdefault(_storage(n), []).append(n)
+        _KNOWN[graph] = len(graph.nodes), found
+    return found
 
 
 def _module_writes(module: torch.nn.Module) -> bool:
     if isinstance(module, fx.GraphModule):
         return any(written(n) for n in module.graph.nodes)
     ours = type(module).__module__.startswith(("torch.nn.modules", "torch.export."))
-    return bool(getattr(module, "inplace", False)) or not ours or hooked(module)
+    return bool(getattr(module, "inplace", False)) or not ours or _patched(module) or _hooks_write(module)
 
 
 def _inplace_flag(node: fx.Node) -> bool:

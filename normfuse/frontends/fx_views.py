@@ -139,18 +139,30 @@ def transpose(call: Call) -> bool:
     return call.emit("transpose", [x], perm=tuple(perm))
 
 
-def turned(call: Call) -> bool:
-    """x.T reverses all axes, x.mT the last two."""
+def moved(call: Call) -> bool:
+    """Axes go to other places; the rest stays in order."""
     x = call.tensor()
     rank = len(x.shape or ())
-    last = name_of(call.node) == "mT" or call.get(1, "name") == "mT"
+    source, to = (call.get(i, name) for i, name in ((1, "source"), (2, "destination")))
+    pairs = list(zip(*([v] if isinstance(v, int) else list(v) for v in (source, to)), strict=True))
+    places = {b % rank: a % rank for a, b in pairs} if rank else {}
+    rest = iter([a for a in range(rank) if a not in places.values()])
+    perm = tuple(places[i] if i in places else next(rest) for i in range(rank))
+    return call.emit("transpose", [x], perm=perm) if rank > 1 else same(call, x)
+
+
+def turned(call: Call) -> bool:
+    """x.T reverses all axes, x.mT the last two; of real tensors x.mH is the same."""
+    x = call.tensor()
+    rank = len(x.shape or ())
+    last = not {name_of(call.node), call.get(1, "name")}.isdisjoint(("mT", "mH", "adjoint"))
     perm = (*range(rank - 2), rank - 1, rank - 2) if last else tuple(reversed(range(rank)))
     return call.emit("transpose", [x], perm=perm) if rank > 1 else same(call, x)
 
 
 def attribute(call: Call) -> bool:
     """getattr(x, "T")."""
-    return call.get(1, "name") in ("T", "mT") and turned(call)
+    return call.get(1, "name") in ("T", "mT", "mH") and turned(call)
 
 
 def getitem(call: Call) -> bool:

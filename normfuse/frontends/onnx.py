@@ -18,7 +18,7 @@ from normfuse.errors import InputError
 from normfuse.frontends.onnx_contrib import CONTRIB
 from normfuse.frontends.onnx_fold import FOLDS, MAX_ELEMENTS, Array, attribute, constant_of, fold
 from normfuse.frontends.onnx_functions import function_body
-from normfuse.frontends.onnx_infer import DTYPE_NAMES, Inferred, infer
+from normfuse.frontends.onnx_infer import DTYPE_NAMES, Inferred, Path, infer, inferred, step
 from normfuse.frontends.onnx_ops import OPS, Row
 from normfuse.frontends.onnx_sizes import SIZES, rank_of, sizes_of
 from normfuse.frontends.onnx_views import product_shape
@@ -59,21 +59,22 @@ def node_label(node: ir.Node) -> str:
 class Lowering:
     """Builds the neutral graph of one ONNX graph.
 
-    `inferred` has shapes and types by value name for what the model itself does not state. `outer` is the
-    lowering of the graph around, for the captures of a sub-graph.
+    `known` has shapes and types for what the model itself does not state. `outer` is the lowering of the graph around,
+    for the captures of a sub-graph, and `path` its place.
     """
 
-    def __init__(self, source: ir.Graph, inferred: Inferred | None = None,
-                 outer: Lowering | None = None) -> None:  # fmt: skip
+    def __init__(self, source: ir.Graph, known: Inferred | None = None,
+                 outer: Lowering | None = None, path: Path = ()) -> None:  # fmt: skip
         self.source = source
         self.graph = Graph(source.name or "")
-        self.inferred = inferred or {}
+        self.inferred = known or {}
         self.outer = outer
         self.values: dict[ir.Value, Value] = {}
         self.arrays: dict[ir.Value, Array] = {}
         self.sizes: dict[ir.Value, Shape] = {}  # what is known of small integer vectors that hold sizes
         self.call: ir.Node | None = None
-        self.controlled: list[ir.Graph] = []
+        self.path = path
+        self.controlled: list[tuple[Path, ir.Graph]] = []
         self.folded: list[ir.Node] = []
         self.missing = False
         self.stuck = False  # some operator that has a row was left opaque
@@ -107,7 +108,7 @@ class Lowering:
 
         Sizes win over symbols, and what follows from the inputs over what a `value_info` says.
         """
-        more, kind = self.inferred.get(value.name or "", (None, None)) if self.inferred else (None, None)
+        more, kind = inferred(self.inferred, self.path, value.name or "") if self.inferred else (None, None)
         stated = shape_of(value.shape)
         if value.dtype is not None:
             kind = DTYPE_NAMES[value.dtype]
@@ -280,8 +281,11 @@ class Lowering:
 
     def _capture(self, node: ir.Node) -> None:
         """Values that a sub-graph reads from this graph are in use."""
-        todo = [g for a in node.attributes.values() for g in _subgraphs(a)]
-        self.controlled.extend(todo)
+        output = node.outputs[0].name or "" if node.outputs else ""
+        inner_graphs = [((*self.path, step(output, a.name, i)), g) for a in node.attributes.values()
+                        for i, g in enumerate(_subgraphs(a))]  # fmt: skip
+        self.controlled.extend(inner_graphs)
+        todo = [graph for _, graph in inner_graphs]
         while todo:
             graph = todo.pop()
             for value in graph.outputs:
@@ -437,17 +441,17 @@ def _lowered(model: ir.Model) -> list[Lowering]:
         wanted = first.stuck or first.controlled or any(node.kind in REDUCTIONS for node in first.graph.nodes)
         if not (first.missing or first.stuck or first.controlled) or not wanted:
             break
-        inferred = infer(model, first.values, first.arrays)
-        if inferred == first.inferred or not inferred:
+        known = infer(model, first.values, first.arrays)
+        if known == first.inferred or not known:
             break
-        first = Lowering(model.graph, inferred)
+        first = Lowering(model.graph, known)
     return [first, *_nested(first, first.inferred, 0)]
 
 
-def _nested(outer: Lowering, inferred: Inferred, depth: int) -> Iterator[Lowering]:
+def _nested(outer: Lowering, known: Inferred, depth: int) -> Iterator[Lowering]:
     if depth >= MAX_DEPTH:
         return
-    for graph in outer.controlled:
-        inner = Lowering(graph, inferred, outer)
+    for path, graph in outer.controlled:
+        inner = Lowering(graph, known, outer, path)
         yield inner
-        yield from _nested(inner, inferred, depth + 1)
+        yield from _nested(inner, known, depth + 1)

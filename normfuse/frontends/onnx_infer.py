@@ -16,9 +16,12 @@ _NAMES = {ir.DataType.FLOAT: "float32", ir.DataType.DOUBLE: "float64"}
 DTYPES = {name: dtype for dtype in ir.DataType for name in (_NAMES.get(dtype, dtype.name.lower()),)}
 """Neutral dtype name -> onnx_ir dtype."""
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-Inferred = dict[str, tuple[Shape | None, str | None]]
-"""Value name -> shape and dtype."""
-
+Facts = tuple[Shape | None, str | None]
+"""Shape and dtype."""
+Path = tuple[str, ...]
+"""The place of a sub-graph: of each graph around it the node that it is in, by its first output, and the attribute."""
+Inferred = dict[tuple[Path, str], Facts]
+"""Graph and value name -> what is known; two branches may have a name in common."""
 
 LONG = 2**24
 """The most elements of a vector for `onnx.shape_inference`, which lists those of whatever might be a shape."""
@@ -64,16 +67,18 @@ def infer(model: ir.Model, known: dict[ir.Value, Value], arrays: dict[ir.Value, 
     except Exception:  # the C++ checker raises various kinds for graphs it does not understand
         return {}
     out: Inferred = {}
-    told, made = Counter[str](), Counter[str]()
-    for graph in _graphs(done.graph):
-        made.update({*_made(graph), *(v.name for v in graph.input)})
-        for info in graph.value_info:
-            found = _facts(info)
-            told[info.name] += 1
-            if out.setdefault(info.name, found) != found:
-                out[info.name] = (None, None)
-    # the branches of an If may have a name in common, and what is known of one of the values holds for that alone
-    return {name: found if told[name] >= made[name] else (None, None) for name, found in out.items()}
+    for path, graph in _graphs(done.graph):
+        out |= {(path, info.name): _facts(info) for info in graph.value_info}
+    return out
+
+
+def inferred(known: Inferred, path: Path, name: str) -> Facts:
+    """What is known of a value of a graph; that of a branch that is taken for certain stands in the graph around."""
+    for end in range(len(path), -1, -1):
+        found = known.get((path[:end], name))
+        if found is not None:
+            return found
+    return None, None
 
 
 def _matrix_of_sizes(graph: ir.Graph, known: dict[ir.Value, Value]) -> bool:
@@ -94,13 +99,18 @@ def _facts(info: onnx.ValueInfoProto) -> tuple[Shape | None, str | None]:
     return dims, DTYPE_NAMES.get(ir.DataType(tensor_type.elem_type)) if tensor_type.elem_type else None
 
 
-def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    """A graph and those inside its nodes."""
-    yield graph
+def _graphs(graph: onnx.GraphProto, path: Path = ()) -> Iterator[tuple[Path, onnx.GraphProto]]:
+    """A graph and those inside its nodes, each with its place."""
+    yield path, graph
     for node in graph.node:
         for attr in node.attribute:
-            for inner in (*([attr.g] if attr.HasField("g") else ()), *attr.graphs):
-                yield from _graphs(inner)
+            for i, inner in enumerate((*([attr.g] if attr.HasField("g") else ()), *attr.graphs)):
+                yield from _graphs(inner, (*path, step(node.output[0] if node.output else "", attr.name, i)))
+
+
+def step(output: str, attribute: str, i: int) -> str:
+    """The part of a path that leads into the i-th graph of an attribute of a node, whose first output this is."""
+    return f"{output}.{attribute}.{i}"
 
 
 def _decide(graph: onnx.GraphProto, truths: dict[str | None, bool]) -> None:
@@ -108,7 +118,7 @@ def _decide(graph: onnx.GraphProto, truths: dict[str | None, bool]) -> None:
     one where it asks whether a shape is as long as another, and the two branches differ in rank."""
     if all(_branch(node, truths) is None for node in graph.node):
         return
-    names = Counter(name for one in _graphs(graph) for name in _made(one))
+    names = Counter(name for _, one in _graphs(graph) for name in _made(one))
     todo, nodes = list(reversed(graph.node)), []
     while todo:
         node = todo.pop()
@@ -142,7 +152,7 @@ def _made(graph: onnx.GraphProto) -> Iterator[str]:
 
 def _forget_negative(graph: onnx.GraphProto) -> None:
     """Sizes below zero mean nothing, or "unknown" to some exporters; ONNX's C++ ends the process at a Slice of one."""
-    for one in _graphs(graph):
+    for _, one in _graphs(graph):
         for info in (*one.input, *one.output, *one.value_info):
             for dim in info.type.tensor_type.shape.dim:
                 if dim.dim_value < 0:
