@@ -252,7 +252,8 @@ def test_what_others_may_not_read(lines: str, tmp_path: Path) -> None:
 def test_no_terminal_cuts_numbers(width: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
                                   ) -> None:  # fmt: skip
     monkeypatch.setenv("COLUMNS", width)
-    rows = [(f"0.{i}2345678", "7 x 128", "a rather long name of a file " * 2, "1.2345 MiB") for i in range(4)]
+    name = "a rather long name of a file " * 2
+    rows = [(f"0.{i}2345678", "7 x 128", "a" + "\x1b" * 14 if i else name, "1.2345 MiB") for i in range(4)]
     _print_rich([Table(("median ms", "shape", "name", "memory"), rows)])
     out = capsys.readouterr().out
     for row in rows:

@@ -185,3 +185,13 @@ def test_a_difference_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         normfuse.export(Block(), (torch.randn(2, 16),), tmp_path / "out.onnx", normfuse.Config(verify="model"),
                         kwargs={"scale": torch.rand(16)})  # fmt: skip
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("optimize", "norms"), [(True, 0), (False, 1)])
+def test_an_eps_that_the_exporter_drops_is_told_of(optimize: bool, norms: int, tmp_path: Path) -> None:
+    class Tiny(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * torch.rsqrt(1e-8 + x.pow(2).mean(-1, keepdim=True))
+
+    report = normfuse.export(Tiny(), (torch.randn(2, 8),), tmp_path / "o.onnx", optimize=optimize)
+    assert len(report.norms) == norms and any("optimize=False" in note for note in report.notes) is (not norms)

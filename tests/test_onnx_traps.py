@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir
 import pytest
 from onnx import numpy_helper
 
@@ -199,6 +200,9 @@ def test_initializers_that_are_inputs(ir: int, norms: int, target: str, tmp_path
     check(made, [{"x": numbers(2, 3, 32)}], tmp_path, norms, target)
     report = normfuse.inspect(made)
     assert len(report.norms) == norms and [made.ir_version, len(made.graph.input)] == [ir, 4]
+    inner = onnx_ir.from_proto(made)
+    normfuse.inspect(inner)
+    assert [inner.ir_version, len(inner.graph.inputs)] == [ir, 4]
     assert any("remove_initializer_from_input" in note for note in report.notes) == (not norms)
 
 
@@ -252,6 +256,16 @@ def test_a_name_in_two_branches(known: bool, tmp_path: Path) -> None:
                  zero=ZERO, eight=np.array([8]))  # fmt: skip
     made.opset_import.add(domain="com.microsoft", version=1)
     check(made, [{"x": numbers(3, 16), "c": np.array(c)} for c in (True, False)], tmp_path, 1)
+
+
+def test_a_name_in_two_branches_of_which_one_is_known(tmp_path: Path) -> None:
+    """By inference alone, which does not know the operator in the other."""
+    norm = "z = LpPool<kernel_shape=[1]>({0}) " + OLD.format("z", -1) + "{1} = Div(z, r) "
+    lines = f"""y = If (c) <then_branch = t1 () => (float[N,4,16] ya) {{ h = Neg(x) {norm.format("h", "ya")} }},
+        else_branch = t2 () => (float[N,4,16] yb) {{ h = com.microsoft.Gelu(x) {norm.format("h", "yb")} }}>"""
+    made = model("float[N,4,16] x, bool c", lines, "float[N,4,16] y", 13)
+    made.opset_import.add(domain="com.microsoft", version=1)
+    check(made, [{"x": numbers(3, 4, 16), "c": np.array(c)} for c in (True, False)], tmp_path, 1)
 
 
 @pytest.mark.parametrize("end", [2**31 - 1, 2**63 - 1])

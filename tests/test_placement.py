@@ -48,6 +48,14 @@ def inside_residual(g: Build, layers: int = 2) -> Value:
     return linear(g, norm(g, h))
 
 
+def begun_by_a_norm(g: Build, layers: int = 2) -> Value:
+    """CLIP's eyes: what a linear layer gives is normed, and begins the stream."""
+    h = norm(g, linear(g, g.x))
+    for _ in range(layers):
+        h = g.op("add", h, branch(g, norm(g, h)))
+    return linear(g, norm(g, h))
+
+
 def sandwich(g: Build, layers: int = 2) -> Value:
     """Gemma 2."""
     h = embedded(g)
@@ -61,6 +69,7 @@ def sandwich(g: Build, layers: int = 2) -> Value:
     (post_norm, ["embedding", "post_residual", "post_residual"],
      "RMSNorm, post-norm after the residual, embedding norm"),
     (inside_residual, ["post", "post", "final"], "RMSNorm, post-norm inside the residual"),
+    (begun_by_a_norm, ["embedding", "pre", "pre", "final"], "RMSNorm, pre-norm, embedding norm"),
     (sandwich, ["sandwich_pre", "sandwich_post"] * 2 + ["final"], "RMSNorm, sandwich"),
 ])  # fmt: skip
 def test_the_places_of_a_transformer(model: Callable[[Build], Value], expected: list[str], text: str) -> None:

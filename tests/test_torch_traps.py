@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -440,3 +441,108 @@ def test_a_norm_whose_reader_has_no_result() -> None:
     torch.testing.assert_close(found(x), want(x))
     torch.testing.assert_close(found.ema, want.ema)
     assert len(report.norms) == 1
+
+
+@pytest.mark.parametrize("like", [
+    lambda h, x: h.type_as(x), lambda h, x: h.to(x), lambda h, x: h.view_as(x), lambda h, x: h.expand_as(x),
+])  # fmt: skip
+@pytest.mark.parametrize("exported", [True, False])
+def test_an_operand_that_gives_a_type_or_shape(like: Callable[[Tensor, Tensor], Tensor], exported: bool) -> None:
+    """It is an input of the graph, and no part of the norm."""
+    class Like(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.l, self.w = nn.Linear(8, 8), nn.Parameter(torch.rand(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.w * rms(like(self.l(x).relu(), x))
+
+    module, x = Like(), torch.randn(3, 8)
+    if exported:
+        report = normfuse.optimize(torch.export.export(module, (x,)))[1]
+    else:
+        torch.testing.assert_close(compiled(module)(x), module(x))
+        report = normfuse.last_report() or report
+    assert [n.action for n in report.norms] == ["fused"]
+
+
+@pytest.mark.parametrize("move", [
+    lambda x: x.movedim(1, -1), lambda x: torch.moveaxis(x, (1,), (-1,)), lambda x: x.movedim((2, 1), (1, 2)),
+    lambda x: x.mH, lambda x: x.adjoint(),
+])  # fmt: skip
+def test_axes_that_are_moved(move: Callable[[Tensor], Tensor]) -> None:
+    def f(x: Tensor, r: Tensor) -> Tensor:
+        return x * torch.rsqrt(move(x).pow(2).mean(-1) + EPS).unsqueeze(1) + r
+
+    x, r = torch.randn(2, 8, 5), torch.randn(2, 8, 5)
+    torch.testing.assert_close(compiled(f)(x, r), f(x, r))
+    report = normfuse.last_report()
+    assert report is not None and [n.axes for n in report.norms] == [[-2]]
+
+
+def test_a_tensor_that_is_sorted_is_not_written() -> None:
+    """TorchScript has a `sort` of lists, in place."""
+    def f(x: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+        h = x + r
+        y = rms(h)
+        return y, torch.sort(h)[0] + h.sort()[0]
+
+    x, r = torch.randn(2, 8), torch.randn(2, 8)
+    torch.testing.assert_close(compiled(f)(x, r), f(x, r))
+    report = normfuse.last_report()
+    assert report is not None and len(report.norms) == 1
+
+
+@pytest.mark.parametrize(("hook", "norms"), [
+    (lambda m: m.register_full_backward_hook(lambda *_: None), 1), (lambda m: nn.utils.spectral_norm(m).eval(), 1),
+    (lambda m: m.register_forward_pre_hook(lambda m, given: (given[0].add_(1),)), 0),
+])  # fmt: skip
+def test_hooks_beside_a_norm(hook: Callable[[nn.Module], Any], norms: int) -> None:
+    """Those of torch's utilities write the module's own weight, others may write what goes in."""
+    class Beside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.l, self.o = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = x * 2
+            v = h.pow(2).mean(-1, keepdim=True)
+            beside = self.l(h)
+            found: Tensor = beside + self.o(rms(h, v))
+            return found
+
+    torch.manual_seed(0)
+    module, x = Beside().eval(), torch.randn(4, 8)
+    hook(module.l)
+    with torch.no_grad():
+        graph = traced(module, x)
+        result, report = normfuse.optimize(graph, normfuse.Config(verify="off"))
+        torch.testing.assert_close(result(x), module(x))
+    assert len(report.norms) == norms
+
+
+def test_hooks_of_what_is_no_norm_are_no_refusal() -> None:
+    module, x = nn.Sequential(nn.Conv1d(4, 8, 1), nn.GroupNorm(4, 8)), torch.randn(2, 4, 6)
+    module[1].register_forward_hook(lambda *_: None)
+    assert not normfuse.inspect(traced(module, x)).refusals
+
+
+def test_reading_a_graph_of_many_modules_that_write_takes_linear_time() -> None:
+    def seconds(n: int) -> float:
+        class Many(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.b = nn.ModuleList(nn.BatchNorm1d(8) for _ in range(n))
+
+            def forward(self, x: Tensor) -> Tensor:
+                for b in self.b:
+                    x = b(x) * b.weight
+                return x
+
+        graph = traced(Many(), torch.randn(4, 8))
+        began = time.process_time()
+        normfuse.inspect(graph)
+        return time.process_time() - began
+
+    seconds(10)
+    assert seconds(400) < 20 * seconds(50) + 0.5

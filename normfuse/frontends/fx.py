@@ -190,7 +190,9 @@ class Lowering:
 
     def _row(self, node: fx.Node) -> Any:
         if node.op == "call_module":
-            return MODULES.get(type(self.module.get_submodule(str(node.target))))
+            module = self.module.get_submodule(str(node.target))
+            whole = not fx_effects.hooked(module) or not isinstance(module, (*NORMS, torch.nn.Identity, torch.nn.ReLU))
+            return MODULES.get(type(module)) if whole else None
         return OPS.get(fx_effects.name_of(node) or "")
 
     def _scalar(self, node: fx.Node, meta: Any) -> None:
