@@ -100,7 +100,7 @@ class Placer:
         if site.attends is not None:
             return "qk"
         if adds and len(adds) >= len([n for n in uses if n.kind not in THROUGH]) and not reads_stream:
-            if self._branch(x) and any(self.base(v).index < y.index for node in adds for v in node.inputs):
+            if self._branch(x) and not all(_made_of(v, y) for node in adds for v in node.inputs):
                 return "post"  # else it begins the stream that it is added to
         if adds:
             if not self._after_norm(x) and not self._first_sum(x):
@@ -173,6 +173,19 @@ class Placer:
         if x.producer is not None and x.producer.kind == "mul":
             products.append(x.producer)
         return any(_activated(v) for node in products for v in node.inputs)
+
+
+def _made_of(value: Value, y: Value) -> bool:
+    """Whether a value is y, or computed from it; so, too, where that takes too long to tell."""
+    todo, seen = [value], set[Value]()
+    while todo and len(seen) < LONG_WALK:
+        v = todo.pop()
+        if v is y:
+            return True
+        if v.index > y.index and v.producer is not None and v not in seen:
+            seen.add(v)
+            todo += v.producer.inputs
+    return bool(todo)
 
 
 def per_head(site: Site) -> bool:
