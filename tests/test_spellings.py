@@ -62,7 +62,7 @@ def test_opsets_that_are_too_old_are_refused(tmp_path: Path) -> None:
 
 
 def test_weights_that_are_inputs_as_the_oldest_files_have_them(tmp_path: Path) -> None:
-    """Before version 4 of the format each initializer was an input as well; from then on that may be given."""
+    """Before version 4 of the format each initializer was an input as well, which nobody could give: so it stays."""
     source, target = tmp_path / "source.onnx", tmp_path / "target.onnx"
     model = onnx.load(exported("torchscript", 9, SINGLE, "ln_functional"))
     model.graph.input.extend(onnx.helper.make_tensor_value_info(t.name, t.data_type, list(t.dims))
@@ -71,13 +71,8 @@ def test_weights_that_are_inputs_as_the_oldest_files_have_them(tmp_path: Path) -
     onnx.save(model, source)
     assert normfuse.rewrite(source, target, normfuse.Config(verify="model")).fused == 1
     compare_runs(SPELLINGS["ln_functional"], SINGLE, source, target)
-    weight = np.full(64, 2.0, np.float32)
-    x = np.random.default_rng(0).standard_normal((2, 3, 64)).astype(np.float32)
-    made = session(target)
-    plain, doubled = (made.run(None, {"x": x, **more})[0] for more in ({"bias": 0 * weight},
-                                                                       {"weight": weight, "bias": 0 * weight}))
-    scale = onnx.numpy_helper.to_array(next(t for t in model.graph.initializer if t.name == "weight"))
-    np.testing.assert_allclose(doubled * scale, plain * 2, rtol=1e-5, atol=1e-5)
+    for made in map(session, (source, target)):
+        assert [given.name for given in made.get_inputs()] == ["x"] and not made.get_overridable_initializers()
 
 
 @pytest.mark.parametrize(("exporter", "opset", "name"), [
