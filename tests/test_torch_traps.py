@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import time
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -546,3 +548,13 @@ def test_reading_a_graph_of_many_modules_that_write_takes_linear_time() -> None:
 
     seconds(10)
     assert seconds(400) < 20 * seconds(50) + 0.5
+
+
+def test_a_graph_that_was_read_can_go() -> None:
+    graph = traced(Averaged(), torch.randn(4, 8))
+    normfuse.inspect(graph)
+    normfuse.optimize(graph)
+    left = weakref.ref(graph.graph)
+    del graph
+    gc.collect()
+    assert left() is None

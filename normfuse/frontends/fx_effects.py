@@ -10,7 +10,6 @@ import operator
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import fx
@@ -45,7 +44,6 @@ _STATISTICS = dict.fromkeys(
     batch_norm_gather_stats batch_norm_gather_stats_with_counts""".split(), 3
 ) | {"batch_norm_update_stats": 1}  # fmt: skip
 """Operators that write running statistics of which their schemas say nothing, and where the mean of these stands."""
-_KNOWN: WeakKeyDictionary[fx.Graph, tuple[int, dict[int | None, list[fx.Node]]]] = WeakKeyDictionary()
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -217,14 +215,16 @@ def _state(node: fx.Node, module: torch.nn.Module) -> list[fx.Node]:
 
 
 def _attributes(graph: fx.Graph) -> dict[int | None, list[fx.Node]]:
-    """The nodes that give what a module holds, by its memory; made once for a graph of this many nodes."""
-    size, found = _KNOWN.get(graph, (0, {}))
+    """The nodes that give what a module holds, by its memory; made once for a graph of this many nodes, and kept on it,
+    so that it goes when the graph goes."""
+    found: dict[int | None, list[fx.Node]]
+    size, found = vars(graph).get("_normfuse_attributes", (0, {}))
     if size != len(graph.nodes):
         found = {}
         for n in graph.nodes:
             if n.op == "get_attr":
                 found.setdefault(_storage(n), []).append(n)
-        _KNOWN[graph] = len(graph.nodes), found
+        vars(graph)["_normfuse_attributes"] = len(graph.nodes), found
     return found
 
 
