@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from normfuse.facts import MEAN, ONE, ZERO, Fact, Poly, Refused, RootKey
+from normfuse.facts import MEAN, ONE, ZERO, Atom, Fact, Poly, Refused, RootKey
 from normfuse.graph import PRECISION, Graph, Value
 from normfuse.norm import NEAR, VIEWS, Expr, Match, Norm, Site, exact, is_op, match, precision
 from normfuse.transfer import identity_layout
@@ -79,15 +79,28 @@ class Chooser:
         """Which values are more than a step towards a norm that all their readers come to."""
         final: dict[int, bool] = {}
         steps: dict[int, set[RootKey]] = {}  # the groups in which a value is a norm, or all its readers come to one
+        ends: dict[int, set[int]] = {}  # the norms that they come to
         for value in reversed(values):
-            own = groups.get(value.index, set())
-            ahead = [steps.get(node.outputs[0].index, set()) if node.outputs else set() for node in value.uses]
-            leads = own.intersection(*ahead) if ahead and not value.kept and value.index not in read else set()
-            final[value.index] = not leads
+            own, found = groups.get(value.index, set()), matches.get(value.index, [])
+            ahead = [node.outputs[0].index if node.outputs else -1 for node in value.uses]
+            alone = value.kept or value.index in read or not ahead
+            leads = set() if alone else own.intersection(*(steps.get(i, set()) for i in ahead))
             # a copy is not another norm: what reads the one reads the other
-            steps[value.index] = leads | {f.root.key() for f, _ in matches.get(value.index, ())
-                                          if not self._idle(value, f)}  # fmt: skip
+            norms = {f.root.key() for f, _ in found if not self._idle(value, f)}
+            ends[value.index] = set().union(*(ends.get(i, set()) for i in ahead)) if leads else {value.index}
+            if norms and len(ends[value.index]) > 1 and self._shared(value, matches, ends[value.index]):
+                leads, ends[value.index] = set(), {value.index}
+            final[value.index] = not leads
+            steps[value.index] = leads | norms
         return final
+
+    def _shared(self, value: Value, matches: dict[int, list[tuple[Fact, Match]]], ends: set[int]) -> bool:
+        """Whether a norm is read by several, and each for itself would cost more: it is one operator already, or
+        plain numbers are all that the norms it leads to have besides."""
+        (fact, own), *_ = matches[value.index]
+        more = [m for i in ends for _, m in matches.get(i, ())]
+        plain = all(_parameters(m) <= _parameters(own) for m in more)
+        return plain or is_op(value, self._norm(value, fact, own, "", ""))
 
     def _best(self, found: list[tuple[Fact, Match]]) -> tuple[Fact, Match]:
         """Of several readings of one value: the oldest root, unless a later one is more than a cast away."""
@@ -172,6 +185,10 @@ def _label(value: Value) -> str:
         value = value.producer.inputs[0]
     assert value.producer is not None
     return value.producer.name or value.name
+
+
+def _parameters(found: Match) -> set[Atom]:
+    return {atom for poly in (found.weight, found.bias) for key in poly for atom, _ in key}
 
 
 def _bits(dtype: str | None) -> int:

@@ -43,6 +43,45 @@ def test_a_step_that_is_read_through_a_copy_stands_for_itself(copy: Callable[[Bu
     assert [site.value for site in g.found(y).sites] == [n]
 
 
+@pytest.mark.parametrize("steps", [
+    (lambda g, n: g.op("mul", n, g.c(0.5)), lambda g, n: g.op("mul", n, g.c(2.0))),
+    (lambda g, n: g.op("mul", n, g.c(0.5)), lambda g, n: g.op("mul", n, g.c(0.5))),
+    (lambda g, n: g.op("mul", n, g.c(0.5)), lambda g, n: g.op("neg", n)),
+    (lambda g, n: g.op("identity", n), lambda g, n: g.op("mul", g.op("identity", n), g.c(0.5))),
+    (lambda g, n: g.op("mul", n, g.c(0.5)), lambda g, n: g.op("add", n, g.c(1.0)), lambda g, n: g.op("neg", n)),
+    (lambda g, n: g.op("mul", n, g.w), lambda g, n: g.op("neg", n)),
+])  # fmt: skip
+@pytest.mark.parametrize("norm", [rms, ln])
+def test_a_norm_that_is_read_times_several_numbers_is_one(norm: Callable[[Build, Value], Value],
+                                                          steps: tuple[Spell, ...]) -> None:  # fmt: skip
+    g = Build()
+    n = g.op("mul", norm(g, g.x), g.w)
+    for end in [step(g, n) for step in steps]:  # type: ignore[call-arg]
+        end.kept = True
+    found = recognise(g.graph)
+    assert [site.value for site in found.sites] == [n]
+    assert compare(found, g.graph) == 1
+
+
+def test_a_norm_without_a_weight_is_as_many_norms_as_it_is_given_weights() -> None:
+    """One operator that is a norm already stays what it is, though."""
+    for whole in (False, True):
+        g = Build()
+        n = g.op("rms_norm", g.x, axes=(2,), eps=1e-5) if whole else rms(g, g.x)
+        y, z = g.op("mul", n, g.w), g.op("mul", n, g.b)
+        y.kept = z.kept = True
+        assert [site.value for site in recognise(g.graph).sites] == ([n] if whole else [y, z])
+
+
+def test_a_norm_that_numbers_lead_to_one_norm_is_a_step() -> None:
+    """w*n/2 + n: both readers of n come to the same."""
+    g = Build()
+    n = rms(g, g.x)
+    y = g.op("add", g.op("mul", g.op("mul", n, g.c(0.5)), g.w), n)
+    found = g.found(y)
+    assert names(found) == [y.name] and compare(found, g.graph) == 1
+
+
 def test_a_step_that_another_norm_reads_stands_for_itself() -> None:
     """w*n + b where n is read by a norm of its own: the step has two uses, both come to norms of x and of n."""
     g = Build()
