@@ -82,8 +82,8 @@ class Chooser:
         ends: dict[int, set[int]] = {}  # the norms that they come to
         for value in reversed(values):
             own, found = groups.get(value.index, set()), matches.get(value.index, [])
-            ahead = [node.outputs[0].index if node.outputs else -1 for node in value.uses]
-            alone = value.kept or value.index in read or not ahead
+            ahead = [node.outputs[0].index for node in value.uses if node.outputs]
+            alone = value.kept or value.index in read or not ahead or len(ahead) < len(value.uses)
             leads = set() if alone else own.intersection(*(steps.get(i, set()) for i in ahead))
             # a copy is not another norm: what reads the one reads the other
             norms = {f.root.key() for f, _ in found if not self._idle(value, f)}

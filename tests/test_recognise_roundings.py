@@ -42,9 +42,15 @@ def test_a_factor_that_would_be_rounded_stays_outside() -> None:
 
 
 def test_a_part_that_two_norms_have_in_common_is_one_site() -> None:
-    """Each is a norm up to a factor that would be rounded."""
-    _g, (c, *_), found = half(lambda g, n: (c := g.op("cast", n, dtype="float16"), g.op("mul", c, g.c(3.0, "float16")),
-                                           g.op("mul", c, g.c(5.0, "float16"))))  # fmt: skip
+    """Each is a norm with a weight of its own, up to a factor that would be rounded."""
+
+    def spell(g: Build, n: Value) -> list[Value]:
+        c = g.op("cast", n, dtype="float16")
+        for weight, factor in ((g.w, 3.0), (g.b, 5.0)):
+            g.op("mul", g.op("mul", c, g.c(factor, "float16")), weight).kept = True
+        return [c]
+
+    _g, (c,), found = half(spell)
     assert described(found) == [(c.name, "float32", "last", "float16")]
 
 

@@ -65,12 +65,22 @@ def test_a_norm_that_is_read_times_several_numbers_is_one(norm: Callable[[Build,
 
 def test_a_norm_without_a_weight_is_as_many_norms_as_it_is_given_weights() -> None:
     """One operator that is a norm already stays what it is, though."""
-    for whole in (False, True):
+    for whole, last in ((False, "mul"), (True, "mul"), (False, "neg"), (True, "neg")):
         g = Build()
         n = g.op("rms_norm", g.x, axes=(2,), eps=1e-5) if whole else rms(g, g.x)
-        y, z = g.op("mul", n, g.w), g.op("mul", n, g.b)
+        y = g.op("mul", n, g.w)
+        z = g.op("neg", n) if last == "neg" else g.op("mul", n, g.b)
         y.kept = z.kept = True
         assert [site.value for site in recognise(g.graph).sites] == ([n] if whole else [y, z])
+
+
+def test_a_transposed_norm_that_is_read_times_several_numbers_is_the_norms_it_comes_back_as() -> None:
+    g = Build()
+    scale = g.op("transpose", rstd(g, g.x), shape=("S", "B", 1), perm=(1, 0, 2))
+    n = g.op("mul", g.op("transpose", g.x, shape=("S", "B", 64), perm=(1, 0, 2)), scale)
+    back = [g.op("transpose", g.op("mul", n, g.c(c)), shape=("B", "S", 64), perm=(1, 0, 2)) for c in (0.5, 3.0)]
+    found = g.found(*back)
+    assert len(found.sites) == 2 and compare(found, g.graph) == 2
 
 
 def test_a_norm_that_numbers_lead_to_one_norm_is_a_step() -> None:
