@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from normfuse.config import Config, config_of, demand_use
 from normfuse.convert import Record, tell
-from normfuse.errors import InputError, UnsafeModelError, UnsupportedError
+from normfuse.errors import InputError, UnsafeModelError, UnsupportedError, path_of
 from normfuse.process import tidy
 from normfuse.records import build_report
 from normfuse.report import Report
@@ -83,7 +83,8 @@ def rewrite(src_path: str | Path, dst_path: str | Path, config: Config | None = 
     if external_data not in ("copy", "reference"):
         raise InputError(f"external_data={external_data!r} is not known; choose 'copy' or 'reference'")
     refer = external_data == "reference"
-    source, target = Path(src_path), Path(dst_path)
+    source = path_of(src_path, "the input", "; normfuse.optimize takes models in memory")
+    target = path_of(dst_path, "the output")
     if _is_pt2(source):
         from normfuse.frontends import pt2_rewrite
 
@@ -123,7 +124,10 @@ def rewrite(src_path: str | Path, dst_path: str | Path, config: Config | None = 
                 progress("saving", 0.9)
             copied = None if progress is None else partial(_copied, progress)
             if changed:
-                files.write_onnx(model, target, keep, refer, copied, check, source)
+                left = files.write_onnx(model, target, keep, refer, copied, check, source)
+                if target.samefile(source):
+                    report.notes += [f"the weights are copied under a name made from their content; {old} is not read "
+                                     "by the model any more" for old in left]  # fmt: skip
             elif not (target.exists() and target.samefile(made.path)):
                 files.copy_onnx(model, made.path, target, refer, copied)
     done = time.perf_counter()

@@ -58,6 +58,12 @@ class How:
     inputs: str | None = None
     library: bool = True
 
+    def __post_init__(self) -> None:
+        if self.rounds is not None and self.rounds < 3:
+            raise InputError(f"rounds={self.rounds}: it takes 3 rounds to tell a median from chance")
+        if not 0 <= self.threads < 2**31:
+            raise InputError(f"threads={self.threads}: give 1 or more, or 0 for what ONNX Runtime takes")
+
 
 def bench(paths: Sequence[str], how: How, progress: Callable[[str, float], None] | None = None) -> dict[str, Any]:
     """Measure one model, or two against each other, on each provider that this machine has.
@@ -72,6 +78,8 @@ def bench(paths: Sequence[str], how: How, progress: Callable[[str, float], None]
     from normfuse.io.files import read_onnx
 
     runtime = _runtime()
+    if isinstance(paths, str) or not 1 <= len(paths) <= 2:
+        raise InputError("give a list of one model, or of two to measure against each other")
     for path in paths:
         check(path)
         read_onnx(path)

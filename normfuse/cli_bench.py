@@ -19,13 +19,9 @@ HEADERS = ("", "model", "provider", "median ms", "half of the rounds", "least", 
 def bench_models(args: argparse.Namespace) -> Outcome:
     """Measure, and write the report if asked. Raises `InputError` for options that mean nothing."""
     paths = [path for path in (args.a, args.b) if path is not None]
-    if args.rounds is not None and args.rounds < 3:
-        raise InputError(f"--rounds {args.rounds}: it takes 3 rounds to tell a median from chance")
-    if not 0 <= args.threads < 2**31:
-        raise InputError(f"--threads {args.threads}: give 1 or more, or 0 for what ONNX Runtime takes")
+    how = How(args.threads, args.rounds, sizes(args.size), args.inputs, not args.no_library)
     if args.report:
         page.check(Path(args.report), [Path(path) for path in paths], args.overwrite)
-    how = How(args.threads, args.rounds, sizes(args.size), args.inputs, not args.no_library)
     found = measure(paths, how, args.quiet)
     blocks = bench_blocks(found, args.quiet)
     if args.report:

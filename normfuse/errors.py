@@ -1,5 +1,9 @@
 """Errors for people: what is wrong, where, and what to do about it."""
 
+import os
+from pathlib import Path
+from typing import Any
+
 
 class NormFuseError(Exception):
     """Base of every error NormFuse raises on purpose; the message is one line meant for a person."""
@@ -19,6 +23,13 @@ class UnsupportedError(NormFuseError):
 
 class VerificationError(NormFuseError):
     """Two models, or a region and its replacement, do not compute the same."""
+
+
+def path_of(given: Any, what: str, instead: str = "") -> Path:
+    """A path that was given as `what`; `InputError` for what is none, with what to do `instead`."""
+    if isinstance(given, (str, os.PathLike)) and isinstance(os.fspath(given), str):
+        return Path(given)
+    raise InputError(f"{what} is a {type(given).__name__} and not the path of a file{instead}")
 
 
 def first_line(why: BaseException) -> str:

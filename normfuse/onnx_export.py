@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from normfuse.config import Config, config_of, demand_use
-from normfuse.errors import InputError, UnsupportedError
+from normfuse.errors import InputError, UnsupportedError, path_of
 from normfuse.process import tidy
 from normfuse.report import Report
 
@@ -63,7 +63,7 @@ def export(module: Any, args: tuple[Any, ...] | None, path: str | Path, config: 
     from normfuse.api import _kind, _rewrite_ir, _untouched
     from normfuse.io import files
 
-    config, target, started = config_of(config), Path(path), time.perf_counter()
+    config, target, started = config_of(config), path_of(path, "the output"), time.perf_counter()
     demand_use(config, calibration)
     for name, why in OURS.items():
         if options.pop(name, USUAL.get(name)) is not USUAL.get(name):

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from normfuse.errors import path_of
+
 if TYPE_CHECKING:
     from normfuse.calibrate import Approximation
     from normfuse.card import Card
@@ -193,6 +195,6 @@ class Report:
         """
         from normfuse.html.page import check, write
 
-        models = [Path(p) for p in (self.source, self.target) if p]
-        check(Path(path), models, overwrite)
-        write(self.to_html(), Path(path), models, overwrite)
+        page, models = path_of(path, "the page"), [Path(p) for p in (self.source, self.target) if p]
+        check(page, models, overwrite)
+        write(self.to_html(), page, models, overwrite)

@@ -20,8 +20,10 @@ import torch
 from onnx import numpy_helper
 
 import normfuse
+from normfuse import bench
 from normfuse.calibrate import load
-from normfuse.cli import _ending, main
+from normfuse.cli import main
+from normfuse.cli_process import ending
 from normfuse.cli_print import Table, _print_rich
 from normfuse.errors import InputError
 from normfuse.verify import compare_outputs
@@ -101,6 +103,11 @@ def test_damaged_inputs(tmp_path: Path) -> None:
     (("bench", "in.onnx", "--threads", str(2**31)), "--threads 2147483648: give 1 or more"),
     (("verify", "in.onnx", "in.onnx", "--seed", "-1"), "--seed -1: give a number from 0"),
     (("verify", "in.onnx", "gone.pt2"), "gone.pt2"),
+    (("rewrite", "in.onnx", "o.onnx", "--tolerance", "0"), "--tolerance 0.0 is not a positive number"),
+    (("rewrite", "in.onnx", "o.onnx", "--first", "no,a b"), "--first 'no,a b': 'a b' is not known"),
+    (("rewrite", "in.onnx", "o.onnx", "--norms", ""), "--norms '' is not a pattern"),
+    (("rewrite", "in.onnx", "o.onnx", "--verify", "model", "--layernorm-to-rmsnorm", "approximate"),
+     "--verify model asks for equal outputs, which --layernorm-to-rmsnorm approximate does not give"),
 ])  # fmt: skip
 def test_values_that_cannot_be(args: tuple[str, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
                                monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
@@ -186,6 +193,35 @@ def test_options_of_another_type(given: dict[str, Any], said: str) -> None:
         normfuse.Config(**given)
 
 
+NOTHING: Any = None
+
+
+@pytest.mark.parametrize(("call", "said"), [
+    (lambda p: normfuse.rewrite(onnx.load(p), p), "the input is a ModelProto and not the path of a file; normfuse.opt"),
+    (lambda p: normfuse.rewrite(p, NOTHING), "the output is a NoneType and not the path of a file"),
+    (lambda p: normfuse.export(torch.nn.LayerNorm(8), (torch.ones(8),), NOTHING), "the output is a NoneType and not"),
+    (lambda p: normfuse.inspect(p).save_html(NOTHING), "the page is a NoneType and not the path of a file"),
+    (lambda p: normfuse.inspect(os.fsencode(p)), "a bytes is not a model that NormFuse reads"),
+    (lambda p: normfuse.inspect(onnx.ModelProto()), "the ModelProto: not an ONNX model .no graph in it."),
+    (lambda p: bench.bench([], bench.How()), "give a list of one model, or of two"),
+    (lambda p: bench.bench(str(p), bench.How()), "give a list of one model, or of two"),
+    (lambda p: bench.How(rounds=0), "rounds=0: it takes 3 rounds"),
+    (lambda p: bench.How(threads=-1), "threads=-1: give 1 or more"),
+])  # fmt: skip
+def test_arguments_of_another_kind(call: Any, said: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"^{said}"):
+        call(saved(tmp_path / "in.onnx"))
+
+
+def test_weights_under_an_old_name_are_named(tmp_path: Path) -> None:
+    source = saved(tmp_path / "in.onnx")
+    onnx.save(onnx.load(source), source, save_as_external_data=True, location="in.data", size_threshold=0)
+    assert not normfuse.rewrite(source, tmp_path / "other.onnx").notes
+    (left,) = normfuse.rewrite(source, source, in_place=True).notes
+    assert left.endswith(f"{tmp_path / 'in.data'} is not read by the model any more")
+    assert not normfuse.rewrite(source, source, in_place=True).notes  # with nothing to do
+
+
 # -- what was ignored, cut off or left behind -------------------------------------------------------------------------
 
 
@@ -232,7 +268,7 @@ def test_a_signal_that_is_to_be_ignored(tmp_path: Path) -> None:
     """As nohup says of SIGHUP."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with _ending():
+        with ending():
             os.kill(os.getpid(), signal.SIGHUP)
     finally:
         signal.signal(signal.SIGHUP, before)

@@ -74,8 +74,6 @@ def read_proto(source: Path) -> onnx.ModelProto:
         proto = onnx.load_model_from_string(data)
     except Exception:
         raise InputError(f"{source}: not an ONNX model (the file does not parse; is it complete?)") from None
-    if not proto.HasField("graph") or not (proto.graph.node or proto.graph.output or proto.graph.input):
-        raise InputError(f"{source}: not an ONNX model (no graph in it)")
     return proto
 
 
@@ -84,6 +82,8 @@ def from_proto(proto: onnx.ModelProto, source: Path) -> tuple[ir.Model, list[Ext
 
     Raises `InputError` with what is wrong with it.
     """
+    if not proto.HasField("graph") or not (proto.graph.node or proto.graph.output or proto.graph.input):
+        raise InputError(f"{source}: not an ONNX model (no graph in it)")
     check_message(proto, str(source))
     try:
         model = ir.serde.deserialize_model(proto)
@@ -178,8 +178,10 @@ def _bytes(source: Path) -> bytes:
 
 def write_onnx(model: ir.Model, target: Path, source: Source | None = None, reference: bool = False,
                progress: Copied | None = None, check: Callable[[Path], object] | None = None,
-               like: Path | None = None) -> None:  # fmt: skip
-    """Save a model whole or not at all. External data is copied next to it under a name made from its content.
+               like: Path | None = None) -> list[Path]:  # fmt: skip
+    """Save a model whole or not at all; give back the files of weights of which it has copies now.
+
+    External data is copied next to it under a name made from its content.
 
     With the `source` it was read from, what was not edited is written as it was read; this needs edits in the main
     graph only. With `reference`, external data stays where it is, which has to be in the folder of `target` or below;
@@ -210,6 +212,7 @@ def write_onnx(model: ir.Model, target: Path, source: Source | None = None, refe
             for tensor, location in old:
                 tensor._location = location
         write_bytes(_serialised(proto, target), target, check, like)
+    return [file.path for file, name in moved.items() if not reference and not file.path.samefile(target.parent / name)]
 
 
 def external_tensors(model: ir.Model) -> Iterator[External]:
