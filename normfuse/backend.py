@@ -78,7 +78,7 @@ def rewrite(graph: fx.GraphModule, config: Config, inner: str = "inductor", trai
 
     if config.converts:
         _demand_constants(graph, config)
-    changed, report = fx_model.run(graph, config, rewrite=True, leave=leave)
+    changed, report = fx_model.run(graph, config, rewrite=True, leave=leave, eager=inner == "eager")
     if inner == "inductor" and before_autograd:
         report.notes += _taken_apart(changed.graph)
     _last[:] = [report]

@@ -338,3 +338,12 @@ def test_a_constant_that_is_added_to_x_and_the_weight(weight: str, tmp_path: Pat
                  + f"n = Div(d, r) y = Mul(n, {weight})", "float[A] y", w=numbers(4), v=numbers(4))  # fmt: skip
     check(made, [{"x": numbers(4)}], tmp_path, 1)
     assert normfuse.inspect(tmp_path / "in.onnx").norms[0].kind == "layer_norm"
+
+
+@pytest.mark.parametrize("rows", [2, 5])
+def test_zeros_of_as_many_rows(rows: int, tmp_path: Path) -> None:
+    """The check cuts rows down only where no constant has them."""
+    zeros = "zero = Constant<value: tensor = float {0.0}> () zs = Expand(zero, to) z = Mul(x, two) h = Add(zs, z) "
+    made = model(f"float[{rows},16] x", zeros + ROOT.format("h") + "y = Div(h, r)", to=np.array([rows, 16]),
+                 two=np.array(2, np.float32))  # fmt: skip
+    check(made, [{"x": numbers(rows, 16)}], tmp_path, 1)

@@ -27,9 +27,15 @@ def rms(h: Tensor, v: Tensor | None = None) -> Tensor:
     return h * torch.rsqrt((h.pow(2).mean(-1, keepdim=True) if v is None else v) + EPS)
 
 
-def compiled(f: Any) -> Any:
+def compiled(f: Any, inner: str = "aot_eager") -> Any:
     torch._dynamo.reset()
-    return torch.compile(f, backend="normfuse", options={"inner": "aot_eager"})
+    return torch.compile(f, backend="normfuse", options={"inner": inner})
+
+
+def last() -> normfuse.Report:
+    report = normfuse.last_report()
+    assert report is not None
+    return report
 
 
 # -- writes -----------------------------------------------------------------------------------------------------------
@@ -396,6 +402,113 @@ def test_call_signatures_that_were_to_be_preserved() -> None:
         warnings.simplefilter("ignore", UserWarning)  # torch's own, of the original program as well
         torch.testing.assert_close(torch.export.unflatten(result)(x), module(x))
     assert not normfuse.optimize(torch.export.export(module, (x,)))[1].notes
+
+
+class Chain(nn.Module):
+    """The sum of one block is normalised in the next."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.f = nn.RMSNorm(8, eps=1e-6), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.f(self.norm(x))
+        return out
+
+
+@pytest.mark.parametrize("kept", [(), ("0", "1")])
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_a_sum_of_one_module_that_the_next_normalises(kept: tuple[str, ...], decomposed: bool) -> None:
+    torch.manual_seed(0)
+    module, x = nn.Sequential(Chain(), Chain(), nn.RMSNorm(8)).eval().requires_grad_(False), torch.randn(4, 8)
+    program = torch.export.export(module, (x,), preserve_module_call_signature=kept)
+    result, report = normfuse.optimize(program.run_decompositions() if decomposed else program)
+    assert sum("normfuse.add_rms_norm" in n.emitted for n in report.norms) == 2
+    assert [note.split(",")[0] for note in report.notes] == ["not preserved: the call signatures of 0"] * bool(kept)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, of the original program as well
+        torch.testing.assert_close(torch.export.unflatten(result)(x), module(x))
+
+
+@pytest.mark.parametrize("view", [False, True])
+@pytest.mark.parametrize("f", [
+    lambda s, x, w: F.rms_norm(s, (8,), w), lambda s, x, w: F.layer_norm(s, (8,), w),
+])  # fmt: skip
+def test_a_gradient_at_a_sum_that_a_graph_gives(f: Any, view: bool) -> None:
+    def g(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        s = x + r
+        return f(s, x, w), s.view(4, 8) if view else s
+
+    given = [torch.randn(4, 8, requires_grad=True) for _ in range(2)] + [torch.rand(8)]
+
+    def gradient(h: Any) -> Tensor:
+        y, s = h(*given)
+        return torch.autograd.grad(y.sin().sum() + s.pow(2).sum(), s if not view else given[0])[0]
+
+    torch.testing.assert_close(gradient(compiled(g, "eager")), gradient(g))
+    assert not any("add_" in n.emitted for n in last().norms)
+    with torch.no_grad():  # as inference has it
+        torch.testing.assert_close(compiled(g, "eager")(*given), g(*given))
+    assert [n.emitted for n in last().norms if "add_" in n.emitted]
+
+
+def test_a_prefix_whose_length_is_data() -> None:
+    class Prefix(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.RMSNorm(16, eps=1e-6)
+
+        def forward(self, x: Tensor, n: Tensor) -> Tensor:
+            k = n.item()
+            torch._check(k >= 1)  # type: ignore[no-untyped-call]
+            torch._check(k <= x.shape[1])  # type: ignore[no-untyped-call]
+            t = x[:, :k]
+            out: Tensor = self.norm(t + t.sin())
+            return out
+
+    module, given = Prefix().eval().requires_grad_(False), (torch.randn(2, 6, 16), torch.tensor(3))
+    result, report = normfuse.optimize(torch.export.export(module, given))
+    assert [n.emitted for n in report.norms] == ["normfuse.add_rms_norm"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        torch.testing.assert_close(result.run_decompositions().module()(*given), module(*given))
+
+
+@pytest.mark.parametrize("ones", [
+    lambda: torch.ones(8, 1) / 8, lambda: torch.full((8, 1), 1 / 8), lambda: (torch.ones(8) / 8).unsqueeze(1)])
+def test_a_mean_that_is_a_product_with_what_names_no_type(ones: Callable[[], Tensor]) -> None:
+    def f(x: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+        s = x + r
+        return s * torch.rsqrt((s * s) @ ones() + 1e-6), s
+
+    x, r = torch.randn(4, 8), torch.randn(4, 8)
+    torch.testing.assert_close(compiled(f)(x, r), f(x, r))
+    assert [n.emitted for n in last().norms] == ["normfuse.add_rms_norm"]
+
+
+@pytest.mark.parametrize("layer", [False, True])
+@pytest.mark.parametrize("start", [
+    torch.zeros_like, lambda x: x.new_zeros(x.shape), lambda x: torch.full_like(x, 0.0),
+    lambda x: torch.ones_like(x) - torch.ones_like(x)])  # fmt: skip
+def test_a_stream_that_begins_with_zeros(start: Callable[[Tensor], Tensor], layer: bool) -> None:
+    """DETR's decoder."""
+    class Stream(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f, self.w = nn.Linear(8, 8), nn.Parameter(torch.rand(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = start(x) + self.f(x)
+            r = torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + start(x[..., :1]) + 1e-6)
+            out: Tensor = F.layer_norm(h, (8,), self.w) if layer else h * r * self.w
+            return out
+
+    torch.manual_seed(0)
+    module, x = Stream().eval().requires_grad_(False), torch.randn(2, 7, 8)
+    result, report = normfuse.optimize(torch.export.export(module, (x,)))
+    assert [n.action for n in report.norms] == ["fused"] and not report.refusals
+    torch.testing.assert_close(result.module()(x), module(x))
+    torch.testing.assert_close(compiled(module)(x), module(x))
 
 
 @pytest.mark.parametrize(("groups", "found"), [(1, 1), (2, 0)])

@@ -26,9 +26,9 @@ from normfuse.plan import Edit, Fused
 from normfuse.verify import Array, Check, compare, representable
 
 MAX_REGION = 400
-_SHAPED = frozenset(
-    """reshape view _unsafe_view expand broadcast_to unflatten full ones zeros new_full new_ones new_zeros bmm
-    expand_as view_as reshape_as""".split()
+_FILLED = frozenset("full_like ones_like zeros_like new_full new_ones new_zeros".split())
+_SHAPED = _FILLED | frozenset(
+    "reshape view _unsafe_view expand broadcast_to unflatten full ones zeros bmm expand_as view_as reshape_as".split()
 )
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _TO_FLOAT = frozenset({"half", "bfloat16", "float"})
@@ -135,17 +135,20 @@ def region(low: Lowering, results: list[fx.Node], boundary: list[Value]) -> list
             if not isinstance(slot, Value) or slot.number is None:
                 return None
         found.add(node)
-        todo.extend(node.all_input_nodes[:1] if _alike(node) else node.all_input_nodes)
+        todo.extend(_read(low, node))
         if len(found) > MAX_REGION:
             return None
     return [n for n in low.source.nodes if n in found]
 
 
-def _alike(node: fx.Node) -> bool:
-    """Whether of the operands behind the first no more than type and shape are read."""
-    name, other = name_of(node), node.args[1] if len(node.args) > 1 else None
+def _read(low: Lowering, node: fx.Node) -> list[fx.Node]:
+    """The operands of which more than type and shape is read."""
+    name, other, slot = name_of(node), node.args[1] if len(node.args) > 1 else None, low.values.get(node)
+    if name in _FILLED and isinstance(slot, Value) and slot.number is not None:
+        return []
     like = name in ("type_as", "view_as", "reshape_as", "expand_as")
-    return like or (name == "to" and isinstance(other, fx.Node) and is_tensor(meta_of(other)))
+    like = like or (name == "to" and isinstance(other, fx.Node) and is_tensor(meta_of(other)))
+    return node.all_input_nodes[:1] if like else node.all_input_nodes
 
 
 def _shape(value: Value, axes: tuple[int, ...] | None, fixed: bool, symbols: dict[str, int]) -> tuple[int, ...]:
@@ -239,7 +242,9 @@ class _Program:
                 tensor = tensor.to(getattr(torch, value.dtype or "float32"))
             env[node] = tensor.to(torch.float64) if wide and tensor.is_floating_point() else tensor
         for node in self.nodes:
-            env[node] = self._step(node, env, wide)
+            made = self._step(node, env, wide)
+            narrow = wide and isinstance(made, torch.Tensor) and made.dtype in _FLOATS  # of a call that names no type
+            env[node] = made.double() if narrow else made
             slot = self.low.values.get(node)
             if wide and isinstance(slot, Value) and slot.number is not None:
                 env[node] = torch.full_like(env[node], slot.number)  # a constant as its own type holds it

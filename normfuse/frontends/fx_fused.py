@@ -16,7 +16,7 @@ from torch import fx
 
 import normfuse.ops  # noqa: F401 - registers the operators
 from normfuse.frontends.fx import Lowering
-from normfuse.frontends.fx_effects import MODES, is_assert, name_of, written
+from normfuse.frontends.fx_effects import MODES, is_assert, name_of, shared, written
 from normfuse.frontends.fx_emit import Maker, Operands, early_factor, is_one, lossless, shape_of_expr, width
 from normfuse.frontends.fx_meta import is_tensor, meta_of, size_of
 from normfuse.graph import PRECISION, Value
@@ -89,10 +89,10 @@ def _offset(norm: Norm) -> tuple[Value | None, float]:
 
 
 class FusedEmitter:
-    """What can be made at one level, and the making."""
+    """What can be made at one level, and the making; `eager` where autograd sees the operators themselves."""
 
-    def __init__(self, level: str, numerics: str) -> None:
-        self.level, self.numerics = level, numerics
+    def __init__(self, level: str, numerics: str, eager: bool = False) -> None:
+        self.level, self.numerics, self.eager = level, numerics, eager
 
     def unfit(self, low: Lowering, edit: Fused) -> Reason | None:
         """Why an edit has no operator here, as (code, message), or None."""
@@ -130,6 +130,8 @@ class FusedEmitter:
         metas = [meta_of(v.native) for v in values if isinstance(v.native, fx.Node)]
         if len({str(m.device) for m in metas if isinstance(m, torch.Tensor)}) > 1:
             raise Unfit("its operands are on several devices")
+        if self.eager and "add_norm" in edit.op and _differentiated(edit.outputs[-1].native):
+            raise Unfit("the graph gives the sum, of which the norm would not be a function any more to autograd")
         self._types(edit)
         self._layout(edit)
         self._order(low, edit)
@@ -222,6 +224,13 @@ class FusedEmitter:
             dtype = maker.spec.dtype if how.cast == "first" else maker.spec.compute
             return maker.weight(expr, dtype, operand)
         return operand(value if how.cast == "first" else _base(value))
+
+
+def _differentiated(node: fx.Node) -> bool:
+    """Whether a graph gives a value at which somebody may take a gradient, a view of it included."""
+    views, meta = [u for u in node.users if node in shared(u)], meta_of(node)
+    given = any(user.op == "output" for n in (node, *views) for user in n.users)
+    return given and bool(getattr(meta, "requires_grad", False))
 
 
 def _base(value: Value) -> Value:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import heapq
+import itertools
 import operator
 import time
 import warnings
@@ -47,18 +48,20 @@ _DONE = ("fact", "weight", "bias", "cast", "action", "emitted", "reason", "verif
 _PLAIN = (torch.Tensor, torch.nn.Parameter, FakeTensor, TensorMetadata)
 
 
-def run(model: Any, config: Config, rewrite: bool, leave: Leave | None = None,
-        calibration: Any = None) -> tuple[Any, Report]:  # fmt: skip
+def run(model: Any, config: Config, rewrite: bool, leave: Leave | None = None, calibration: Any = None,
+        eager: bool = True) -> tuple[Any, Report]:  # fmt: skip
     """Find the norms of a GraphModule or ExportedProgram and, for a rewrite, fuse them in a copy.
 
-    `leave` says of a norm without a neighbour, or of one of a pair, why it had better stay, or None. Gives (a model of
-    the same type, the report). Raises `UnsupportedError` for verify="model".
+    `leave` says of a norm without a neighbour, or of one of a pair, why it had better stay, or None; `eager` that
+    autograd sees the operators, and not AOTAutograd all of the graph. Gives (a model of the same type, the report).
+    Raises `UnsupportedError` for verify="model".
     """
     with _disable_current_modes():  # a backend is called under the tracer's fake mode
-        return _run(model, config, rewrite, leave, calibration)
+        return _run(model, config, rewrite, leave, calibration, eager)
 
 
-def _run(model: Any, config: Config, rewrite: bool, leave: Leave | None, calibration: Any) -> tuple[Any, Report]:
+def _run(model: Any, config: Config, rewrite: bool, leave: Leave | None, calibration: Any,
+         eager: bool) -> tuple[Any, Report]:  # fmt: skip
     if config.verify == "model":
         raise UnsupportedError("verify='model' needs files to run; use verify='sites'")
     exported, records, cost, original = not isinstance(model, fx.GraphModule), list[Record](), None, model
@@ -80,12 +83,12 @@ def _run(model: Any, config: Config, rewrite: bool, leave: Leave | None, calibra
     source = model.graph_module if exported else model
     state = _state(model) if exported else None
     level = {"ATEN": "core", "TRAINING": "aten"}.get(model.dialect) if exported else None
-    whole = last = _Module(source, config, rewrite, state, level, leave)
+    whole = last = _Module(source, config, rewrite, state, level, leave, eager)
     later: list[_Module] = []
     if rewrite:
         changed = whole.carry_out()
         while last.may_show_more() and len(later) < MORE_ROUNDS:
-            last = _Module(changed, config, True, state, level, leave)
+            last = _Module(changed, config, True, state, level, leave, eager)
             changed = last.carry_out()
             later.append(last)
         if exported and (lost := _lost_calls(model, changed)):
@@ -164,15 +167,19 @@ def _program(program: Any, changed: fx.GraphModule, **others: Any) -> Any:
 
 
 def _lost_calls(program: Any, changed: fx.GraphModule) -> list[str]:
-    """The modules whose call signature, that `torch.export` was told to preserve, names what is not there any more."""
-    there = {node.name for node in changed.graph.nodes}
+    """The modules whose call signature, that `torch.export` was told to preserve, names what is not there any more, or
+    what stands outside of them now."""
+    homes = [{node.name: {path for path, _ in (node.meta.get("nn_module_stack") or {}).values()}
+              for node in graph.nodes} for graph in (program.graph, changed.graph)]  # fmt: skip
 
-    def named(signature: Any) -> set[str]:
-        arguments = (*signature.inputs, *signature.outputs)
-        return {a.name for a in arguments if isinstance(getattr(a, "name", None), str)}
+    def lost(call: Any) -> bool:
+        names = [[a.name for a in arguments if isinstance(getattr(a, "name", None), str)]
+                 for arguments in (call.signature.inputs, call.signature.outputs)]  # fmt: skip
+        return not {*names[0], *names[1]} <= set(homes[1]) or any(
+            call.fqn in homes[0].get(name, ()) and call.fqn not in homes[1][name] for name in names[1]
+        )
 
-    return [c.fqn for c in program.module_call_graph if c.fqn and c.signature is not None
-            and not named(c.signature) <= there]  # fmt: skip
+    return [c.fqn for c in program.module_call_graph if c.fqn and c.signature is not None and lost(c)]
 
 
 class _Module:
@@ -180,14 +187,14 @@ class _Module:
 
     def __init__(self, source: fx.GraphModule, config: Config, rewrite: bool,
                  state: Mapping[str, torch.Tensor | None] | None = None, level: str | None = None,
-                 leave: Leave | None = None) -> None:  # fmt: skip
+                 leave: Leave | None = None, eager: bool = True) -> None:  # fmt: skip
         started = time.perf_counter()
         self.source, self.config, self.rewrite, self.compiling = source, config, rewrite, leave is not None
         self.graph = _copy(source) if rewrite else source.graph
         self.operators_before = operators(source.graph)
         self.low = Lowering(source, self.graph, state)
         self.emitter = Emitter(level or level_of(self.graph), config.numerics)
-        self.fused = FusedEmitter(self.emitter.level, config.numerics)
+        self.fused = FusedEmitter(self.emitter.level, config.numerics, eager)
         self.can = Abilities(lambda norm, value: self.emitter.expressible(self.low, norm, value),
                              operator=lambda edit: self.fused.unfit(self.low, edit), leave=leave,
                              done=self._done)  # fmt: skip
@@ -201,7 +208,7 @@ class _Module:
         for path in self.low.subgraphs:
             part = source.get_submodule(path)
             if path not in self.inner and isinstance(part, fx.GraphModule):
-                self.inner[path] = _Module(part, config, rewrite, None, self.emitter.level, leave)
+                self.inner[path] = _Module(part, config, rewrite, None, self.emitter.level, leave, eager)
 
     def _done(self, site: Site) -> bool:
         """Whether a norm stands there already in the several nodes that it would get."""
@@ -301,6 +308,9 @@ class _Module:
                 _infer(node, olds[0])
         for old, new in zip(olds, news, strict=True):
             new.meta = dict(old.meta)
+        if len(olds) > 1:
+            _house(nodes, olds)
+        for old, new in zip(olds, news, strict=True):
             old.replace_all_uses_with(new)
             self.moved[old] = new
 
@@ -409,6 +419,17 @@ def _tuple(node: fx.Node, parts: list[fx.Node], olds: list[fx.Node]) -> bool:
         return False
     node.meta[key] = tuple(old.meta.get(key) for old in olds)
     return True
+
+
+def _house(nodes: list[fx.Node], olds: list[fx.Node]) -> None:
+    """Say that nodes stand in the module that all of `olds` stand in: `torch.export.unflatten` takes tuples apart at
+    the borders of modules."""
+    stacks = [old.meta.get("nn_module_stack") for old in olds]
+    if all(isinstance(stack, dict) for stack in stacks):
+        rows = zip(*(stack.items() for stack in stacks if stack is not None), strict=False)
+        common = dict(row[0] for row in itertools.takewhile(lambda row: all(e == row[0] for e in row), rows))
+        for node in nodes:
+            node.meta["nn_module_stack"] = common
 
 
 def _infer(node: fx.Node, like: fx.Node) -> None:

@@ -48,7 +48,7 @@ class Checker:
     def check(self, low: Lowering, edit: Edit) -> Check:
         """Compare the region of an edit with what would take its place."""
         loose = region(low, edit)
-        shapes = _test_shapes(edit, [] if loose is None else loose.nodes)
+        shapes = _test_shapes(edit, loose)
         if max(map(math.prod, shapes)) > MOST:
             return Check(False, message=f"more than {MOST} elements would be drawn to check it")
         found = region(low, edit, _sizes(edit, shapes))
@@ -130,10 +130,12 @@ def _rstd(x: Array, norm: Norm) -> Array:
     return np.asarray(1 / np.sqrt(x.var(axis=norm.axes, keepdims=True) + norm.eps))
 
 
-def _test_shapes(edit: Edit, nodes: list[ir.Node]) -> Shapes:
-    """The shapes of the inputs to test with: rows are cut down unless a view in the region fixes them."""
+def _test_shapes(edit: Edit, found: Region | None) -> Shapes:
+    """The shapes of the inputs to test with: rows are cut down unless a view or a constant in the region fixes them."""
     fixed = isinstance(edit, Replace) and bool(rest_of(edit.site.value))
-    fixed = fixed or any(node.op_type in {*VIEWS, "Shape", "Size"} for node in nodes)
+    if found is not None:
+        fixed = fixed or any(node.op_type in {*VIEWS, "Shape", "Size"} for node in found.nodes)
+        fixed = fixed or any(_has_rows(np.shape(array), edit.sites[0].norm) for array in found.constants.values())
     shapes = []
     for k, value in enumerate(dict.fromkeys(edit.inputs)):
         axes, shape = edit.sites[min(k, len(edit.sites) - 1)].norm.axes, []
@@ -144,6 +146,12 @@ def _test_shapes(edit: Edit, nodes: list[ir.Node]) -> Shapes:
                 shape.append(8 if i in axes else 2)
         shapes.append(tuple(shape))
     return shapes
+
+
+def _has_rows(shape: tuple[int, ...], norm: Norm) -> bool:
+    """Whether a constant has more than one element along an axis that is not normalised."""
+    first = len(norm.x.shape or ()) - len(shape)
+    return any(d != 1 and first + i not in norm.axes for i, d in enumerate(shape))
 
 
 def _sizes(edit: Edit, shapes: Shapes) -> dict[Dim, int]:

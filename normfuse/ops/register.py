@@ -220,6 +220,10 @@ def _kernels() -> Where:
     return launch
 
 
+def _several(results: Any) -> tuple[Any, ...]:
+    return results if isinstance(results, tuple) else (results,)
+
+
 def _lay(results: Any, likes: tuple[Tensor, ...]) -> Any:
     """Results, of which the first have the strides that the operator promises: of `empty_like`, each of its own."""
     if isinstance(results, tuple):
@@ -242,7 +246,9 @@ def _register(name: str, schema: str, like: tuple[int, ...], run: Callable[..., 
     def fake(*args: Any) -> Any:
         if "torch.distributed.tensor" in sys.modules:
             sharding.register()
-        return _lay(run(name, meaning, *args), tuple(args[i] for i in like))
+        out = run(name, meaning, *args)
+        made = [torch.empty_like(args[i], dtype=r.dtype) for i, r in zip(like, _several(out), strict=False)]
+        return (*made, *out[len(made) :]) if isinstance(out, tuple) else made[0]
 
     def decomposition(*args: Any) -> Any:
         return NotImplemented if stays(args[0], backward=gradients is None) else run(name, meaning, *args)
