@@ -106,7 +106,7 @@ def written(node: fx.Node) -> list[fx.Node]:
     hidden = _hidden_writes(node)
     if isinstance(node.target, OpOverload):
         return hidden + _schema_writes(node, node.target)
-    out = hidden + _nodes(node.kwargs.get("out"))
+    out = hidden + nodes_in(node.kwargs.get("out"))
     name = name_of(node)
     if node.op == "call_module" or isinstance(node.target, HigherOrderOperator):
         inner = list(_modules(node))
@@ -120,9 +120,9 @@ def written(node: fx.Node) -> list[fx.Node]:
         name.endswith("_") and not name.endswith("__") and bare)  # fmt: skip
     kept = name in _KEEPS_DATA or (name == "detach_" and without_history(node.args[0], True))
     if not kept and (inplace or (node.op == "call_function" and _inplace_flag(node))):
-        out += _nodes(node.args[:1]) or list(node.all_input_nodes)
+        out += nodes_in(node.args[:1]) or list(node.all_input_nodes)
     for i, argument in _packet_writes(name) if not kept else ():
-        out += _nodes(node.args[i] if i < len(node.args) else node.kwargs.get(argument))
+        out += nodes_in(node.args[i] if i < len(node.args) else node.kwargs.get(argument))
     return out
 
 
@@ -151,10 +151,10 @@ def _hidden_writes(node: fx.Node) -> list[fx.Node]:
         told = True if "stats" in name else node.args[5] if len(node.args) > 5 else node.kwargs.get(
             "training", node.kwargs.get("use_input_stats", name == "instance_norm"))  # fmt: skip
         named = [node.kwargs.get(n) for n in ("running_mean", "running_var")]
-        return [] if told is False else _nodes((means, named))
+        return [] if told is False else nodes_in((means, named))
     if name in ("embedding", "embedding_bag") and functional:
         limit = node.args[3] if len(node.args) > 3 else node.kwargs.get("max_norm")
-        return [] if limit is None else _nodes((node.args[1:2], node.kwargs.get("weight")))
+        return [] if limit is None else nodes_in((node.args[1:2], node.kwargs.get("weight")))
     return []
 
 
@@ -165,7 +165,7 @@ def _schema_writes(node: fx.Node, op: OpOverload) -> list[fx.Node]:
     out: list[fx.Node] = []
     for i, argument in enumerate(op._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
-            out += _nodes(node.args[i] if i < len(node.args) else node.kwargs.get(argument.name))
+            out += nodes_in(node.args[i] if i < len(node.args) else node.kwargs.get(argument.name))
     return out
 
 
@@ -223,7 +223,7 @@ def _attributes(graph: fx.Graph) -> dict[int | None, list[fx.Node]]:
         found = {}
         for n in graph.nodes:
             if n.op == "get_attr":
-                found.setdefault(_storage(n), []).append(n)
+                found.setdefault(storage_of(n), []).append(n)
         vars(graph)["_normfuse_attributes"] = len(graph.nodes), found
     return found
 
@@ -252,7 +252,7 @@ def _inplace_position(function: Function) -> int:
     return names.index("inplace") if "inplace" in names else -1
 
 
-def _nodes(argument: Any) -> list[fx.Node]:
+def nodes_in(argument: Any) -> list[fx.Node]:
     found: list[fx.Node] = []
     fx.map_arg(argument, lambda n: found.append(n))
     return found
@@ -272,9 +272,9 @@ def shared(node: fx.Node) -> list[fx.Node]:
         return []
     if name is None or name in _SHARES_ALL:
         return list(node.all_input_nodes)
-    if name == "getitem" and any(is_tensor(meta_of(n)) for n in _nodes(node.args[1:])):
+    if name == "getitem" and any(is_tensor(meta_of(n)) for n in nodes_in(node.args[1:])):
         return []
-    first = _nodes(node.args[:1]) or list(node.all_input_nodes)
+    first = nodes_in(node.args[:1]) or list(node.all_input_nodes)
     if name in _SHARES_FIRST:
         return first
     if isinstance(node.target, OpOverload):
@@ -293,7 +293,7 @@ def _fresh_packet(name: str) -> bool:
     return all(r.alias_info is None for o in overloads for r in o._schema.returns)
 
 
-def _storage(node: fx.Node) -> int | None:
+def storage_of(node: fx.Node) -> int | None:
     """What a result shares with those that lie in the same memory, as far as its tensor tells."""
     found = meta_of(node)
     if not isinstance(found, torch.Tensor) and node.op == "get_attr":
@@ -334,11 +334,11 @@ def tainted(graph: fx.Graph) -> set[fx.Node]:
         return node
 
     for node in graph.nodes:
-        for n in (*shared(node), *_nodes(node.kwargs.get("out"))):
+        for n in (*shared(node), *nodes_in(node.kwargs.get("out"))):
             parent[find(n)] = find(node)
     owners: dict[int, fx.Node] = {}
     for node in graph.nodes:
-        storage = _storage(node)
+        storage = storage_of(node)
         if storage is not None:
             parent[find(owners.setdefault(storage, node))] = find(node)
     until: dict[fx.Node, int] = {}

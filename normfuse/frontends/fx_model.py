@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from normfuse.config import Config
 from normfuse.convert import Record, names_of, tell
 from normfuse.errors import UnsupportedError
-from normfuse.frontends import fx_effects
+from normfuse.frontends import fx_effects, fx_inplace
 from normfuse.frontends.fx import Lowering
 from normfuse.field import Prover
 from normfuse.frontends.fx_check import Checker
@@ -190,8 +190,11 @@ class _Module:
                  leave: Leave | None = None, eager: bool = True) -> None:  # fmt: skip
         started = time.perf_counter()
         self.source, self.config, self.rewrite, self.compiling = source, config, rewrite, leave is not None
-        self.graph = _copy(source) if rewrite else source.graph
+        self.exported = state is not None
+        self.graph = _copy(source) if rewrite or fx_inplace.writes(source.graph) else source.graph
         self.operators_before = operators(source.graph)
+        self.written = fx_inplace.read_as_pure(self.graph, self.exported)
+        self.old = frozenset(self.graph.nodes if self.written else ())
         self.low = Lowering(source, self.graph, state)
         self.emitter = Emitter(level or level_of(self.graph), config.numerics)
         self.fused = FusedEmitter(self.emitter.level, config.numerics, eager)
@@ -271,6 +274,7 @@ class _Module:
         if edits:
             _sort(self.graph)
             self._remove()
+        fx_inplace.write_again(self.graph, self.written, self.exported, self.old)
         self.graph.lint()
         made = fx.GraphModule(self.source, self.graph, type(self.source).__name__)
         made.meta = dict(self.source.meta)
