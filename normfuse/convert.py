@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from normfuse.centring import Centre, Channels
 from normfuse.graph import Graph, Node, Value
-from normfuse.norm import Expr, Site, region
+from normfuse.norm import Expr, Norm, Site, region
 from normfuse.passes.fold_affine import Contraction, Linear, constants, elements, readers
 from normfuse.passes.layernorm_to_rmsnorm import Conversion, rms
 from normfuse.records import record_of
@@ -145,6 +145,19 @@ def folds_note(plan: Conversion) -> list[str]:
         if n:
             out.append(f"the {name} of {n} norms went into the linear layers behind them")
     return out
+
+
+def with_copies(plan: Conversion, site: Site, copies: Mapping[Value, Value]) -> Norm:
+    """A norm with the copies of its parameters that its own nodes read, where they read copies."""
+    nodes = set(region(site.value, site.norm))
+
+    def own(expr: Expr | None) -> Expr | None:
+        return expr and tuple((c, tuple((now(v), e) for v, e in factors)) for c, factors in expr)
+
+    def now(value: Value) -> Value:
+        return copies[value] if value in copies and not nodes.isdisjoint(plan.copies[value]) else value
+
+    return replace(site.norm, weight=own(site.norm.weight), bias=own(site.norm.bias))
 
 
 def fold(plan: Conversion, edits: Edits, name: Callable[[Value], str]) -> None:

@@ -151,6 +151,7 @@ class _Planner:
         self.out = Conversion()
         self.sites: list[Site] = []
         self.cones: dict[tuple[Node, Value], list[int]] = {}
+        self.inside: dict[Value, list[Site]] = {}  # what goes with the nodes of a norm when that is made anew
         for site in found.sites:
             if site.norm.kind == "layer_norm":
                 self._candidate(site)
@@ -181,6 +182,8 @@ class _Planner:
         if why is not None:
             return self._keep(site, *why)
         self.sites.append(site)
+        for v in (v for node in region(inner.value, inner.norm) for v in node.outputs if v is not inner.value):
+            self.inside.setdefault(v, []).append(site)
 
     def _keep(self, site: Site, code: str, why: str) -> None:
         self.out.kept[site] = Refusal(code, site.label, why)
@@ -288,10 +291,15 @@ class _Planner:
 
     def _stop(self, value: Value, why: str) -> None:
         """A value is not to change: put an operator behind it, or, where none can stand, behind what is made of it."""
-        if value.native is not None and not value.fixed and self.can.place(value):
+        if not value.fixed and self._stands(value):
             self.seeds[value] = why
         else:
             self.stuck[value] = why
+
+    def _stands(self, value: Value) -> bool:
+        """Whether an operator behind a value is still there when the norms are made anew."""
+        gone = any(site in self.sites for site in self.inside.get(value, ()))
+        return value.native is not None and not gone and self.can.place(value)
 
     def _refuse(self, by: Reader, why: str) -> None:
         self.again = True
@@ -396,7 +404,7 @@ class _Planner:
             links = back(node, out, self.state[out], self.can.channels, self.can.uniform)
             if any(self.askers.get(v) != [by] for v, _ in links):
                 return None
-            if out.native is not None and self.can.place(out) and self.state[out].whole(out):
+            if self._stands(out) and self.state[out].whole(out):
                 return out
             by = self.askers[out][0]  # if it is not the only one, the next round of this loop ends it
         return None

@@ -3,6 +3,8 @@ with the certificate off, for every input that is given here."""
 
 from __future__ import annotations
 
+import io
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 import normfuse
+from normfuse.errors import InputError
 from normfuse.frontends.onnx_certify import OPERATORS, others
 from normfuse.verify import session
 
@@ -479,3 +482,118 @@ def test_a_module_that_is_called_under_two_names() -> None:
     result, report = proved(module, x, force=True)
     assert verdicts(report) == ["kept"] and "NF304" not in str(report.to_dict())
     torch.testing.assert_close(result(x), module(x))
+
+
+# -- what stands inside a norm that is made anew ----------------------------------------------------------------------
+
+
+class Doubled(nn.Module):
+    """LN(Wx) + LN(Wx) is one norm: an operator that the other two ask for can only stand behind all of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g = nn.Linear(D, D), nn.Linear(D, D)
+        self.n = nn.ModuleList(nn.LayerNorm(D) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.n[0](self.f(x))
+        h = y + y
+        out: Tensor = self.n[2](h + self.g(torch.tanh(self.n[1](h))))
+        return out
+
+
+class OwnBias(nn.Module):
+    """The bias of a norm, of which a later norm asks that it has no mean, is read somewhere else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.n, self.m = nn.Linear(D, D, bias=False), nn.LayerNorm(D), nn.LayerNorm(D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.m(self.n(self.f(x + self.n.bias)))
+        return out
+
+
+class SharedBias(OwnBias):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.n(self.f(x))
+        return F.layer_norm(y, (D,), self.m.weight, self.n.bias)
+
+
+def drawn(module: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(torch.randn_like(p) * 0.5 + 0.4)
+        if isinstance(module, OwnBias):
+            module.n.weight.fill_(1.5)
+    return module.eval()
+
+
+def converted_all(module: nn.Module, converted: int, opset: int, **config: Any) -> None:
+    """As an exported program, and in ONNX with norms of one operator and of many, with the certificate and without."""
+    x = torch.randn(2, 3, D)
+    verify: Any
+    for verify in ("off", "sites"):
+        asked = normfuse.Config(layernorm_to_rmsnorm="exact", verify=verify, **config)
+        if opset:
+            buffer: Any = io.BytesIO()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                torch.onnx.export(module, (x,), buffer, dynamo=False, opset_version=opset, input_names=["x"],
+                                  do_constant_folding=False)  # fmt: skip
+            result, report = normfuse.optimize(onnx.load_from_string(buffer.getvalue()), asked)
+            got = torch.from_numpy(session(result.SerializeToString()).run(None, {"x": x.numpy()})[0])
+        else:
+            result, report = normfuse.optimize(torch.export.export(module, (x,)), asked)
+            got = result.module()(x)
+        assert sum(n.action == "converted" for n in report.norms) == converted, report.refusals
+        torch.testing.assert_close(got, module(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("opset", [0, 13, 17])
+def test_an_operator_inside_a_norm_would_be_lost(opset: int) -> None:
+    converted_all(drawn(Doubled()), 3, opset)
+
+
+@pytest.mark.parametrize("made", [OwnBias, SharedBias])
+@pytest.mark.parametrize("opset", [0, 13, 17])
+def test_a_norm_reads_the_copy_of_its_bias(made: type[nn.Module], opset: int) -> None:
+    converted_all(drawn(made()), 2, opset, untie=True)
+
+
+@pytest.mark.parametrize("part", [
+    lambda y: y[..., :D], lambda y: y.chunk(2, -1)[1], lambda y: y.split([3, D, D - 3], -1)[1],
+    lambda y: y.narrow(-1, 2, D)])  # fmt: skip
+@pytest.mark.parametrize("opset", [0, 17])
+def test_a_factor_of_a_part_of_the_channels(part: Callable[[Tensor], Tensor], opset: int) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f, self.g, self.n = nn.Linear(D, 2 * D), nn.Parameter(torch.ones(D)), nn.LayerNorm(D)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.n(part(self.f(x)) * self.g)
+            return out
+
+    converted_all(drawn(Scaled()), 0, opset)
+
+
+@pytest.mark.parametrize("register", [
+    lambda m, hook: m.register_forward_hook(hook), lambda m, hook: m.register_forward_pre_hook(hook),
+    lambda m, hook: setattr(m, "forward", hook)])  # fmt: skip
+def test_a_norm_module_with_hooks_stays(register: Callable[[nn.Module, Any], Any]) -> None:
+    module = drawn(nn.Sequential(nn.Linear(D, D), nn.LayerNorm(D), nn.Linear(D, D), nn.LayerNorm(D)))
+    register(module.get_submodule("1"), lambda *given: None if isinstance(given[0], nn.Module) else given[0] * 2)
+    x = torch.randn(2, D)
+    result, report = normfuse.optimize(module, normfuse.Config(layernorm_to_rmsnorm="exact"), args=(x,))
+    assert [n.action for n in report.norms][-1] == "converted" and type(result.get_submodule("1")) is nn.LayerNorm
+    torch.testing.assert_close(result(x), module(x))
+
+
+def test_a_module_that_cannot_be_copied() -> None:
+    first = nn.Linear(D, D)
+    module = nn.Sequential(first, nn.LayerNorm(D)).eval()
+    vars(first)["kept"] = first.weight * 2
+    with pytest.raises(InputError, match="Sequential cannot be copied: Only Tensors created explicitly"):
+        normfuse.optimize(module, normfuse.Config(layernorm_to_rmsnorm="exact"), args=(torch.randn(2, D),))

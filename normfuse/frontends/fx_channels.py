@@ -334,6 +334,8 @@ def _slice(at: At, want: Centre) -> Links:
     start, _, step = cuts[axis]
     if step != 1:
         raise at.blocked("picks the channels")
+    if want.scales:
+        raise at.blocked("cuts out channels that are scaled")
     return [(x, want.moved(axis, start))]
 
 

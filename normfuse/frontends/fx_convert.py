@@ -13,7 +13,7 @@ from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
 from normfuse.centring import Centre, Links
 from normfuse.config import Config
-from normfuse.convert import Certificate, Edits, Folder, Overflow, Record, fold, folds_note, refusals
+from normfuse.convert import Certificate, Edits, Folder, Overflow, Record, fold, folds_note, refusals, with_copies
 from normfuse.errors import InputError
 from normfuse.frontends import fx_channels as table
 from normfuse.frontends.fx_certify import certify
@@ -174,6 +174,7 @@ class Editor:
         self.graph = whole.graph
         self.edits = Edits()
         self.natives: dict[str, Any] = {}
+        self.copies: dict[Value, Value] = {}
         self.tensors: dict[str, torch.Tensor] = {}
         self.results: dict[Site, tuple[str, str]] = {}
 
@@ -199,7 +200,7 @@ class Editor:
             x = plan.unscaled(inner.norm.x)
             if site in readers:
                 x = Value(x.name, x.shape, x.dtype, native=readers[site], index=x.index)
-            edits[site] = Replace(replace(inner, norm=rms(inner.norm, x), is_op=False))
+            edits[site] = Replace(replace(inner, norm=rms(with_copies(plan, inner, self.copies), x), is_op=False))
         whole.plan.replace.extend(edits.values())
         whole.emitter = Emitter(whole.emitter.level, "fast")
         RemoveDead()(whole.plan)
@@ -223,6 +224,7 @@ class Editor:
         for reader in readers:
             reader.native.replace_input_with(native, fresh)
         self.natives[key_of(fresh)] = native
+        self.copies[value] = Value(fresh.name, value.shape, value.dtype, native=fresh, index=value.index, fixed=True)
         return key_of(fresh)
 
     def _store(self) -> None:

@@ -19,7 +19,7 @@ from normfuse.convert import refusals, tell, worst
 from normfuse.errors import InputError, UnsupportedError, first_line
 from normfuse.frontends.fx_approximate import approximate_program
 from normfuse.frontends.fx_convert import Converted, convert_program
-from normfuse.frontends.fx_effects import is_assert
+from normfuse.frontends.fx_effects import hooked, is_assert
 from normfuse.graph import Node, Value
 from normfuse.nn import Centre, RMSNorm
 from normfuse.norm import Site
@@ -41,7 +41,10 @@ def convert_module(module: nn.Module, config: Config, args: Sequence[Any], kwarg
     if config.layernorm_to_rmsnorm == "off":
         raise UnsupportedError("an nn.Module is taken for layernorm_to_rmsnorm='exact' only; to fuse its norms, use "
                                "torch.compile(module, backend='normfuse'), or give an exported program")  # fmt: skip
-    out = copy.deepcopy(module)
+    try:
+        out = copy.deepcopy(module)
+    except Exception as why:  # what a module holds raises anything: old weight norms, once called, keep such a tensor
+        raise InputError(f"{type(module).__name__} cannot be copied: {first_line(why)}") from why
     modes = {name: m.training for name, m in out.named_modules()}
     out.eval()
     program = _trace(out, tuple(args), dict(kwargs or {}))
@@ -195,6 +198,8 @@ class _Places:
         path = found[0]
         if not self._once(path):
             return f"its module {path} is called more than once"
+        if hooked(self.module.get_submodule(path)):
+            return f"its module {path} has hooks, or another forward function than its class"
         norm = inner.norm
         expected = {n for n in ("weight", "bias") if getattr(self.module.get_submodule(path), n, None) is not None}
         own = {n for n, _ in self.module.get_submodule(path).named_parameters()}

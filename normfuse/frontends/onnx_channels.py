@@ -55,6 +55,8 @@ def channels(low: Lowering, node: Node, out: Value, want: Centre) -> Links | Non
         x = low.value(native.inputs[0])
         found = span(low, node, out, want.axis)
         known = x.shape and _known(low, native)
+        if found is not None and want.scales:
+            raise Blocked(f"Split {native.name or ''} cuts out channels that are scaled")
         return [(x, want.moved(want.axis, 0 if found is None else found[0]))] if known else None
     row = ROWS.get(native.op_type)
     return None if row is None else row(low, native, want)
@@ -290,6 +292,8 @@ def _slice(low: Lowering, node: ir.Node, want: Centre) -> Links:
     start, _, step = cuts[want.axis]
     if step != 1:
         raise Blocked(f"Slice {node.name or ''} picks the channels")
+    if want.scales:
+        raise Blocked(f"Slice {node.name or ''} cuts out channels that are scaled")
     return [(x, want.moved(want.axis, start))]
 
 

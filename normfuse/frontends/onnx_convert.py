@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from normfuse.centring import Centre
 from normfuse.config import Config
-from normfuse.convert import Certificate, Edits, Folder, Overflow, Record, fold, folds_note, refusals
+from normfuse.convert import Certificate, Edits, Folder, Overflow, Record, fold, folds_note, refusals, with_copies
 from normfuse.errors import InputError
 from normfuse.frontends import onnx_channels as table
 from normfuse.frontends.onnx import Lowering
@@ -153,6 +153,7 @@ class Editor:
         self.edits = Edits()
         self.results: dict[Site, tuple[str, str]] = {}
         self.used = means.used
+        self.copies: dict[Value, Value] = {}
         self.natives: dict[str, ir.Value] = {}
 
     def run(self) -> None:
@@ -187,6 +188,7 @@ class Editor:
         fresh = ir.Value(name=name, shape=native.shape, type=native.type, const_value=native.const_value)
         self.low.source.register_initializer(fresh)
         self.natives[name] = fresh
+        self.copies[value] = Value(name, value.shape, value.dtype, native=fresh, index=value.index, fixed=True)
         for reader in readers:
             _reroute(reader.native, native, fresh)
         return name
@@ -254,7 +256,7 @@ class Editor:
         labels = {}
         for site in dict.fromkeys([*self.plan.sites, *self.plan.folded]):
             inner = self.plan.folded.get(site) or self.plan.inner.get(site, site)
-            norm = rms(inner.norm, self.plan.unscaled(inner.norm.x))
+            norm = rms(with_copies(self.plan, inner, self.copies), self.plan.unscaled(inner.norm.x))
             if site in centred:
                 x = norm.x
                 norm = rms(norm, Value(x.name, x.shape, x.dtype, native=centred[site], index=x.index))
