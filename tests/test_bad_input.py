@@ -200,3 +200,17 @@ def test_a_size_below_zero_is_unknown(size: str, tmp_path: Path) -> None:
     done = subprocess.run([*COMMAND, *argv], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["summary"]["fused"] == 1
+
+
+def test_what_the_reader_of_graphs_does_not_know_is_named(model: Path, tmp_path: Path) -> None:
+    """A map, as scikit-learn's classifiers end in, and a sparse constant: valid, and not read."""
+    made = onnx.load(model)
+    made.graph.output[0].type.map_type.key_type = TensorProto.INT64
+    maps = saved(made, tmp_path / "maps.onnx")
+    made = onnx.load(model)
+    index = helper.make_tensor("i", TensorProto.INT64, [1], [1])
+    sparse = helper.make_sparse_tensor(helper.make_tensor("v", TensorProto.FLOAT, [1], [1.0]), index, [4])
+    made.graph.node.insert(0, helper.make_node("Constant", [], ["sparse"], sparse_value=sparse))
+    for path, word in ((maps, "Map types"), (saved(made, tmp_path / "sparse.onnx"), "Sparse tensors")):
+        line = fails(run("inspect", path))
+        assert word in line and "Error calling" not in line

@@ -20,7 +20,11 @@ RNG = np.random.default_rng(0)
 ARRAYS: dict[str, Array] = {
     "w": np.linspace(0.5, 1.5, N), "v": np.linspace(-1, 1, N), "W": RNG.standard_normal((N, N)) / 4,
     "P": RNG.standard_normal((N, 3 * N)) / 4, "p": RNG.standard_normal(3 * N) / 4, "eps": np.array(1e-6),
-    "last": np.array([-1]),
+    "last": np.array([-1]), "B4": RNG.integers(0, 256, (N, 1, N // 2), np.uint8), "S4": RNG.random(N) / 8,
+    "W8": RNG.integers(-99, 99, (N, N), np.int8), "P8": RNG.integers(-99, 99, (N, 3 * N), np.int8),
+    "s8": np.array(0.01), "z8": np.array(0, np.int8), "u8": np.array(128, np.uint8), "flat": np.array([-1, N]),
+    "pos": np.array([0]), "turn": RNG.standard_normal((N, N // 4)), "T4": RNG.integers(0, 256, (N, N // 2), np.uint8),
+    "t4": RNG.random((N, 1)) / 8, "G": RNG.standard_normal((N, 4)), "E": RNG.standard_normal((4, N, N)) / 4,
 }  # fmt: skip
 BRANCHES = {
     "FusedMatMul": "f = com.microsoft.FusedMatMul(x, W)",
@@ -32,6 +36,23 @@ BRANCHES = {
     "Gelu": "f = com.microsoft.Gelu(x)", "QuickGelu": "f = com.microsoft.QuickGelu<alpha = 1.5>(x)",
     "Attention": "f = com.microsoft.Attention<num_heads = 2>(x, P, p)",
     "MultiHeadAttention": "f = com.microsoft.MultiHeadAttention<num_heads = 2>(x, x, x)",
+    "MatMulNBits": "f = com.microsoft.MatMulNBits<K = 16, N = 16, bits = 4, block_size = 16>(x, B4, S4)",
+    "DynamicQuantizeMatMul": "f = com.microsoft.DynamicQuantizeMatMul(x, W8, s8, z8)",
+    "MatMulIntegerToFloat":
+        "q, t, z = DynamicQuantizeLinear(x) f = com.microsoft.MatMulIntegerToFloat(q, W8, t, s8, z, z8)",
+    "QAttention": "q, t, z = DynamicQuantizeLinear(x) "
+                  "f = com.microsoft.QAttention<num_heads = 2>(q, P8, p, t, s8, none, z, z8)",
+    "QLinearAdd": "q = QuantizeLinear(x, s8, u8) r = com.microsoft.QLinearAdd(q, s8, u8, q, s8, u8, s8, u8) "
+                  "f = DequantizeLinear(r, s8, u8)",
+    "RotaryEmbedding": "f = com.microsoft.RotaryEmbedding<num_heads = 2>(x, pos, turn, turn)",
+    "FusedGemm": "t = Reshape(x, flat) m = com.microsoft.FusedGemm<activation = \"Relu\">(t, W, v) h = Shape(x) "
+                 "f = Reshape(m, h)",
+    "GatherBlockQuantized": "i = ArgMax<axis = -1, keepdims = 0>(x) f = com.microsoft.GatherBlockQuantized"
+                            "<bits = 4, block_size = 16, gather_axis = 0, quantize_axis = 1>(T4, i, t4)",
+    "EmbedLayerNormalization": "j = ArgMax<axis = -1, keepdims = 0>(x) i = Cast<to = 6>(j) "
+                               "f, m = com.microsoft.EmbedLayerNormalization(i, none, W, W, none, w, v)",
+    "MoE": "t = Reshape(x, flat) o = MatMul(t, G) m = com.microsoft.MoE<k = 2, activation_type = \"relu\">"
+           "(t, o, E, none, E) h = Shape(x) f = Reshape(m, h)",
 }  # fmt: skip
 
 
@@ -41,9 +62,11 @@ def model(branch: str) -> onnx.ModelProto:
     made = onnx.parser.parse_model(
         '<ir_version: 8, opset_import: ["": 18, "com.microsoft": 1]> '
         f"g (float[batch, seq, {N}] x) => (float[batch, seq, {N}] y) {{ {body} }}")  # fmt: skip
+    for node in made.graph.node:
+        node.input[:] = ["" if name == "none" else name for name in node.input]
     read = {name for node in made.graph.node for name in node.input}
-    made.graph.initializer.extend(
-        onnx.numpy_helper.from_array(a if k == "last" else a.astype("f4"), k) for k, a in ARRAYS.items() if k in read)
+    made.graph.initializer.extend(onnx.numpy_helper.from_array(a.astype("f4") if a.dtype.kind == "f" else a, k)
+                                  for k, a in ARRAYS.items() if k in read)  # fmt: skip
     return made
 
 

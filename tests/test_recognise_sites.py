@@ -74,6 +74,23 @@ def test_a_norm_without_a_weight_is_as_many_norms_as_it_is_given_weights() -> No
         assert [site.value for site in recognise(g.graph).sites] == ([n] if whole else [y, z])
 
 
+@pytest.mark.parametrize(("norm", "several", "one"), [(ln, 2, False), (ln, 3, True), (rms, 3, False), (rms, 4, True)])
+def test_a_norm_of_many_weights_is_one(norm: Callable[[Build, Value], Value], several: int, one: bool) -> None:
+    g = Build()
+    n = norm(g, g.x)
+    ends = [g.op("mul", n, leaf(g, 64, name=f"w{i}", fixed=True)) for i in range(several)]
+    for end in ends:
+        end.kept = True
+    found = recognise(g.graph)
+    assert [site.value for site in found.sites] == ([n] if one else ends)
+    assert compare(found, g.graph) == len(found.sites)
+
+
+def test_a_norm_of_nothing_is_none() -> None:
+    g = Build(("B", "S", 0))
+    assert not g.found(rms(g, g.x)).sites
+
+
 def test_a_transposed_norm_that_is_read_times_several_numbers_is_the_norms_it_comes_back_as() -> None:
     g = Build()
     scale = g.op("transpose", rstd(g, g.x), shape=("S", "B", 1), perm=(1, 0, 2))

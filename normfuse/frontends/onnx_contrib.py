@@ -12,15 +12,16 @@ import onnx_ir as ir
 from normfuse.frontends.onnx_fold import attribute
 from normfuse.frontends.onnx_ops import (
     Row,
+    gemm_shape,
     matmul_shape,
     multiply,
     norm,
     norm_stages,
     quantize,
-    role,
     same_type,
     shaped,
 )
+from normfuse.frontends.onnx_views import product_shape
 from normfuse.graph import Shape, Value
 
 if TYPE_CHECKING:
@@ -116,6 +117,42 @@ def _head_size(node: ir.Node, query: Shape | None, key: Shape | None) -> int | N
     return width // count if isinstance(width, int) and count > 0 and width % count == 0 else None
 
 
+def _bits_shape(node: ir.Node, slots: list[Value | None]) -> Shape | None:
+    """Of MatMulNBits: x of (..., K) gives (..., N)."""
+    x = slots[0]
+    return (*x.shape[:-1], attribute(node, "N")) if x is not None and x.shape else None
+
+
+def _product_shape(node: ir.Node, slots: list[Value | None]) -> Shape | None:
+    a, b = slots[:2]
+    return None if a is None or b is None else matmul_shape(a, b)
+
+
+def _embedded_shape(node: ir.Node, slots: list[Value | None]) -> Shape | None:
+    """Of EmbedLayerNormalization: the ids, and the width of the table."""
+    ids, table = slots[0], slots[2]
+    if ids is None or table is None or ids.shape is None or not table.shape:
+        return None
+    return (*ids.shape, table.shape[-1])
+
+
+def _blocks_shape(node: ir.Node, slots: list[Value | None]) -> Shape | None:
+    """Of GatherBlockQuantized, whose rows may be packed into bytes."""
+    data, ids = slots[:2]
+    if data is None or ids is None or not data.shape or ids.shape is None:
+        return None
+    packed = 8 // attribute(node, "bits", 4) if data.dtype == "uint8" else 1
+    rows = [*data.shape[:-1], data.shape[-1] * packed if isinstance(data.shape[-1], int) else None]
+    at = attribute(node, "gather_axis", 0) % len(rows)
+    return (*rows[:at], *ids.shape, *rows[at + 1 :])
+
+
+def _broadcast_shape(node: ir.Node, slots: list[Value | None]) -> Shape | None:
+    """Of sums and products of quantized tensors: (A, its scale and zero point, B, ...)."""
+    a, b = slots[0], slots[3]
+    return None if a is None or b is None else product_shape([a.shape, b.shape])
+
+
 CONTRIB: dict[str, Row] = {
     "com.microsoft::SimplifiedLayerNormalization": norm("rms_norm"),
     "com.microsoft::SkipSimplifiedLayerNormalization": skip_norm("rms_norm"),
@@ -124,10 +161,18 @@ CONTRIB: dict[str, Row] = {
     "com.microsoft::Attention": shaped("attention", _attention_shape),
     "com.microsoft::MultiHeadAttention": shaped("attention", _heads_shape),
     "com.microsoft::GroupQueryAttention": shaped("attention", _heads_shape),
-    "com.microsoft::QAttention": role("attention"),
-    "com.microsoft::MatMulNBits": role("linear"),
-    "com.microsoft::DynamicQuantizeMatMul": role("linear"),
-    "com.microsoft::MatMulIntegerToFloat": role("linear"),
+    "com.microsoft::QAttention": shaped("attention", _attention_shape, 3),
+    "com.microsoft::MatMulNBits": shaped("linear", _bits_shape),
+    "com.microsoft::DynamicQuantizeMatMul": shaped("linear", _product_shape),
+    "com.microsoft::MatMulIntegerToFloat": shaped("linear", _product_shape, 2),
+    "com.microsoft::FusedGemm": shaped("linear", gemm_shape),
+    "com.microsoft::EmbedLayerNormalization": shaped("gather", _embedded_shape, 2),
+    "com.microsoft::QEmbedLayerNormalization": shaped("gather", _embedded_shape, 8),
+    "com.microsoft::GatherBlockQuantized": shaped("gather", _blocks_shape, 2),
+    "com.microsoft::QLinearAdd": shaped("opaque", _broadcast_shape),
+    "com.microsoft::QLinearMul": shaped("opaque", _broadcast_shape),
+    **{f"com.microsoft::{name}": shaped("opaque", lambda node, slots: slots[0].shape if slots[0] else None)
+       for name in ("RotaryEmbedding", "MoE", "QMoE")},
     **{f"com.microsoft::{name}": same_type("activation") for name in ("QuickGelu", "FastGelu", "BiasGelu", "Gelu")},
     "com.microsoft::QuantizeLinear": quantize,
     "com.microsoft::DequantizeLinear": quantize,

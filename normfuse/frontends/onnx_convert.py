@@ -74,6 +74,7 @@ class _Means:
     def __init__(self, one: OnnxModel, low: Lowering, config: Config) -> None:
         self.one, self.low, self.config = one, low, config
         self.known: dict[Value, bool] = {}
+        self.locks: dict[Value, str | None] = {}
         self.emitter, self.table = Emitter(one.opset, fold=False), Table(config)
         self.used = names_of(lowering.source for lowering in one.lowerings)
         self.used.update(node.name for node in low.source)
@@ -129,6 +130,11 @@ class _Means:
         return self.known[value]
 
     def locked(self, value: Value) -> str | None:
+        if value not in self.locks:  # asked again for each norm, and elements may have to be read from a file
+            self.locks[value] = self._locked(value)
+        return self.locks[value]
+
+    def _locked(self, value: Value) -> str | None:
         if value.native is None or value.dtype not in FLOATS:
             return f"{value.name or 'a constant'} cannot be edited"
         if value.overridable:

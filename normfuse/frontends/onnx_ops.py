@@ -177,20 +177,22 @@ def multiply(low: Lowering, node: ir.Node, a: Value, b: Value, out: Value) -> No
     low.emit("linear" if plain else "matmul", [a, b], out, node)
 
 
-def shaped(kind: str, shape: Callable[[ir.Node, list[Value | None]], Shape | None]) -> Row:
-    """An operator that only matters for where a norm stands, and for the shape of its first output."""
+def shaped(kind: str, shape: Callable[[ir.Node, list[Value | None]], Shape | None], typed: int | None = None) -> Row:
+    """An operator that only matters for where a norm stands, and for the shape of its first output, which has the type
+    of the first input, or of the one that is `typed`."""
 
     def row(low: Lowering, node: ir.Node) -> None:
         slots = [None if v is None else low.value(v) for v in node.inputs]
         inputs = [v for v in slots if v is not None]
-        outputs = [low.output(node, shape(node, slots), inputs[0].dtype if inputs else None)]
+        like = slots[typed] if typed is not None and typed < len(slots) else inputs[0] if inputs else None
+        outputs = [low.output(node, shape(node, slots), None if like is None else like.dtype)]
         outputs += [low.bind(v, None, None) for v in node.outputs[1:]]
         low.join(kind, inputs, outputs, node)
 
     return row
 
 
-def _gemm_shape(node: ir.Node, slots: list[Value | None]) -> Shape | None:
+def gemm_shape(node: ir.Node, slots: list[Value | None]) -> Shape | None:
     """Of ``alpha * A' @ B' + beta * C``, in two dimensions."""
     turned = [bool(attribute(node, name, 0)) for name in ("transA", "transB")]
     a, b = (v.shape if v is not None and v.rank == 2 else None for v in slots[:2])
@@ -345,7 +347,7 @@ OPS: dict[str, Row] = {
     "RMSNormalization": norm("rms_norm"),
     "SimplifiedLayerNormalization": norm("rms_norm"),
     "Attention": role("attention"),
-    "Gemm": shaped("linear", _gemm_shape),
+    "Gemm": shaped("linear", gemm_shape),
     "Conv": role("linear"),
     "ConvTranspose": role("linear"),
     "MatMulInteger": role("linear"),

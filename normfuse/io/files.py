@@ -90,7 +90,11 @@ def from_proto(proto: onnx.ModelProto, source: Path) -> tuple[ir.Model, list[Ext
     except RecursionError:
         raise InputError(f"{source}: sub-graphs nested too deeply") from None
     except Exception as why:
-        raise InputError(f"{source}: the graph is not valid ONNX: {first_line(why)}") from why
+        deepest: BaseException = why
+        while deepest.__cause__ is not None:
+            deepest = deepest.__cause__
+        text = first_line(deepest).split(" | ")[0].split(" Please ")[0]
+        raise InputError(f"{source}: the graph is not valid ONNX, or has what is not supported: {text}") from why
     model.meta[ANNOTATIONS] = list(proto.graph.quantization_annotation)
     return model, secure(model, DataFiles(source))
 
