@@ -22,7 +22,7 @@ def in_options(message: str) -> str:
     def option(found: re.Match[str]) -> str:
         return f"--{found[1].replace('_', '-')} {found[2] if found[3] is None else shlex.quote(found[3])}"
 
-    return re.sub(rf"\b({OPTIONS})=('([^']*)'|[-+.\w]+)", option, message)
+    return re.sub(rf"(?<![^\s(])({OPTIONS})=('([^']*)'|[-+.\w]+)(?![-+.\w/\\])", option, message)
 
 
 class _Parser(argparse.ArgumentParser):

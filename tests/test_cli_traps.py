@@ -106,6 +106,8 @@ def test_damaged_inputs(tmp_path: Path) -> None:
     (("rewrite", "in.onnx", "o.onnx", "--tolerance", "0"), "--tolerance 0.0 is not a positive number"),
     (("rewrite", "in.onnx", "o.onnx", "--first", "no,a b"), "--first 'no,a b': 'a b' is not known"),
     (("rewrite", "in.onnx", "o.onnx", "--norms", ""), "--norms '' is not a pattern"),
+    (("inspect", "target=onnx/m.onnx"), "target=onnx/m.onnx: no such file"),
+    (("inspect", "a/norms=3.onnx"), "a/norms=3.onnx: no such file"),
     (("rewrite", "in.onnx", "o.onnx", "--verify", "model", "--layernorm-to-rmsnorm", "approximate"),
      "--verify model asks for equal outputs, which --layernorm-to-rmsnorm approximate does not give"),
 ])  # fmt: skip

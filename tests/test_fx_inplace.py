@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn import functional as F  # noqa: N812
 
 import normfuse
@@ -229,6 +230,25 @@ def test_a_write_that_somebody_sees_stays_one(f: Program, norms: int, door: str)
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(arguments, before)
     assert len(report.norms) <= norms
+
+
+@pytest.mark.parametrize("view", [
+    lambda h: torch.ops.aten._unsafe_view.default(h, [21, N]), lambda h: torch.unsafe_chunk(h, 3, 1)[0],
+    lambda h: torch.unsafe_split(h, 2)[0], lambda h: torch.ops.aten.lift.default(h)])  # fmt: skip
+def test_a_view_that_no_schema_tells_of(view: Callable[[Tensor], Tensor]) -> None:
+    """Without fake tensors there is no memory to compare either."""
+    class Module(nn.Module):
+        def forward(self, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+            h = x.sin()
+            y = view(h)
+            y.mul_(torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + EPS))
+            return (y * w).cos(), h.cos()
+
+    x, _, w = given()
+    graph = fx.symbolic_trace(Module())
+    ShapeProp(graph).propagate(x, w)
+    with torch.no_grad():
+        torch.testing.assert_close(normfuse.optimize(graph)[0](x, w), Module()(x, w))
 
 
 def test_a_type_that_a_write_rounds_to() -> None:

@@ -37,7 +37,8 @@ _SHARES_ALL = frozenset(
 )
 _SHARES_FIRST = frozenset(
     """dropout feature_dropout alpha_dropout feature_alpha_dropout type_as sum_to_size getitem getattr pos
-    resolve_conj resolve_neg conj_physical to_dense""".split()
+    resolve_conj resolve_neg conj_physical to_dense _unsafe_view unsafe_chunk unsafe_split unsafe_split_with_sizes lift
+    device_put""".split()
 )
 _STATISTICS = dict.fromkeys(
     """batch_norm instance_norm native_batch_norm cudnn_batch_norm miopen_batch_norm _batch_norm_impl_index
