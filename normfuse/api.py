@@ -125,7 +125,7 @@ def rewrite(src_path: str | Path, dst_path: str | Path, config: Config | None = 
             copied = None if progress is None else partial(_copied, progress)
             if changed:
                 left = files.write_onnx(model, target, keep, refer, copied, check, source)
-                if target.samefile(source):
+                if made.path == source and target.samefile(source):
                     report.notes += [f"the weights are copied under a name made from their content; {old} is not read "
                                      "by the model any more" for old in left]  # fmt: skip
             elif not (target.exists() and target.samefile(made.path)):

@@ -228,6 +228,8 @@ def test_a_model_with_data_beside_it(install: Install, model: Path, tmp_path: Pa
     report = normfuse.rewrite(source, tmp_path / "out.onnx", Config(first="onnxsim"))
     assert first_note(report) == "onnxsim went first: operators 8 -> 7, outputs equal"
     assert compare_models(source, tmp_path / "out.onnx")["equal"]
+    notes = normfuse.rewrite(source, source, Config(first="onnxsim"), in_place=True).notes
+    assert not any("is not read by the model" in note for note in notes)  # a file on the way
 
 
 def test_a_model_that_is_too_large_for_them(install: Install, model: Path, tmp_path: Path,

@@ -169,17 +169,22 @@ def _program(program: Any, changed: fx.GraphModule, **others: Any) -> Any:
 def _lost_calls(program: Any, changed: fx.GraphModule) -> list[str]:
     """The modules whose call signature, that `torch.export` was told to preserve, names what is not there any more, or
     what stands outside of them now."""
-    homes = [{node.name: {path for path, _ in (node.meta.get("nn_module_stack") or {}).values()}
-              for node in graph.nodes} for graph in (program.graph, changed.graph)]  # fmt: skip
+    calls = [c for c in program.module_call_graph if c.fqn and c.signature is not None]
+    if not calls:
+        return []
+
+    def modules(node: fx.Node) -> set[str]:
+        return {entry[0] for entry in (node.meta.get("nn_module_stack") or {}).values()}
+
+    old, new = ({n.name: modules(n) for n in graph.nodes} for graph in (program.graph, changed.graph))
 
     def lost(call: Any) -> bool:
-        names = [[a.name for a in arguments if isinstance(getattr(a, "name", None), str)]
-                 for arguments in (call.signature.inputs, call.signature.outputs)]  # fmt: skip
-        return not {*names[0], *names[1]} <= set(homes[1]) or any(
-            call.fqn in homes[0].get(name, ()) and call.fqn not in homes[1][name] for name in names[1]
-        )
+        gives, reads = ({a.name for a in arguments if isinstance(getattr(a, "name", None), str)}
+                        for arguments in (call.signature.outputs, call.signature.inputs))  # fmt: skip
+        left = any(call.fqn in old.get(name, ()) and call.fqn not in new.get(name, ()) for name in gives)
+        return left or not gives | reads <= new.keys()
 
-    return [c.fqn for c in program.module_call_graph if c.fqn and c.signature is not None and lost(c)]
+    return [c.fqn for c in calls if lost(c)]
 
 
 class _Module:
