@@ -62,7 +62,7 @@ def register(options: Any, model: str | Path | onnx.ModelProto | None = None, pr
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
         raise UnsupportedError(f"NormFuse's operators need ONNX Runtime {'.'.join(map(str, OLDEST))} or newer, and "
                                f"this is {version}: update it, or load the model without them")  # fmt: skip
-    if not isinstance(options, onnxruntime.SessionOptions):
+    if not hasattr(options, "register_custom_ops_library"):
         raise InputError(f"a {type(options).__name__} are no session options: give an onnxruntime.SessionOptions")
     if _registered(options):
         raise InputError("these session options hold NormFuse's operators already; make new ones for each model")
