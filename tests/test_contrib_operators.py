@@ -124,7 +124,10 @@ def test_the_shape_of_what_it_gives(lines: str, inputs: str, shape: Any) -> None
 
 
 @pytest.mark.parametrize("name", ["FusedMatMul", "Attention", "MultiHeadAttention", "GroupQueryAttention", "BiasGelu",
-                                  "FastGelu", "Gelu", "GroupNormalization", "InstanceNormalization"])  # fmt: skip
+                                  "FastGelu", "Gelu", "GroupNormalization", "InstanceNormalization", "QAttention",
+                                  "MatMulNBits", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "FusedGemm",
+                                  "EmbedLayerNormalization", "QEmbedLayerNormalization", "GatherBlockQuantized",
+                                  "QLinearAdd", "QLinearMul", "RotaryEmbedding", "MoE", "QMoE"])  # fmt: skip
 def test_too_few_or_too_many_operands_are_said_in_one_line(name: str) -> None:
     for given in ([], ["x"], ["x", "w"], ["", "w"], ["x", "", "w"], ["x", "x", "w", "w", "w", "w"], ["", "", ""]):
         for outputs in (["o"], ["o", "p", "q"]):
@@ -137,10 +140,17 @@ def test_too_few_or_too_many_operands_are_said_in_one_line(name: str) -> None:
                 assert "\n" not in str(why)
 
 
+@pytest.mark.parametrize("attribute", [{"bits": 0}, {"bits": 16}, {"bits": -4}, {"gather_axis": 7}])
+def test_rows_that_cannot_be_packed_so_have_no_shape(attribute: dict[str, int]) -> None:
+    text = ", ".join(f"{name} = {number}" for name, number in attribute.items())
+    assert shape_of(f"y = com.microsoft.GatherBlockQuantized<{text}>(k, i)", "uint8[9, 8] k, int64[B] i") is None
+
+
 @pytest.mark.parametrize(("name", "attribute"), [
     ("FusedMatMul", {"alpha": "a"}), ("FusedMatMul", {"transA": "a"}), ("FusedMatMul", {"transB": [1]}),
     ("FusedMatMul", {"transBatchA": 0.5}), ("GroupQueryAttention", {"kv_num_heads": "a"}),
     ("GroupQueryAttention", {"num_heads": 0.5}), ("MultiHeadAttention", {"num_heads": [2]}),
+    ("MatMulNBits", {"N": "a"}), ("GatherBlockQuantized", {"bits": 0.5}), ("FusedGemm", {"transB": "a"}),
 ])  # fmt: skip
 def test_attributes_of_another_type_are_refused(name: str, attribute: dict[str, Any]) -> None:
     made = model("f = Identity(x)")

@@ -45,6 +45,15 @@ def exported(f: Program, arguments: list[Tensor]) -> tuple[Any, normfuse.Report]
     return normfuse.optimize(torch.export.export(Module(), tuple(arguments)))
 
 
+def through(door: str, f: Program, arguments: list[Tensor]) -> tuple[Any, normfuse.Report]:
+    """What a program gives behind one of the doors, without gradients, and the report."""
+    with torch.no_grad():
+        if door == "export":
+            program, report = exported(f, arguments)
+            return program.module()(*arguments), report
+        return compiled(f, door)(*arguments), last()
+
+
 # -- norms that are found ---------------------------------------------------------------------------------------------
 
 
@@ -109,13 +118,7 @@ def test_norms_in_place_are_found(f: Program, door: str) -> None:
     for arguments in (given(), given(scale=1e-4), given(shift=1.5, scale=1e-3)):
         wide = f(*(t.double() for t in arguments))
         want = f(*(t.clone() for t in arguments))
-        with torch.no_grad():
-            if door == "export":
-                program, report = exported(f, arguments)
-                got = program.module()(*arguments)
-            else:
-                got = compiled(f, door)(*arguments)
-                report = last()
+        got, report = through(door, f, arguments)
         assert [n.action for n in report.norms] == ["fused"], report.refusals
         for a, b, c in zip(*([t] if isinstance(t, Tensor) else t for t in (got, want, wide)), strict=True):
             assert (a - c).abs().max() <= 2 * (b - c).abs().max() + 1e-6 * c.abs().max()
@@ -220,13 +223,7 @@ def test_a_write_that_somebody_sees_stays_one(f: Program, norms: int, door: str)
     arguments = given()
     before = [t.clone() for t in arguments]
     want = f(*before)
-    with torch.no_grad():
-        if door == "export":
-            program, report = exported(f, arguments)
-            got = program.module()(*arguments)
-        else:
-            got = compiled(f, door)(*arguments)
-            report = last()
+    got, report = through(door, f, arguments)
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(arguments, before)
     assert len(report.norms) <= norms

@@ -139,11 +139,14 @@ def _embedded_shape(node: ir.Node, slots: list[Value | None]) -> Shape | None:
 def _blocks_shape(node: ir.Node, slots: list[Value | None]) -> Shape | None:
     """Of GatherBlockQuantized, whose rows may be packed into bytes."""
     data, ids = slots[:2]
-    if data is None or ids is None or not data.shape or ids.shape is None:
+    bits, at = attribute(node, "bits", 4), attribute(node, "gather_axis", 0)
+    if data is None or ids is None or not data.shape or ids.shape is None or bits not in (2, 4, 8):
         return None
-    packed = 8 // attribute(node, "bits", 4) if data.dtype == "uint8" else 1
+    packed = 8 // bits if data.dtype == "uint8" else 1
     rows = [*data.shape[:-1], data.shape[-1] * packed if isinstance(data.shape[-1], int) else None]
-    at = attribute(node, "gather_axis", 0) % len(rows)
+    if not -len(rows) <= at < len(rows):
+        return None
+    at %= len(rows)
     return (*rows[:at], *ids.shape, *rows[at + 1 :])
 
 

@@ -89,6 +89,14 @@ def _check_graph(graph: Any, outer: _Scope, opset: int, where: str) -> list[tupl
 
 Schema = tuple[range, range, frozenset[int], dict[str, int], frozenset[str]]
 _EPS: dict[str, int] = {"epsilon": onnx.AttributeProto.FLOAT}
+_INT = onnx.AttributeProto.INT
+
+
+def _reads(*operands: int, **attributes: int) -> Schema:
+    """Of an operator of which these operands are read, and attributes of these types; others it may have or not."""
+    return range(max(operands) + 1, 20), range(1, 20), frozenset(range(20)) - {*operands}, attributes, frozenset()
+
+
 RUNTIME: dict[str, Schema] = {
     "SimplifiedLayerNormalization": (range(2, 3), range(1, 3), frozenset(),
                                      {**_EPS, "axis": onnx.AttributeProto.INT, "stash_type": onnx.AttributeProto.INT},
@@ -105,13 +113,17 @@ RUNTIME: dict[str, Schema] = {
                     {"alpha": onnx.AttributeProto.FLOAT,
                      **dict.fromkeys(("transA", "transB", "transBatchA", "transBatchB"), onnx.AttributeProto.INT)},
                     frozenset()),
-    "Attention": (range(2, 20), range(1, 20), frozenset(range(2, 20)),
-                  {"qkv_hidden_sizes": onnx.AttributeProto.INTS}, frozenset()),
-    "MultiHeadAttention": (range(1, 20), range(1, 20), frozenset(range(1, 20)),
-                           {"num_heads": onnx.AttributeProto.INT}, frozenset()),
-    "GroupQueryAttention": (range(1, 20), range(1, 20), frozenset(range(1, 20)),
-                            {"num_heads": onnx.AttributeProto.INT, "kv_num_heads": onnx.AttributeProto.INT},
-                            frozenset()),
+    "Attention": _reads(0, 1, qkv_hidden_sizes=onnx.AttributeProto.INTS),
+    "MultiHeadAttention": _reads(0, num_heads=_INT),
+    "GroupQueryAttention": _reads(0, num_heads=_INT, kv_num_heads=_INT),
+    "QAttention": _reads(0, 1),
+    "MatMulNBits": _reads(0, N=_INT),
+    **dict.fromkeys(("DynamicQuantizeMatMul", "MatMulIntegerToFloat"), _reads(0, 1)),
+    "FusedGemm": _reads(0, 1, transA=_INT, transB=_INT),
+    **dict.fromkeys(("EmbedLayerNormalization", "QEmbedLayerNormalization"), _reads(0, 2)),
+    "GatherBlockQuantized": _reads(0, 1, bits=_INT, gather_axis=_INT),
+    **dict.fromkeys(("QLinearAdd", "QLinearMul"), _reads(0, 3)),
+    **dict.fromkeys(("RotaryEmbedding", "MoE", "QMoE"), _reads(0)),
 }  # fmt: skip
 """The same of ONNX Runtime's operators that are read (its docs/ContribOperators.md), which `onnx` does not know."""
 
