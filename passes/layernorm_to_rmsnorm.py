@@ -100,6 +100,11 @@ class Conversion:
         found = dict.fromkeys(one.out for _, _, linears in self.folds for one in linears)
         return [v for v in found if v.native is not None and v not in self.values]
 
+    def numbers(self) -> list[Value]:
+        """The constants that a norm takes for one number: a product with a matrix of ones is a sum, of zeros zero."""
+        read = (v for site in [*self.sites, *self.folded] for node in region(site.value, site.norm) for v in node.inputs)
+        return [v for v in dict.fromkeys(read) if v.number is not None and v.native is not None]
+
     def constants(self) -> list[Value]:
         """The constants that are edited, or that an edit reads."""
         found = [*self.edits, *(g for want in self.edits.values() for g in want.scales), *self.zero, *self.uniform]

@@ -146,7 +146,12 @@ class Lowering:
     @staticmethod
     def _is_matrix(value: ir.Value, tensor: Any) -> bool:
         """Whether a uniform tensor may count as a number: as the factor of a product, not as a weight or bias."""
-        return bool(len(tensor.shape)) and all(node.op_type == "MatMul" for node, _ in value.uses())
+        todo, readers = [value], list[ir.Node]()
+        while todo:
+            found = [node for node, _ in todo.pop().uses()]
+            todo += [node.outputs[0] for node in found if node.op_type in ("Identity", "Transpose")]
+            readers += [node for node in found if node.op_type not in ("Identity", "Transpose")]
+        return bool(len(tensor.shape)) and all(node.op_type == "MatMul" for node in readers)
 
     def value(self, value: ir.Value | None) -> Value:
         """The neutral value of an operand; one of an outer graph is captured as a leaf."""

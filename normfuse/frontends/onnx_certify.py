@@ -115,10 +115,11 @@ class _Numbers:
     def __init__(self, original: ir.Model, editor: Editor) -> None:
         self.own = constants_of(original)
         self.result = constants_of(editor.one.model)
+        self.exact = {v.name or "": array for v, array in editor.means.emitter.exact.items()}
         self.edits = editor.edits
         settings = {v.name or "" for node in original.graph if node.op_type in SETTINGS
                     for v in node.inputs[SETTINGS[node.op_type] :] if v}  # fmt: skip
-        settings |= {v.native.name for v in editor.plan.zero}
+        settings |= {v.native.name for v in (*editor.plan.zero, *editor.plan.numbers())}
         self.draw = Randomiser({v.native.name for v in editor.plan.uniform if v.native is not None}, settings)
 
     def random(self, name: str, attempt: int = 0) -> Array:
@@ -138,7 +139,7 @@ class _Numbers:
         if name in self.own:
             return self.random(name, attempt)
         tensor = self.result[name]
-        array = np.asarray(tensor.numpy())
+        array = self.exact.get(name, np.asarray(tensor.numpy()))
         return array.astype(np.float64) if tensor.dtype in FLOAT_TYPES else array
 
 

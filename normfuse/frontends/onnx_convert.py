@@ -51,7 +51,7 @@ def convert_model(one: OnnxModel, config: Config) -> tuple[ir.Model, list[Record
     Folder(low.graph, found, lambda node, v, axis: table.linear(low, node, v, axis, asked.channels), asked.channels,
            asked.twins, means.zero).run(sites, config.fold_scale)  # fmt: skip
     if found.sites or found.folds:
-        for value in found.constants():
+        for value in (*found.constants(), *found.numbers()):
             means.settle(value)
         original = one.model.clone()
         editor = Editor(one, low, found, means)

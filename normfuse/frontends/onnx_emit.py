@@ -43,6 +43,7 @@ class Emitter:
         self.functions: dict[ir.OperatorIdentifier, ir.Function] = {}
         self.unseen = False  # LayerNorms are written so that ONNX Runtime does not make one operator of them
         self.constants: dict[tuple[Any, ...], ir.Value] = {}
+        self.exact: dict[ir.Value, np.ndarray[Any, Any]] = {}  # what the constants were rounded from
         self.fresh: list[ir.Value] = []
 
     def expressible(self, norm: Norm, value: Value) -> tuple[str, str] | None:
@@ -162,12 +163,12 @@ class Emitter:
     def constant(self, array: np.ndarray[Any, Any], dtype: str, hint: str) -> ir.Value:
         """A new initializer, shared by all who ask for the same one."""
         data = array.astype(DTYPES[dtype].numpy())
-        key = (hint, dtype, data.shape, data.tobytes())
+        key = (hint, dtype, data.shape, array.tobytes())
         if key not in self.constants:
             name = f"normfuse_{hint}_{len(self.constants)}"
             value = ir.Value(name=name, shape=ir.Shape(data.shape), type=ir.TensorType(DTYPES[dtype]),
                              const_value=ir.Tensor(data, dtype=DTYPES[dtype], name=name))  # fmt: skip
-            self.constants[key] = value
+            self.constants[key], self.exact[value] = value, array
             self.fresh.append(value)
         return self.constants[key]
 
