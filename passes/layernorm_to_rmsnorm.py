@@ -102,8 +102,9 @@ class Conversion:
 
     def numbers(self) -> list[Value]:
         """The constants that a norm takes for one number: a product with a matrix of ones is a sum, of zeros zero."""
-        read = (v for site in [*self.sites, *self.folded] for node in region(site.value, site.norm) for v in node.inputs)
-        return [v for v in dict.fromkeys(read) if v.number is not None and v.native is not None]
+        nodes = (node for site in [*self.sites, *self.folded] for node in region(site.value, site.norm))
+        read = dict.fromkeys(v for node in nodes for v in node.inputs)
+        return [v for v in read if v.number is not None and v.native is not None]
 
     def constants(self) -> list[Value]:
         """The constants that are edited, or that an edit reads."""
@@ -139,7 +140,9 @@ def operator_of(site: Site) -> Site:
     if core is None:
         return site
     stages = [n for n in nodes if n.native is core.native]
-    first, last = stages[-1], stages[0]
+    first, last = core, stages[0]
+    while (ahead := first.inputs[0].producer) is not None and ahead in stages:
+        first = ahead
     norm = replace(site.norm, x=first.inputs[0], axes=core.attrs["axes"])
     return replace(site, value=last.outputs[0], norm=norm) if norm.x is not site.norm.x else site
 

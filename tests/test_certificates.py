@@ -48,3 +48,11 @@ def test_means_by_a_matrix_of_ones(copy: str, verify: str) -> None:
     lines = f"turned = Transpose(ones) copy = {copy} {chain(norm)} y = Neg(n)"
     ones = np.full((D, 1) if read == "ones" else (1, D), 1 / D, np.float32)
     check(model("int64[1,3] i", lines, ones=ones, **HELD), IDS, 2, verify=verify)
+
+
+@pytest.mark.parametrize("verify", ["off", "sites"])
+@pytest.mark.parametrize("op", ["InstanceNormalization(c, ones, zeros)", "InstanceNormalization(c, same, zeros)"])
+def test_an_instance_normalization_of_rows(op: str, verify: str) -> None:
+    norm = f"{{1}}n = {op.replace('(c', '({0}')} {{1}}m = Mul({{1}}n, g) {{1}} = Add({{1}}m, b)"
+    held = HELD | {"ones": np.ones(3, np.float32), "zeros": np.zeros(3, np.float32)}
+    check(model("int64[1,3] i", f"same = Identity(ones) {chain(norm)} y = Neg(n)", **held), IDS, 2, verify=verify)

@@ -138,20 +138,21 @@ class Lowering:
             external = isinstance(tensor, ir.ExternalTensor)
             if size == 1 or (size <= MAX_ELEMENTS and not external) or (integer and size <= 64):
                 self.arrays[value] = array = np.asarray(tensor.numpy())
-                number = _number(array, self._is_matrix(value, array))
-            elif not external and size <= 2**20 and len(tensor.shape) > 1 and self._is_matrix(value, tensor):
+                number = _number(array, self._may_be_number(value, array))
+            elif not external and size <= 2**20 and len(tensor.shape) > 1 and self._may_be_number(value, tensor):
                 number = _number(np.asarray(tensor.numpy()), True)
         self._leaf(value, fixed=True, number=number)
 
     @staticmethod
-    def _is_matrix(value: ir.Value, tensor: Any) -> bool:
-        """Whether a uniform tensor may count as a number: as the factor of a product, not as a weight or bias."""
+    def _may_be_number(value: ir.Value, tensor: Any) -> bool:
+        """Whether a uniform tensor may count as a number: as the factor of a product or what an InstanceNormalization
+        has for each channel, not as a weight or bias."""
         todo, readers = [value], list[ir.Node]()
         while todo:
             found = [node for node, _ in todo.pop().uses()]
             todo += [node.outputs[0] for node in found if node.op_type in ("Identity", "Transpose")]
             readers += [node for node in found if node.op_type not in ("Identity", "Transpose")]
-        return bool(len(tensor.shape)) and all(node.op_type == "MatMul" for node in readers)
+        return bool(len(tensor.shape)) and all(n.op_type in ("MatMul", "InstanceNormalization") for n in readers)
 
     def value(self, value: ir.Value | None) -> Value:
         """The neutral value of an operand; one of an outer graph is captured as a leaf."""
@@ -325,7 +326,7 @@ class Lowering:
             array = fold(node, [None if v is None else self.arrays[v] for v in node.inputs])
         if array is None:
             return False
-        uniform = array.size > 1 and (node.op_type in ("ConstantOfShape", "Expand") or self._is_matrix(out, array))
+        uniform = array.size > 1 and (node.op_type in ("ConstantOfShape", "Expand") or self._may_be_number(out, array))
         self._fold(out, array, uniform)
         if node.op_type not in ("Shape", "Size"):
             self.folded.append(node)
@@ -337,7 +338,7 @@ class Lowering:
         if isinstance(tensor, ir.TensorProtocol):
             value.shape = tuple(int(d) for d in tensor.shape.numpy())
             value.dtype = DTYPE_NAMES[tensor.dtype]
-            if value.dtype in FLOATS and tensor.size <= 2**20 and self._is_matrix(out, tensor):
+            if value.dtype in FLOATS and tensor.size <= 2**20 and self._may_be_number(out, tensor):
                 value.number = _number(np.asarray(tensor.numpy()), True)
 
     def _fold(self, out: ir.Value, array: Array, uniform: bool = False) -> None:

@@ -270,18 +270,22 @@ GROUP_NORMS = ("InstanceNormalization", "GroupNormalization")
 
 def _group_norm(low: Lowering, node: ir.Node) -> None:
     """InstanceNormalization and GroupNormalization of one group, which are LayerNorms over all axes but the first, with
-    weights by channel; torch writes GroupNorm(1, C) as an InstanceNormalization of a view with one channel."""
+    weights by channel; torch writes GroupNorm(1, C) as an InstanceNormalization of a view with one channel. tf2onnx
+    writes a LayerNorm over the last of three axes as an InstanceNormalization with weights of one, times a weight;
+    without that it is no LayerNorm's, nor is one of a view with several groups."""
     x, *rows = low.inputs(node)
     instance = node.op_type == GROUP_NORMS[0]
     groups = x.shape[1] if instance and x.shape and len(x.shape) > 2 else attribute(node, "num_groups", 0)
     if x.shape is None or x.dtype is None or any(v.rank != 1 for v in rows):
         return low.opaque(node)
     out = low.output(node, x.shape, x.dtype)
-    if groups != 1 or any(v.shape not in ((1,), x.shape[1:2]) for v in rows):
+    by_channel = groups == 1 and all(v.shape in ((1,), x.shape[1:2]) for v in rows)
+    scaled = any(use.op_type == "Mul" for use, _ in node.outputs[0].uses())
+    if not by_channel and not (instance and len(x.shape) == 3 and [v.number for v in rows] == [1, 0] and scaled):
         return low.emit("opaque", [x, *rows], out, node)
     stash = "float64" if x.dtype == "float64" else low.dtype_name(ir.DataType(attribute(node, "stash_type", 1)))
     scale, bias = (_column(low, node, v, x) for v in rows)
-    axes, eps = tuple(range(1, len(x.shape))), float(attribute(node, "epsilon", 1e-5))
+    axes, eps = tuple(range(1 if by_channel else 2, len(x.shape))), float(attribute(node, "epsilon", 1e-5))
     norm_stages(low, node, "layer_norm", x, scale, bias, axes, eps, stash, out)
 
 
