@@ -31,7 +31,9 @@ ARRAYS: dict[str, Array] = {
     "cube": np.random.default_rng(4).uniform(0.5, 1.5, (N, N, N)).astype("f4"),
     "M16": np.eye(16, dtype="f4"), "nan": np.array(np.nan, "f4"), "nan11": np.full((1, 1), np.nan, "f4"),
     "ones4": np.ones(4, "f4"), "zeros4": np.zeros(4, "f4"), "w4": np.linspace(1, 2, 4, dtype="f4"),
-    "three": np.array([-1, 4, N]), "nan41": np.full((4, 1), np.nan, "f4"), "nan111": np.full((1, 1, 1), np.nan, "f4"),
+    "three": np.array([-1, 4, N]), "once": np.array([1, N]), "half": np.array([1, N // 2]),
+    "pairs": np.array([0, 2, N // 2]), "nan41": np.full((4, 1), np.nan, "f4"),
+    "nan111": np.full((1, 1, 1), np.nan, "f4"),
     "G": np.random.default_rng(0).standard_normal((1, 3 * N, N)).astype("f4") / 4,
     "R": np.random.default_rng(1).standard_normal((1, 3 * N, N)).astype("f4") / 4,
 }  # fmt: skip

@@ -115,6 +115,28 @@ def test_an_instance_normalization_that_is_no_norm_of_rows(made: str) -> None:
     assert not normfuse.inspect(model(made, f"float[2, 4, {N}] x", f"float[2, 4, {N}] y", 18)).norms
 
 
+# -- statistics that are repeated for each channel ---------------------------------------------------------------------
+
+
+TILED = """m = ReduceMean<axes=[-1]>(x) mm = Tile(m, once) d = Sub(x, mm) q = Mul(d, d) a = ReduceMean<axes=[-1]>(q)
+e = Add(a, eps) r = Sqrt(e) s = Tile(r, once) n = Div(d, s) h = Mul(n, w) y = Add(h, v)"""
+PAIRS = """g = Reshape(x, pairs) p = Mul(g, g) a = ReduceMean<axes=[-1], keepdims=0>(p) e = Add(a, eps) r = Sqrt(e)
+s = Tile(r, half) n = Div(x, s) y = Mul(n, w)"""
+
+
+@pytest.mark.parametrize("batch", ["B", "3"])
+@pytest.mark.parametrize("opset", [13, 17])
+def test_tiled_statistics(opset: int, batch: str) -> None:
+    made, report = normfuse.optimize(model(TILED, f"float[{batch}, {N}] x", f"float[{batch}, {N}] y", opset))
+    (norm,) = report.norms
+    assert (norm.kind, norm.action, norm.verified) == ("layer_norm", "fused", True)
+    assert [n.op_type for n in made.graph.node] == ["LayerNormalization" if opset == 17 else "layer_norm"]
+
+
+def test_tiled_statistics_of_groups() -> None:
+    assert not normfuse.inspect(model(PAIRS, f"float[B, {N}] x", f"float[B, {N}] y", 17)).norms
+
+
 # -- Flax: a variance in one pass, clamped, through reshapes and expansions to a computed shape ------------------------
 
 

@@ -372,3 +372,29 @@ def test_an_einsum_that_is_no_product_of_rows(equation: str) -> None:
     program = torch.export.export(Turned(), (torch.randn(2, 5, 8), torch.ones(8)))
     (norm,) = normfuse.inspect(program).norms
     assert norm.kind == "rms_norm"
+
+
+@pytest.mark.parametrize("spread", [
+    lambda s: s.tile(8), lambda s: s.tile(1, 1, 8), lambda s: s.repeat(1, 1, 8), lambda s: s.repeat_interleave(8, -1),
+])  # fmt: skip
+def test_statistics_that_are_repeated_for_each_channel(spread: Callable[[Tensor], Tensor]) -> None:
+    class Spread(torch.nn.Module):
+        def forward(self, x: Tensor, w: Tensor) -> Tensor:
+            d = x - spread(x.mean(-1, keepdim=True))
+            return d * torch.rsqrt(spread(d.square().mean(-1, keepdim=True)) + 1e-6) * w
+
+    args = torch.randn(2, 5, 8), torch.rand(8)
+    made, report = normfuse.optimize(torch.export.export(Spread(), args))
+    assert [(n.kind, n.action, n.verified) for n in report.norms] == [("layer_norm", "fused", True)]
+    torch.testing.assert_close(made.module()(*args), Spread()(*args))
+
+
+@pytest.mark.parametrize("spread", [
+    lambda s: s.tile(4), lambda s: s.repeat(1, 1, 4), lambda s: s.repeat_interleave(4, -1),
+])  # fmt: skip
+def test_statistics_of_groups_that_are_repeated_are_no_norms(spread: Callable[[Tensor], Tensor]) -> None:
+    class Groups(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * torch.rsqrt(spread(x.view(2, 5, 2, 4).square().mean(-1)) + 1e-6)
+
+    assert not normfuse.inspect(torch.export.export(Groups(), (torch.randn(2, 5, 8),))).norms

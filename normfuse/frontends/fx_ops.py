@@ -282,6 +282,7 @@ OPS: dict[str, Row] = _table(
         "unsqueeze": guarded(views.unsqueeze),
         "squeeze": guarded(views.squeeze),
         "expand expand_as broadcast_to": guarded(views.expand),
+        "repeat tile repeat_interleave": guarded(views.repeat),
         "permute": guarded(views.permute),
         "transpose swapaxes swapdims t": guarded(views.transpose),
         "numpy_T mT mH adjoint": guarded(views.turned),

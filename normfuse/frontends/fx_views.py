@@ -117,6 +117,15 @@ def expand(call: Call) -> bool:
     return same(call, x) if shape_of(meta_of(call.node)) == x.shape else call.emit("expand", [x])
 
 
+def repeat(call: Call) -> bool:
+    """repeat, tile, repeat_interleave: of an axis of one element they make what `expand` does."""
+    x, shape = call.tensor(), shape_of(meta_of(call.node))
+    if x.shape is None or shape is None or len(shape) < len(x.shape):
+        return False
+    ahead = len(shape) - len(x.shape)
+    return all(d in (1, n) for d, n in zip(x.shape, shape[ahead:], strict=True)) and expand(call)
+
+
 def permute(call: Call) -> bool:
     x = call.tensor()
     given = call.get(1, "dims")

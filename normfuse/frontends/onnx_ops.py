@@ -344,6 +344,7 @@ OPS: dict[str, Row] = {
     "Unsqueeze": views.view_axes("unsqueeze"),
     "Squeeze": views.view_axes("squeeze"),
     "Expand": views.expand,
+    "Tile": views.tile,
     "Transpose": views.transpose,
     "BatchNormalization": _batch_norm,
     **dict.fromkeys(GROUP_NORMS, _group_norm),

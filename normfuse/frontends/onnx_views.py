@@ -178,6 +178,18 @@ def expand(low: Lowering, node: ir.Node) -> None:
     out.number = x.number
 
 
+def tile(low: Lowering, node: ir.Node) -> None:
+    """Of an axis of one element a Tile makes what an Expand does."""
+    x, times = low.value(node.inputs[0]), None if node.inputs[1] is None else low.array(node.inputs[1])
+    counts = [] if times is None else times.reshape(-1).tolist()
+    sizes = [*zip(x.shape or (), counts, strict=False)]
+    if not sizes or len(sizes) != x.rank or any(d != 1 != n for d, n in sizes):
+        return low.opaque(node)
+    out = low.output(node, tuple(n if d == 1 else d for d, n in sizes), x.dtype)
+    low.emit("expand", [x], out, node)
+    out.number = x.number
+
+
 def fill(low: Lowering, node: ir.Node) -> None:
     """ConstantOfShape with a shape that is known only in part."""
     tensor = attribute(node, "value")
