@@ -115,6 +115,11 @@ def test_an_instance_normalization_that_is_no_norm_of_rows(made: str) -> None:
     assert not normfuse.inspect(model(made, f"float[2, 4, {N}] x", f"float[2, 4, {N}] y", 18)).norms
 
 
+def test_an_instance_normalization_of_images_is_no_norm_of_rows() -> None:
+    made = model(INSTANCE % "ones4, zeros4", f"float[2, 4, 5, {N}] x", f"float[2, 4, 5, {N}] y", 18)
+    assert not normfuse.inspect(made).norms
+
+
 # -- statistics that are repeated for each channel ---------------------------------------------------------------------
 
 
