@@ -114,17 +114,16 @@ def rewrite(src_path: str | Path, dst_path: str | Path, config: Config | None = 
             report = _untouched(model)
         else:
             model, report, changed, plain = _rewrite_ir(model, config, progress, calibration)
-        keep = original if plain else None
         planned = time.perf_counter()
         check = partial(_check_file, source, report, config) if config.verify == "model" and changed else None
         if check is not None and dry_run:
-            files.write_onnx(model, Path(folder) / "candidate.onnx", keep, check=check)
+            files.write_onnx(model, Path(folder) / "candidate.onnx", original, check=check, edited=not plain)
         if not dry_run:
             if progress is not None:
                 progress("saving", 0.9)
             copied = None if progress is None else partial(_copied, progress)
             if changed:
-                left = files.write_onnx(model, target, keep, refer, copied, check, source)
+                left = files.write_onnx(model, target, original, refer, copied, check, source, not plain)
                 if made.path == source and target.samefile(source):
                     report.notes += [f"the weights are copied under a name made from their content; {old} is not read "
                                      "by the model any more" for old in left]  # fmt: skip

@@ -19,11 +19,16 @@ from onnx import TensorProto, helper, numpy_helper
 
 import normfuse
 from normfuse.errors import InputError
+from normfuse.io import files
+from normfuse.verify import session
 from tests.cli_tools import norm_model, saved
+from tests.test_certificates import IDS, OPERATOR, chain
+from tests.test_conversion_traps import model
 
 GIB = 2**30
 WIDTH = 16384
 """A square matrix of float32 of this width is one GiB."""
+COLUMNS = 64
 LIMIT = 1.0
 """GiB of resident memory."""
 
@@ -185,3 +190,64 @@ def test_a_bar_on_a_terminal_only(flags: tuple[str, ...], tmp_path: Path) -> Non
     assert (b"copying weights" in shown) == (flags != ("-q",))
     piped = subprocess.run([*command, "--overwrite"], capture_output=True, check=True)
     assert b"copying weights" not in piped.stderr + piped.stdout
+
+
+# -- weights that a conversion edits -----------------------------------------------------------------------------------
+
+
+def beside(folder: Path) -> Path:
+    """A chain whose weights lie in a file beside it, with a matrix that no conversion edits."""
+    rng, path = np.random.default_rng(0), folder / "in.onnx"
+    lines = f"{chain(OPERATOR)} y = MatMul(n, head)"
+    shapes = {"table": (90, COLUMNS), "w": (COLUMNS, COLUMNS), "g": (COLUMNS,), "b": (COLUMNS,), "head": (COLUMNS, 320)}
+    held: dict[str, Any] = {name: rng.standard_normal(shape).astype("f4") for name, shape in shapes.items()}
+    onnx.save(model("int64[1,3] i", lines, **held), path, save_as_external_data=True, location="in.data",
+              size_threshold=1024)  # fmt: skip
+    return path
+
+
+@pytest.mark.parametrize("inline", [0, 2**28])
+@pytest.mark.parametrize("data", ["copy", "reference"])
+def test_edited_weights_get_a_file_of_their_own(inline: int, data: str, tmp_path: Path,
+                                                monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """A model of more than 2 GiB stays one that can be written; of what was edited there is no second copy."""
+    monkeypatch.setattr(files, "INLINE", inline)
+    source, out = beside(tmp_path), tmp_path / "out.onnx"
+    config = normfuse.Config(layernorm_to_rmsnorm="exact", verify="model")
+    report = normfuse.rewrite(source, out, config, external_data=data)
+    assert report.converted == 2 and not report.refusals
+    want, got = (session(path).run(None, {"i": IDS[0]["i"]})[0] for path in (source, out))
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
+    made = onnx.load(out, load_external_data=False).graph.initializer
+    where = {t.name: t.external_data[0].value if t.external_data else "" for t in made}
+    edited = 4 * COLUMNS * (90 + COLUMNS)
+    assert (where["table"] == where["w"] == "") is bool(inline) and where["g"] == where["b"] == ""
+    assert (out.stat().st_size > edited) is bool(inline)
+    assert where["head"] == "in.data" if data == "reference" else where["head"].startswith("out-")
+    if not inline:
+        assert where["table"] == where["w"] != where["head"]
+        assert (tmp_path / where["w"]).stat().st_size in range(edited, edited + 8192)
+    if data == "copy":
+        copied = (tmp_path / where["head"]).read_bytes()
+        assert len(copied) == (tmp_path / "in.data").stat().st_size
+        offsets = {t.name: int(t.external_data[1].value) for t in onnx.load(source, load_external_data=False)
+                   .graph.initializer if t.external_data}  # fmt: skip
+        assert not any(copied[offsets["table"] :][: 4 * 90 * COLUMNS])
+        assert not any(copied[offsets["w"] :][: 4 * COLUMNS**2])
+    assert not list(tmp_path.glob(".normfuse-*"))
+
+
+@pytest.mark.parametrize("failing", ["write_bytes", "_serialised"])
+def test_nothing_is_left_of_edited_weights_that_were_not_written(failing: str, tmp_path: Path,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.setattr(files, "INLINE", 0)
+    source = beside(tmp_path)
+    before = sorted(tmp_path.iterdir())
+
+    def fail(*args: Any) -> None:
+        raise InputError("the disk is full")
+
+    monkeypatch.setattr(files, failing, fail)
+    with pytest.raises(InputError, match="the disk is full"):
+        normfuse.rewrite(source, tmp_path / "out.onnx", normfuse.Config(layernorm_to_rmsnorm="exact", verify="off"))
+    assert sorted(tmp_path.iterdir()) == before

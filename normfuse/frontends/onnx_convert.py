@@ -201,25 +201,28 @@ class Editor:
 
     def _store(self) -> None:
         """Compute the edited constants in float64, and round them once."""
-        own: dict[str, Array] = {}
 
         def give(name: str) -> Array:
             tensor = self.natives[name].const_value
             assert tensor is not None
             return np.asarray(tensor.numpy()).astype(np.float64)
 
-        for name in self.edits.made:
-            own[name] = self.edits.get(name, give)
-        for name, array in own.items():
+        made = {name: self._rounded(name, self.edits.get(name, give)) for name in self.edits.made}
+        for name, array in made.items():
             native = self.natives[name]
-            if not np.isfinite(array).all():
-                raise InputError(f"{name}: holds NaN or infinity; a weight with those has no mean to take away")
-            assert native.dtype is not None
-            with np.errstate(over="ignore"):
-                rounded = array.astype(native.dtype.numpy())
-            if not np.isfinite(rounded.astype(np.float64)).all():
-                raise Overflow(f"{name} would hold {np.abs(array).max():.3g}, more than its type does")
-            native.const_value = ir.Tensor(rounded, dtype=native.dtype, name=name)
+            native.const_value = ir.Tensor(array, dtype=native.dtype, name=name)
+
+    def _rounded(self, name: str, array: Array) -> Array:
+        """An edited constant in its type."""
+        dtype = self.natives[name].dtype
+        if not np.isfinite(array).all():
+            raise InputError(f"{name}: holds NaN or infinity; a weight with those has no mean to take away")
+        assert dtype is not None
+        with np.errstate(over="ignore"):
+            rounded: Array = array.astype(dtype.numpy())
+        if not np.isfinite(rounded.astype(np.float64)).all():
+            raise Overflow(f"{name} would hold {np.abs(array).max():.3g}, more than its type does")
+        return rounded
 
     def _operator(self, value: Value, want: Centre) -> ir.Value:
         """x - mean(x) behind a value, in float32 for half types."""

@@ -11,7 +11,7 @@ import hashlib
 import os
 import stat
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
@@ -36,7 +36,8 @@ PROTO_LIMIT = 2**31 - 1
 INLINE, SMALL = 2**28, 1024
 """The most bytes of weights that a new model holds itself, and the tensors too small to lie beside it."""
 CHUNK = 2**20
-ALIGNED: Any = {"alignment": 4096} if "alignment" in signature(ir.external_data.unload_from_model).parameters else {}
+_WRITE: Any = ir.external_data.convert_tensors_to_external
+ALIGNED: Any = {"alignment": 4096} if "alignment" in signature(_WRITE).parameters else {}
 """onnx-ir aligns large tensors by itself before 1.1, and since then only when it is asked to."""
 ANNOTATIONS = "normfuse.annotations"
 Copied = Callable[[int, int], None]
@@ -182,23 +183,28 @@ def _bytes(source: Path) -> bytes:
 
 def write_onnx(model: ir.Model, target: Path, source: Source | None = None, reference: bool = False,
                progress: Copied | None = None, check: Callable[[Path], object] | None = None,
-               like: Path | None = None) -> list[Path]:  # fmt: skip
+               like: Path | None = None, edited: bool = False) -> list[Path]:  # fmt: skip
     """Save a model whole or not at all; give back the files of weights of which it has copies now.
 
     External data is copied next to it under a name made from its content.
 
-    With the `source` it was read from, what was not edited is written as it was read; this needs edits in the main
-    graph only. With `reference`, external data stays where it is, which has to be in the folder of `target` or below;
-    otherwise `progress` is called with the bytes copied so far and all that there are. `check` is given the model under
-    a temporary name in the same folder, where it finds its weights; what it raises undoes all. A new file has the
-    permissions of the one it is `like`, or is a copy of.
+    With the `source` it was read from, what was not edited is written as it was read; unless more than nodes of the
+    main graph were `edited`. Then what the model does not read any more of external data is not copied, and if there
+    are more than `INLINE` bytes of weights in memory now, they get a file of their own. With `reference`, external data
+    stays where it is, which has to be in the folder of `target` or below; otherwise `progress` is called with the bytes
+    copied so far and all that there are. `check` is given the model under a temporary name in the same folder, where it
+    finds its weights; what it raises undoes all. A new file has the permissions of the one it is `like`, or is a copy
+    of.
     """
-    tensors = list(external_tensors(model)) if source is None or source.external else []
+    tensors = list(external_tensors(model)) if source is None or source.external or edited else []
     files = {tensor: tensor.file() for tensor in tensors}
     moved = dict.fromkeys(files.values(), "")
     if target.exists() and any(target.samefile(file.path) for file in moved):
         raise InputError(f"{target}: holds the weights of the input; choose another name")
     old = [(t, t.location) for t in tensors]
+    beside = {v: t for v, t in _weights(model) if t.nbytes > SMALL and not isinstance(t, External)}
+    if not edited or source is None or not source.external or sum(t.nbytes for t in beside.values()) <= INLINE:
+        beside = {}
     total, before = sum(file.size for file in moved), 0
     with _made() as made:
         try:
@@ -207,14 +213,19 @@ def write_onnx(model: ir.Model, target: Path, source: Source | None = None, refe
                     moved[file] = _referenced(file.path, target)
                     continue
                 advance = None if progress is None else partial(_more, progress, before, total)
-                moved[file] = _copy_data(file, target, advance, made)
+                parts = _parts(t for t, held in files.items() if held is file) if edited else []
+                moved[file] = _copy_data(file, target, advance, made, parts)
                 before += file.size
             for tensor, file in files.items():
                 tensor._location = moved[file]
-            proto = to_proto(model) if tensors or source is None else _spliced(model, source)
+            if beside:
+                _unload(beside, target, made)
+            proto = to_proto(model) if tensors or source is None or edited else _spliced(model, source)
         finally:
             for tensor, location in old:
                 tensor._location = location
+            for value, held in beside.items():
+                value.const_value = held
         write_bytes(_serialised(proto, target), target, check, like)
     return [file.path for file, name in moved.items() if not reference and not file.path.samefile(target.parent / name)]
 
@@ -245,22 +256,45 @@ def write_new(model: ir.Model, target: Path) -> int:
 
     Gives back the bytes of all weights. The model's initializers become external tensors.
     """
-    values = [v for graph in (model.graph, *model.graph.subgraphs()) for v in graph.initializers.values()]
-    size = sum(v.const_value.nbytes for v in values if v.const_value is not None)
+    size = sum(tensor.nbytes for _, tensor in _weights(model))
     if size <= INLINE:
         write_onnx(model, target)
         return size
     with _made() as made:
-        try:
-            with tempfile.TemporaryDirectory(prefix=".normfuse-", dir=target.parent) as folder:
-                ir.external_data.unload_from_model(model, folder, "data", size_threshold_bytes=SMALL, **ALIGNED)
-                name = _name_data(Path(folder) / "data", target, made)
-        except OSError as why:
-            raise InputError(f"{target}: its weights cannot be written: {first_line(why)}") from None
-        for tensor in secure(model, DataFiles(target)):
-            tensor._location = name
+        weights = {v: t for v, t in _weights(model) if t.nbytes > SMALL or isinstance(t, ir.ExternalTensor)}
+        _unload(weights, target, made)
         write_bytes(_serialised(to_proto(model), target), target)
     return size
+
+
+def _weights(model: ir.Model) -> list[tuple[ir.Value, ir.TensorProtocol]]:
+    """The initializers of a model with what they hold."""
+    values = [v for graph in (model.graph, *model.graph.subgraphs()) for v in graph.initializers.values()]
+    return [(v, v.const_value) for v in values if v.const_value is not None]
+
+
+def _unload(weights: dict[ir.Value, ir.TensorProtocol], target: Path, made: list[Path]) -> None:
+    """Write weights into a file beside a model, which they are in now; its name is made from its content."""
+    try:
+        with tempfile.TemporaryDirectory(prefix=".normfuse-", dir=target.parent) as folder:
+            found = _WRITE(list(weights.values()), folder, "data", **ALIGNED)
+            name = _name_data(Path(folder) / "data", target, made)
+    except OSError as why:
+        raise InputError(f"{target}: its weights cannot be written: {first_line(why)}") from None
+    files = DataFiles(target)
+    for value, tensor in zip(weights, found, strict=True):
+        value.const_value = External(tensor, files)
+        value.const_value._location = name
+
+
+def _parts(tensors: Iterable[External]) -> list[tuple[int, int]]:
+    """Where in their file tensors lie, as (start, end)."""
+    out: list[tuple[int, int]] = []
+    for start, end in sorted(((t.offset or 0), (t.offset or 0) + t.nbytes) for t in tensors):
+        if out and start <= out[-1][1]:
+            start, end = out[-1][0], max(out.pop()[1], end)
+        out.append((start, end))
+    return out
 
 
 @contextlib.contextmanager
@@ -325,7 +359,8 @@ def _name_data(data: Path, target: Path, made: list[Path]) -> str:
     return name
 
 
-def _copy_data(file: DataFile, target: Path, advance: Callable[[int], None] | None, made: list[Path]) -> str:
+def _copy_data(file: DataFile, target: Path, advance: Callable[[int], None] | None, made: list[Path],
+               parts: Sequence[tuple[int, int]]) -> str:  # fmt: skip
     """Copy a data file next to a model, by the file system; the name is that of the content that was written."""
 
     def named(data: Path) -> str:
@@ -336,6 +371,6 @@ def _copy_data(file: DataFile, target: Path, advance: Callable[[int], None] | No
 
     source = file.open()
     try:
-        return write(target, lambda handle: copy(source, handle, advance), named, like=file.path).name
+        return write(target, lambda handle: copy(source, handle, advance, parts), named, like=file.path).name
     finally:
         os.close(source)

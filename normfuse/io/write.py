@@ -11,7 +11,7 @@ import errno
 import os
 import stat
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from normfuse.errors import InputError, first_line
@@ -119,10 +119,15 @@ def extents(handle: int) -> Iterator[tuple[int, int]]:
         at = end
 
 
-def copy(source: int, target: int, advance: Advance | None = None) -> None:
-    """The content of an open file, in the kernel and without its holes where the system can."""
-    os.truncate(target, os.fstat(source).st_size)
-    for at, end in extents(source):
+def copy(source: int, target: int, advance: Advance | None = None, parts: Sequence[tuple[int, int]] = ()) -> None:
+    """The content of an open file, in the kernel and without its holes where the system can.
+
+    With `parts`, (start, end) in order, what lies between them becomes a hole.
+    """
+    size = os.fstat(source).st_size
+    os.truncate(target, size)
+    found = ((max(at, a), min(end, b)) for at, end in extents(source) for a, b in parts or [(0, size)])
+    for at, end in found:
         while at < end:
             try:
                 done = os.copy_file_range(source, target, min(end - at, CHUNK), at, at)
