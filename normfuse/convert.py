@@ -79,7 +79,7 @@ class Certificate:
     `gap`: largest difference of the outputs of the two models in float64 with all their constants replaced by random
     ones whose means are not zero, relative to the largest element. `before`, `after`: distances to float64 (norm of
     the difference over the norm) of the original and the result with their own weights in their own types; None where
-    they were not measured.
+    they were not measured. `any_of`: the operators that could not be computed, for which any function stood.
     """
 
     ok: bool
@@ -88,6 +88,7 @@ class Certificate:
     before: float | None = None
     after: float | None = None
     message: str = ""
+    any_of: list[str] = field(default_factory=list)
 
 
 class Overflow(Exception):

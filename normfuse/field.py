@@ -246,9 +246,11 @@ class _Proof:
         if sizes.count(-1) > 1 or (node.kind == "expand" and -1 in sizes):
             raise Unsuited
         try:
-            return x.reshape(sizes) if node.kind == "reshape" else np.broadcast_to(x, sizes)
+            out = x.reshape(sizes) if node.kind == "reshape" else np.broadcast_to(x, sizes)
         except ValueError:
             raise Unsuited from None
+        self.sizes |= {d: n for d, n in zip(shape, out.shape, strict=True) if isinstance(d, str)}
+        return out
 
 
 def _to_the(a: Array, exponent: float) -> Array:

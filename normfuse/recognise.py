@@ -217,13 +217,13 @@ class _Recogniser:
     def _operands(self, node: Node, root: Root) -> list[Fact]:
         key = root.key()
         known = [self.facts.get(v.index, {}).get(key) for v in node.inputs]
-        layout = next(f.layout for f in known if f is not None)
+        layout, beside = next((f.layout, v.shape) for f, v in zip(known, node.inputs, strict=True) if f is not None)
         out = []
         for i, (v, fact) in enumerate(zip(node.inputs, known, strict=True)):
             if fact is not None:
                 out.append(fact)
             elif v.number is not None:
-                aligned = _matrix(v, i, layout) if node.kind == "matmul" else align(v, layout, root)
+                aligned = _matrix(v, i, layout) if node.kind == "matmul" else align(v, layout, root, beside)
                 out.append(Fact(root, ZERO, ZERO, constant(v.number), aligned))
             elif v.overridable and _single(v):
                 raise Refused("NF122", f"{v.name} may be replaced by the caller, so it is no constant")

@@ -15,7 +15,7 @@ from normfuse.facts import (
     MEAN, ONE, SQ_MEAN, ZERO, Fact, Layout, Poly, Refused, Root, add, bound, constant, free, has, mul, number,
     power, scale,
 )  # fmt: skip
-from normfuse.graph import FLOATS, PRECISION, Dim, Node, Value
+from normfuse.graph import FLOATS, PRECISION, Dim, Node, Shape, Value
 
 Rule = Callable[[Node, list[Fact]], Fact]
 
@@ -47,8 +47,8 @@ def spans(entry: tuple[int, ...], d: Dim, root: Root) -> bool:
     return size == d
 
 
-def align(value: Value, layout: Layout, root: Root) -> Layout:
-    """The layout of a row-constant operand beside a value of the given layout."""
+def align(value: Value, layout: Layout, root: Root, beside: Shape | None = None) -> Layout:
+    """The layout of a row-constant operand beside a value of the given layout, and shape."""
     if value.shape is None:
         raise Refused("NF115", f"the shape of {value.name} is not known")
     out: list[tuple[int, ...]] = []
@@ -64,6 +64,8 @@ def align(value: Value, layout: Layout, root: Root) -> Layout:
             out.append(())
         elif entry == SPREAD or (value.number is not None and entry and spans(entry, d, root)):
             out.append(entry)
+        elif value.number is not None and entry and beside is not None and j >= 0 and d is not None and beside[j] == d:
+            out.append(entry)  # as long as what it meets, whatever that is
         elif not entry or (not layout[j] and not spans(entry, d, root)):
             raise Refused("NF108", f"{value.name} is wider than the tensor it scales or shifts")
         elif not set(entry) <= set(root.axes):

@@ -20,16 +20,19 @@ NUMBERS: dict[str, Any] = {
 }  # fmt: skip
 WHOLE: dict[str, Any] = {
     "zero": [0], "one": [1], "pair": [2], "last": [-1], "behind": [0, 2, 3], "four": [1, -1, N, 1],
-    "size": [N],
+    "size": [N], "grouped": [-1, 4, 1, N],
 }  # fmt: skip
 ARRAYS: dict[str, Array] = {
     "point": np.array(3, "i1"), "W8": np.arange(N * N, dtype="i1").reshape(N, N), "U8": np.eye(N, dtype="i1") * 50,
     "M": np.random.default_rng(2).standard_normal((16, 8)).astype("f4"),
+    "deep_w": np.linspace(0.5, 1.5, N, dtype="f4").reshape(1, 1, 1, N),
+    "deep_v": np.linspace(-1, 1, N, dtype="f4").reshape(1, 1, 1, N),
     "wide_w": np.linspace(0.5, 1.5, N, dtype="f4").reshape(N, 1, 1),
     "wide_v": np.linspace(2.5, 3.5, N, dtype="f4").reshape(N, 1, 1),
     "F": np.random.default_rng(5).standard_normal((N, N, 1, 1)).astype("f4"),
     "cube": np.random.default_rng(4).uniform(0.5, 1.5, (N, N, N)).astype("f4"),
     "M16": np.eye(16, dtype="f4"), "nan": np.array(np.nan, "f4"), "nan11": np.full((1, 1), np.nan, "f4"),
+    "eight": np.array(8, "i4"), "ones16": np.ones(16, "f4"), "zeros16": np.zeros(16, "f4"),
     "ones4": np.ones(4, "f4"), "zeros4": np.zeros(4, "f4"), "w4": np.linspace(1, 2, 4, dtype="f4"),
     "three": np.array([-1, 4, N]), "once": np.array([1, N]), "half": np.array([1, N // 2]),
     "pairs": np.array([0, 2, N // 2]), "nan41": np.full((4, 1), np.nan, "f4"),

@@ -57,6 +57,69 @@ def test_keras_layer_norm(opset: int, target: Any, tmp_path: Path) -> None:
         assert new <= 2 * old + 4 * 2.0**-23 * np.abs(want).max(), name
 
 
+DEEP = """b = Slice(s, zero, one, zero) n = Squeeze(b, zero) many = Mul(n, eight)
+d0 = Unsqueeze(many, zero) dims = Cast<to=7>(d0) ones = Expand(c1, dims) zeros = Expand(c0, dims)"""
+ROWS = """shape = Shape(x) s = Cast<to=6>(shape) {made}
+r = Reshape(x, four) mean = ReduceMean<axes=[0, 2, 3]>(r) d = Sub(r, mean)
+ss = ReduceSumSquare<axes=[0, 2, 3], keepdims=0>(d) m = Squeeze(mean, behind) rs = Shape(r)
+k = Gather<axis=0>(rs, behind) count = ReduceProd<axes=[0], keepdims=0>(k) c = Cast<to=1>(count) var = Div(ss, c)
+o = BatchNormalization<epsilon=0.001>(r, {given}, m, var) back = Cast<to=7>(s) q = Reshape(o, back)
+h = Mul(q, w) y = Add(h, v)"""
+
+
+@pytest.mark.parametrize(("batch", "made", "given"), [
+    ("B", DEEP, "ones, zeros"), ("2", DEEP, "ones, zeros"), ("2", "", "ones16, zeros16"),  # folded where they are known
+])  # fmt: skip
+@pytest.mark.parametrize("opset", [13, 17])
+def test_keras_layer_norm_of_sequences(batch: str, made: str, given: str, opset: int, tmp_path: Path) -> None:
+    kind, out, lines = f"float[{batch}, 8, {N}]", tmp_path / "out.onnx", ROWS.format(made=made, given=given)
+    source = saved(model(lines, f"{kind} x", f"{kind} y", opset), tmp_path / "in.onnx")
+    (norm,) = normfuse.rewrite(source, out, normfuse.Config(verify="model")).norms
+    assert (norm.kind, norm.axes, norm.action, norm.verified, norm.proved) == ("layer_norm", [-1], "fused", True, True)
+    assert [n.op_type for n in onnx.load(out).graph.node] == ["LayerNormalization" if opset == 17 else "layer_norm"]
+    before, after = session(source), session(out)
+    for name, row in rows(16).items():
+        x = row.reshape(2, 8, N)
+        want = layer_norm(x, 1e-3, NUMBERS["w"], NUMBERS["v"])
+        old, new = (np.abs(s.run(None, {"x": x})[0] - want).max() for s in (before, after))
+        assert new <= 2 * old + 4 * 2.0**-23 * np.abs(want).max(), name
+
+
+@pytest.mark.parametrize(("shape", "norms"), [("int64[3] t", 1), ("int64[K] t", 0)])
+@pytest.mark.parametrize("op", ["Reshape", "Expand"])
+def test_a_view_of_which_only_the_number_of_axes_is_known(op: str, shape: str, norms: int, tmp_path: Path) -> None:
+    """As tf2onnx writes an attention: the residual sum behind it has the size that x has."""
+    lines = f"""z = {op}(u, t) h = Add(x, z) m = ReduceMean<axes=[-1]>(h) d = Sub(h, m) p = Mul(d, d)
+    a = ReduceMean<axes=[-1]>(p) e = Add(a, eps) r = Sqrt(e) n = Div(d, r) k = Mul(n, w) y = Add(k, v)"""
+    inputs = f"float[B, T, {N}] x, float[1, {N}] u, {shape}"
+    source = saved(model(lines, inputs, "float[P, Q, R] y", 17), tmp_path / "in.onnx")
+    report = normfuse.rewrite(source, tmp_path / "out.onnx", normfuse.Config(verify="sites"))
+    assert len(report.norms) == norms and {n.action for n in report.norms} <= {"fused"}
+    rng = np.random.default_rng(0)
+    feed = {"x": rng.standard_normal((2, 3, N)).astype("f4"), "u": rng.standard_normal((1, N)).astype("f4"),
+            "t": np.array([1, 1, N])}  # fmt: skip
+    before, after = (session(path).run(None, feed)[0] for path in (source, tmp_path / "out.onnx"))
+    np.testing.assert_allclose(after, before, atol=1e-6)
+
+
+GROUPS = """r = Reshape(x, grouped) mean = ReduceMean<axes=[1, 3]>(r) d = Sub(r, mean) p = Mul(d, d)
+a = ReduceMean<axes=[1, 3]>(p) e = Add(a, eps) t = Sqrt(e) n = Div(d, t) h = Mul(n, {w}) k = Add(h, {v}) s = Shape(x)
+y = Reshape(k, s)"""
+
+
+@pytest.mark.parametrize(("w", "v"), [("w", "v"), ("deep_w", "deep_v"), ("deep_w", "v")])
+@pytest.mark.parametrize("opset", [13, 17])
+def test_keras_group_norm_of_one_group(w: str, v: str, opset: int, tmp_path: Path) -> None:
+    """Its weights have an axis more than the input, which they are not to give to the result."""
+    kind, out = f"float[B, 4, {N}]", tmp_path / "out.onnx"
+    source = saved(model(GROUPS.format(w=w, v=v), f"{kind} x", f"{kind} y", opset), tmp_path / "in.onnx")
+    (norm,) = normfuse.rewrite(source, out, normfuse.Config(verify="model")).norms
+    assert (norm.axes, norm.size, norm.action, norm.verified) == ([-2, -1], 4 * N, "fused", True)
+    x = np.random.default_rng(0).standard_normal((3, 4, N)).astype("f4")
+    before, after = (session(path).run(None, {"x": x})[0] for path in (source, out))
+    assert before.shape == after.shape and np.abs(before - after).max() < 1e-6
+
+
 @pytest.mark.parametrize("changes", [
     {"statistics": "ones, zeros, fixed, fixed"},  # statistics of a training
     {"statistics": "ones, zeros, m, m"},  # the mean twice

@@ -27,6 +27,8 @@ from normfuse.transfer import REDUCTIONS
 
 MAX_ROUNDS = 6
 """Rounds of shape inference: ours follows computed sizes, that of `onnx` knows every operator."""
+NUMBERS = ("MatMul", "InstanceNormalization", "BatchNormalization")
+"""The operators that may read a tensor of one number as that number."""
 MAX_DEPTH = 64
 """Control flow nested deeper than this is left alone."""
 SORTED = "normfuse.sorted"
@@ -139,20 +141,20 @@ class Lowering:
             if size == 1 or (size <= MAX_ELEMENTS and not external) or (integer and size <= 64):
                 self.arrays[value] = array = np.asarray(tensor.numpy())
                 number = _number(array, self._may_be_number(value, array))
-            elif not external and size <= 2**20 and len(tensor.shape) > 1 and self._may_be_number(value, tensor):
+            elif not external and size <= 2**20 and self._may_be_number(value, tensor):
                 number = _number(np.asarray(tensor.numpy()), True)
         self._leaf(value, fixed=True, number=number)
 
     @staticmethod
     def _may_be_number(value: ir.Value, tensor: Any) -> bool:
-        """Whether a uniform tensor may count as a number: as the factor of a product or what an InstanceNormalization
-        has for each channel, not as a weight or bias."""
+        """Whether a uniform tensor may count as a number: as the factor of a product, or what an operator has for each
+        row where channels are meant, not as a weight or bias."""
         todo, readers = [value], list[ir.Node]()
         while todo:
             found = [node for node, _ in todo.pop().uses()]
             todo += [node.outputs[0] for node in found if node.op_type in ("Identity", "Transpose")]
             readers += [node for node in found if node.op_type not in ("Identity", "Transpose")]
-        return bool(len(tensor.shape)) and all(n.op_type in ("MatMul", "InstanceNormalization") for n in readers)
+        return bool(len(tensor.shape)) and all(n.op_type in NUMBERS for n in readers)
 
     def value(self, value: ir.Value | None) -> Value:
         """The neutral value of an operand; one of an outer graph is captured as a leaf."""

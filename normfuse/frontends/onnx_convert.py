@@ -50,6 +50,7 @@ def convert_model(one: OnnxModel, config: Config) -> tuple[ir.Model, list[Record
     found = convert(low.graph, plan.found, asked) if config.layernorm_to_rmsnorm != "off" else Conversion()
     Folder(low.graph, found, lambda node, v, axis: table.linear(low, node, v, axis, asked.channels), asked.channels,
            asked.twins, means.zero).run(sites, config.fold_scale)  # fmt: skip
+    notes = folds_note(found)
     if found.sites or found.folds:
         for value in (*found.constants(), *found.numbers()):
             means.settle(value)
@@ -64,8 +65,10 @@ def convert_model(one: OnnxModel, config: Config) -> tuple[ir.Model, list[Record
             failed = [refusals(site, "NF304", check.message) for site in dict.fromkeys([*found.sites, *found.folded])]
             return original, records + failed + [refusals(s, r.code, r.message) for s, r in found.kept.items()], []
         records += [Record.of(found, site, check, editor.results[site]) for site in found.sites]
+        if check is not None and check.any_of:
+            notes.append(f"the certificate computes no {', '.join(check.any_of)}: it holds whatever that is")
     records += [refusals(s, r.code, r.message) for s, r in found.kept.items()]
-    return one.model, records, folds_note(found)
+    return one.model, records, notes
 
 
 class _Means:

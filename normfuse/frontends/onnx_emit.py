@@ -217,7 +217,11 @@ class Emitter:
                for _, factors in expr for v, _ in factors):  # fmt: skip
             shape = self.constant(np.array(_width(norm)), "int64", "shape")
             return self._node(nodes, "Reshape", [total, shape], name)
-        return self._node(nodes, "Mul", [total, one], name)
+        total = self._node(nodes, "Mul", [total, one], name)
+        if any(len(v.shape or ()) > len(norm.axes) for _, factors in expr for v, _ in factors):
+            shape = self.constant(np.array(_width(norm)), "int64", "shape")
+            total = self._node(nodes, "Reshape", [total, shape], name)
+        return total
 
 
 def inside(norm: Norm) -> tuple[str, bool]:
@@ -303,6 +307,7 @@ def evaluate(expr: Expr, norm: Norm) -> np.ndarray[Any, Any] | None:
             if tensor is None or isinstance(tensor, ir.ExternalTensor) or value.native.producer() is not None:
                 return None
             array = np.asarray(tensor.numpy()).astype(np.float64)
+            array = array.reshape(array.shape[-len(norm.axes) :]) if array.ndim > len(norm.axes) else array
             term = term * (array.reshape(_width(norm)) if array.size == total.size else array) ** exponent
         total = total + term
     return total

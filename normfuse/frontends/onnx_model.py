@@ -26,6 +26,7 @@ from normfuse.frontends.onnx_skip import SkipEmitter, take_apart
 from normfuse.frontends.onnx_region import as_function, rest_of, results_of
 from normfuse.graph import Node, Value
 from normfuse.passmanager import Abilities, fuse, plan
+from normfuse.passes.remove_dead import live
 from normfuse.plan import Edit, Fused, Plan, Reason, Replace
 from normfuse.norm import VIEWS, Norm, Refusal, Site, region
 from normfuse.targets import PROVIDERS, Row, Table
@@ -312,7 +313,7 @@ class OnnxModel:
             by_native.setdefault(node.native, []).append(node)
         gone = [rest_of(edit.site.value)[-1].native for edit in one.replace if edit.site.value.native is None]
         gone += [native for native, nodes in by_native.items() if all(node in dead for node in nodes)]
-        lowered = set(by_native) - set(gone)
+        lowered = {node.native for node in live(low.graph)} - set(gone)  # not the making of shapes, which views read
         params = [v.native.producer() for edit in one.edits() for v in edit.parameters()]
         todo = list(reversed(gone)) + [node for node in params if node is not None]  # a view may have been seen through
         while todo:

@@ -257,9 +257,11 @@ def _batch_norm(low: Lowering, node: ir.Node) -> None:
 
 
 def _column(low: Lowering, node: ir.Node, value: Value, x: Value) -> Value:
-    """A vector along axis 1 of x."""
+    """A vector along axis 1 of x, which the operator says that it is as long as."""
     behind = tuple(range(1, (x.rank or 0) - 1))
-    out = low.virtual((*(value.shape or ()), *(1 for _ in behind)), value.dtype)
+    (length,) = value.shape or (None,)
+    length = length if isinstance(length, int) or x.shape is None else x.shape[1]
+    out = low.virtual((length, *(1 for _ in behind)), value.dtype)
     low.emit("unsqueeze", [value], out, node, axes=behind)
     out.number = value.number
     return out

@@ -100,7 +100,19 @@ def reshape(low: Lowering, node: ir.Node) -> None:
         zero = not attribute(node, "allowzero", 0)
         dims = [x.shape[i] if d == 0 and zero and i < len(x.shape) else d for i, d in enumerate(dims)]
         shape = tuple(_fill_in(dims, x.shape))
-    low.emit("reshape", [x], low.output(node, shape, x.dtype), node)
+    elif target is None and isinstance(rank := _length(low, node.inputs[1]), int):
+        shape = (None,) * rank
+    out = low.output(node, shape, x.dtype)
+    if target is not None and out.shape is not None and len(out.shape) == len(target):
+        pairs = zip(out.shape, target, strict=True)
+        out.shape = tuple(f"-1 of {out.name}" if d is None and t == -1 else d for d, t in pairs)  # one size, whatever
+    low.emit("reshape", [x], out, node)
+
+
+def _length(low: Lowering, value: ir.Value | None) -> Dim:
+    """How long a vector is."""
+    found = None if value is None else low.value(value).shape
+    return found[0] if found is not None and len(found) == 1 else None
 
 
 def _fill_in(dims: list[Dim], source: Shape) -> list[Dim]:

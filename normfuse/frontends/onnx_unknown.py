@@ -1,0 +1,84 @@
+"""Operators that a certificate cannot compute: any function of what they read stands for them.
+
+A conversion edits constants ahead of such an operator or behind it and has no rule for it, so that it holds whatever
+the operator computes, or not at all; with a function that nobody chose for it, it does not hold by chance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx.reference.op_run import OpRun
+
+from normfuse.graph import FLOATS, Value
+from normfuse.verify import Array
+
+COMPUTED = ("", "ai.onnx", "ai.onnx.ml", "ai.onnx.preview.training")
+"""The domains whose operators ONNX's reference evaluator has."""
+
+
+class StandIns:
+    """The operators of a model and of its conversion that nothing computes; `values`: what is known of its values.
+
+    The size of a result is what the shape says that was inferred for it, its symbols being what they were in values
+    that have been computed. `used` has the names of the operators.
+    """
+
+    def __init__(self, values: Mapping[str, Value]) -> None:
+        self.values = values
+        self.sizes: dict[str, int] = {}
+        self.used: set[str] = set()
+
+    def operators(self, graph: onnx.GraphProto, known: Iterable[type[OpRun]]) -> list[type[OpRun]]:
+        """Classes for the reference evaluator, for those operators of a graph that are not `known`."""
+        have = {(one.op_domain, one.__name__) for one in known}
+        found = {(node.domain, node.op_type) for node in _nodes(graph) if node.domain not in COMPUTED} - have
+        self.used |= {op for _, op in found}
+        return [type(op, (_StandIn,), {"op_domain": domain, "stand": self}) for domain, op in sorted(found)]
+
+    def learn(self, computed: Mapping[str, Any]) -> None:
+        """See the sizes of values that were computed."""
+        for name, array in computed.items():
+            value = self.values.get(name)
+            if value is not None and value.shape is not None and isinstance(array, np.ndarray):
+                pairs = zip(value.shape, array.shape, strict=False)
+                self.sizes.update({d: n for d, n in pairs if isinstance(d, str)})
+
+    def shape(self, name: str) -> list[int]:
+        """The sizes of a result; `ValueError` where they cannot be told, or it is no tensor of floats."""
+        value = self.values.get(name)
+        dims = [self.sizes.get(d) if isinstance(d, str) else d for d in (value.shape if value else None) or [None]]
+        sizes = [d for d in dims if d is not None]
+        if value is None or value.dtype not in FLOATS or len(sizes) != len(dims):
+            raise ValueError(f"{name} is computed by an operator that is not known here, and so is its size")
+        return sizes
+
+
+class _StandIn(OpRun):
+    stand: StandIns
+
+    def _run(self, *inputs: Array | None, **attributes: Any) -> tuple[Array, ...]:
+        """Each result has of each operand an element in each place, and a sum over all of them with other weights."""
+        if any(attr.HasField("g") or attr.graphs for attr in self.onnx_node.attribute):
+            raise ValueError(f"{self.onnx_node.op_type} has graphs of its own")
+        outputs = []
+        for k, name in enumerate(self.onnx_node.output):
+            total = np.zeros(self.stand.shape(name) if name else [])
+            for i, x in enumerate(inputs):
+                flat = np.zeros(0) if x is None else x.astype(np.float64).reshape(-1)
+                if flat.size:
+                    some = np.sin(np.arange(flat.size) * (1.3 + i) + k + 1)
+                    total = total + np.resize(flat * (1.5 + some), total.shape) + flat @ some / np.sqrt(flat.size)
+            outputs.append(np.arcsinh(total))
+        return tuple(outputs)
+
+
+def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    for node in graph.node:
+        yield node
+        for attr in node.attribute:
+            for inner in [attr.g] if attr.HasField("g") else attr.graphs:
+                yield from _nodes(inner)
