@@ -6,8 +6,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+from onnx.reference import ReferenceEvaluator
 
+import normfuse
+from normfuse.convert import Folder
+from normfuse.frontends.onnx_certify import OPERATORS
+from normfuse.verify import session
 from tests.test_conversion_traps import D, check, model, numbers
 
 IDS = [{"i": np.array([[0, 3, 1]])}]
@@ -56,3 +62,86 @@ def test_an_instance_normalization_of_rows(op: str, verify: str) -> None:
     norm = f"{{1}}n = {op.replace('(c', '({0}')} {{1}}m = Mul({{1}}n, g) {{1}} = Add({{1}}m, b)"
     held = HELD | {"ones": np.ones(3, np.float32), "zeros": np.zeros(3, np.float32)}
     check(model("int64[1,3] i", f"same = Identity(ones) {chain(norm)} y = Neg(n)", **held), IDS, 2, verify=verify)
+
+
+# -- operators that nothing here computes ------------------------------------------------------------------------------
+
+
+BLOCK = """h = Gather(table, i) n = LayerNormalization<axis=-1>(h, g, b) q = MatMul(n, w) {attention} o = MatMul(a, w4)
+h1 = Add(h, o) n1 = LayerNormalization<axis=-1>(h1, g, b) y = MatMul(n1, w3)"""
+ATTENTIONS = {
+    "MultiHeadAttention": """k = MatMul(n, w) v = MatMul(n, w2)
+        a = com.microsoft.MultiHeadAttention<num_heads=2>(q, k, v)""",
+    "Attention": "a = com.microsoft.Attention<num_heads=2>(n, packed, packed_b)",
+    "GroupQueryAttention": """k = MatMul(n, w) v = MatMul(n, w2)
+        a, pk, pv = com.microsoft.GroupQueryAttention<num_heads=1, kv_num_heads=1>(q, k, v, , , last, total)""",
+}
+
+
+def attending(kind: str) -> onnx.ModelProto:
+    held: dict[str, Any] = HELD | {
+        "w2": numbers(D, D), "w4": numbers(D, D), "w3": numbers(D, 5), "packed": numbers(D, 3 * D),
+        "packed_b": numbers(3 * D),
+        "last": np.array([2], np.int32), "total": np.array(3, np.int32)}  # fmt: skip
+    made = model("int64[1,3] i", BLOCK.format(attention=ATTENTIONS[kind]), **held)
+    made.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+    return made
+
+
+@pytest.mark.parametrize("kind", ATTENTIONS)
+def test_an_operator_that_is_not_computed_counts_as_any_function(kind: str) -> None:
+    report = check(attending(kind), IDS, 2, verify="sites")
+    assert any(f"the certificate computes no {kind}: it holds whatever" in note for note in report.notes)
+    made = report.norms[0].conversion["check"]
+    assert made["max_rel"] < 1e-12 and made["error_before"] is None
+
+
+@pytest.mark.parametrize("kind", ATTENTIONS)
+def test_leaving_out_an_edit_beside_it_fails_the_certificate(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, left_out, plans = Folder.run, [-1], list[int]()
+
+    def without(self: Folder, *args: Any) -> None:
+        run(self, *args)
+        found = [*self.plan.edits]
+        plans.append(len(found))
+        if left_out[0] >= 0:
+            del self.plan.edits[found[left_out[0]]]
+
+    monkeypatch.setattr(Folder, "run", without)
+    made, asked = attending(kind), normfuse.Config(layernorm_to_rmsnorm="exact")
+    assert normfuse.optimize(made, asked)[1].converted == 2 and plans[0] >= 2
+    for left_out[0] in range(plans[0]):
+        report = normfuse.optimize(made, asked)[1]
+        assert report.converted == 0 and any("differ" in r.message for r in report.refusals if r.code == "NF304")
+
+
+@pytest.mark.parametrize(("shape", "why"), [("[1,3,8]", ""), ("[1,3,K]", "its size"), ("", "its size")])
+def test_a_result_of_unknown_size_cannot_stand_for_itself(shape: str, why: str) -> None:
+    held = HELD | {"w4": numbers(D, D), "w3": numbers(D, 5)}
+    made = model("int64[1,3] i", BLOCK.format(attention="a = my.own.Mix(q)"), **held)
+    made.opset_import.append(onnx.helper.make_opsetid("my.own", 1))
+    if shape:
+        dims = [int(d) if d.isdigit() else d for d in shape[1:-1].split(",")]
+        made.graph.value_info.append(onnx.helper.make_tensor_value_info("a", onnx.TensorProto.FLOAT, dims))
+    else:
+        del made.graph.value_info[:]
+    report = normfuse.optimize(made, normfuse.Config(layernorm_to_rmsnorm="exact"))[1]
+    assert report.converted == (0 if why else 2), report.refusals
+    assert not why or not shape or any("could not run" in r.message and why in r.message for r in report.refusals)
+
+
+def test_skip_operators_are_computed_as_onnx_runtime_does() -> None:
+    rng = np.random.default_rng(0)
+    for op, rows in (("SkipLayerNormalization", 2), ("SkipLayerNormalization", 1), ("SkipLayerNormalization", 0),
+                     ("SkipSimplifiedLayerNormalization", 1), ("SkipSimplifiedLayerNormalization", 0)):  # fmt: skip
+        names = ["x", "r", "g", *"bc"[:rows]]
+        inputs = ", ".join(f"float[2,3,{D}] {n}" if n in "xr" else f"float[{D}] {n}" for n in names)
+        made = onnx.parser.parse_model(
+            f'<ir_version: 8, opset_import: ["": 17, "com.microsoft": 1]> a ({inputs}) => (float[2,3,{D}] y, '
+            f"float[2,3,{D}] s) {{ y, , , s = com.microsoft.{op}<epsilon = 0.01>({', '.join(names)}) }}")  # fmt: skip
+        feeds = {n: rng.standard_normal((2, 3, D) if n in "xr" else D).astype("f4") for n in names}
+        want = session(made.SerializeToString()).run(None, feeds)
+        node = made.graph.node[0]
+        got = ReferenceEvaluator(made, new_ops=OPERATORS).rt_nodes_[0].run(*(feeds[n] for n in node.input))
+        for a, b in zip(want, (got[0], got[3]), strict=True):
+            np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-5)

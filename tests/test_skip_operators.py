@@ -196,3 +196,50 @@ def test_what_onnx_runtime_has_optimised(name: str, target: Any, tmp_path: Path)
         report = normfuse.rewrite(source, out, exact, overwrite=True)
         assert report.converted == len(report.norms) and report.model_check is not None
         assert report.model_check["equal"] and all("rms" in op for op in operators(onnx.load(out)))
+
+
+# -- norms in one type, casts around them ------------------------------------------------------------------------------
+
+
+def cast_around(op: str, opset: int) -> onnx.ModelProto:
+    """As onnxruntime-genai's builder writes a float16 model whose norms compute in float32: y of a cast, cast back."""
+    made = onnx.parser.parse_model(
+        f'<ir_version: 8, opset_import: ["": {opset}, "com.microsoft": 1]> g (float16[B, 3, {N}] x, '
+        f"float[B, 3, {N}] r) => (float16[B, 3, {N}] z) {{ c = Cast<to=1>(x) {op} d = Cast<to=10>(y) "
+        "z = Relu(d) }")  # fmt: skip
+    made.graph.initializer.append(onnx.numpy_helper.from_array(np.linspace(0.5, 1.5, N, dtype="f4"), "w"))
+    return made
+
+
+@pytest.mark.parametrize("opset", [17, 23])
+@pytest.mark.parametrize("target", ["onnx", "ort-cpu", "ort-cuda", "normfuse"])
+@pytest.mark.parametrize("op", ["y = SimplifiedLayerNormalization(c, w)", "y = LayerNormalization(c, w)"])
+def test_an_operator_with_casts_around_it(op: str, target: str, opset: int, tmp_path: Path) -> None:
+    """Of the casts nothing is gained by a function, unless one that the library has takes them in."""
+    made = cast_around(op, opset)  # SimplifiedLayerNormalization is ONNX Runtime's, which the checker does not know
+    found, report = normfuse.optimize(made, normfuse.Config(target=target, ort_version="1.31"))  # type: ignore[arg-type]
+    assert normfuse.optimize(found, normfuse.Config(target=target))[1].fused == 0  # type: ignore[arg-type]
+    (norm,) = report.norms
+    if target == "normfuse":
+        assert norm.action == "fused" and norm.verified and len(found.graph.node) == 2
+        x = np.random.default_rng(0).standard_normal((2, 3, N)).astype("f2")
+        outputs = []
+        for one in (made, found):
+            options = onnxruntime.SessionOptions()
+            options.log_severity_level = 4
+            normfuse.ort.register(options)
+            runs = onnxruntime.InferenceSession(one.SerializeToString(), options, providers=["CPUExecutionProvider"])
+            outputs.append(runs.run(None, {"x": x, "r": x.astype("f4")})[0])
+        want, got = outputs
+        np.testing.assert_allclose(got.astype("f4"), want.astype("f4"), rtol=2e-3, atol=1e-6)
+    else:
+        assert norm.action == "kept" and [n.op_type for n in found.graph.node] == [n.op_type for n in made.graph.node]
+
+
+@pytest.mark.parametrize("outputs", ["y", "y, , , s"])
+def test_a_skip_operator_with_a_cast_behind_it_is_left(outputs: str, tmp_path: Path) -> None:
+    made = cast_around(f"{outputs} = com.microsoft.SkipSimplifiedLayerNormalization(c, r, w)", 17)
+    found, report = rewritten(made, tmp_path, "onnx", "1.31")
+    (norm,) = report.norms
+    assert (norm.action, norm.reason) == ("left", "a Skip operator of the model computes it") and not report.refusals
+    assert found.SerializeToString() == made.SerializeToString()

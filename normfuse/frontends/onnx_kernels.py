@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from onnx.reference.op_run import OpRun
 
+from normfuse.frontends.onnx_check import LayerNormalization
+from normfuse.frontends.onnx_contrib import SKIP_EPSILON
 from normfuse.verify import Array
 
 
@@ -165,5 +167,23 @@ class BiasGelu(OpRun):
         return Gelu._run(self, x + bias)  # type: ignore[arg-type]
 
 
+class SkipLayerNormalization(LayerNormalization):
+    """ONNX Runtime's norm of x + skip + bias, which it gives, too, behind two statistics that nobody reads."""
+
+    op_domain = "com.microsoft"
+
+    def _run(self, x: Array, skip: Array, gamma: Array, *rows: Array | None,  # type: ignore[override]
+             epsilon: float = SKIP_EPSILON) -> tuple[Array, ...]:  # fmt: skip
+        beta, bias = [*([] if self.centred else [None]), *rows, None, None][:2]
+        total = x + skip if bias is None else x + bias + skip
+        return (*self._all(total, gamma, beta, -1, epsilon, 1), total)[: len(self.onnx_node.output)]
+
+
+class SkipSimplifiedLayerNormalization(SkipLayerNormalization):
+    """The same without mean and beta."""
+
+    centred = False
+
+
 KERNELS: list[Any] = [Conv, GatherElements, Pad, Erf, Softmax, LogSoftmax, FusedMatMul, FastGelu, QuickGelu, Gelu,
-                      BiasGelu]  # fmt: skip
+                      BiasGelu, SkipLayerNormalization, SkipSimplifiedLayerNormalization]  # fmt: skip

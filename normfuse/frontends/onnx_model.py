@@ -22,7 +22,7 @@ from normfuse.frontends.onnx_fused import FusedEmitter, fused_already
 from normfuse.frontends.onnx_half import widen
 from normfuse.frontends.onnx_ops import GROUP_NORMS
 from normfuse.frontends.onnx_repair import repair
-from normfuse.frontends.onnx_skip import SkipEmitter, take_apart
+from normfuse.frontends.onnx_skip import SkipEmitter, in_skip, take_apart
 from normfuse.frontends.onnx_region import as_function, rest_of, results_of
 from normfuse.graph import Node, Value
 from normfuse.passmanager import Abilities, fuse, plan
@@ -38,6 +38,7 @@ FIRST_WITH_DEFAULTS = 4
 SLIM = 2**15
 """How many elements a row may have for its weight by channel to be spread over it in exchange for an
 InstanceNormalization, which is nearly as fast."""
+SIMPLIFIED = "SimplifiedLayerNormalization"
 Progress = Callable[[str, float], None]
 
 
@@ -111,6 +112,8 @@ class OnnxModel:
                 seen.update(node.outputs)
                 natives[node.native] = natives.get(node.native, True) and node.kind in (*VIEWS, "identity")
         found = [None if node is None else self.emitter.name_of(node) for node in natives]
+        ours = next((name for name in form if name.endswith(("RMSNormalization", ".rms_norm"))), None)
+        found = [ours if name == SIMPLIFIED else name for name in found]  # ONNX Runtime's own name for it
         return found[-len(form):] == form and all(list(natives.values())[:-len(form)])
 
     def _leave(self, site: Site, pair: bool) -> str | None:
@@ -119,6 +122,8 @@ class OnnxModel:
         row = self.table.row(site.norm)
         if row is not None and row.form == "leave" and not site.is_op:
             return f"{self.table.name}: {row.evidence}"
+        if not site.is_op and in_skip(site):
+            return "a Skip operator of the model computes it"
         terms = site.norm.weight or ()
         weight = evaluate(terms, site.norm) if len(terms) > 1 else None
         if weight is not None and not weight.any():  # norms that cancel, which only their constants tell

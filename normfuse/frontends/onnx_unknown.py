@@ -31,10 +31,12 @@ class StandIns:
         self.values = values
         self.sizes: dict[str, int] = {}
         self.used: set[str] = set()
+        self.read: set[str] = set()
 
     def operators(self, graph: onnx.GraphProto, known: Iterable[type[OpRun]]) -> list[type[OpRun]]:
         """Classes for the reference evaluator, for those operators of a graph that are not `known`."""
         have = {(one.op_domain, one.__name__) for one in known}
+        self.read |= {v.name for v in graph.output} | {name for node in _nodes(graph) for name in node.input}
         found = {(node.domain, node.op_type) for node in _nodes(graph) if node.domain not in COMPUTED} - have
         self.used |= {op for _, op in found}
         return [type(op, (_StandIn,), {"op_domain": domain, "stand": self}) for domain, op in sorted(found)]
@@ -48,7 +50,9 @@ class StandIns:
                 self.sizes.update({d: n for d, n in pairs if isinstance(d, str)})
 
     def shape(self, name: str) -> list[int]:
-        """The sizes of a result; `ValueError` where they cannot be told, or it is no tensor of floats."""
+        """The sizes of a result; `ValueError` where they cannot be told, or it is no tensor of floats, and is read."""
+        if name not in self.read - {""}:
+            return [0]
         value = self.values.get(name)
         dims = [self.sizes.get(d) if isinstance(d, str) else d for d in (value.shape if value else None) or [None]]
         sizes = [d for d in dims if d is not None]
@@ -66,7 +70,7 @@ class _StandIn(OpRun):
             raise ValueError(f"{self.onnx_node.op_type} has graphs of its own")
         outputs = []
         for k, name in enumerate(self.onnx_node.output):
-            total = np.zeros(self.stand.shape(name) if name else [])
+            total = np.zeros(self.stand.shape(name))
             for i, x in enumerate(inputs):
                 flat = np.zeros(0) if x is None else x.astype(np.float64).reshape(-1)
                 if flat.size:
