@@ -317,11 +317,6 @@ def rms_rstd_expanded(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
 
 
 @_spelling("rms_norm")
-def rms_rstd_repeated(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6).repeat(1, 1, WIDTH) * w
-
-
-@_spelling("rms_norm")
 def rms_two_negations(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     h = -x
     return h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6) * torch.neg(w)

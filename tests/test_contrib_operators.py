@@ -74,14 +74,33 @@ def model(branch: str) -> onnx.ModelProto:
 def test_a_norm_behind_it_is_found(name: str, tmp_path: Path) -> None:
     before = model(BRANCHES[name])
     after, report = normfuse.optimize(before, normfuse.Config(target="normfuse"))
-    assert [(n.kind, n.action, n.size) for n in report.norms] == [("rms_norm", "fused", N)] and not report.refusals
-    assert report.norms[0].emitted == "function normfuse.add_rms_norm"
+    inside = [("layer_norm", "kept", N)] if name == "EmbedLayerNormalization" else []
+    assert [(n.kind, n.action, n.size) for n in report.norms] == [*inside, ("rms_norm", "fused", N)]
+    assert report.norms[-1].emitted == "function normfuse.add_rms_norm" and not report.refusals
     x = RNG.standard_normal((2, 3, N)).astype("f4")
     outputs = []
     for made, path in ((before, tmp_path / "a.onnx"), (after, tmp_path / "b.onnx")):
         onnx.save(made, path)
         outputs.append(session(path).run(None, {"x": x})[0])
     np.testing.assert_allclose(outputs[0], outputs[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("outputs", "rows", "found"), [
+    ("f", "w, v", 1), ("f, m", "w, v", 1), ("f, m, total", "w, v", 1), ("f", "w", 0),  # without a bias it is none
+])  # fmt: skip
+def test_the_norm_of_embeddings_in_one_operator(outputs: str, rows: str, found: int, tmp_path: Path) -> None:
+    """Its formula is that of the operator, whose sum is read from outside; converted it is not."""
+    call = BRANCHES["EmbedLayerNormalization"].replace("f, m =", f"{outputs} =").replace("w, v)", f"{rows})")
+    before = model(call)
+    if "total" in outputs:
+        before = model(call + " p = Neg(total)")
+        before.graph.output.append(onnx.helper.make_tensor_value_info("p", 1, None))
+    for config in (normfuse.Config(), normfuse.Config(layernorm_to_rmsnorm="exact", target="normfuse")):
+        after, report = normfuse.optimize(before, config)
+        norms = [n for n in report.norms if n.kind == "layer_norm"]
+        assert [(n.action, n.axes) for n in norms] == [("kept", [-1])] * found
+        assert all(n.eps == pytest.approx(1e-12) for n in norms)
+        assert any(n.op_type == "EmbedLayerNormalization" for n in after.graph.node)
 
 
 def shape_of(lines: str, inputs: str) -> Any:

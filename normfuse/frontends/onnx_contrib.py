@@ -136,6 +136,22 @@ def _embedded_shape(node: ir.Node, slots: list[Value | None]) -> Shape | None:
     return (*ids.shape, table.shape[-1])
 
 
+def _embedding(low: Lowering, node: ir.Node) -> None:
+    """ONNX Runtime's LayerNorm of the sum of up to three embeddings: of tokens, positions and segments."""
+    slots = [None if v is None else low.value(v) for v in node.inputs]
+    shape, table = _embedded_shape(node, slots), slots[2]
+    gamma, beta = (*slots[5:7], None, None)[:2]
+    if shape is None or table is None or table.dtype is None or gamma is None or beta is None:
+        return shaped("gather", _embedded_shape, 2)(low, node)
+    named = node.outputs[2] if len(node.outputs) > 2 else None
+    total = low.virtual(shape, table.dtype) if named is None else low.bind(named, shape, table.dtype)
+    masks = [low.bind(v, None, None) for v in node.outputs[1:2]]
+    low.join("gather", [v for v in (*slots[:5], *slots[7:]) if v is not None], [total, *masks], node)
+    stash = "float64" if table.dtype == "float64" else "float32"
+    eps, out = float(attribute(node, "epsilon", SKIP_EPSILON)), low.output(node, shape, table.dtype)
+    norm_stages(low, node, "layer_norm", total, gamma, beta, (len(shape) - 1,), eps, stash, out)
+
+
 def _blocks_shape(node: ir.Node, slots: list[Value | None]) -> Shape | None:
     """Of GatherBlockQuantized, whose rows may be packed into bytes."""
     data, ids = slots[:2]
@@ -169,7 +185,7 @@ CONTRIB: dict[str, Row] = {
     "com.microsoft::DynamicQuantizeMatMul": shaped("linear", _product_shape),
     "com.microsoft::MatMulIntegerToFloat": shaped("linear", _product_shape, 2),
     "com.microsoft::FusedGemm": shaped("linear", gemm_shape),
-    "com.microsoft::EmbedLayerNormalization": shaped("gather", _embedded_shape, 2),
+    "com.microsoft::EmbedLayerNormalization": _embedding,
     "com.microsoft::QEmbedLayerNormalization": shaped("gather", _embedded_shape, 8),
     "com.microsoft::GatherBlockQuantized": shaped("gather", _blocks_shape, 2),
     "com.microsoft::QLinearAdd": shaped("opaque", _broadcast_shape),

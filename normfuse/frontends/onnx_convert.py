@@ -18,7 +18,7 @@ from normfuse.frontends.onnx_certify import certify
 from normfuse.frontends.onnx_emit import Emitter, names_of, unique
 from normfuse.frontends.onnx_infer import DTYPES
 from normfuse.frontends.onnx_model import OnnxModel
-from normfuse.frontends.onnx_skip import in_skip
+from normfuse.frontends.onnx_skip import with_sum
 from normfuse.graph import FLOATS, Node, Value
 from normfuse.norm import Site
 from normfuse.passes.layernorm_to_rmsnorm import Conversion, Means, convert, rms
@@ -151,8 +151,8 @@ class _Means:
         row = self.table.row(inner.norm, "conversion")
         if row is not None and row.form == "leave" and not self.config.force:
             return "NF306", f"{self.table.name}: {row.evidence}"
-        if in_skip(site):
-            return "NF301", f"a Skip operator of the model computes it, which stays one ({self.table.name})"
+        if with_sum(site):
+            return "NF301", f"an operator of the model computes it and the sum ahead, and stays ({self.table.name})"
         found = self.emitter.expressible(rms(inner.norm), inner.value)
         return None if found is None else ("NF301", found[1])
 

@@ -22,7 +22,7 @@ from normfuse.frontends.onnx_fused import FusedEmitter, fused_already
 from normfuse.frontends.onnx_half import widen
 from normfuse.frontends.onnx_ops import GROUP_NORMS
 from normfuse.frontends.onnx_repair import repair
-from normfuse.frontends.onnx_skip import SkipEmitter, in_skip, take_apart
+from normfuse.frontends.onnx_skip import SkipEmitter, with_sum, take_apart
 from normfuse.frontends.onnx_region import as_function, rest_of, results_of
 from normfuse.graph import Node, Value
 from normfuse.passmanager import Abilities, fuse, plan
@@ -122,8 +122,8 @@ class OnnxModel:
         row = self.table.row(site.norm)
         if row is not None and row.form == "leave" and not site.is_op:
             return f"{self.table.name}: {row.evidence}"
-        if not site.is_op and in_skip(site):
-            return "a Skip operator of the model computes it"
+        if not site.is_op and with_sum(site):
+            return "an operator of the model computes it and the sum ahead"
         terms = site.norm.weight or ()
         weight = evaluate(terms, site.norm) if len(terms) > 1 else None
         if weight is not None and not weight.any():  # norms that cancel, which only their constants tell

@@ -25,14 +25,15 @@ from normfuse.plan import Fused, Reason
 from normfuse.targets import HALF, Row, Table
 
 NAMES = {"rms_norm": "SkipSimplifiedLayerNormalization", "layer_norm": "SkipLayerNormalization"}
+WITH_SUM = (*NAMES.values(), "EmbedLayerNormalization")
 DOMAIN = "com.microsoft"
 
 
-def in_skip(site: Site) -> bool:
+def with_sum(site: Site) -> bool:
     """Whether an operator of the model computes a norm together with the sum ahead of it, casts and views aside."""
     nodes = region(site.value, site.norm)
     does = {node.native for node in nodes if node.kind not in (*VIEWS, "identity", "cast")}
-    return len(does) == 1 and all(isinstance(one, ir.Node) and one.op_type in NAMES.values() for one in does)
+    return len(does) == 1 and all(isinstance(one, ir.Node) and one.op_type in WITH_SUM for one in does)
 
 
 class SkipEmitter(FusedEmitter):
