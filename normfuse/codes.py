@@ -216,7 +216,8 @@ CODES: dict[str, Code] = {
         "The model and its conversion, run in float64 with random weights, have to agree to 1e-12, and a "
         "model has to agree with itself. They did not, or the check could not be run. Nothing was converted.",
         "If the message says that the check could not run, the model needs inputs of a size that NormFuse did not "
-        "guess: export it with fixed sizes. A difference is a fault of NormFuse: please report it.",
+        "guess: export it with fixed sizes; or it does not say how large the result of an operator of your own is: add "
+        "that to its value_info. A difference is a fault of NormFuse: please report it.",
     ),
     "NF305": Code(
         "a model of which nothing is converted",
