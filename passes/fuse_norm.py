@@ -38,14 +38,14 @@ class FuseNorm:
         """Add an edit for each site that can be fused, a refusal for each that cannot."""
         chosen: list[Replace] = []
         for site in plan.free():
-            done = self.can.done(site)
+            if self.can.done(site):
+                continue
             reason = self.can.leave(site, False) if self.can.leave is not None else None
-            if reason is not None and not done:
-                plan.left[site] = reason
             if reason is not None:
+                plan.left[site] = reason
                 continue
             own = Fused("norm", (site,), (site.norm.x,), (site.value,))
-            if (self.can.leave is not None and plan.fuse(own, self.can)) or done:
+            if self.can.leave is not None and plan.fuse(own, self.can):
                 continue
             why = None if site.is_op else self._veto(site)
             if why is None and not site.is_op:

@@ -23,9 +23,6 @@ from tests.neutral import compare
 from tests.spelling_files import EXPORTERS, SINGLE, exported, marks
 from tests.spellings import CANNOT_EXPORT, LOSES_EPS, SPELLINGS, Exporter, Spelling, parameters
 
-NOT_NAMED = {"rms_row_dot_bmm", "rms_flatten_rows", "ln_flatten_rows"}
-"""Reshapes whose sizes torchscript leaves unknown, so that no values can be computed."""
-
 IN_PLACE = {"rms_functional", "rms_functional_no_weight", "rms_functional_two_axes", "rms_functional_default_eps",
             "ln_centred_then_rms"}  # fmt: skip
 """torch's own rms_norm, which this tracer takes apart into an add_ of eps."""
@@ -69,7 +66,7 @@ def test_onnx_spelling(exporter: Exporter, opset: int, name: str) -> None:
     graph = spelled(exporter, opset, SINGLE, name)
     found = recognise(graph)
     is_spelling(found, SPELLINGS[name])
-    assert compare(found, graph) == (0 if exporter == "torchscript" and name in NOT_NAMED else 1)
+    assert compare(found, graph) == 1
 
 
 @pytest.mark.parametrize("name", [n for n in SPELLINGS if n not in IN_PLACE])

@@ -215,12 +215,15 @@ def cast_around(op: str, opset: int) -> onnx.ModelProto:
 @pytest.mark.parametrize("target", ["onnx", "ort-cpu", "ort-cuda", "normfuse"])
 @pytest.mark.parametrize("op", ["y = SimplifiedLayerNormalization(c, w)", "y = LayerNormalization(c, w)"])
 def test_an_operator_with_casts_around_it(op: str, target: str, opset: int, tmp_path: Path) -> None:
-    """Of the casts nothing is gained by a function, unless one that the library has takes them in."""
+    """Of the casts nothing is gained by a function, unless one that the library has takes them in.
+
+    LayerNormalization with casts is a form that NormFuse itself makes, which stays what it is.
+    """
     made = cast_around(op, opset)  # SimplifiedLayerNormalization is ONNX Runtime's, which the checker does not know
     found, report = normfuse.optimize(made, normfuse.Config(target=target, ort_version="1.31"))  # type: ignore[arg-type]
     assert normfuse.optimize(found, normfuse.Config(target=target))[1].fused == 0  # type: ignore[arg-type]
     (norm,) = report.norms
-    if target == "normfuse":
+    if target == "normfuse" and "Simplified" in op:
         assert norm.action == "fused" and norm.verified and len(found.graph.node) == 2
         x = np.random.default_rng(0).standard_normal((2, 3, N)).astype("f2")
         outputs = []
