@@ -55,6 +55,9 @@ MODELS: dict[str, tuple[str, str, str, list[tuple[str, list[int]]]]] = {
     "divided by a float16 weight": (
         F16, F16, "q = Mul(x, x) m = ReduceMean<axes = [-1]>(q) e = Add(m, eps16) s = Sqrt(e) n = Div(x, s)"
         " y = Div(n, w16)", [("rms_norm", [-1])]),
+    "a sum of norms whose weight lies along other axes": (
+        "float[2,3]", "float[2,3]", "q = Mul(x, x) m = ReduceMean<axes = [0]>(q) e = Add(m, eps) s = Sqrt(e) n = Div(x, s)"
+        " k = Mul(n, two_rows) y = Add(k, n)", [("rms_norm", [-2])]),
     "the weight folded into the statistic of a view": (
         F32, F32, "u = Unsqueeze(x, one) q = Mul(u, u) m = ReduceMean<axes = [-1]>(q) e = Add(m, eps) s = Sqrt(e)"
         " r = Reciprocal(s) k = Mul(r, w) n = Mul(u, k) y = Squeeze(n, one)", [("rms_norm", [-1])]),
@@ -110,6 +113,7 @@ def model(name: str) -> onnx.ModelProto:
     w = np.linspace(0.5, 1.5, 8)
     constants: dict[str, Any] = {
         "w": w.astype("f4"), "b": w.astype("f4"), "w64": w, "w16": w.astype("f2"), "eps": np.float32(0.01),
+        "two_rows": np.array([[0.5], [2.0]], "f4"),
         "eps16": np.float16(0.01), "eps64": np.float64(0.01), "half16": np.float16(-0.5),
         "one": np.array([1]), "kept": np.array([2, 3, 1]),
     }  # fmt: skip

@@ -8,6 +8,7 @@ read and dropped after the last node that reads it.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from normfuse.calibrate import Hook
 from normfuse.config import Config
 from normfuse.convert import LIMIT, SEEN, Certificate, Randomiser, normwise, worst
-from normfuse.frontends.fx_effects import name_of
+from normfuse.frontends.fx_effects import name_of, tainted
 
 if TYPE_CHECKING:
     from normfuse.frontends.fx_convert import Editor, Weights
@@ -136,8 +137,8 @@ def see(module: fx.GraphModule, feeds: list[Any], constants: Mapping[str, torch.
 def run_all(module: fx.GraphModule, batches: Sequence[list[Any]], constants: Mapping[str, torch.Tensor], give: Give,
             wide: bool = True, watch: Mapping[str, Hook] | None = None) -> list[list[torch.Tensor]]:  # fmt: skip
     """The outputs for each of several inputs, which go through the nodes side by side; `watch` has hooks by the name of
-    a node, which see its result for all of them."""
-    hooks = watch or {}
+    a node, which see its result for all of them. What the graph writes is its own copy of what it is given."""
+    hooks, writes = watch or {}, bool(tainted(module.graph))
     last: dict[fx.Node, fx.Node] = {}
     for node in module.graph.nodes:
         for operand in node.all_input_nodes:
@@ -151,6 +152,10 @@ def run_all(module: fx.GraphModule, batches: Sequence[list[Any]], constants: Map
             return v.double()
         return torch.float64 if wide and v in FLOATS and isinstance(v, torch.dtype) else v
 
+    def own(v: Any) -> Any:
+        new = widen(v)
+        return new.clone() if writes and new is v and isinstance(v, torch.Tensor) else new
+
     def see(node: fx.Node) -> None:
         if node.name in hooks:
             new = hooks[node.name]([values[node].double().numpy() for values in runs])
@@ -162,7 +167,7 @@ def run_all(module: fx.GraphModule, batches: Sequence[list[Any]], constants: Map
             if node.op == "placeholder":
                 if node.name not in constants:
                     for values, left in zip(runs, waiting, strict=True):
-                        values[node] = widen(left.pop(0))
+                        values[node] = own(left.pop(0))
                     see(node)
                 continue
             if node.op == "get_attr":
@@ -174,7 +179,9 @@ def run_all(module: fx.GraphModule, batches: Sequence[list[Any]], constants: Map
                 continue
             for operand in node.all_input_nodes:
                 if operand not in runs[0] and operand not in shared:
-                    shared[operand] = widen(give(operand.name if operand.op == "placeholder" else str(operand.target)))
+                    held = give(operand.name if operand.op == "placeholder" else str(operand.target))
+                    for values in runs if writes else [shared]:
+                        values[operand] = own(held)
             outputs = []
             for values in runs:
                 args, kwargs = fx.map_arg((node.args, node.kwargs), partial(_either, values, shared))
@@ -194,6 +201,11 @@ def run_all(module: fx.GraphModule, batches: Sequence[list[Any]], constants: Map
     return [[] for _ in batches]
 
 
+def with_own_state(module: torch.nn.Module) -> Any:
+    """A copy to be run, which has the parameters of a module, and of all else what it writes is its own."""
+    return copy.deepcopy(module, {id(p): p for p in module.parameters()})
+
+
 def _either(values: dict[fx.Node, Any], shared: dict[fx.Node, Any], node: fx.Node) -> Any:
     return values[node] if node in values else shared[node]
 
@@ -204,12 +216,8 @@ def _call(module: fx.GraphModule, node: fx.Node, args: list[Any], kwargs: dict[s
         name = WIDENING.get(str(target), target) if wide else target
         return getattr(args[0], name)(*args[1:], **kwargs)
     if node.op == "call_module":
-        part = module.get_submodule(str(target))
-        if wide:
-            from copy import deepcopy
-
-            part = deepcopy(part).double()
-        return part(*args, **kwargs)
+        part = copy.deepcopy(module.get_submodule(str(target)))
+        return (part.double() if wide else part)(*args, **kwargs)
     if (name_of(node) or "").startswith("_assert"):
         return None
     return target(*args, **kwargs)

@@ -18,6 +18,7 @@ from normfuse.config import Config
 from normfuse.convert import refusals, tell, worst
 from normfuse.errors import InputError, UnsupportedError, first_line
 from normfuse.frontends.fx_approximate import approximate_program
+from normfuse.frontends.fx_certify import with_own_state
 from normfuse.frontends.fx_convert import Converted, convert_program
 from normfuse.frontends.fx_effects import hooked, is_assert
 from normfuse.graph import Node, Value
@@ -42,12 +43,11 @@ def convert_module(module: nn.Module, config: Config, args: Sequence[Any], kwarg
         raise UnsupportedError("an nn.Module is taken for layernorm_to_rmsnorm='exact' only; to fuse its norms, use "
                                "torch.compile(module, backend='normfuse'), or give an exported program")  # fmt: skip
     try:
-        out = copy.deepcopy(module)
+        out = copy.deepcopy(module)  # which is not run, since that may change it
+        traced = with_own_state(module).eval()
     except Exception as why:  # what a module holds raises anything: old weight norms, once called, keep such a tensor
         raise InputError(f"{type(module).__name__} cannot be copied: {first_line(why)}") from why
-    modes = {name: m.training for name, m in out.named_modules()}
-    out.eval()
-    program = _trace(out, tuple(args), dict(kwargs or {}))
+    program = _trace(traced, *_own(args, kwargs))
     places = _Places(program.graph, out)
     new_program, found = convert_program(program, config, places.can_place, places.unfit)
     cost = None
@@ -59,8 +59,7 @@ def convert_module(module: nn.Module, config: Config, args: Sequence[Any], kwarg
         try:
             _edit(out, program, found, places)
             try:
-                with torch.no_grad():
-                    got, want = (_outputs(m(*args, **(kwargs or {}))) for m in (out, new_program.module()))
+                got, want = (_run(m, args, kwargs) for m in (out, new_program.module()))
             except Exception as why:
                 raise _Unfit(f"the converted module does not run: {first_line(why)}") from why
             gap = worst([v.double().numpy() for v in want], [v.double().numpy() for v in got])
@@ -78,6 +77,7 @@ def convert_module(module: nn.Module, config: Config, args: Sequence[Any], kwarg
     if report.converted and any(_drops(m) for m in out.modules()):
         report.notes.append("values that dropout sets to zero give the rows a mean again: the converted module is "
                             "exact in evaluation mode, and in training with a dropout of 0")  # fmt: skip
+    modes = {name: m.training for name, m in module.named_modules()}
     for name, m in out.named_modules():
         m.training = modes.get(name, module.training)
     report.seconds = {"total": round(time.perf_counter() - started, 4)}
@@ -100,6 +100,19 @@ def _trace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     except Exception as why:  # the tracer raises anything
         text = (str(why).strip() or type(why).__name__).splitlines()[0]
         raise InputError(f"{type(module).__name__} cannot be traced with these inputs: {text[:300]}") from why
+
+
+def _own(args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Inputs again, which a module may write."""
+    return copy.deepcopy((tuple(args), dict(kwargs or {})))
+
+
+def _run(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> list[torch.Tensor]:
+    own, (args, kwargs) = with_own_state(module), _own(args, kwargs)
+    for part in own.modules():  # an unlifted program refuses `eval`
+        part.training = False
+    with torch.no_grad():
+        return _outputs(own(*args, **kwargs))
 
 
 def _outputs(out: Any) -> list[torch.Tensor]:

@@ -307,7 +307,8 @@ def evaluate(expr: Expr, norm: Norm) -> np.ndarray[Any, Any] | None:
             if tensor is None or isinstance(tensor, ir.ExternalTensor) or value.native.producer() is not None:
                 return None
             array = np.asarray(tensor.numpy()).astype(np.float64)
-            array = array.reshape(array.shape[-len(norm.axes) :]) if array.ndim > len(norm.axes) else array
+            while array.ndim > len(norm.axes) and array.shape[0] == 1:
+                array = array[0]
             term = term * (array.reshape(_width(norm)) if array.size == total.size else array) ** exponent
         total = total + term
     return total

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from normfuse.calibrate import named_batches
 from normfuse.errors import InputError, NormFuseError, UnsafeModelError, first_line
 from normfuse.frontends import pt2
+from normfuse.frontends.fx_certify import with_own_state
 from normfuse.frontends.fx_meta import dtype_of, is_tensor, meta_of, shape_of
 from normfuse.frontends.pt2_graph import Described, Unknown
 from normfuse.io.pt2 import Archive
@@ -107,7 +108,7 @@ def compare(source: Path, program: Any, result: Any, roundings: float, seed: int
         try:
             with torch.random.fork_rng(devices=[]), torch.no_grad():
                 torch.manual_seed(seed)
-                outputs.append([_array(v) for v in tree_leaves(one.module()(*args, **kwargs))])
+                outputs.append([_array(v) for v in tree_leaves(with_own_state(one.module())(*args, **kwargs))])
         except Exception as why:
             raise InputError(f"{source}: the program does not run on these inputs: {first_line(why)}") from why
     if len(outputs[0]) != len(outputs[1]):
