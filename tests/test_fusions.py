@@ -298,6 +298,45 @@ def test_under_autocast_an_operator_of_ours_takes_the_place(dtype: torch.dtype) 
     assert fused(f, tensors((4, N), (N,), (N, N), dtype=dtype), exact=True) == {"rms_norm": 2}
 
 
+@pytest.mark.parametrize(("kind", "on"), [("region", True), ("branches", True), ("off", False), ("off inside", False)])
+def test_in_sub_graphs_under_autocast_too(kind: str, on: bool) -> None:
+    """An exported program has a sub-graph for that, where torch's own norms give float32 on CUDA."""
+    class Under(torch.nn.Module):
+        def forward(self, x: Tensor, w: Tensor) -> Any:
+            if kind == "off":
+                with torch.autocast("cpu", torch.bfloat16, enabled=False):
+                    return rms(x, w).relu()
+            with torch.autocast("cpu", torch.bfloat16):
+                if kind == "off inside":
+                    with torch.autocast("cpu", enabled=False):
+                        y = rms(x, w).relu()
+                    return y + 1
+                if kind == "branches":
+                    return torch.cond(x.sum() > 0, lambda x: rms(x, w).relu(), lambda x: rms(x, w).sin(), (x,))
+                return rms(x, w).relu()
+
+    args = tensors((4, N), (N,))
+    made, report = normfuse.optimize(torch.export.export(Under(), tuple(args)))
+    assert {n.emitted for n in report.norms} == {"normfuse.rms_norm" if on else "rms_norm"}
+    torch.testing.assert_close(made.module()(*args), Under()(*args))
+
+
+def test_branches_inside_of_branches() -> None:
+    class Nested(torch.nn.Module):
+        def forward(self, x: Tensor, w: Tensor) -> Any:
+            def inner(x: Tensor) -> Any:
+                return torch.cond(x.sum() > 1, lambda x: rms(x, w).sin(), lambda x: rms(x, w).tanh(), (x,))
+
+            return torch.cond(x.sum() > 0, inner, lambda x: rms(x, w).cos(), (x,))
+
+    args = tensors((4, N), (N,))
+    made, report = normfuse.optimize(torch.export.export(Nested(), tuple(args)))
+    assert [(n.action, n.verified) for n in report.norms] == [("fused", True)] * 3
+    assert report.operators_after["rms_norm"] == 3 and not report.operators_after.get("rsqrt")
+    for x in (args[0], -args[0]):
+        torch.testing.assert_close(made.module()(x, args[1]), Nested()(x, args[1]))
+
+
 # -- a slice -----------------------------------------------------------------------------------------------------------
 
 

@@ -56,8 +56,8 @@ MODELS: dict[str, tuple[str, str, str, list[tuple[str, list[int]]]]] = {
         F16, F16, "q = Mul(x, x) m = ReduceMean<axes = [-1]>(q) e = Add(m, eps16) s = Sqrt(e) n = Div(x, s)"
         " y = Div(n, w16)", [("rms_norm", [-1])]),
     "a sum of norms whose weight lies along other axes": (
-        "float[2,3]", "float[2,3]", "q = Mul(x, x) m = ReduceMean<axes = [0]>(q) e = Add(m, eps) s = Sqrt(e) n = Div(x, s)"
-        " k = Mul(n, two_rows) y = Add(k, n)", [("rms_norm", [-2])]),
+        "float[2,3]", "float[2,3]", "q = Mul(x, x) m = ReduceMean<axes = [0]>(q) e = Add(m, eps) s = Sqrt(e)"
+        " n = Div(x, s) k = Mul(n, two_rows) y = Add(k, n)", [("rms_norm", [-2])]),
     "the weight folded into the statistic of a view": (
         F32, F32, "u = Unsqueeze(x, one) q = Mul(u, u) m = ReduceMean<axes = [-1]>(q) e = Add(m, eps) s = Sqrt(e)"
         " r = Reciprocal(s) k = Mul(r, w) n = Mul(u, k) y = Squeeze(n, one)", [("rms_norm", [-1])]),

@@ -32,11 +32,11 @@ class Lowering:
     """Builds the neutral graph of one FX graph.
 
     `state` names the placeholders that are parameters, buffers or lifted constants of an exported program; for a
-    constant its tensor, whose value counts when it has one element.
+    constant its tensor, whose value counts when it has one element. `autocast`: how often it is on around the graph.
     """
 
     def __init__(self, module: torch.nn.Module, graph: fx.Graph,
-                 state: Mapping[str, torch.Tensor | None] | None = None) -> None:  # fmt: skip
+                 state: Mapping[str, torch.Tensor | None] | None = None, autocast: int = 0) -> None:  # fmt: skip
         self.module = module
         self.source = graph
         self.state = state or {}
@@ -45,7 +45,7 @@ class Lowering:
         self.tainted = fx_effects.tainted(graph)
         self.segment: dict[fx.Node, tuple[int, int]] = {}
         self.subgraphs: list[str] = []
-        mode, autocast = 0, 0
+        mode = 0
         for node in graph.nodes:
             self._lower(node)
             name = fx_effects.name_of(node)
@@ -56,6 +56,16 @@ class Lowering:
         if computed and not any(is_tensor(meta_of(n)) or isinstance(meta_of(n), (tuple, list)) for n in computed):
             self.graph.notes.append(("NF115", "graph", "the graph has no shapes and types in node.meta; trace it with "
                                      "torch.export or torch.compile, or run ShapeProp on it"))  # fmt: skip
+
+    def autocast(self, path: str) -> int:
+        """How often autocast is on around a sub-graph."""
+        found = [0]
+        for node in self.source.nodes:
+            if node.target == path if node.op == "call_module" else any(
+                    n.op == "get_attr" and n.target == path for n in node.all_input_nodes):  # fmt: skip
+                inside = str(node.target) == "wrap_with_autocast"  # (device, type, enabled, ...)
+                found.append(int(bool(node.args[2])) if inside else self.segment[node][1])
+        return max(found)
 
     # -- values ---------------------------------------------------------------------------------------------------
 

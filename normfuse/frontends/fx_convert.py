@@ -122,7 +122,7 @@ def convert_graph(source: fx.GraphModule, config: Config, state: Mapping[str, to
     whole.plan.clear()
     whole.plan.refused.clear()
     low, norms = whole.low, [s for s in whole.plan.found.sites if s.norm.kind == "layer_norm"]
-    records = [refusals(s, "NF301", "it stands in a sub-graph of the model") for part in whole.inner.values()
+    records = [refusals(s, "NF301", "it stands in a sub-graph of the model") for part in whole.parts()[1:]
                for s in part.plan.found.sites if s.norm.kind == "layer_norm"]  # fmt: skip
     why = table.hazard(whole.graph, source)
     if why is not None:

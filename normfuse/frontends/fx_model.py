@@ -192,7 +192,7 @@ class _Module:
 
     def __init__(self, source: fx.GraphModule, config: Config, rewrite: bool,
                  state: Mapping[str, torch.Tensor | None] | None = None, level: str | None = None,
-                 leave: Leave | None = None, eager: bool = True) -> None:  # fmt: skip
+                 leave: Leave | None = None, eager: bool = True, autocast: int = 0) -> None:  # fmt: skip
         started = time.perf_counter()
         self.source, self.config, self.rewrite, self.compiling = source, config, rewrite, leave is not None
         self.exported = state is not None
@@ -200,7 +200,7 @@ class _Module:
         self.operators_before = operators(source.graph)
         self.written = fx_inplace.read_as_pure(self.graph, self.exported)
         self.old = frozenset(self.graph.nodes if self.written else ())
-        self.low = Lowering(source, self.graph, state)
+        self.low = Lowering(source, self.graph, state, autocast)
         self.emitter = Emitter(level or level_of(self.graph), config.numerics)
         self.fused = FusedEmitter(self.emitter.level, config.numerics, eager)
         self.can = Abilities(lambda norm, value: self.emitter.expressible(self.low, norm, value),
@@ -216,7 +216,8 @@ class _Module:
         for path in self.low.subgraphs:
             part = source.get_submodule(path)
             if path not in self.inner and isinstance(part, fx.GraphModule):
-                self.inner[path] = _Module(part, config, rewrite, None, self.emitter.level, leave, eager)
+                self.inner[path] = _Module(part, config, rewrite, None, self.emitter.level, leave, eager,
+                                           self.low.autocast(path))  # fmt: skip
 
     def _done(self, site: Site) -> bool:
         """Whether a norm stands there already in the several nodes that it would get."""
@@ -235,13 +236,17 @@ class _Module:
         made = self.emitter.emit(scratch, norm, operand(norm.x), operand, order_of(meta_of(value.native)))
         return _alike(made[-1], value.native, olds)
 
+    def parts(self) -> list[_Module]:
+        """This graph and those inside it, at any depth."""
+        return [self, *(one for part in self.inner.values() for one in part.parts())]
+
     def sites(self) -> list[Site]:
         """The norms of this graph and of those inside it."""
-        return [site for part in (self, *self.inner.values()) for site in part.plan.found.sites]
+        return [site for part in self.parts() for site in part.plan.found.sites]
 
     def may_show_more(self) -> bool:
         """Whether the changed graph may be read otherwise: with other roundings, more of it is an operator's."""
-        edits = any(part.plan.edits() for part in (self, *self.inner.values()))
+        edits = any(part.plan.edits() for part in self.parts())
         return edits and self.config.numerics == "fast"
 
     def carry_out(self) -> fx.GraphModule:
@@ -359,7 +364,7 @@ class _Module:
 
     def report(self) -> Report:
         """The report on this graph and those inside it."""
-        parts = [self, *self.inner.values()]
+        parts = self.parts()
         checks = {site: check for part in parts for site, check in part.checks.items()}
         out = build_report([part.plan for part in parts], checks, self.rewrite, lambda edit: "",
                            None if self.compiling else module_of)  # fmt: skip
