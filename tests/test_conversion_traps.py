@@ -597,3 +597,27 @@ def test_a_module_that_cannot_be_copied() -> None:
     vars(first)["kept"] = first.weight * 2
     with pytest.raises(InputError, match="Sequential cannot be copied: Only Tensors created explicitly"):
         normfuse.optimize(module, normfuse.Config(layernorm_to_rmsnorm="exact"), args=(torch.randn(2, D),))
+
+
+class Masked(nn.Module):
+    """DeBERTa's embeddings: times a mask, which is one of ones where none is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.e, self.n, self.f = nn.Embedding(9, D), nn.LayerNorm(D), nn.Linear(D, 5)
+
+    def forward(self, i: Tensor, mask: Tensor | None = None) -> Tensor:
+        mask = torch.ones(i.shape) if mask is None else mask
+        found: Tensor = self.f(self.n(self.e(i)) * mask.unsqueeze(2))
+        return found
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_a_norm_times_a_mask_of_ones_is_its_module(mask: bool) -> None:
+    """And the module that comes of it takes another mask."""
+    module, i = drawn(Masked()), torch.randint(0, 9, (2, 3))
+    args = (i, torch.ones(2, 3)) if mask else (i,)
+    made, report = normfuse.optimize(module, normfuse.Config(layernorm_to_rmsnorm="exact"), args=args)
+    assert report.converted == 1 and isinstance(made.n, normfuse.nn.RMSNorm)
+    for more in ((), (torch.ones(2, 3),), (torch.rand(2, 3),)):
+        torch.testing.assert_close(made(i, *more), module(i, *more))

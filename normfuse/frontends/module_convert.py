@@ -186,7 +186,8 @@ class _Places:
     def norm_module(self, site: Site, inner: Site) -> tuple[str, int] | None:
         """The module that is a norm and nothing else, and its axis from the end."""
         for s in (inner, site):
-            for x, y, axis in ((s.norm.x, s.value, s.norm.axes[0]), *_turned(s)):
+            ends = ((s.norm.x, y, s.norm.axes[0]) for y in _ends(s))
+            for x, y, axis in (*ends, *_turned(s)):
                 path = self.path(y.native) if isinstance(y.native, fx.Node) else ""
                 outside = isinstance(x.native, fx.Node) and not self.inside(x.native, path)
                 if path and outside and not self._read_in(y, path):
@@ -303,6 +304,16 @@ def _get(module: nn.Module, path: str) -> torch.Tensor:
     found = getattr(module.get_submodule(owner), name)
     assert isinstance(found, torch.Tensor)
     return found
+
+
+def _ends(site: Site) -> Iterator[Value]:
+    """The value of a norm, and what it was before it was multiplied by a mask of ones."""
+    value: Value | None = site.value
+    while value is not None:
+        yield value
+        node = value.producer
+        rest = [v for v in node.inputs if v.number != 1] if node is not None and node.kind == "mul" else []
+        value = rest[0] if len(rest) == 1 else None
 
 
 def _turned(site: Site) -> Iterator[tuple[Value, Value, int]]:
