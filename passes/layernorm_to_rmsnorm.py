@@ -104,7 +104,7 @@ class Conversion:
         """The constants that a norm takes for one number: a product with a matrix of ones is a sum, of zeros zero."""
         nodes = (node for site in [*self.sites, *self.folded] for node in region(site.value, site.norm))
         read = dict.fromkeys(v for node in nodes for v in node.inputs)
-        return [v for v in read if v.number is not None and v.native is not None]
+        return [v for v in read if v.number is not None and v.leaf and v.fixed and v.native is not None]
 
     def constants(self) -> list[Value]:
         """The constants that are edited, or that an edit reads."""

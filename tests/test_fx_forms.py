@@ -398,3 +398,23 @@ def test_statistics_of_groups_that_are_repeated_are_no_norms(spread: Callable[[T
             return x * torch.rsqrt(spread(x.view(2, 5, 2, 4).square().mean(-1)) + 1e-6)
 
     assert not normfuse.inspect(torch.export.export(Groups(), (torch.randn(2, 5, 8),))).norms
+
+
+@pytest.mark.parametrize(("counts", "dim"), [([2, 0], 0), ([2, 0, 1, 1], 1)])
+@pytest.mark.parametrize("verify", ["off", "sites"])
+def test_rows_that_are_repeated_each_another_time_are_others(counts: list[int], dim: int, verify: Any) -> None:
+    """Though the shape stays what it was."""
+    class Counted(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("counts", torch.tensor(counts))
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert isinstance(self.counts, Tensor)
+            other = x.repeat_interleave(self.counts, dim, output_size=len(counts))
+            return x * torch.rsqrt(other.square().mean(-1, keepdim=True) + 1e-6)
+
+    x = torch.randn(2, 4)
+    made, report = normfuse.optimize(torch.export.export(Counted(), (x,)), normfuse.Config(verify=verify))
+    assert not report.norms
+    torch.testing.assert_close(made.module()(x), Counted()(x))

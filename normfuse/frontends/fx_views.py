@@ -7,7 +7,7 @@ from torch import fx
 
 from normfuse.frontends.fx_call import Call, axes_of, shape_of_pair
 from normfuse.frontends.fx_effects import name_of
-from normfuse.frontends.fx_meta import meta_of, shape_of
+from normfuse.frontends.fx_meta import is_tensor, meta_of, shape_of
 from normfuse.graph import Value
 
 # -- products ------------------------------------------------------------------------------------------------------
@@ -120,7 +120,8 @@ def expand(call: Call) -> bool:
 def repeat(call: Call) -> bool:
     """repeat, tile, repeat_interleave: of an axis of one element they make what `expand` does."""
     x, shape = call.tensor(), shape_of(meta_of(call.node))
-    if x.shape is None or shape is None or len(shape) < len(x.shape):
+    counted = any(is_tensor(meta_of(n)) for n in call.node.all_input_nodes[1:])  # by a tensor: each another time
+    if x.shape is None or shape is None or len(shape) < len(x.shape) or counted:
         return False
     ahead = len(shape) - len(x.shape)
     return all(d in (1, n) for d, n in zip(x.shape, shape[ahead:], strict=True)) and expand(call)

@@ -36,8 +36,10 @@ class StandIns:
     def operators(self, graph: onnx.GraphProto, known: Iterable[type[OpRun]]) -> list[type[OpRun]]:
         """Classes for the reference evaluator, for those operators of a graph that are not `known`."""
         have = {(one.op_domain, one.__name__) for one in known}
-        self.read |= {v.name for v in graph.output} | {name for node in _nodes(graph) for name in node.input}
-        found = {(node.domain, node.op_type) for node in _nodes(graph) if node.domain not in COMPUTED} - have
+        for one in _graphs(graph):
+            self.read |= {v.name for v in one.output} | {name for node in one.node for name in node.input}
+        nodes = [node for one in _graphs(graph) for node in one.node]
+        found = {(node.domain, node.op_type) for node in nodes if node.domain not in COMPUTED} - have
         self.used |= {op for _, op in found}
         return [type(op, (_StandIn,), {"op_domain": domain, "stand": self}) for domain, op in sorted(found)]
 
@@ -65,24 +67,24 @@ class _StandIn(OpRun):
     stand: StandIns
 
     def _run(self, *inputs: Array | None, **attributes: Any) -> tuple[Array, ...]:
-        """Each result has of each operand an element in each place, and a sum over all of them with other weights."""
+        """Each result has of each operand an element in each place, and a sum over all of them with other weights; of
+        the inverse hyperbolic sine of them, beside which a mask of -1e38 or infinity leaves the others their digits."""
         if any(attr.HasField("g") or attr.graphs for attr in self.onnx_node.attribute):
             raise ValueError(f"{self.onnx_node.op_type} has graphs of its own")
         outputs = []
         for k, name in enumerate(self.onnx_node.output):
             total = np.zeros(self.stand.shape(name))
             for i, x in enumerate(inputs):
-                flat = np.zeros(0) if x is None else x.astype(np.float64).reshape(-1)
-                if flat.size:
+                if x is not None and x.size:
+                    flat = np.nan_to_num(np.arcsinh(x.astype(np.float64).reshape(-1)), posinf=1e3, neginf=-1e3)
                     some = np.sin(np.arange(flat.size) * (1.3 + i) + k + 1)
                     total = total + np.resize(flat * (1.5 + some), total.shape) + flat @ some / np.sqrt(flat.size)
-            outputs.append(np.arcsinh(total))
+            outputs.append(total)
         return tuple(outputs)
 
 
-def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    for node in graph.node:
-        yield node
-        for attr in node.attribute:
-            for inner in [attr.g] if attr.HasField("g") else attr.graphs:
-                yield from _nodes(inner)
+def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    yield graph
+    for attr in (attr for node in graph.node for attr in node.attribute):
+        for inner in [attr.g] if attr.HasField("g") else attr.graphs:
+            yield from _graphs(inner)
