@@ -101,10 +101,11 @@ class Conversion:
         return [v for v in found if v.native is not None and v not in self.values]
 
     def numbers(self) -> list[Value]:
-        """The constants that a norm takes for one number: a product with a matrix of ones is a sum, of zeros zero."""
+        """The tensors that a norm takes for one number: a product with a matrix of ones is a sum, of zeros zero."""
         nodes = (node for site in [*self.sites, *self.folded] for node in region(site.value, site.norm))
         read = dict.fromkeys(v for node in nodes for v in node.inputs)
-        return [v for v in read if v.number is not None and v.leaf and v.fixed and v.native is not None]
+        held = (v for v in read if v.number is not None and v.leaf and v.fixed and v.native is not None)
+        return [v for v in held if any(d != 1 for d in v.shape or ())]
 
     def constants(self) -> list[Value]:
         """The constants that are edited, or that an edit reads."""

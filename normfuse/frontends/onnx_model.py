@@ -22,7 +22,7 @@ from normfuse.frontends.onnx_fused import FusedEmitter, fused_already
 from normfuse.frontends.onnx_half import widen
 from normfuse.frontends.onnx_ops import GROUP_NORMS
 from normfuse.frontends.onnx_repair import repair
-from normfuse.frontends.onnx_skip import SkipEmitter, with_sum, take_apart
+from normfuse.frontends.onnx_skip import SkipEmitter, take_apart, with_sum
 from normfuse.frontends.onnx_region import as_function, rest_of, results_of
 from normfuse.graph import Node, Value
 from normfuse.passmanager import Abilities, fuse, plan
