@@ -201,7 +201,9 @@ def beside(folder: Path) -> Path:
     lines = f"{chain(OPERATOR)} y = MatMul(n, head)"
     shapes = {"table": (90, COLUMNS), "w": (COLUMNS, COLUMNS), "g": (COLUMNS,), "b": (COLUMNS,), "head": (COLUMNS, 320)}
     held: dict[str, Any] = {name: rng.standard_normal(shape).astype("f4") for name, shape in shapes.items()}
-    onnx.save(model("int64[1,3] i", lines, **held), path, save_as_external_data=True, location="in.data",
+    made = model("int64[1,3] i", lines, **held)
+    made.graph.initializer.append(numpy_helper.from_array(np.array(["a" * 600, "b" * 700], object), "words"))
+    onnx.save(made, path, save_as_external_data=True, location="in.data",
               size_threshold=1024)  # fmt: skip
     return path
 

@@ -268,9 +268,9 @@ def write_new(model: ir.Model, target: Path) -> int:
 
 
 def _weights(model: ir.Model) -> list[tuple[ir.Value, ir.TensorProtocol]]:
-    """The initializers of a model with what they hold."""
+    """The initializers of a model with what they hold; text cannot lie in another file."""
     values = [v for graph in (model.graph, *model.graph.subgraphs()) for v in graph.initializers.values()]
-    return [(v, v.const_value) for v in values if v.const_value is not None]
+    return [(v, t) for v in values if (t := v.const_value) is not None and t.dtype != ir.DataType.STRING]
 
 
 def _unload(weights: dict[ir.Value, ir.TensorProtocol], target: Path, made: list[Path]) -> None:
