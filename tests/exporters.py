@@ -33,6 +33,7 @@ ARRAYS: dict[str, Array] = {
     "cube": np.random.default_rng(4).uniform(0.5, 1.5, (N, N, N)).astype("f4"),
     "M16": np.eye(16, dtype="f4"), "nan": np.array(np.nan, "f4"), "nan11": np.full((1, 1), np.nan, "f4"),
     "eight": np.array(8, "i4"), "ones16": np.ones(16, "f4"), "zeros16": np.zeros(16, "f4"),
+    "ones6": np.ones(6, "f4"), "zeros6": np.zeros(6, "f4"), "open": np.array([4, -1]),
     "ones4": np.ones(4, "f4"), "zeros4": np.zeros(4, "f4"), "w4": np.linspace(1, 2, 4, dtype="f4"),
     "three": np.array([-1, 4, N]), "once": np.array([1, N]), "half": np.array([1, N // 2]),
     "pairs": np.array([0, 2, N // 2]), "nan41": np.full((4, 1), np.nan, "f4"),

@@ -151,6 +151,31 @@ def test_a_result_of_unknown_size_cannot_stand_for_itself(shape: str, why: str) 
     assert not why or not shape or any("could not run" in r.message and why in r.message for r in report.refusals)
 
 
+@pytest.mark.parametrize("shape", [[], [1]])
+def test_a_single_number_stands_for_itself_too(shape: list[int]) -> None:
+    lines = f"h = Gather(table, i) {OPERATOR.format('h', 'n')} f = MatMul(n, w) a = my.own.Norm(f) y = Mul(f, a)"
+    made = model("int64[1,3] i", lines, **HELD)
+    made.opset_import.append(onnx.helper.make_opsetid("my.own", 1))
+    made.graph.value_info.append(onnx.helper.make_tensor_value_info("a", onnx.TensorProto.FLOAT, shape))
+    assert normfuse.optimize(made, normfuse.Config(layernorm_to_rmsnorm="exact"))[1].converted == 1
+
+
+def test_the_norm_of_embeddings_is_computed() -> None:
+    """What is made of it is read by the algebra, so that no other function may stand for it."""
+    lines = f"""h, m, s = com.microsoft.EmbedLayerNormalization(i, , table, places, , g, b) k = Mul(h, g)
+    {OPERATOR.format('k', 'n')} o = MatMul(n, w) h2 = Add(s, o) {OPERATOR.format('h2', 'l')} y = MatMul(l, w)"""
+    made = model("int32[1,3] i", lines, places=numbers(5, D), **HELD)
+    made.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+    feeds = [{"i": IDS[0]["i"].astype(np.int32)}]
+    want = session(made.SerializeToString()).run(None, feeds[0])[0]
+    got: Any = ReferenceEvaluator(made, new_ops=OPERATORS).run(None, feeds[0])
+    got = got[0]
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+    report = normfuse.optimize(made, normfuse.Config(layernorm_to_rmsnorm="exact"))[1]
+    assert not any(r.code == "NF304" for r in report.refusals), report.refusals
+    assert not any("the certificate computes no" in note for note in report.notes)
+
+
 def test_skip_operators_are_computed_as_onnx_runtime_does() -> None:
     rng = np.random.default_rng(0)
     for op, rows in (("SkipLayerNormalization", 2), ("SkipLayerNormalization", 1), ("SkipLayerNormalization", 0),

@@ -102,6 +102,32 @@ def test_a_view_of_which_only_the_number_of_axes_is_known(op: str, shape: str, n
     np.testing.assert_allclose(after, before, atol=1e-6)
 
 
+def test_statistics_of_a_batch_by_name_of_a_foreign_operator(tmp_path: Path) -> None:
+    """Over six rows the check keeps them all; and an operator of another domain may have the name of a view."""
+    lines = """mu = ReduceMean<axes=[1], keepdims=0>(x) c = ReduceMean<axes=[1]>(x) d = Sub(x, c) q = Mul(d, d)
+    a = ReduceMean<axes=[1], keepdims=0>(q) t = Unsqueeze(x, zero)
+    n = BatchNormalization<epsilon=0.001>(t, ones6, zeros6, mu, a) u = Squeeze(n, zero) m = Mul(u, w) y = Add(m, v)"""
+    source = model(lines, f"float[6, {N}] x", f"float[6, {N}] y", 17)
+    made, report = normfuse.optimize(source)
+    assert [(n.kind, n.action, n.verified) for n in report.norms] == [("layer_norm", "fused", True)]
+    assert [n.op_type for n in made.graph.node] == ["LayerNormalization"]
+    source.graph.node.append(onnx.helper.make_node("Identity", ["ones6"], [], domain="my.own"))
+    source.opset_import.append(onnx.helper.make_opsetid("my.own", 1))
+    assert not normfuse.inspect(source).norms  # which may do anything with a weight of ones
+
+
+def test_a_size_that_is_left_open_has_no_name_of_the_models() -> None:
+    lines = """t = Reshape(x, open) q = Mul(t, t) m = ReduceMean<axes=[-1]>(q) e = Add(m, eps) s = Sqrt(e)
+    d = Div(t, s) y = Mul(d, k)"""
+    made = model(lines, "float[A, B, 4] x, float[C] k", "float[4, D] y", 17)
+    made.graph.input[1].type.tensor_type.shape.dim[0].dim_param = "-1 of t"
+    after, _ = normfuse.optimize(made)
+    for n in (2, 1):
+        feed = {"x": np.random.default_rng(0).standard_normal((n, n, 4)).astype("f4"), "k": np.ones(4, "f4")}
+        want, got = (session(m.SerializeToString()).run(None, feed)[0] for m in (made, after))
+        np.testing.assert_allclose(got, want, atol=1e-6)
+
+
 GROUPS = """r = Reshape(x, grouped) mean = ReduceMean<axes=[1, 3]>(r) d = Sub(r, mean) p = Mul(d, d)
 a = ReduceMean<axes=[1, 3]>(p) e = Add(a, eps) t = Sqrt(e) n = Div(d, t) h = Mul(n, {w}) k = Add(h, {v}) s = Shape(x)
 y = Reshape(k, s)"""

@@ -20,6 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 import normfuse
 from normfuse.errors import InputError
 from normfuse.io import files
+from normfuse.io.write import copy
 from normfuse.verify import session
 from tests.cli_tools import norm_model, saved
 from tests.test_certificates import IDS, OPERATOR, chain
@@ -237,6 +238,25 @@ def test_edited_weights_get_a_file_of_their_own(inline: int, data: str, tmp_path
         assert not any(copied[offsets["table"] :][: 4 * 90 * COLUMNS])
         assert not any(copied[offsets["w"] :][: 4 * COLUMNS**2])
     assert not list(tmp_path.glob(".normfuse-*"))
+
+
+def test_parts_of_a_file_with_holes(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    source, out = tmp_path / "source", tmp_path / "out"
+    want, size = bytearray(40 * 4096), 40 * 4096
+    with source.open("wb") as f:
+        f.truncate(size)
+        for i in rng.permutation(40)[:20]:
+            f.seek(i * 4096)
+            f.write(bytes([i + 1]) * 4096)
+    held, at, parts = source.read_bytes(), 0, []
+    while at < size:
+        start, end = at + int(rng.integers(1, 3000)), at + int(rng.integers(3000, 9000))
+        parts.append((start, min(end, size)))
+        want[start:end], at = held[start:end], end
+    with source.open("rb") as a, out.open("wb+") as b:
+        copy(a.fileno(), b.fileno(), None, [p for p in parts if p[0] < p[1]])
+    assert out.read_bytes() == bytes(want[:size])
 
 
 @pytest.mark.parametrize("failing", ["write_bytes", "_serialised"])

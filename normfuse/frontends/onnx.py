@@ -73,6 +73,7 @@ class Lowering:
         self.outer = outer
         self.values: dict[ir.Value, Value] = {}
         self.arrays: dict[ir.Value, Array] = {}
+        self.stated: set[str] | None = None
         self.sizes: dict[ir.Value, Shape] = {}  # what is known of small integer vectors that hold sizes
         self.call: ir.Node | None = None
         self.path = path
@@ -149,12 +150,15 @@ class Lowering:
     def _may_be_number(value: ir.Value, tensor: Any) -> bool:
         """Whether a uniform tensor may count as a number: as the factor of a product, or what an operator has for each
         row where channels are meant, not as a weight or bias."""
-        todo, readers = [value], list[ir.Node]()
+        if not len(tensor.shape):
+            return False
+        todo = [value]
         while todo:
-            found = [node for node, _ in todo.pop().uses()]
-            todo += [node.outputs[0] for node in found if node.op_type in ("Identity", "Transpose")]
-            readers += [node for node in found if node.op_type not in ("Identity", "Transpose")]
-        return bool(len(tensor.shape)) and all(n.op_type in NUMBERS for n in readers)
+            for node, _ in todo.pop().uses():
+                if node.domain not in ("", "ai.onnx") or node.op_type not in (*NUMBERS, "Identity", "Transpose"):
+                    return False
+                todo += node.outputs if node.op_type not in NUMBERS else ()
+        return True
 
     def value(self, value: ir.Value | None) -> Value:
         """The neutral value of an operand; one of an outer graph is captured as a leaf."""
@@ -194,6 +198,15 @@ class Lowering:
         found = self.graph.value(value.name or "", shape, dtype, native=None if self.call is not None else value)
         self.values[value] = found
         return found
+
+    def unknown(self, name: str) -> Dim:
+        """A symbol for a size of which nothing is known but that it is one; None where the model has that symbol."""
+        if self.stated is None:
+            values = (*self.source.inputs, *(v for node in self.source for v in node.outputs))
+            self.stated = {d for v in values for d in shape_of(v.shape) or () if isinstance(d, str)}
+        symbol = f"-1 of {name}"
+        taken = symbol in self.stated or (self.outer is not None and self.outer.unknown(name) is None)
+        return None if taken else symbol
 
     def output(self, node: ir.Node, shape: Shape | None, dtype: str | None) -> Value:
         """The neutral value for the first output of a node."""

@@ -130,11 +130,15 @@ def _rstd(x: Array, norm: Norm) -> Array:
     return np.asarray(1 / np.sqrt(x.var(axis=norm.axes, keepdims=True) + norm.eps))
 
 
+FIXED = {*VIEWS, "Shape", "Size", "InstanceNormalization", "BatchNormalization"}
+"""Operators whose results, or rows, are of a size that other operands have, too."""
+
+
 def _test_shapes(edit: Edit, found: Region | None) -> Shapes:
     """The shapes of the inputs to test with: rows are cut down unless something in the region fixes them."""
     fixed = isinstance(edit, Replace) and bool(rest_of(edit.site.value))
     if found is not None:
-        fixed = fixed or any(node.op_type in {*VIEWS, "Shape", "Size", "InstanceNormalization"} for node in found.nodes)
+        fixed = fixed or any(node.op_type in FIXED for node in found.nodes)
         fixed = fixed or any(_has_rows(np.shape(array), edit.sites[0].norm) for array in found.constants.values())
     shapes = []
     for k, value in enumerate(dict.fromkeys(edit.inputs)):

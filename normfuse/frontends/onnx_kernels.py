@@ -185,5 +185,22 @@ class SkipSimplifiedLayerNormalization(SkipLayerNormalization):
     centred = False
 
 
+class EmbedLayerNormalization(LayerNormalization):
+    """ONNX Runtime's norm of the sum of the embeddings of tokens, positions and segments, and that sum."""
+
+    op_domain = "com.microsoft"
+
+    def _run(self, ids: Array, segments: Array | None, words: Array, places: Array,  # type: ignore[override]
+             kinds: Array | None, gamma: Array, beta: Array, mask: Array | None = None,
+             at: Array | None = None, epsilon: float = SKIP_EPSILON, mask_index_type: int = 1,
+             ) -> tuple[Array, ...]:  # fmt: skip
+        total = words[ids] + (places[: ids.shape[1]] if at is None else places[at])
+        if segments is not None and kinds is not None:
+            total = total + kinds[segments]
+        y, *_ = self._all(total, gamma, beta, -1, epsilon, 1)
+        return (y, np.zeros(len(ids), np.int32), total)[: len(self.onnx_node.output)]
+
+
 KERNELS: list[Any] = [Conv, GatherElements, Pad, Erf, Softmax, LogSoftmax, FusedMatMul, FastGelu, QuickGelu, Gelu,
-                      BiasGelu, SkipLayerNormalization, SkipSimplifiedLayerNormalization]  # fmt: skip
+                      BiasGelu, EmbedLayerNormalization, SkipLayerNormalization,
+                      SkipSimplifiedLayerNormalization]  # fmt: skip

@@ -56,11 +56,11 @@ class StandIns:
         if name not in self.read - {""}:
             return [0]
         value = self.values.get(name)
-        dims = [self.sizes.get(d) if isinstance(d, str) else d for d in (value.shape if value else None) or [None]]
-        sizes = [d for d in dims if d is not None]
-        if value is None or value.dtype not in FLOATS or len(sizes) != len(dims):
+        dims = None if value is None or value.dtype not in FLOATS else value.shape
+        sizes = [self.sizes.get(d) if isinstance(d, str) else d for d in dims or ()]
+        if dims is None or None in sizes:
             raise ValueError(f"{name} is computed by an operator that is not known here, and so is its size")
-        return sizes
+        return [n for n in sizes if n is not None]
 
 
 class _StandIn(OpRun):
@@ -71,14 +71,14 @@ class _StandIn(OpRun):
         the inverse hyperbolic sine of them, beside which a mask of -1e38 or infinity leaves the others their digits."""
         if any(attr.HasField("g") or attr.graphs for attr in self.onnx_node.attribute):
             raise ValueError(f"{self.onnx_node.op_type} has graphs of its own")
+        flats = [np.nan_to_num(np.arcsinh(x.astype(np.float64).reshape(-1)), posinf=1e3, neginf=-1e3)
+                 for x in inputs if x is not None and x.size]  # fmt: skip
         outputs = []
         for k, name in enumerate(self.onnx_node.output):
             total = np.zeros(self.stand.shape(name))
-            for i, x in enumerate(inputs):
-                if x is not None and x.size:
-                    flat = np.nan_to_num(np.arcsinh(x.astype(np.float64).reshape(-1)), posinf=1e3, neginf=-1e3)
-                    some = np.sin(np.arange(flat.size) * (1.3 + i) + k + 1)
-                    total = total + np.resize(flat * (1.5 + some), total.shape) + flat @ some / np.sqrt(flat.size)
+            for i, flat in enumerate(flats):
+                some = np.sin(np.arange(flat.size) * (1.3 + i) + k + 1)
+                total = total + np.resize(flat * (1.5 + some), total.shape) + flat @ some / np.sqrt(flat.size)
             outputs.append(total)
         return tuple(outputs)
 

@@ -105,7 +105,7 @@ def reshape(low: Lowering, node: ir.Node) -> None:
     out = low.output(node, shape, x.dtype)
     if target is not None and out.shape is not None and len(out.shape) == len(target):
         pairs = zip(out.shape, target, strict=True)
-        out.shape = tuple(f"-1 of {out.name}" if d is None and t == -1 else d for d, t in pairs)  # one size, whatever
+        out.shape = tuple(low.unknown(out.name) if d is None and t == -1 else d for d, t in pairs)
     low.emit("reshape", [x], out, node)
 
 

@@ -202,9 +202,9 @@ def write_onnx(model: ir.Model, target: Path, source: Source | None = None, refe
     if target.exists() and any(target.samefile(file.path) for file in moved):
         raise InputError(f"{target}: holds the weights of the input; choose another name")
     old = [(t, t.location) for t in tensors]
-    beside = {v: t for v, t in _weights(model) if t.nbytes > SMALL and not isinstance(t, External)}
-    if not edited or source is None or not source.external or sum(t.nbytes for t in beside.values()) <= INLINE:
-        beside = {}
+    loose = _weights(model) if edited and source is not None and source.external else []
+    beside = {v: t for v, t in loose if t.nbytes > SMALL and not isinstance(t, External)}
+    beside = beside if sum(t.nbytes for t in beside.values()) > INLINE else {}
     total, before = sum(file.size for file in moved), 0
     with _made() as made:
         try:

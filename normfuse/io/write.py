@@ -119,6 +119,17 @@ def extents(handle: int) -> Iterator[tuple[int, int]]:
         at = end
 
 
+def _common(one: Iterator[tuple[int, int]], other: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """What two lists of ranges, each in order, have in common."""
+    a, b = next(one, None), next(other, None)
+    while a is not None and b is not None:
+        yield max(a[0], b[0]), min(a[1], b[1])
+        if a[1] <= b[1]:
+            a = next(one, None)
+        else:
+            b = next(other, None)
+
+
 def copy(source: int, target: int, advance: Advance | None = None, parts: Sequence[tuple[int, int]] = ()) -> None:
     """The content of an open file, in the kernel and without its holes where the system can.
 
@@ -126,8 +137,7 @@ def copy(source: int, target: int, advance: Advance | None = None, parts: Sequen
     """
     size = os.fstat(source).st_size
     os.truncate(target, size)
-    found = ((max(at, a), min(end, b)) for at, end in extents(source) for a, b in parts or [(0, size)])
-    for at, end in found:
+    for at, end in _common(extents(source), iter(parts or [(0, size)])):
         while at < end:
             try:
                 done = os.copy_file_range(source, target, min(end - at, CHUNK), at, at)
