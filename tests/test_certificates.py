@@ -169,7 +169,6 @@ def test_the_norm_of_embeddings_is_computed() -> None:
     feeds = [{"i": IDS[0]["i"].astype(np.int32)}]
     want = session(made.SerializeToString()).run(None, feeds[0])[0]
     got: Any = ReferenceEvaluator(made, new_ops=OPERATORS).run(None, feeds[0])
-    got = got[0]
     np.testing.assert_allclose(got[0], want, rtol=1e-4, atol=1e-4)
     report = normfuse.optimize(made, normfuse.Config(layernorm_to_rmsnorm="exact"))[1]
     assert not any(r.code == "NF304" for r in report.refusals), report.refusals
