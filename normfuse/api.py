@@ -123,7 +123,7 @@ def rewrite(src_path: str | Path, dst_path: str | Path, config: Config | None = 
                 progress("saving", 0.9)
             copied = None if progress is None else partial(_copied, progress)
             if changed:
-                left = files.write_onnx(model, target, original, refer, copied, check, source, not plain)
+                left = files.write_onnx(model, target, original, refer, copied, check, source, edited=not plain)
                 if made.path == source and target.samefile(source):
                     report.notes += [f"the weights are copied under a name made from their content; {old} is not read "
                                      "by the model any more" for old in left]  # fmt: skip

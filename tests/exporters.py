@@ -1,6 +1,6 @@
 """Graphs as exporters write them, in ONNX's own language: the constants they read, rows for their norms, and the norm.
 
-For tests/test_exporters.py and tests/test_float64.py.
+For tests/test_exporters.py, tests/test_exporters_keras.py and tests/test_float64.py.
 """
 
 from __future__ import annotations
