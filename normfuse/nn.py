@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.Module):
-    """``x / sqrt(mean(x**2) + eps) * weight + bias`` over one axis: what a LayerNorm is for rows of mean zero.
+    """``x / sqrt(mean(x**2) + eps) * (offset + weight) + bias`` over one axis: a LayerNorm of rows of mean zero.
 
     x: [..., size], or with the size at `axis` (counted from the end), any float type; statistics in float32 for half
     types. `weight` and `bias`: [size] or None. Zhang & Sennrich 2019 (arXiv 1910.07467), with the bias of the LayerNorm
@@ -24,37 +24,39 @@ class RMSNorm(nn.Module):
     bias: nn.Parameter | None
 
     def __init__(self, size: int, eps: float, weight: nn.Parameter | None = None, bias: nn.Parameter | None = None,
-                 axis: int = -1) -> None:  # fmt: skip
+                 axis: int = -1, offset: float = 0.0) -> None:  # fmt: skip
         super().__init__()
-        self.normalized_shape, self.eps, self.axis = (size,), eps, axis
+        self.normalized_shape, self.eps, self.axis, self.offset = (size,), eps, axis, offset
         self.register_parameter("weight", weight)
         self.register_parameter("bias", bias)
 
     @staticmethod
-    def of(norm: nn.Module, size: int, eps: float, axis: int = -1) -> RMSNorm:
+    def of(norm: nn.Module, size: int, eps: float, axis: int = -1, offset: float = 0.0) -> RMSNorm:
         """With the parameters of a LayerNorm module; they are shared, not copied."""
-        return RMSNorm(size, eps, getattr(norm, "weight", None), getattr(norm, "bias", None), axis)
+        return RMSNorm(size, eps, getattr(norm, "weight", None), getattr(norm, "bias", None), axis, offset)
 
     def forward(self, x: Tensor) -> Tensor:
         """The norm of each row."""
+        weight = self.weight if self.weight is None or not self.offset else self.weight + self.offset
         if self.axis != -1:
             x = x.movedim(self.axis, -1)
-        y = self._plain(x) if _slow(x) else F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
-        if self.bias is not None and not (_slow(x) and self.weight is not None):
+        y = self._plain(x, weight) if _slow(x) else F.rms_norm(x, self.normalized_shape, weight, self.eps)
+        if self.bias is not None and not (_slow(x) and weight is not None):
             y = y + self.bias
         return y if self.axis == -1 else y.movedim(-1, self.axis)
 
-    def _plain(self, x: Tensor) -> Tensor:
+    def _plain(self, x: Tensor, weight: Tensor | None) -> Tensor:
         """The same in four steps, the bias included where there is a weight."""
         root = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         scale = torch.rsqrt(root * root * (1 / self.normalized_shape[0]) + self.eps)
-        if self.weight is None:
+        if weight is None:
             return x * scale
-        return x * scale * self.weight if self.bias is None else torch.addcmul(self.bias, x * scale, self.weight)
+        return x * scale * weight if self.bias is None else torch.addcmul(self.bias, x * scale, weight)
 
     def extra_repr(self) -> str:
         """Size and eps."""
-        return f"{self.normalized_shape[0]}, eps={self.eps}, bias={self.bias is not None}"
+        offset = f", offset={self.offset}" if self.offset else ""
+        return f"{self.normalized_shape[0]}, eps={self.eps}, bias={self.bias is not None}{offset}"
 
 
 def _slow(x: Tensor) -> bool:

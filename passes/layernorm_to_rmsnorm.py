@@ -16,7 +16,7 @@ Zhang & Sennrich 2019 (arXiv 1910.07467), Jiang et al. 2023 (arXiv 2305.14858).
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 
 from normfuse.centring import Block, Blocked, Centre, Channels, back, blocks_of, centred
@@ -42,7 +42,8 @@ class Means:
     operator can stand behind a value; `blind`: whether a node gives the same for a value and for the centred value;
     `fits`: the front end's veto, (code, message), on a norm as it was found and as its operator has it; `twins`:
     what constants of the same storage have in common; `untie`: a constant with other readers is copied rather than
-    left; `hooks`: an operator changes what every reader of the value sees, not only those that asked.
+    left; `hooks`: an operator changes what every reader of the value sees, not only those that asked; `partial`: of the
+    norms that are to be converted, and what their operators are, those that cannot be without others, and why.
     """
 
     channels: Channels
@@ -55,6 +56,7 @@ class Means:
     twins: Callable[[Value], Hashable] = lambda value: value
     untie: bool = False
     hooks: bool = False
+    partial: Callable[[Mapping[Site, Site]], Mapping[Site, str]] = lambda norms: {}
 
 
 @dataclass(slots=True, eq=False)
@@ -227,6 +229,9 @@ class _Planner:
 
     def run(self) -> Conversion:
         while self.sites:
+            for site, why in self.can.partial({site: self.out.inner.get(site, site) for site in self.sites}).items():
+                self._keep(site, "NF301", why)
+            self.sites = [site for site in self.sites if site not in self.out.kept]
             self._ask()
             if self.again or self._unread() or self._sink() or self._public() or self._drop():
                 continue

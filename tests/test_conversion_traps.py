@@ -621,3 +621,63 @@ def test_a_norm_times_a_mask_of_ones_is_its_module(mask: bool) -> None:
     assert report.converted == 1 and isinstance(made.n, normfuse.nn.RMSNorm)
     for more in ((), (torch.ones(2, 3),), (torch.rand(2, 3),)):
         torch.testing.assert_close(made(i, *more), module(i, *more))
+
+
+class Shared(nn.Module):
+    """One norm for two layers; `last`: what it reads the second time."""
+
+    def __init__(self, last: Callable[[Any, Tensor], Tensor], norm: nn.Module) -> None:
+        super().__init__()
+        self.f, self.g, self.h = (nn.Linear(D, D) for _ in range(3))
+        self.n, self.last = norm, last
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.n(self.f(x))
+        return self.last(self, y)
+
+
+class Loose(nn.LayerNorm):
+    """With an eps that is added to its own."""
+
+    def forward(self, x: Tensor, more: float = 0.0) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps + more)
+
+
+@pytest.mark.parametrize(("last", "converted"), [
+    (lambda m, y: m.h(m.n(m.g(y.relu()))), 2), (lambda m, y: m.h(m.n(y.relu())), 0), (lambda m, y: m.n(m.n(y)), 0),
+    (lambda m, y: m.h(m.n(m.g(y), 0.1)), 0), (lambda m, y: m.h(m.n(m.g(y), 0.0)), 0)])  # fmt: skip
+def test_a_norm_module_that_is_called_twice(last: Callable[[Any, Tensor], Tensor], converted: int) -> None:
+    """It is replaced where each call of it is converted, and in the same way."""
+    module, x = drawn(Shared(last, Loose(D))), torch.randn(2, D)
+    made, report = normfuse.optimize(module, normfuse.Config(layernorm_to_rmsnorm="exact"), args=(x,))
+    assert report.converted == converted and isinstance(made.n, normfuse.nn.RMSNorm) is bool(converted)
+    torch.testing.assert_close(made(x), module(x))
+    assert set(report.operators_after) & {"layer_norm", "rms_norm"} == {"rms_norm" if converted else "layer_norm"}
+
+
+class Plus(nn.LayerNorm):
+    """1 + weight, added before or after a cast."""
+
+    early = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight + 1.0 if self.early else self.weight.float() + 1.0
+        bias = self.bias if self.early else self.bias.float()
+        return F.layer_norm(x.float(), self.normalized_shape, weight.float(), bias.float(), self.eps).to(x)
+
+
+@pytest.mark.parametrize(("dtype", "early", "converted"), [
+    (torch.float32, True, 1), (torch.bfloat16, True, 1), (torch.bfloat16, False, 0)])  # fmt: skip
+def test_a_norm_module_that_adds_to_its_weight(dtype: torch.dtype, early: bool, converted: int) -> None:
+    """The addition is in the type of the weight, or else the module stays."""
+    module = drawn(nn.Sequential(nn.Linear(D, D), Plus(D), nn.Linear(D, D))).to(dtype)
+    module.get_submodule("1").early = early  # type: ignore[assignment]
+    x = torch.randn(2, D, dtype=dtype)
+    made, report = normfuse.optimize(module, normfuse.Config(layernorm_to_rmsnorm="exact"), args=(x,))
+    assert report.converted == converted
+    near = 1e-5 if dtype == torch.float32 else 0.02
+    torch.testing.assert_close(made(x), module(x), rtol=near, atol=near)
+    if converted:
+        new = made.get_submodule("1")
+        assert isinstance(new, normfuse.nn.RMSNorm) and new.offset == 1.0 and "offset=1.0" in repr(new)
+        made.load_state_dict(module.state_dict())

@@ -229,11 +229,11 @@ def test_operators_of_onnx_runtime_in_the_check(line: str) -> None:
         np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize(("name", "counts", "reason"), [
-    ("olmo", (5, 5, 0), ""),  # its norms cast to float32 and back
-    ("nemotron", (0, 5, 0), "computes its weight"),  # 1 + weight
+@pytest.mark.parametrize("name", [
+    "olmo",  # its norms cast to float32 and back
+    "nemotron",  # 1 + weight
 ])  # fmt: skip
-def test_modules(name: str, counts: tuple[int, int, int], reason: str) -> None:
+def test_modules(name: str) -> None:
     case = CASES[name]
     module, args = case.build(), case.inputs()
     with torch.no_grad(), warnings.catch_warnings():
@@ -241,5 +241,4 @@ def test_modules(name: str, counts: tuple[int, int, int], reason: str) -> None:
         want = module(*args)
         done, report = normfuse.optimize(module, EXACT, args=args)
         found = outcome_of(report, relative(want.numpy(), done(*args).numpy()))
-    _holds(found, counts)
-    assert all(reason in why for why in found.reasons)
+    _holds(found, (5, 5, 0))

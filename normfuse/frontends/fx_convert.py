@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import fx
@@ -31,6 +31,19 @@ from normfuse.verify import Array
 
 Unfit = Callable[[Site, Site], "str | None"]
 """Why a norm, as it was found and as its operator has it, cannot be replaced where the conversion is carried out."""
+
+
+class Host(Protocol):
+    """Where a conversion is carried out, if not in the graph that it is planned on: a module."""
+
+    def can_place(self, value: Value) -> bool:
+        """Whether an operator can stand behind a value."""
+
+    def unfit(self, site: Site, inner: Site) -> str | None:
+        """`Unfit`."""
+
+    def partial(self, norms: Mapping[Site, Site]) -> Mapping[Site, str]:
+        """Of norms to be converted, and what their operators are, those that cannot be without others, and why."""
 
 
 @dataclass(slots=True)
@@ -110,8 +123,7 @@ class Numbers:
 
 def convert_graph(source: fx.GraphModule, config: Config, state: Mapping[str, torch.Tensor | None] | None,
                   weights: Weights, inputs: Callable[[], list[Any]], level: str | None = None,
-                  place: Callable[[Value], bool] | None = None,
-                  unfit: Unfit | None = None) -> Converted:  # fmt: skip
+                  host: Host | None = None) -> Converted:  # fmt: skip
     """Convert the LayerNorms of a graph module for which it is proved; the module given is not changed.
 
     `weights` are its constants, `inputs` gives tensors for the other placeholders. Raises `InputError` where a weight
@@ -128,11 +140,10 @@ def convert_graph(source: fx.GraphModule, config: Config, state: Mapping[str, to
     if why is not None:
         return Converted(source, records=records + [refusals(s, "NF305", why) for s in norms])
     numbers, emitter = Numbers(weights), Emitter(whole.emitter.level, "fast")
-    settled = place or (lambda value: True)
 
     def fits(site: Site, inner: Site) -> tuple[str, str] | None:
         found = emitter.expressible(low, rms(inner.norm), inner.value)
-        why = found[1] if found is not None else unfit(site, inner) if unfit is not None else None
+        why = found[1] if found is not None else host.unfit(site, inner) if host is not None else None
         return None if why is None else ("NF301", why)
 
     def channels(node: Node, out: Value, want: Centre) -> Links | None:
@@ -141,12 +152,13 @@ def convert_graph(source: fx.GraphModule, config: Config, state: Mapping[str, to
     plan = Conversion() if config.layernorm_to_rmsnorm == "off" else convert(low.graph, whole.plan.found, Means(
         channels=channels,
         span=lambda node, out, axis: table.span(low, node, out, axis),
-        hooks=place is not None, uniform=numbers.uniform, locked=numbers.locked, fits=fits, twins=numbers.twins,
+        hooks=host is not None, uniform=numbers.uniform, locked=numbers.locked, fits=fits, twins=numbers.twins,
         untie=config.untie,
-        place=lambda value: table.floating(value) and settled(value),
+        place=lambda value: table.floating(value) and (host is None or host.can_place(value)),
+        partial=host.partial if host is not None else lambda norms: {},
         blind=lambda node, value, want: table.blind(low, node, value, want)))  # fmt: skip
     records += [refusals(s, r.code, r.message) for s, r in plan.kept.items()]
-    if place is None:  # a module keeps its norms' parameters
+    if host is None:  # a module keeps its norms' parameters
         folder = Folder(low.graph, plan, lambda node, v, axis: table.linear(low, node, v, axis, channels), channels,
                         numbers.twins, numbers.zero)  # fmt: skip
         folder.run(whole.plan.found.sites, config.fold_scale)
@@ -288,14 +300,13 @@ def _last_placeholder(node: fx.Node) -> fx.Node:
 # -- exported programs ------------------------------------------------------------------------------------------------
 
 
-def convert_program(program: Any, config: Config, place: Callable[[Value], bool] | None = None,
-                    unfit: Unfit | None = None) -> tuple[Any, Converted]:  # fmt: skip
+def convert_program(program: Any, config: Config, host: Host | None = None) -> tuple[Any, Converted]:
     """Convert an exported program: a new program with edited weights, and what was done."""
     tensors = tensors_of(program)
     level = {"ATEN": "core", "TRAINING": "aten"}.get(program.dialect)
     source = program.graph_module
     found = convert_graph(source, config, _state(program), Weights(source, tensors), lambda: user_inputs(program),
-                          level, place, unfit)  # fmt: skip
+                          level, host)  # fmt: skip
     return rebuilt(program, found), found
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,9 +21,10 @@ from normfuse.frontends.fx_approximate import approximate_program
 from normfuse.frontends.fx_certify import with_own_state
 from normfuse.frontends.fx_convert import Converted, convert_program
 from normfuse.frontends.fx_effects import hooked, is_assert
+from normfuse.frontends.fx_emit import is_one
 from normfuse.graph import Node, Value
 from normfuse.nn import Centre, RMSNorm
-from normfuse.norm import Site
+from normfuse.norm import Expr, Site
 from normfuse.passes.layernorm_to_rmsnorm import Conversion
 from normfuse.report import Report
 
@@ -49,7 +50,7 @@ def convert_module(module: nn.Module, config: Config, args: Sequence[Any], kwarg
         raise InputError(f"{type(module).__name__} cannot be copied: {first_line(why)}") from why
     program = _trace(traced, *_own(args, kwargs))
     places = _Places(program.graph, out)
-    new_program, found = convert_program(program, config, places.can_place, places.unfit)
+    new_program, found = convert_program(program, config, places)
     cost = None
     if config.layernorm_to_rmsnorm == "approximate":
         new_program, more, cost = approximate_program(new_program, config, calibration, places.unfit)
@@ -71,7 +72,7 @@ def convert_module(module: nn.Module, config: Config, args: Sequence[Any], kwarg
             failed = str(why)
         if failed:
             found.records = [refusals(r.site, "NF304", failed) if r.verdict != "kept" else r for r in found.records]
-            out = copy.deepcopy(module)
+            new_program, out, cost = program, copy.deepcopy(module), None
     report = _report(program, new_program, config, found)
     report.approximation = cost
     if report.converted and any(_drops(m) for m in out.modules()):
@@ -210,8 +211,6 @@ class _Places:
         if found is None:
             return "it is no module of its own, but a part of one's forward function"
         path = found[0]
-        if not self._once(path):
-            return f"its module {path} is called more than once"
         if hooked(self.module.get_submodule(path)):
             return f"its module {path} has hooks, or another forward function than its class"
         norm = inner.norm
@@ -219,16 +218,48 @@ class _Places:
         own = {n for n, _ in self.module.get_submodule(path).named_parameters()}
         if own != expected or {n for n, e in (("weight", norm.weight), ("bias", norm.bias)) if e} != expected:
             return f"its module {path} has other parameters than a weight and a bias"
-        exprs = [e for e in (norm.weight, norm.bias) if e is not None]
-        plain = all(len(e) == 1 and e[0][0] == 1.0 and len(e[0][1]) == 1 and _stored(e[0][1][0][0]) for e in exprs)
+        plain = _offset(norm.weight) is not None and _offset(norm.bias) == 0.0
         return None if plain else f"its module {path} computes its weight"
 
+    def partial(self, norms: Mapping[Site, Site]) -> dict[Site, str]:
+        """Of the norms that are to be converted (and what their operators are), those of a module that is called for
+        others as well, or in several ways, and why it stays."""
+        called: dict[int | None, dict[Site, Hashable]] = {}
+        paths: dict[int | None, str] = {}
+        for site, inner in norms.items():
+            found = self.norm_module(site, inner)
+            assert found is not None  # `unfit` has seen to it
+            key = self.known.get(found[0])
+            paths[key] = found[0]
+            called.setdefault(key, {})[site] = (found[1], inner.norm.size, inner.norm.eps, _offset(inner.norm.weight))
+        out: dict[Site, str] = {}
+        for key, ways in called.items():
+            if len(ways) != len(self.calls[key]) or len(set(ways.values())) > 1:
+                why = f"its module {paths[key]} is called {len(self.calls[key])} times, and not all of them are converted"
+                out |= dict.fromkeys(ways, why)
+        return out
 
-def _stored(value: Value) -> bool:
-    """Whether a value is a constant of the module, casts aside."""
+
+def _offset(expr: Expr | None) -> float | None:
+    """The number that is added to the parameter of a module that a weight or bias is, in its own type and before casts;
+    None where it is something else."""
+    if expr is None:
+        return 0.0
+    if not is_one(expr):
+        return None
+    node = (value := _uncast(expr[0][1][0][0])).producer
+    if node is None:
+        return 0.0
+    parts = sorted(node.inputs, key=lambda v: v.number is None) if node.kind == "add" else []
+    if len(parts) != 2 or parts[0].number is None or parts[1].producer is not None or parts[1].dtype != value.dtype:
+        return None
+    return parts[0].number
+
+
+def _uncast(value: Value) -> Value:
     while value.producer is not None and value.producer.kind in ("cast", "identity"):
         value = value.producer.inputs[0]
-    return value.producer is None
+    return value
 
 
 def _clean(path: str) -> str:
@@ -259,10 +290,12 @@ def _edit(module: nn.Module, program: Any, found: Converted, places: _Places) ->
             _get(module, factor).fill_(1.0)
     norms = {site: plan.inner.get(site, site) for site in plan.sites} | found.approximated
     for site, inner in norms.items():
-        known = places.norm_module(site, inner)
-        assert known is not None and isinstance(inner.norm.size, int)  # `unfit` has seen to it
+        known, offset = places.norm_module(site, inner), _offset(inner.norm.weight)
+        assert known is not None and offset is not None and isinstance(inner.norm.size, int)  # `unfit` has seen to it
         old_norm = module.get_submodule(known[0])
-        new = RMSNorm.of(old_norm, inner.norm.size, inner.norm.eps, known[1])
+        if isinstance(old_norm, RMSNorm):  # by the first of its calls
+            continue
+        new = RMSNorm.of(old_norm, inner.norm.size, inner.norm.eps, known[1], offset)
         for path in [path for path, part in module.named_modules(remove_duplicate=False) if part is old_norm]:
             above, _, last = path.rpartition(".")
             setattr(module.get_submodule(above), last, new)
