@@ -12,7 +12,7 @@ import numpy as np
 from normfuse.centring import Centre, Channels
 from normfuse.graph import Graph, Node, Value
 from normfuse.norm import Expr, Norm, Site, region
-from normfuse.passes.fold_affine import Contraction, Linear, constants, elements, readers
+from normfuse.passes.fold_affine import Contraction, Linear, Readers, constants, elements
 from normfuse.passes.layernorm_to_rmsnorm import Conversion, rms
 from normfuse.records import record_of
 from normfuse.report import NormRecord, RefusalRecord, Report
@@ -103,14 +103,14 @@ class Folder:
 
     def __init__(self, graph: Graph, plan: Conversion, linear: Linear, channels: Channels,
                  twins: Callable[[Value], Hashable], zero: Callable[[Value], bool]) -> None:  # fmt: skip
-        self.graph, self.plan, self.linear, self.channels = graph, plan, linear, channels
-        self.twins, self.zero = twins, zero
+        self.plan, self.zero = plan, zero
+        self.readers = Readers(graph, linear, channels, twins)
 
     def run(self, sites: Sequence[Site], scale: bool) -> None:
         """Fold what can be folded, of the converted norms and, with `scale`, of the other RMSNorms at `sites`."""
+        converted = set(self.plan.sites)
         for site in dict.fromkeys([*self.plan.sites, *(sites if scale else ())]):
-            converted = site in self.plan.sites
-            if not converted and (site.norm.kind != "rms_norm" or site in self.plan.kept):
+            if site not in converted and (site.norm.kind != "rms_norm" or site in self.plan.kept):
                 continue
             inner = self.plan.inner.get(site, site)
             norm = rms(inner.norm)
@@ -135,7 +135,7 @@ class Folder:
         while end.native is None and end.uses:
             end = end.uses[0].outputs[0]
         axes = site.norm.axes
-        return readers(self.graph, end, axes[0], self.linear, self.channels, self.twins) or [] if len(axes) == 1 else []
+        return self.readers.of(end, axes[0]) or [] if len(axes) == 1 else []
 
 
 def folds_note(plan: Conversion) -> list[str]:

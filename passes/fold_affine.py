@@ -55,32 +55,38 @@ Linear = Callable[[Node, Value, int], Contraction | None]
 """A front end's table: the linear layer that a node is, over an axis of the value that it reads."""
 
 
-def readers(graph: Graph, value: Value, axis: int, linear: Linear, channels: Channels,
-            twins: Callable[[Value], Hashable]) -> list[Contraction] | None:  # fmt: skip
-    """The linear layers that read a value over an axis, views aside; None where anything else does."""
-    alive = live(graph)
-    found: list[Contraction] = []
-    todo = [(value, axis)]
-    while todo:
-        v, at = todo.pop()
-        if v.kept or v.tainted or len(found) > MAX_WALK:
-            return None
-        for node in dict.fromkeys(v.uses):
-            if node not in alive:
-                continue
-            one = linear(node, v, at)
-            if one is not None:
-                found.append(one)
-                continue
-            below = _view(node, v, at, channels)
-            if below is None:
+class Readers:
+    """Finds the linear layers of a graph that read a value, and whose constants nothing else reads."""
+
+    def __init__(self, graph: Graph, linear: Linear, channels: Channels, twins: Callable[[Value], Hashable]) -> None:
+        self.linear, self.channels, self.twins = linear, channels, twins
+        self.alive = live(graph)
+        self.reads: dict[Hashable, int] = {}
+        for v in graph.leaves:
+            count = v.kept + sum(node in self.alive for node in v.uses)
+            self.reads[twins(v)] = self.reads.get(twins(v), 0) + count
+
+    def of(self, value: Value, axis: int) -> list[Contraction] | None:
+        """The linear layers that read a value over an axis, views aside; None where anything else does."""
+        found: list[Contraction] = []
+        todo = [(value, axis)]
+        while todo:
+            v, at = todo.pop()
+            if v.kept or v.tainted or len(found) > MAX_WALK:
                 return None
-            todo.append(below)
-    shared = [twins(v) for one in found for v in (one.weight, one.bias) if v is not None]
-    counts = {twins(v): 0 for v in graph.leaves}
-    for v in graph.leaves:
-        counts[twins(v)] += v.kept + sum(node in alive for node in v.uses)
-    return found if found and all(counts[key] == 1 for key in shared) else None
+            for node in dict.fromkeys(v.uses):
+                if node not in self.alive:
+                    continue
+                one = self.linear(node, v, at)
+                if one is not None:
+                    found.append(one)
+                    continue
+                below = _view(node, v, at, self.channels)
+                if below is None:
+                    return None
+                todo.append(below)
+        shared = [self.twins(v) for one in found for v in (one.weight, one.bias) if v is not None]
+        return found if found and all(self.reads[key] == 1 for key in shared) else None
 
 
 def _view(node: Node, value: Value, axis: int, channels: Channels) -> tuple[Value, int] | None:

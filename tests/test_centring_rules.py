@@ -12,7 +12,7 @@ import pytest
 from normfuse.centring import Blocked, Centre, Links, back, blocks_of, centred, regrouped
 from normfuse.graph import Node, Value
 from normfuse.passes.fold_affine import (
-    Contraction, constants, contraction, elements, leaf_of, readers,
+    Contraction, Readers, constants, contraction, elements, leaf_of,
 )  # fmt: skip
 from normfuse.recognise import recognise
 from tests.neutral import Evaluation
@@ -346,7 +346,7 @@ def found(g: Build, v: Value, axis: int = 2, twins: Callable[[Value], Any] = lam
     for node in g.graph.nodes:
         if node.kind == "linear" and not node.outputs[0].uses:
             node.outputs[0].kept = True
-    made = readers(g.graph, v, axis, linear, none, twins)
+    made = Readers(g.graph, linear, none, twins).of(v, axis)
     return None if made is None else [one.out.name for one in made]
 
 
@@ -414,7 +414,7 @@ def test_constants_that_somebody_else_reads_stay(spoil: Any) -> None:
     for node in g.graph.nodes:
         if node.kind == "opaque":
             node.outputs[0].kept = True
-    made = readers(g.graph, n, 2, linear, none, lambda v: v)
+    made = Readers(g.graph, linear, none, lambda v: v).of(n, 2)
     assert made is None
 
 

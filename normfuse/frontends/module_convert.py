@@ -234,8 +234,9 @@ class _Places:
             called.setdefault(key, {})[site] = (found[1], inner.norm.size, inner.norm.eps, _offset(inner.norm.weight))
         out: dict[Site, str] = {}
         for key, ways in called.items():
-            if len(ways) != len(self.calls[key]) or len(set(ways.values())) > 1:
-                why = f"its module {paths[key]} is called {len(self.calls[key])} times, and not all of them are converted"
+            times = len(self.calls[key])
+            if len(ways) != times or len(set(ways.values())) > 1:
+                why = f"its module {paths[key]} is called {times} times, and not all of them are converted"
                 out |= dict.fromkeys(ways, why)
         return out
 
