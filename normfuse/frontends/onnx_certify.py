@@ -161,10 +161,11 @@ class Program:
             old.replace_all_uses_with(new, replace_graph_outputs=True)
             copy.graph.remove(node, safe=True)
             copy.graph.inputs.append(new)
+        given = set(copy.graph.inputs)
         for name in list(copy.graph.initializers):
             value = copy.graph.initializers.pop(name)
             value.const_value = None
-            if value not in copy.graph.inputs:
+            if value not in given:
                 copy.graph.inputs.append(value)
         proto = ir.to_proto(copy)
         if proto.functions:
@@ -204,7 +205,7 @@ class Program:
                 ) -> list[list[Array]]:  # fmt: skip
         """The outputs for each of several inputs, which go through the nodes side by side; `watch` has hooks by the
         name of a value, which see it for all of them."""
-        hooks = watch or {}
+        hooks, kept = watch or {}, set(self.outputs)
         runs: list[dict[str, Any]] = []
         for feeds in batches:
             floats = {n: a for n, a in feeds.items() if a.dtype.kind not in "iub"}
@@ -236,7 +237,7 @@ class Program:
                 see(node.output)
                 for values in runs:
                     for name in names:
-                        if self.last[name] == i and name not in self.outputs:
+                        if self.last[name] == i and name not in kept:
                             values.pop(name, None)
                     values[""] = None
         return [[_plain(values[n] if n in values else give(n)) for n in self.outputs] for values in runs]
