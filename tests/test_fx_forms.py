@@ -389,6 +389,22 @@ def test_statistics_that_are_repeated_for_each_channel(spread: Callable[[Tensor]
     torch.testing.assert_close(made.module()(*args), Spread()(*args))
 
 
+@pytest.mark.parametrize(("pool", "norms"), [
+    (lambda s: F.avg_pool1d(s, 8), 1), (lambda s: F.avg_pool1d(s, 8, 1, padding=0), 1),
+    (lambda s: F.avg_pool1d(s, 7, 2), 0), (lambda s: F.avg_pool1d(s, 8, 2, padding=1)[..., :1], 0),
+    (lambda s: F.avg_pool2d(s, (1, 8)), 0), (lambda s: F.avg_pool2d(s[:, None], (5, 8)).squeeze(1), 1),
+    (lambda s: F.avg_pool2d(s, (5, 8), divisor_override=39), 0)])  # fmt: skip
+def test_a_pool_over_all_of_an_axis(pool: Callable[[Tensor], Tensor], norms: int) -> None:
+    class Pooled(torch.nn.Module):
+        def forward(self, x: Tensor, w: Tensor) -> Tensor:
+            return x * torch.rsqrt(pool(x * x) + 1e-6) * w
+
+    args = torch.randn(2, 5, 8), torch.rand(8)
+    made, report = normfuse.optimize(torch.export.export(Pooled(), args))
+    assert len(report.norms) == norms and all(n.action == "fused" for n in report.norms)
+    torch.testing.assert_close(made.module()(*args), Pooled()(*args))
+
+
 @pytest.mark.parametrize("spread", [
     lambda s: s.tile(4), lambda s: s.repeat(1, 1, 4), lambda s: s.repeat_interleave(4, -1),
 ])  # fmt: skip

@@ -347,3 +347,13 @@ def test_zeros_of_as_many_rows(rows: int, tmp_path: Path) -> None:
     made = model(f"float[{rows},16] x", zeros + ROOT.format("h") + "y = Div(h, r)", to=np.array([rows, 16]),
                  two=np.array(2, np.float32))  # fmt: skip
     check(made, [{"x": numbers(rows, 16)}], tmp_path, 1)
+
+
+@pytest.mark.parametrize(("pool", "norms"), [
+    ("kernel_shape=[16]", 1), ("kernel_shape=[16], strides=[3]", 1), ("kernel_shape=[15], strides=[3]", 0),
+    ("kernel_shape=[16], pads=[1,0], strides=[3]", 0), ('kernel_shape=[16], auto_pad="SAME_UPPER", strides=[16]', 0),
+    ('kernel_shape=[16], auto_pad="VALID"', 1), ("kernel_shape=[8], dilations=[2], strides=[9]", 0)])  # fmt: skip
+def test_a_pool_over_all_of_an_axis(pool: str, norms: int, tmp_path: Path) -> None:
+    lines = f"sq = Mul(x, x) ms = AveragePool<{pool}>(sq) a = Add(ms, eps) r = Sqrt(a) q = Div(x, r) y = Mul(q, w)"
+    made = model("float[2,3,16] x", lines, "float[A,B,C] y", opset=19, w=numbers(16))
+    check(made, [{"x": numbers(2, 3, 16)}], tmp_path, norms)

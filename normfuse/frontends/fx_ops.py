@@ -193,12 +193,19 @@ def vector_norm(order: int, dim: int, default: Any = 2) -> Row:
     return guarded(row)
 
 
-def _average_pool(count: int) -> Row:
-    """adaptive_avg_pool to one element: a mean over the last axes."""
+def _average_pool(count: int, adaptive: bool = True) -> Row:
+    """adaptive_avg_pool to one element, or avg_pool with a window over all of the last axes: a mean over them."""
 
     def row(call: Call) -> bool:
-        x, size = call.tensor(), call.get(1, "output_size")
-        if any(s != 1 for s in (size if isinstance(size, (tuple, list)) else [size])):
+        x = call.tensor()
+        size = call.get(1, "output_size" if adaptive else "kernel_size")
+        sizes = tuple(size) if isinstance(size, (tuple, list)) else (size,)
+        if not adaptive:
+            padding = call.get(3, "padding", default=0)
+            if padding not in (0, [0], (0,), [0, 0], (0, 0)) or call.get(6, "divisor_override") is not None:
+                return False
+        wanted = (1,) * count if adaptive else (x.shape or ())[-count:]
+        if (sizes * count if len(sizes) == 1 else sizes) != wanted:
             return False
         rank = len(x.shape or ())
         return call.emit("mean", [x], axes=tuple(range(rank - count, rank)), keepdims=True)
@@ -273,6 +280,8 @@ OPS: dict[str, Row] = _table(
         "linalg_norm": vector_norm(1, 2, None),
         "adaptive_avg_pool1d": _average_pool(1),
         "adaptive_avg_pool2d _adaptive_avg_pool2d": _average_pool(2),
+        "avg_pool1d": _average_pool(1, adaptive=False),
+        "avg_pool2d": _average_pool(2, adaptive=False),
         "matmul __matmul__ bmm": guarded(views.matmul),
         "mm": guarded(views.mm),
         "linear": guarded(views.linear),

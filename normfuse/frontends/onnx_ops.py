@@ -338,6 +338,7 @@ OPS: dict[str, Row] = {
     "ReduceSumSquare": reduction("sum", square=True),
     "ReduceL2": reduction("vecnorm"),
     "GlobalAveragePool": views.global_pool,
+    "AveragePool": views.average_pool,
     "ConstantOfShape": views.fill,
     "MatMul": _matmul,
     "Einsum": views.einsum,

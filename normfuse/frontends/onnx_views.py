@@ -218,6 +218,16 @@ def global_pool(low: Lowering, node: ir.Node) -> None:
     low.emit("mean", [x], low.output(node, reduced_shape(x, axes, True), x.dtype), node, axes=axes, keepdims=True)
 
 
+def average_pool(low: Lowering, node: ir.Node) -> None:
+    """With a window over all of the axes that it moves along, a mean over them."""
+    x, window = low.value(node.inputs[0]), tuple(attribute(node, "kernel_shape") or ())
+    padded = any(attribute(node, "pads") or ()) or attribute(node, "auto_pad", "NOTSET") not in ("NOTSET", "VALID")
+    spread = any(d != 1 for d in attribute(node, "dilations") or ())
+    if x.shape is None or window != x.shape[2:] or padded or spread:
+        return low.opaque(node)
+    global_pool(low, node)
+
+
 def transpose(low: Lowering, node: ir.Node) -> None:
     x = low.value(node.inputs[0])
     perm = tuple(attribute(node, "perm") or reversed(range(len(x.shape or ()))))
