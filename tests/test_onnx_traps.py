@@ -262,8 +262,8 @@ def test_a_name_in_two_branches_of_which_one_is_known(tmp_path: Path) -> None:
     """By inference alone, which does not know the operator in the other."""
     norm = "z = LpPool<kernel_shape=[1]>({0}) " + OLD.format("z", -1) + "{1} = Div(z, r) "
     lines = f"""y = If (c) <then_branch = t1 () => (float[N,4,16] ya) {{ h = Neg(x) {norm.format("h", "ya")} }},
-        else_branch = t2 () => (float[N,4,16] yb) {{ h = com.microsoft.Gelu(x) {norm.format("h", "yb")} }}>"""
-    made = model("float[N,4,16] x, bool c", lines, "float[N,4,16] y", 13)
+        else_branch = t2 () => (float[N,4,16] yb) {{ h = com.microsoft.Pad(x, pads) {norm.format("h", "yb")} }}>"""
+    made = model("float[N,4,16] x, bool c", lines, "float[N,4,16] y", 13, pads=np.zeros(6, np.int64))
     made.opset_import.add(domain="com.microsoft", version=1)
     check(made, [{"x": numbers(3, 4, 16), "c": np.array(c)} for c in (True, False)], tmp_path, 1)
 
@@ -357,3 +357,42 @@ def test_a_pool_over_all_of_an_axis(pool: str, norms: int, tmp_path: Path) -> No
     lines = f"sq = Mul(x, x) ms = AveragePool<{pool}>(sq) a = Add(ms, eps) r = Sqrt(a) q = Div(x, r) y = Mul(q, w)"
     made = model("float[2,3,16] x", lines, "float[A,B,C] y", opset=19, w=numbers(16))
     check(made, [{"x": numbers(2, 3, 16)}], tmp_path, norms)
+
+
+@pytest.mark.parametrize("before", ["Relu(x)", "CumSum(x, one)"])
+@pytest.mark.parametrize("verify", ["off", "sites"])
+def test_a_size_that_is_left_over_from_an_export(before: str, verify: Any, tmp_path: Path) -> None:
+    """The inputs leave open what a value_info says is 1: a norm over it is over two axes."""
+    lines = f"h = {before} sq = Mul(h, h) ms = ReduceMean(sq, two) a = Add(ms, eps) r = Sqrt(a) y = Div(h, r)"
+    made = model("float[B,T,8] x", lines, "float[B,T,8] y", two=np.array([1, 2]), one=np.array(1))
+    made.graph.value_info.append(onnx.helper.make_tensor_value_info("h", onnx.TensorProto.FLOAT, [1, 1, 8]))
+    config, x = normfuse.Config(verify=verify), numbers(2, 5, 8)
+    done, report = normfuse.optimize(made, config)
+    assert [n.axes for n in report.norms] == [[-2, -1]]
+    want, got = (session(m.SerializeToString()).run(None, {"x": x})[0] for m in (made, done))
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_shapes_that_follow_from_one_another(tmp_path: Path) -> None:
+    """A reshape to a computed shape behind operators that only `onnx` knows, twelve times: each has a shape at once."""
+    lines = "".join(f"""c{i} = Conv<kernel_shape=[3], pads=[1,1]>(y{i}, k) s{i} = Shape(c{i}) f{i} = Reshape(c{i}, s{i})
+        q{i} = Mul(f{i}, f{i}) m{i} = ReduceMean(q{i}, last) a{i} = Add(m{i}, eps) r{i} = Sqrt(a{i})
+        y{i + 1} = Div(f{i}, r{i})
+    """ for i in range(12))  # fmt: skip
+    made = model("float[N,4,16] y0", lines, "float[N,4,16] y12", k=numbers(4, 4, 3))
+    check(made, [{"y0": numbers(2, 4, 16)}], tmp_path, 12)
+
+
+@pytest.mark.parametrize("other", ["Neg(x)", "Unsqueeze(x, last)"])
+def test_a_norm_behind_branches_without_a_shape(other: str, tmp_path: Path) -> None:
+    """They have one if they agree on it; their axes are constants of the graph around."""
+    norm = "sq{1} = Mul({0}, {0}) ms{1} = ReduceMean(sq{1}, last) a{1} = Add(ms{1}, eps) r{1} = Sqrt(a{1}) "
+    lines = f"""h = If (c) <then_branch = t1 () => (float[] ya) {{ {norm.format("x", 1)} ya = Div(x, r1) }},
+        else_branch = t2 () => (float[] yb) {{ yb = {other} }}> {norm.format("h", 2)} y = Div(h, r2)"""
+    made = model("float[N,4,16] x, bool c", lines, "float[N,4,16] y")
+    for attribute in made.graph.node[0].attribute:
+        attribute.g.output[0].type.tensor_type.ClearField("shape")
+    if other == "Neg(x)":
+        check(made, [{"x": numbers(3, 4, 16), "c": np.array(c)} for c in (True, False)], tmp_path, 2)
+    else:
+        assert len(normfuse.inspect(made).norms) == 1

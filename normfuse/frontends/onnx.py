@@ -18,7 +18,7 @@ from normfuse.errors import InputError
 from normfuse.frontends.onnx_contrib import CONTRIB
 from normfuse.frontends.onnx_fold import FOLDS, MAX_ELEMENTS, Array, attribute, constant_of, fold
 from normfuse.frontends.onnx_functions import function_body
-from normfuse.frontends.onnx_infer import DTYPE_NAMES, Inferred, Path, infer, inferred, step
+from normfuse.frontends.onnx_infer import DTYPE_NAMES, Facts, Inferred, Path, infer, infer_node, inferred, step
 from normfuse.frontends.onnx_ops import OPS, Row
 from normfuse.frontends.onnx_sizes import SIZES, rank_of, sizes_of
 from normfuse.frontends.onnx_views import product_shape
@@ -77,7 +77,11 @@ class Lowering:
         self.sizes: dict[ir.Value, Shape] = {}  # what is known of small integer vectors that hold sizes
         self.call: ir.Node | None = None
         self.path = path
-        self.controlled: list[tuple[Path, ir.Graph]] = []
+        self.versions: dict[str, int] = outer.versions if outer is not None else dict(source.opset_imports)
+        self.local: dict[ir.Node, dict[str, Facts]] = {}
+        self.open: set[str] = outer.open if outer is not None else {
+            d for v in source.inputs for d in shape_of(v.shape) or () if isinstance(d, str)}  # fmt: skip
+        self.inner: list[Lowering] = []
         self.folded: list[ir.Node] = []
         self.missing = False
         self.stuck = False  # some operator that has a row was left opaque
@@ -109,23 +113,41 @@ class Lowering:
     def _facts(self, value: ir.Value, shape: Shape | None, dtype: str | None) -> tuple[Shape | None, str | None]:
         """Shape and dtype: the operator's row, what the model states and what `onnx` infers, merged axis by axis.
 
-        Sizes win over symbols, and what follows from the inputs over what a `value_info` says.
+        Sizes win over symbols, and what follows from the inputs over what a `value_info` says: one that states a number
+        where the inputs' own symbol is left over from before they were made dynamic. An operator without a row is asked
+        of `onnx` by itself, so that what follows it has a shape in the same round.
         """
         more, kind = inferred(self.inferred, self.path, value.name or "") if self.inferred else (None, None)
         stated = shape_of(value.shape)
         if value.dtype is not None:
             kind = DTYPE_NAMES[value.dtype]
+        if shape is None and (more or stated) is None:
+            shape, own = self._alone(value)
+            return shape, kind or dtype or own
+        if shape is None and stated is not None and 1 in stated and self.open:
+            shape, _ = self._alone(value)
         if more is None and (stated is None or stated == shape):
             return shape, kind or dtype
         known = [s for s in (shape, stated, more) if s is not None]
-        if not known:
-            return None, kind or dtype
         known = [s for s in known if len(s) == len(known[0])]
         merged = []
         for dims in zip(*known, strict=True):
             sizes, symbols = [d for d in dims if isinstance(d, int)], [d for d in dims if isinstance(d, str)]
+            sizes = [] if shape is not None and dims[0] in self.open else sizes
             merged.append((sizes or symbols or [None])[0])
         return tuple(merged), kind or dtype
+
+    def _alone(self, value: ir.Value) -> Facts:
+        """What `onnx` makes of the node of a value, from what is known of its operands."""
+        node = value.producer()
+        if node is None or self.call is not None:
+            return None, None
+        if node not in self.local:
+            self.local[node] = {}  # while it is asked for
+            given = {v.name or "": self.value(v) for v in node.inputs if v is not None}
+            arrays = {v.name or "": self.arrays[v] for v in node.inputs if v in self.arrays}
+            self.local[node] = infer_node(node, self.versions, given, arrays)
+        return self.local[node].get(value.name or "", (None, None))
 
     def _leaf(self, value: ir.Value, fixed: bool, number: float | None = None) -> Value:
         shape, dtype = self._facts(value, None, None)
@@ -305,18 +327,21 @@ class Lowering:
         output = node.outputs[0].name or "" if node.outputs else ""
         inner_graphs = [((*self.path, step(output, a.name, i)), g) for a in node.attributes.values()
                         for i, g in enumerate(_subgraphs(a))]  # fmt: skip
-        self.controlled.extend(inner_graphs)
+        inner = [Lowering(graph, self.inferred, self, path) for path, graph in inner_graphs if len(path) <= MAX_DEPTH]
+        self.inner += inner
+        if node.op_type == "If" and len(inner) == 2:
+            self.local[node] = _agreed(node, *inner)
         todo = [graph for _, graph in inner_graphs]
         while todo:
             graph = todo.pop()
             for value in graph.outputs:
                 if value in self.values:
                     self._captured(self.values[value])
-            for inner in graph:
-                for operand in inner.inputs:
+            for part in graph:
+                for operand in part.inputs:
                     if operand is not None and operand in self.values:
                         self._captured(self.values[operand])
-                todo.extend(g for a in inner.attributes.values() for g in _subgraphs(a))
+                todo.extend(g for a in part.attributes.values() for g in _subgraphs(a))
 
     def _captured(self, value: Value) -> None:
         value.kept = True
@@ -401,6 +426,17 @@ class Lowering:
         return self.sizes.get(value)
 
 
+def _agreed(node: ir.Node, one: Lowering, other: Lowering) -> dict[str, Facts]:
+    """Shapes and types of the results of an If on which its branches agree; a size is known if it is the same."""
+    out: dict[str, Facts] = {}
+    for value, *pair in zip(node.outputs, one.source.outputs, other.source.outputs, strict=False):
+        a, b = (low.value(v) for low, v in zip((one, other), pair, strict=True))
+        if a.shape is not None and b.shape is not None and len(a.shape) == len(b.shape) and a.dtype == b.dtype:
+            dims = tuple(d if d == e else None for d, e in zip(a.shape, b.shape, strict=True))
+            out[value.name or ""] = dims, a.dtype
+    return out
+
+
 def _row(node: ir.Node) -> Row | None:
     """How to lower an operator, where the tables have it."""
     name = node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}::{node.op_type}"
@@ -459,20 +495,17 @@ def _lowered(model: ir.Model) -> list[Lowering]:
             graph.meta["normfuse.functions"] = model.functions
     first = Lowering(model.graph)
     for _ in range(MAX_ROUNDS):
-        wanted = first.stuck or first.controlled or any(node.kind in REDUCTIONS for node in first.graph.nodes)
-        if not (first.missing or first.stuck or first.controlled) or not wanted:
+        wanted = first.stuck or first.inner or any(node.kind in REDUCTIONS for node in first.graph.nodes)
+        if not (first.missing or first.stuck or first.inner) or not wanted:
             break
         known = infer(model, first.values, first.arrays)
         if known == first.inferred or not known:
             break
         first = Lowering(model.graph, known)
-    return [first, *_nested(first, first.inferred, 0)]
+    return [first, *_nested(first)]
 
 
-def _nested(outer: Lowering, known: Inferred, depth: int) -> Iterator[Lowering]:
-    if depth >= MAX_DEPTH:
-        return
-    for path, graph in outer.controlled:
-        inner = Lowering(graph, known, outer, path)
+def _nested(outer: Lowering) -> Iterator[Lowering]:
+    for inner in outer.inner:
         yield inner
-        yield from _nested(inner, known, depth + 1)
+        yield from _nested(inner)

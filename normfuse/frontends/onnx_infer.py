@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,8 @@ Path = tuple[str, ...]
 Inferred = dict[tuple[Path, str], Facts]
 """Graph and value name -> what is known; two branches may have a name in common."""
 
+MANY = 64
+"""The most elements of a constant that one node is asked about with."""
 LONG = 2**24
 """The most elements of a vector for `onnx.shape_inference`, which lists those of whatever might be a shape."""
 
@@ -68,8 +71,33 @@ def infer(model: ir.Model, known: dict[ir.Value, Value], arrays: dict[ir.Value, 
         return {}
     out: Inferred = {}
     for path, graph in _graphs(done.graph):
-        out |= {(path, info.name): _facts(info) for info in graph.value_info}
+        out |= {(path, info.name): _facts(info.type) for info in graph.value_info}
     return out
+
+
+def infer_node(node: ir.Node, versions: Mapping[str, int], given: Mapping[str, Value],
+               arrays: Mapping[str, Any]) -> dict[str, Facts]:  # fmt: skip
+    """Shapes and types of the results of one node by `onnx.shape_inference`, from its operands and small constants."""
+    schema = _schema(node.op_type, versions.get("", versions.get("ai.onnx", 1)))
+    if schema is None or node.domain not in ("", "ai.onnx") or any(v.dtype not in DTYPES for v in given.values()):
+        return {}
+    kinds = {name: DTYPES[v.dtype or ""].value for name, v in given.items()}
+    types = {name: onnx.helper.make_tensor_type_proto(kinds[name], v.shape) for name, v in given.items()}
+    data = {name: onnx.numpy_helper.from_array(array) for name, array in arrays.items() if array.size <= MANY}
+    try:
+        found = onnx.shape_inference.infer_node_outputs(schema, ir.to_proto(node), types, data)
+    except Exception:  # as above
+        return {}
+    out: dict[str, Facts] = {}
+    for name, made in found.items():
+        shape, dtype = _facts(made)
+        out[name] = None if shape is None else tuple(None if isinstance(d, int) and d < 0 else d for d in shape), dtype
+    return out
+
+
+@cache
+def _schema(op: str, version: int) -> Any:
+    return onnx.defs.get_schema(op, version) if onnx.defs.has(op, version) else None
 
 
 def inferred(known: Inferred, path: Path, name: str) -> Facts:
@@ -91,8 +119,8 @@ def _matrix_of_sizes(graph: ir.Graph, known: dict[ir.Value, Value]) -> bool:
     return False
 
 
-def _facts(info: onnx.ValueInfoProto) -> tuple[Shape | None, str | None]:
-    tensor_type = info.type.tensor_type
+def _facts(kind: onnx.TypeProto) -> Facts:
+    tensor_type = kind.tensor_type
     dims: Shape | None = None
     if tensor_type.HasField("shape"):
         dims = tuple(d.dim_value if d.HasField("dim_value") else (d.dim_param or None) for d in tensor_type.shape.dim)
