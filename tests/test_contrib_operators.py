@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 
 import normfuse
@@ -105,9 +106,10 @@ def test_the_norm_of_embeddings_in_one_operator(outputs: str, rows: str, found: 
 
 def shape_of(lines: str, inputs: str) -> Any:
     """What is known of the shape of y."""
-    made = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["": 18, "com.microsoft": 1]> g ({inputs}) => '
-                                   f"(float[A] z) {{ {lines} all = Constant<value = int64[1] {{-1}}>() "
-                                   "z = Reshape(y, all) }")  # fmt: skip
+    domains = '"": 18, "com.microsoft": 1, "com.microsoft.nchwc": 1'
+    lines += " all = Constant<value = int64[1] {-1}>() z = Reshape(y, all)"
+    made = onnx.parser.parse_model(
+        f"<ir_version: 8, opset_import: [{domains}]> g ({inputs}) => (float[A] z) {{ {lines} }}")  # fmt: skip
     for value in made.graph.input:
         if not value.type.tensor_type.shape.dim:
             value.type.tensor_type.ClearField("shape")
@@ -126,7 +128,10 @@ X, W3 = "float[B, S, 16] x, float[B, T, 16] k, float[B, T, 24] u", "float[16, 72
     ("y = com.microsoft.MultiHeadAttention<num_heads = 2>(x, k, u)", X, ("B", "S", 24)),
     ("y = com.microsoft.MultiHeadAttention<num_heads = 2>(x)", X, None),  # packed
     ("y = com.microsoft.MultiHeadAttention<num_heads = 2>(x, k, u)",
-     "float[B, S, 16] x, float[B, 2, T, 8] k, float[B, 2, T, 8] u", None),
+     "float[B, S, 16] x, float[B, 2, T, 8] k, float[B, 2, T, 8] u", ("B", "S", 16)),
+    ("y = com.microsoft.MultiHeadAttention<num_heads = 2>(x, k, u)",
+     "float[B, S, 16] x, float[B, N, T, 8] k, float[B, N, T, 8] u", ("B", "S", None)),
+    ("y = com.microsoft.MultiHeadAttention<num_heads = 2>(x, k, u)", f"{X.replace('24', '4, 6, 2')}", None),
     ("y = com.microsoft.GroupQueryAttention<num_heads = 4, kv_num_heads = 2>(x, k, u)", X, ("B", "S", 16)),
     ("y = com.microsoft.GroupQueryAttention<num_heads = 4, kv_num_heads = 2>(x)", X, ("B", "S", 8)),
     ("y = com.microsoft.GroupQueryAttention<num_heads = 3, kv_num_heads = 1>(x)", X, ("B", "S", None)),
@@ -140,6 +145,48 @@ X, W3 = "float[B, S, 16] x, float[B, T, 16] k, float[B, T, 24] u", "float[16, 72
 ])  # fmt: skip
 def test_the_shape_of_what_it_gives(lines: str, inputs: str, shape: Any) -> None:
     assert shape_of(lines, inputs) == shape
+
+
+@pytest.mark.parametrize(("lines", "inputs", "shape"), [
+    ("y = com.microsoft.FusedConv<kernel_shape = [3, 3], activation = \"Relu\">(x, w)", "", ("B", 5, 6, 7)),
+    ("y = com.microsoft.NhwcConv<kernel_shape = [3, 3]>(x, w)", "float[B, 8, 9, 4] x, float[5, 4, 3, 3] w",
+     ("B", 6, 7, 5)),
+    ("y = com.microsoft.nchwc.Conv<kernel_shape = [3, 3], pads = [1, 1, 1, 1]>(x, w)", "", ("B", 5, 8, 9)),
+    ("y = com.microsoft.nchwc.MaxPool<kernel_shape = [2, 2], strides = [2, 2]>(x)", "", ("B", 4, 4, 4)),
+    ("y = com.microsoft.nchwc.GlobalAveragePool(x)", "", ("B", 4, 1, 1)),
+    ("y = com.microsoft.nchwc.ReorderInput(x)", "", ("B", None, 8, 9)),
+    ("y = com.microsoft.nchwc.ReorderInput<channels_last = 1>(x)", "", ("B", None, 4, 8)),
+    ("y = com.microsoft.nchwc.ReorderOutput<channels = 3>(x)", "", ("B", 3, 8, 9)),
+    ("y = com.microsoft.nchwc.ReorderOutput<channels = 3, channels_last = 1>(x)", "", ("B", 8, 9, 3)),
+    ("y = com.microsoft.nchwc.ReorderOutput<channels = 3>(x)", "float[B, 4] x", None),
+    ("y = com.microsoft.nchwc.Upsample<scales = [1, 1, 2, 3]>(x)", "float[B, 4, H, 9] x", ("B", 4, None, 27)),
+    ("y = com.microsoft.nchwc.Upsample<scales = [2, 3]>(x)", "", None),
+    ("y = Resize(x, s, s)", "float[B, 4, 8, 9] x, float[4] s", (None, None, None, None)),  # no symbol of its own
+])  # fmt: skip
+def test_the_shape_of_what_convolutions_give(lines: str, inputs: str, shape: Any) -> None:
+    assert shape_of(lines, inputs or "float[B, 4, 8, 9] x, float[5, 4, 3, 3] w") == shape
+
+
+def test_norms_behind_blocked_convolutions(tmp_path: Path) -> None:
+    """As ONNX Runtime saves a model that it has optimised with all it has: the layout is the machine's."""
+    text = f"""<ir_version: 8, opset_import: ["": 18]>
+        g (float[batch, 3, 8, 8] x) => (float[batch, seq, {N}] y) {{
+        c = Conv<kernel_shape = [2, 2], strides = [2, 2]>(x, k)
+        f = Reshape(c, rows) t = Transpose<perm = [0, 2, 1]>(f) g = MatMul(t, W) s = Add(t, g) {rms("s", "y")} }}"""
+    made = onnx.parser.parse_model(text)
+    more = {"k": RNG.standard_normal((N, 3, 2, 2)), "rows": np.array([0, N, -1])}
+    for name, a in {**{k: ARRAYS[k] for k in ("W", "w", "eps", "last")}, **more}.items():
+        a = a.astype("f4") if a.dtype.kind == "f" else a
+        made.graph.initializer.append(onnx.numpy_helper.from_array(a, name))
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "a.onnx")
+    options.log_severity_level = 4
+    onnxruntime.InferenceSession(made.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    saved = onnx.load(tmp_path / "a.onnx")
+    if all(node.domain != "com.microsoft.nchwc" for node in saved.graph.node):
+        pytest.skip("ONNX Runtime has no blocked convolutions for this machine")
+    _, report = normfuse.optimize(saved)
+    assert [n.kind for n in report.norms] == ["rms_norm"] and not report.refusals
 
 
 @pytest.mark.parametrize("name", ["FusedMatMul", "Attention", "MultiHeadAttention", "GroupQueryAttention", "BiasGelu",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from normfuse.frontends.onnx_fold import attribute
+from normfuse.frontends.onnx_infer import LIKE
 from normfuse.frontends.onnx_ops import (
     Row,
     gemm_shape,
@@ -18,6 +19,7 @@ from normfuse.frontends.onnx_ops import (
     norm,
     norm_stages,
     quantize,
+    role,
     same_type,
     shaped,
 )
@@ -103,9 +105,12 @@ def _heads_shape(node: ir.Node, slots: list[Value | None]) -> Shape | None:
             return query.shape
         size = _head_size(node, query.shape, None)
         return (*query.shape[:2], None if size is None else size * attribute(node, "num_heads"))
-    if key is None:
+    if key is None or value is None or value.rank not in (3, 4) or value.shape is None:
         return None
-    return (*query.shape[:2], value.shape[-1]) if value is not None and value.shape and value.rank == 3 else None
+    width = value.shape[-1]
+    if value.rank == 4:  # of heads by tokens
+        width = width * value.shape[1] if isinstance(width, int) and isinstance(value.shape[1], int) else None
+    return (*query.shape[:2], width)
 
 
 def _head_size(node: ir.Node, query: Shape | None, key: Shape | None) -> int | None:
@@ -172,6 +177,26 @@ def _broadcast_shape(node: ir.Node, slots: list[Value | None]) -> Shape | None:
     return None if a is None or b is None else product_shape([a.shape, b.shape])
 
 
+def _reordered_shape(node: ir.Node, slots: list[Value | None]) -> Shape | None:
+    """Of ReorderInput, into blocks of channels, and ReorderOutput, out of them: how many each block has is the
+    machine's business."""
+    x = slots[0]
+    if x is None or x.shape is None or len(x.shape) < 3:
+        return None
+    last = bool(attribute(node, "channels_last", 0))
+    if node.op_type == "ReorderInput":
+        return (x.shape[0], None, *(x.shape[1:-1] if last else x.shape[2:]))
+    channels = (attribute(node, "channels"),)
+    return (x.shape[0], *((*x.shape[2:], *channels) if last else (*channels, *x.shape[2:])))
+
+
+def _upsampled_shape(node: ir.Node, slots: list[Value | None]) -> Shape | None:
+    x, scales = slots[0], attribute(node, "scales") or ()
+    if x is None or x.shape is None or len(scales) != len(x.shape):
+        return None
+    return tuple(d if c == 1 else d * c if isinstance(d, int) else None for d, c in zip(x.shape, scales, strict=True))
+
+
 CONTRIB: dict[str, Row] = {
     "com.microsoft::SimplifiedLayerNormalization": norm("rms_norm"),
     "com.microsoft::SkipSimplifiedLayerNormalization": skip_norm("rms_norm"),
@@ -193,6 +218,10 @@ CONTRIB: dict[str, Row] = {
     **{f"com.microsoft::{name}": shaped("opaque", lambda node, slots: slots[0].shape if slots[0] else None)
        for name in ("RotaryEmbedding", "MoE", "QMoE")},
     **{f"com.microsoft::{name}": same_type("activation") for name in ("QuickGelu", "FastGelu", "BiasGelu", "Gelu")},
+    **{name: role("linear") for name, like in LIKE.items() if like == "Conv"},
+    **dict.fromkeys(("com.microsoft.nchwc::ReorderInput", "com.microsoft.nchwc::ReorderOutput"),
+                    shaped("opaque", _reordered_shape)),
+    "com.microsoft.nchwc::Upsample": shaped("opaque", _upsampled_shape),
     "com.microsoft::QuantizeLinear": quantize,
     "com.microsoft::DequantizeLinear": quantize,
 }

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from normfuse.graph import Shape, Value
+from normfuse.graph import Dim, Shape, Value
 
 _NAMES = {ir.DataType.FLOAT: "float32", ir.DataType.DOUBLE: "float64"}
 DTYPES = {name: dtype for dtype in ir.DataType for name in (_NAMES.get(dtype, dtype.name.lower()),)}
@@ -28,6 +28,13 @@ MANY = 64
 """The most elements of a constant that one node is asked about with."""
 LONG = 2**24
 """The most elements of a vector for `onnx.shape_inference`, which lists those of whatever might be a shape."""
+
+
+CHANNELS_LAST = ("NhwcConv", "NhwcFusedConv")
+LIKE = {f"com.microsoft::{name}": "Conv" for name in ("FusedConv", *CHANNELS_LAST)} | {
+    f"com.microsoft.nchwc::{name}": name
+    for name in ("Conv", "MaxPool", "AveragePool", "GlobalMaxPool", "GlobalAveragePool")}  # fmt: skip
+"""Operators of ONNX Runtime, whose optimiser puts them, and the standard ones whose shapes theirs follow."""
 
 
 def infer(model: ir.Model, known: dict[ir.Value, Value], arrays: dict[ir.Value, Any]) -> Inferred:
@@ -78,21 +85,49 @@ def infer(model: ir.Model, known: dict[ir.Value, Value], arrays: dict[ir.Value, 
 def infer_node(node: ir.Node, versions: Mapping[str, int], given: Mapping[str, Value],
                arrays: Mapping[str, Any]) -> dict[str, Facts]:  # fmt: skip
     """Shapes and types of the results of one node by `onnx.shape_inference`, from its operands and small constants."""
-    schema = _schema(node.op_type, versions.get("", versions.get("ai.onnx", 1)))
-    if schema is None or node.domain not in ("", "ai.onnx") or any(v.dtype not in DTYPES for v in given.values()):
+    op = node.op_type if node.domain in ("", "ai.onnx") else LIKE.get(f"{node.domain}::{node.op_type}", "")
+    schema = _schema(op, versions.get("", versions.get("ai.onnx", 1)))
+    if schema is None or any(v.dtype not in DTYPES for v in given.values()):
         return {}
+    proto, shapes = ir.to_proto(node), {name: value.shape for name, value in given.items()}
+    if node.domain not in ("", "ai.onnx"):
+        proto.domain, proto.op_type = "", op
+        del proto.input[schema.max_input :]
+        for i in reversed(range(len(proto.attribute))):
+            if proto.attribute[i].name not in schema.attributes:
+                del proto.attribute[i]
+    last = node.op_type in CHANNELS_LAST
+    if last:
+        shapes[proto.input[0]] = _moved(shapes[proto.input[0]], -1, 1)
     kinds = {name: DTYPES[v.dtype or ""].value for name, v in given.items()}
-    types = {name: onnx.helper.make_tensor_type_proto(kinds[name], v.shape) for name, v in given.items()}
+    types = {name: onnx.helper.make_tensor_type_proto(kinds[name], shape) for name, shape in shapes.items()}
     data = {name: onnx.numpy_helper.from_array(array) for name, array in arrays.items() if array.size <= MANY}
     try:
-        found = onnx.shape_inference.infer_node_outputs(schema, ir.to_proto(node), types, data)
+        found = onnx.shape_inference.infer_node_outputs(schema, proto, types, data)
     except Exception:  # as above
         return {}
     out: dict[str, Facts] = {}
+    symbols = {d for shape in shapes.values() for d in shape or ()}
     for name, made in found.items():
         shape, dtype = _facts(made)
-        out[name] = None if shape is None else tuple(None if isinstance(d, int) and d < 0 else d for d in shape), dtype
+        sizes = None if shape is None else tuple(_kept(d, symbols) for d in shape)
+        out[name] = _moved(sizes, 1, -1) if last else sizes, dtype
     return out
+
+
+def _kept(d: Dim, symbols: set[Dim]) -> Dim:
+    """A size, or a symbol that means the same everywhere: not one made up for this node."""
+    return d if (isinstance(d, int) and d >= 0) or d in symbols else None
+
+
+def _moved(shape: Shape | None, start: int, to: int) -> Shape | None:
+    """A shape with one of its axes, counted from the front or the end, somewhere else."""
+    if not shape or len(shape) < 2:
+        return shape
+    dims = list(shape)
+    size = dims.pop(start)
+    dims.insert(to % len(shape), size)
+    return tuple(dims)
 
 
 @cache
