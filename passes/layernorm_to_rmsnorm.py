@@ -233,7 +233,7 @@ class _Planner:
                 self._keep(site, "NF301", why)
             self.sites = [site for site in self.sites if site not in self.out.kept]
             self._ask()
-            if self.again or self._unread() or self._sink() or self._public() or self._drop():
+            if self.again or self._unread() or self._torn() or self._sink() or self._public() or self._drop():
                 continue
             break
         self._result()
@@ -356,12 +356,25 @@ class _Planner:
         if value.kept:
             return "it is an output of the graph, or a sub-graph or a constant is made of it"
         for node in dict.fromkeys(value.uses):
-            if not self._blind(node, value, want):
-                for out in node.outputs:
-                    read = out.kept or node.attrs.get("effect") or any(use in self.alive for use in out.uses)
-                    if read and not self._asked(node, value, want, out):
-                        return f"{node.op} {node.name} reads it as it is"
+            if not self._blind(node, value, want) and self._unasked(node, value, want):
+                return f"{node.op} {node.name} reads it as it is"
         return None
+
+    def _unasked(self, node: Node, value: Value, want: Centre) -> list[Value]:
+        """The results of a node that are read and take no account of how an operand changes."""
+        read = [v for v in node.outputs if v.kept or node.attrs.get("effect") or any(u in self.alive for u in v.uses)]
+        return [out for out in read if not self._asked(node, value, want, out)]
+
+    def _torn(self) -> bool:
+        """Find an operator ahead of a node whose other results take no account of it: it goes behind the result that
+        asked instead (query and key of three that are taken apart). True if there is one."""
+        for (value, want), readers in self.operators.items():
+            for by in readers:
+                rest = [] if isinstance(by, Site) else self._unasked(by[0], value, want)
+                if rest and not isinstance(by, Site):
+                    self._stop(by[1], f"{by[0].op} {by[0].name} also gives {rest[0].name}, which is read as it is")
+                    return True
+        return False
 
     def _blind(self, node: Node, value: Value, want: Centre) -> bool:
         if want.whole(value) and want.axis in self.cones.get((node, value), ()):

@@ -556,6 +556,25 @@ def test_an_operator_inside_a_norm_would_be_lost(opset: int) -> None:
     converted_all(drawn(Doubled()), 3, opset)
 
 
+@pytest.mark.parametrize("taken", [lambda h: h.unbind(0), lambda h: [part.squeeze(0) for part in h.split(1, 0)]])
+@pytest.mark.parametrize("opset", [0, 13, 17])
+def test_query_and_key_that_are_taken_from_one_tensor(taken: Callable[[Tensor], Any], opset: int) -> None:
+    """An operator ahead of the node that takes them would change the value as well."""
+    class Taken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.e, self.f, self.n = nn.Linear(D, D), nn.Linear(D, 3 * D), nn.LayerNorm(D)
+            self.q, self.k = nn.LayerNorm(D), nn.LayerNorm(D)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.f(self.n(self.e(x))).view(2, 3, 3, D).permute(2, 0, 1, 3)
+            q, k, v = taken(h)
+            out: Tensor = self.q(q) + self.k(k) + v
+            return out
+
+    converted_all(drawn(Taken()), 1, opset)
+
+
 @pytest.mark.parametrize("made", [OwnBias, SharedBias])
 @pytest.mark.parametrize("opset", [0, 13, 17])
 def test_a_norm_reads_the_copy_of_its_bias(made: type[nn.Module], opset: int) -> None:
