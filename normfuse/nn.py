@@ -42,7 +42,7 @@ class RMSNorm(nn.Module):
             x = x.movedim(self.axis, -1)
         y = self._plain(x, weight) if _slow(x) else F.rms_norm(x, self.normalized_shape, weight, self.eps)
         if self.bias is not None and not (_slow(x) and weight is not None):
-            y = y + self.bias
+            y = (y + self.bias).to(y.dtype)  # as a LayerNorm gives it, though weights may be wider than x
         return y if self.axis == -1 else y.movedim(-1, self.axis)
 
     def _plain(self, x: Tensor, weight: Tensor | None) -> Tensor:

@@ -700,3 +700,30 @@ def test_a_norm_module_that_adds_to_its_weight(dtype: torch.dtype, early: bool, 
         new = made.get_submodule("1")
         assert isinstance(new, normfuse.nn.RMSNorm) and new.offset == 1.0 and "offset=1.0" in repr(new)
         made.load_state_dict(module.state_dict())
+
+
+def test_weights_of_a_type_of_their_own() -> None:
+    """As quantized ones are: there is no storage to compare, and nothing to draw at random."""
+    class Wrapped(Tensor):
+        @classmethod
+        def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+            assert func is torch.ops.aten.detach.default, f"nothing computes {func}"
+            return args[0]
+
+    weight = Tensor._make_wrapper_subclass(Wrapped, (4, D), dtype=torch.float32)
+    module = drawn(nn.Sequential(nn.Linear(D, D), nn.LayerNorm(D), nn.Linear(D, 4)))
+    program = torch.export.export(module, (torch.randn(2, D),))
+    program.state_dict["2.weight"] = nn.Parameter(weight, requires_grad=False)
+    _, report = normfuse.optimize(program, normfuse.Config(layernorm_to_rmsnorm="exact"))
+    assert report.converted == 0 and "is a Wrapped" in report.refusals[0].message
+
+
+def test_the_type_under_autocast() -> None:
+    """The weights are wider than x there, and the bias would make the result so."""
+    module, x = drawn(nn.Sequential(nn.Linear(D, D), nn.LayerNorm(D))), torch.randn(2, D)
+    made, report = normfuse.optimize(module, normfuse.Config(layernorm_to_rmsnorm="exact"), args=(x,))
+    with torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that it takes a slower form
+        got, want = made(x), module(x)
+    assert report.converted == 1 and got.dtype == want.dtype == torch.bfloat16
+    torch.testing.assert_close(got, want, rtol=0.03, atol=0.03)

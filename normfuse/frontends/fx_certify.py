@@ -52,6 +52,9 @@ def _certify(original: fx.GraphModule, result: fx.GraphModule, editor: Editor, w
         tensor = weights.get(node) if node.op in ("placeholder", "get_attr") else None
         if tensor is not None:
             own[node.name if node.op == "placeholder" else str(node.target)] = tensor
+        if tensor is not None and weights.plain(node) is None:
+            kind = type(tensor).__name__
+            return Certificate(False, message=f"{node.name} is a {kind}, which the certificate cannot replace")
     uniform = {n for v in editor.plan.uniform if (n := _key(v.native))}
     draw = Randomiser(uniform, {n for v in editor.plan.zero if (n := _key(v.native))})
 

@@ -23,6 +23,7 @@ from normfuse.frontends.fx_meta import dtype_of
 from normfuse.frontends.fx_model import _infer, _Module, _program, _state
 from normfuse.graph import Node, Value
 from normfuse.norm import Site
+from normfuse.passes.fold_affine import Contraction
 from normfuse.passes.layernorm_to_rmsnorm import Conversion, Means, convert, rms
 from normfuse.passes.remove_dead import RemoveDead
 from normfuse.plan import Replace
@@ -73,6 +74,11 @@ class Weights:
             return None
         return _attribute(self.module, str(native.target)) if native.op == "get_attr" else self.given.get(native.name)
 
+    def plain(self, native: Any) -> torch.Tensor | None:
+        """The same, if it holds its elements itself: quantized weights have others behind them."""
+        tensor = self.get(native)
+        return tensor if type(tensor) in (torch.Tensor, torch.nn.Parameter) else None
+
 
 def _attribute(module: Any, path: str) -> torch.Tensor | None:
     found = held(module, path)
@@ -98,25 +104,25 @@ class Numbers:
 
     def uniform(self, value: Value) -> bool:
         if value not in self.known:
-            tensor = self.weights.get(value.native) if value.leaf and value.fixed else None
+            tensor = self.weights.plain(value.native) if value.leaf and value.fixed else None
             self.known[value] = tensor is not None and tensor.numel() > 0 and bool((tensor == tensor.view(-1)[0]).all())
         return self.known[value]
 
     def zero(self, value: Value) -> bool:
         """Whether a constant is zero all over."""
-        tensor = self.weights.get(value.native)
+        tensor = self.weights.plain(value.native)
         return tensor is not None and not bool(tensor.any())
 
     def locked(self, value: Value) -> str | None:
         tensor = self.weights.get(value.native)
         if tensor is None:
             return f"the elements of {value.name} are not known: it is an input of the graph"
-        if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or not tensor.is_floating_point():
+        if self.weights.plain(value.native) is None or not tensor.is_floating_point():
             return f"{value.name} is a {type(tensor).__name__} of {tensor.dtype}, which cannot be edited"
         return None
 
     def twins(self, value: Value) -> Any:
-        tensor = self.weights.get(value.native)
+        tensor = self.weights.plain(value.native)
         known = tensor is not None and tensor.layout == torch.strided and not tensor.is_meta and tensor.numel()
         return tensor.untyped_storage().data_ptr() if known and tensor is not None else value
 
@@ -149,6 +155,10 @@ def convert_graph(source: fx.GraphModule, config: Config, state: Mapping[str, to
     def channels(node: Node, out: Value, want: Centre) -> Links | None:
         return table.channels(low, node, out, want)
 
+    def linear(node: Node, value: Value, axis: int) -> Contraction | None:
+        found = table.linear(low, node, value, axis, channels)
+        return found if found is not None and weights.plain(found.weight.native) is not None else None
+
     plan = Conversion() if config.layernorm_to_rmsnorm == "off" else convert(low.graph, whole.plan.found, Means(
         channels=channels,
         span=lambda node, out, axis: table.span(low, node, out, axis),
@@ -159,8 +169,7 @@ def convert_graph(source: fx.GraphModule, config: Config, state: Mapping[str, to
         blind=lambda node, value, want: table.blind(low, node, value, want)))  # fmt: skip
     records += [refusals(s, r.code, r.message) for s, r in plan.kept.items()]
     if host is None:  # a module keeps its norms' parameters
-        folder = Folder(low.graph, plan, lambda node, v, axis: table.linear(low, node, v, axis, channels), channels,
-                        numbers.twins, numbers.zero)  # fmt: skip
+        folder = Folder(low.graph, plan, linear, channels, numbers.twins, numbers.zero)
         folder.run(whole.plan.found.sites, config.fold_scale)
     if not plan.sites and not plan.folds:
         return Converted(source, records=records)
