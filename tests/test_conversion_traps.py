@@ -727,3 +727,41 @@ def test_the_type_under_autocast() -> None:
         got, want = made(x), module(x)
     assert report.converted == 1 and got.dtype == want.dtype == torch.bfloat16
     torch.testing.assert_close(got, want, rtol=0.03, atol=0.03)
+
+
+class Early(nn.Module):
+    """Gives what has to be centred in a form that a hook does not see first, or does."""
+
+    def __init__(self, form: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.e, self.form = nn.Embedding(9, D), form
+
+    def forward(self, i: Tensor) -> Any:
+        return self.form(self.e(i).tanh())
+
+
+class Towers(nn.Module):
+    """Two residual streams, of which one needs a centring operator."""
+
+    def __init__(self, form: Callable[[Tensor], Any], back: Callable[[Any], Tensor]) -> None:
+        super().__init__()
+        self.early, self.back, self.e = Early(form), back, nn.Embedding(9, D)
+        self.n, self.f = nn.ModuleList(nn.LayerNorm(D) for _ in range(3)), nn.Linear(D, D)
+
+    def forward(self, i: Tensor) -> Tensor:
+        x = self.back(self.early(i))
+        x = x + self.f(self.n[0](x))
+        out: Tensor = self.n[1](x) * self.n[2](self.e(i))
+        return out
+
+
+@pytest.mark.parametrize(("form", "back", "converted"), [
+    (lambda x: x, lambda h: h, 3), (lambda x: (x, None), lambda h: h[0], 3),
+    (lambda x: (x[..., 0], x), lambda h: h[1], 1), (lambda x: {"x": x}, lambda h: h["x"], 1), (lambda x: [x], lambda h: h[0], 1)])  # fmt: skip
+def test_a_value_that_a_hook_does_not_see_first(form: Any, back: Any, converted: int) -> None:
+    """No operator can stand there, and the rest is converted."""
+    module, i = drawn(Towers(form, back)), torch.randint(0, 9, (2, 3))
+    made, report = normfuse.optimize(module, normfuse.Config(layernorm_to_rmsnorm="exact"), args=(i,))
+    assert report.converted == converted and all(r.code != "NF304" for r in report.refusals)
+    assert any("the way through the module" in note for note in report.notes)
+    torch.testing.assert_close(made(i), module(i), rtol=1e-4, atol=1e-5)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ def convert_module(module: nn.Module, config: Config, args: Sequence[Any], kwarg
     except Exception as why:  # what a module holds raises anything: old weight norms, once called, keep such a tensor
         raise InputError(f"{type(module).__name__} cannot be copied: {first_line(why)}") from why
     program = _trace(traced, *_own(args, kwargs))
-    places = _Places(program.graph, out)
+    places = _Places(program.graph, out, cache(lambda: _first_tensors(module, args, kwargs)))
     new_program, found = convert_program(program, config, places)
     cost = None
     if config.layernorm_to_rmsnorm == "approximate":
@@ -75,6 +76,9 @@ def convert_module(module: nn.Module, config: Config, args: Sequence[Any], kwarg
             new_program, out, cost = program, copy.deepcopy(module), None
     report = _report(program, new_program, config, found)
     report.approximation = cost
+    if report.converted:
+        report.notes.append("proved for calls that take the way through the module that the example inputs take: "
+                            "hidden states that are asked for, or embeddings that are given, are others")  # fmt: skip
     if report.converted and any(_drops(m) for m in out.modules()):
         report.notes.append("values that dropout sets to zero give the rows a mean again: the converted module is "
                             "exact in evaluation mode, and in training with a dropout of 0")  # fmt: skip
@@ -116,6 +120,32 @@ def _run(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | Non
         return _outputs(own(*args, **kwargs))
 
 
+Firsts = tuple[torch.Tensor | None, torch.Tensor | None]
+
+
+def _first_tensors(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> dict[str, Firsts]:
+    """For each module by path what a hook of it sees first of its inputs and of its output, without elements."""
+    own, found = with_own_state(module).eval(), dict[str, Firsts]()
+
+    def watch(path: str) -> Any:
+        def hook(_: nn.Module, given: Any, output: Any) -> None:
+            first, last = (v[0] if isinstance(v, tuple) and v else v for v in (given, output))
+            found[path] = _bare(first), _bare(last)
+
+        return hook
+
+    for path, part in own.named_modules(remove_duplicate=False):
+        part.register_forward_hook(watch(path))
+    args, kwargs = _own(args, kwargs)
+    with torch.no_grad():
+        own(*args, **kwargs)
+    return found
+
+
+def _bare(value: Any) -> torch.Tensor | None:
+    return value.to("meta") if isinstance(value, torch.Tensor) else None
+
+
 def _outputs(out: Any) -> list[torch.Tensor]:
     from torch.utils._pytree import tree_flatten
 
@@ -145,8 +175,8 @@ def _report(before: Any, program: Any, config: Config, found: Converted) -> Repo
 class _Places:
     """Where the values of a traced graph stand in the module."""
 
-    def __init__(self, graph: fx.Graph, module: nn.Module) -> None:
-        self.module = module
+    def __init__(self, graph: fx.Graph, module: nn.Module, firsts: Callable[[], Mapping[str, Firsts]]) -> None:
+        self.module, self.firsts = module, firsts
         self.nodes: dict[str, fx.Node] = {node.name: node for node in graph.nodes}
         self.known = {path: id(part) for path, part in module.named_modules(remove_duplicate=False)}
         self.calls: dict[int | None, set[str]] = {}  # of a module, which may have several names
@@ -181,8 +211,12 @@ class _Places:
         return bool(path) and len(self.calls.get(self.known.get(path), ())) == 1
 
     def can_place(self, value: Value) -> bool:
-        """Whether a hook can put an operator behind a value."""
-        return isinstance(value.native, fx.Node) and self.hook_of(value.native) is not None
+        """Whether a hook can put an operator behind a value: a hook centres the first of what it is given."""
+        hook = self.hook_of(value.native) if isinstance(value.native, fx.Node) else None
+        if hook is None:
+            return False
+        first = self.firsts().get(hook[0], (None, None))[0 if hook[1] else 1]
+        return first is not None and value.shape == tuple(first.shape) and f"torch.{value.dtype}" == str(first.dtype)
 
     def norm_module(self, site: Site, inner: Site) -> tuple[str, int] | None:
         """The module that is a norm and nothing else, and its axis from the end."""
