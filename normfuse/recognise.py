@@ -303,6 +303,8 @@ def _single(value: Value) -> bool:
 
 def _akin(a: Value, b: Value) -> bool:
     """Whether two values of one shape are made of a third that has it too, so that neither is a parameter."""
+    if a.fixed or b.fixed:  # of constants alone
+        return False
     return any(v.shape == a.shape and not v.fixed for v in _before(a) & _before(b))
 
 

@@ -757,7 +757,8 @@ class Towers(nn.Module):
 
 @pytest.mark.parametrize(("form", "back", "converted"), [
     (lambda x: x, lambda h: h, 3), (lambda x: (x, None), lambda h: h[0], 3),
-    (lambda x: (x[..., 0], x), lambda h: h[1], 1), (lambda x: {"x": x}, lambda h: h["x"], 1), (lambda x: [x], lambda h: h[0], 1)])  # fmt: skip
+    (lambda x: (x[..., 0], x), lambda h: h[1], 1), (lambda x: {"x": x}, lambda h: h["x"], 1),
+    (lambda x: [x], lambda h: h[0], 1)])  # fmt: skip
 def test_a_value_that_a_hook_does_not_see_first(form: Any, back: Any, converted: int) -> None:
     """No operator can stand there, and the rest is converted."""
     module, i = drawn(Towers(form, back)), torch.randint(0, 9, (2, 3))

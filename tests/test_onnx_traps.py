@@ -396,3 +396,24 @@ def test_a_norm_behind_branches_without_a_shape(other: str, tmp_path: Path) -> N
         check(made, [{"x": numbers(3, 4, 16), "c": np.array(c)} for c in (True, False)], tmp_path, 2)
     else:
         assert len(normfuse.inspect(made).norms) == 1
+
+
+@pytest.mark.parametrize(("most", "norms"), [(np.inf, 1), (3.4e38, 1), (1e30, 0), (np.nan, 0)])
+def test_a_clamp_from_above(most: float, norms: int) -> None:
+    lines = "sq = Mul(x, x) ms = ReduceMean(sq, last) c = Clip(ms, low, most) a = Add(c, eps) r = Sqrt(a) y = Div(x, r)"
+    made = model("float[3,16] x", lines, low=np.array(0, np.float32), most=np.array(most, np.float32))
+    assert len(normfuse.inspect(made).norms) == norms
+
+
+@pytest.mark.parametrize(("axes", "shape", "weight"), [
+    ("[1]", (2, 16, 12), (16, 1)), ("[1,2]", (2, 6, 8), (6, 1)), ("[2]", (2, 6, 16), (16,))])  # fmt: skip
+@pytest.mark.parametrize("mean", [True, False])
+def test_a_function_is_written_for_its_axes(axes: str, shape: tuple[int, ...], weight: tuple[int, ...], mean: bool,
+                                            tmp_path: Path) -> None:  # fmt: skip
+    """ONNX Runtime makes an operator of a power and a mean over the last axis; over others a product is faster, and so
+    are weights as short as they come."""
+    lines = f"""{"mu = ReduceMean<axes=" + axes + ">(x) d = Sub(x, mu)" if mean else "d = Identity(x)"} sq = Mul(d, d)
+        ms = ReduceMean<axes={axes}>(sq) a = Add(ms, eps) r = Sqrt(a) q = Div(d, r) z = Mul(q, w) y = Identity(z)"""
+    made = model(f"float[{','.join(map(str, shape))}] x", lines, "float[A,B,C] y", 14, w=numbers(*weight))
+    done = check(made, [{"x": numbers(*shape)}], tmp_path, 1)
+    assert any(node.op_type == "Pow" for f in done.functions for node in f.node) is (axes == "[2]") and all(w.dims == list(weight) for w in done.graph.initializer)

@@ -65,6 +65,11 @@ class Emitter:
         """Whether weight and bias are broadcast to x as they stand, and not made as long as a row."""
         return not self._trailing(norm) or norm.size is None
 
+    def _as_it_is(self, norm: Norm) -> bool:
+        """The same, or because that would take more memory, or, in a function, time."""
+        function = not self.spelled and self.opset < NATIVE[norm.kind][1]
+        return self._lined_up(norm) or spread(norm, 0 if function else None)
+
     @staticmethod
     def _trailing(norm: Norm) -> bool:
         rank = len(norm.x.shape or ())
@@ -127,7 +132,8 @@ class Emitter:
         else:
             rank = len(norm.x.shape or ())
             key = (norm.kind, weight is not None, bias is not None and not rms_bias, inner, stash, self.opset)
-            unseen = (self.unseen and norm.kind == "layer_norm") or rank < 2  # ORT's fusion breaks those of rank 1
+            last = norm.axes == (rank - 1,) and rank > 1  # ORT's fusion takes no other, and breaks those of rank 1
+            unseen = (self.unseen and norm.kind == "layer_norm") or not last
             function = function_for(*key, norm.eps, unseen)
             self.functions[function.identifier()] = function
             attrs = [ir.AttrInt64s("axes", [a - rank for a in norm.axes]), *attrs]
@@ -186,14 +192,14 @@ class Emitter:
         if plain(expr):
             base = expr[0][1][0][0] if self.spelled else _unviewed(expr[0][1][0][0], norm)
             given: ir.Value = params.get(base, base.native)
-            as_it_is = self._lined_up(norm) or spread(norm)
+            as_it_is = self._as_it_is(norm)
             if base.dtype == dtype and (as_it_is or base.shape == _shape(norm)):
                 return given
             if as_it_is:
                 return self._cast(nodes, given, dtype, f"{name}/cast")
         folded = evaluate(expr, norm) if self.fold and not self.spelled and not self._lined_up(norm) else None
         if folded is not None:
-            return self.constant(_narrowed(folded) if spread(norm) else folded, dtype, "folded")
+            return self.constant(_narrowed(folded) if self._as_it_is(norm) else folded, dtype, "folded")
         total: ir.Value | None = None
         for c, factors in expr:
             term: ir.Value | None = None
@@ -210,7 +216,7 @@ class Emitter:
             term = number if term is None else term if c == 1 else self._node(nodes, "Mul", [term, number], name)
             total = term if total is None else self._node(nodes, "Add", [total, term], name)
         assert total is not None
-        if self._lined_up(norm) or spread(norm):
+        if self._as_it_is(norm):
             return total
         one = self.constant(np.ones(_width(norm)), dtype, "ones")
         if any(_numel(v.shape) == math.prod(_width(norm)) != 1 and v.shape != _shape(norm)

@@ -68,8 +68,8 @@ def _clip(low: Lowering, node: ir.Node) -> None:
     floor, ceiling = attribute(node, "min"), attribute(node, "max")
     least = low.value(node.inputs[1]) if len(node.inputs) > 1 and node.inputs[1] is not None else None
     if len(node.inputs) > 2 and node.inputs[2] is not None:
-        high = low.value(node.inputs[2]).number
-        ceiling = float("nan") if high is None else high
+        high = low.array(node.inputs[2])
+        ceiling = float(high.reshape(-1)[0]) if high is not None and high.size == 1 else float("nan")
     if floor is not None:
         least = low.number(float(floor), x.dtype)
     if least is None or (ceiling is not None and not ceiling >= 3e38):
