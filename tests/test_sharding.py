@@ -288,3 +288,46 @@ def models(inner: str | None) -> None:
 def test_models(inner: str | None, tmp_path: Path) -> None:
     """Eager with the operators; compiled from a block that writes its norms out."""
     in_two_processes(models, tmp_path, inner)
+
+
+class Stack(nn.Module):
+    """Residual blocks with torch's own norms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = (nn.ModuleList(nn.Linear(32, 32) for _ in range(3)) for _ in range(2))
+        self.norms = nn.ModuleList(nn.RMSNorm(32, eps=EPS) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for norm, up, down in zip(self.norms, self.up, self.down, strict=False):
+            x = x + down(F.silu(up(norm(x))))
+        out: Tensor = self.norms[3](x)
+        return out
+
+
+def local_tensors() -> None:
+    """Sequence parallel as PyTorch's tutorial has it: between the modules local tensors, which become parts of others."""
+    import normfuse
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.parallel import (ColwiseParallel, PrepareModuleInput, RowwiseParallel, SequenceParallel,
+                                                   parallelize_module)  # fmt: skip
+
+    torch.manual_seed(1)
+    plain, stack = Stack(), Stack()
+    stack.load_state_dict(plain.state_dict())
+    rows = PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),))
+    for i in range(3):
+        parallelize_module(stack.up[i], mesh(), rows)
+        parallelize_module(stack, mesh(), {f"up.{i}": ColwiseParallel(), f"norms.{i}": SequenceParallel(),
+                                           f"down.{i}": RowwiseParallel(output_layouts=Shard(1))})  # fmt: skip
+    parallelize_module(stack, mesh(), {"norms.3": SequenceParallel()})
+    x = torch.randn(2, 6, 32)
+    part = x.chunk(2, 1)[dist.get_rank()]
+    found = torch.compile(stack, backend="normfuse", fullgraph=True, options={"inner": "aot_eager"})(part)
+    torch.testing.assert_close(whole(found), plain(x))
+    assert len(normfuse.last_report().norms) == 4
+
+
+@pytest.mark.skipif(OLD, reason="torch before 2.13 flattens only a leading axis in parts")
+def test_local_tensors(tmp_path: Path) -> None:
+    in_two_processes(local_tensors, tmp_path)

@@ -38,8 +38,10 @@ _SHARES_ALL = frozenset(
 _SHARES_FIRST = frozenset(
     """dropout feature_dropout alpha_dropout feature_alpha_dropout type_as sum_to_size getitem getattr pos
     resolve_conj resolve_neg conj_physical to_dense _unsafe_view unsafe_chunk unsafe_split unsafe_split_with_sizes lift
-    device_put""".split()
+    device_put from_local""".split()
 )
+LATE = {"torch.distributed.tensor._api.DTensor.from_local": "from_local"}
+"""Functions of modules that take long to import and that few need."""
 _STATISTICS = dict.fromkeys(
     """batch_norm instance_norm native_batch_norm cudnn_batch_norm miopen_batch_norm _batch_norm_impl_index
     batch_norm_gather_stats batch_norm_gather_stats_with_counts""".split(), 3
@@ -82,7 +84,8 @@ def name_of(node: fx.Node) -> str | None:
         namespace, _, name = target._schema.name.partition("::")
         return name if namespace in ("aten", "prims") else f"{namespace}::{name}"
     try:
-        return functions().get(target)  # type: ignore[arg-type]
+        place = f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', '')}"
+        return functions().get(target) or LATE.get(place)  # type: ignore[arg-type]
     except TypeError:  # not hashable
         return None
 
