@@ -24,6 +24,7 @@ import numpy as np
 
 from normfuse.errors import InputError, NormFuseError, UnsupportedError, first_line
 from normfuse.process import run_module, status
+from normfuse.ort_values import in_numpy
 from normfuse.verify import Array, feeds_for
 
 if TYPE_CHECKING:
@@ -209,7 +210,7 @@ def open_session(path: str | Path, provider: str, threads: int, operators: bool,
     options = options or options_for(path, provider, threads, operators)
     wanted = dict.fromkeys([PROVIDERS[provider], PROVIDERS["cpu"]])
     try:
-        return _runtime().InferenceSession(str(path), options, providers=list(wanted))
+        return in_numpy(_runtime().InferenceSession(str(path), options, providers=list(wanted)))
     except Exception as why:
         raise InputError(f"{path}: ONNX Runtime does not load it: {first_line(why)}") from why
 

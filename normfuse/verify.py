@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from normfuse.errors import InputError, UnsupportedError, VerificationError, first_line
+from normfuse.ort_values import in_numpy
 from normfuse.process import available, resident
 
 Array = np.ndarray[Any, Any]
@@ -288,11 +289,12 @@ def session(model: str | Path | bytes, data: str | Path = "", without: Sequence[
     if isinstance(given, str) and not _unicode(given):
         raise InputError(f"{given}: ONNX Runtime opens only files whose names are UTF-8; rename it")
     try:
-        return onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"],
+        made = onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"],
                                             disabled_optimizers=list(without))  # fmt: skip
     except Exception as why:
         name = "a model" if isinstance(model, bytes) else model
         raise InputError(f"{name}: ONNX Runtime does not load it: {first_line(why)}") from why
+    return in_numpy(made)
 
 
 def _unicode(name: str) -> bool:
@@ -362,7 +364,7 @@ def shapes_for(runtime: Any, known: Mapping[str, int], open_sizes: tuple[int, in
             if isinstance(dim, str) and ("past" in dim or (axis == 2 and "past" in i.name))}  # fmt: skip
 
     def size(dim: Any, axis: int) -> int:
-        if isinstance(dim, int) and dim > 0:
+        if isinstance(dim, int) and dim >= 0:
             return dim
         if dim in known:
             return known[dim]
@@ -391,11 +393,11 @@ def feeds_for(runtime: Any, seed: int = 0, sizes: Mapping[str, int] | None = Non
         kind = info.type.removeprefix("tensor(").removesuffix(")")
         if kind in ("float", "double", "float16", "bfloat16"):
             dtype = numpy_dtype({"float": "float32", "double": "float64"}.get(kind, kind))
-            feeds[info.name] = (rng.standard_normal(shape) + 0.5).astype(dtype)
+            feeds[info.name] = np.asarray(rng.standard_normal(shape) + 0.5).astype(dtype)
         elif kind == "bool" or ("int" in kind and "mask" in info.name):
             feeds[info.name] = np.ones(shape, kind)
         elif "int" in kind:
-            feeds[info.name] = rng.integers(0, 2, shape).astype(kind)
+            feeds[info.name] = np.asarray(rng.integers(0, 2, shape)).astype(kind)
         else:
             raise UnsupportedError(f"input {info.name!r} has type {info.type}; give it with inputs")
     return feeds

@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from onnx.reference import ReferenceEvaluator
 
 import normfuse
+from normfuse.bench import How, bench
 from normfuse.errors import InputError
 from normfuse.frontends.onnx_contrib import head_sizes
 from normfuse.io.files import read_onnx
-from normfuse.verify import compare_models, run_random, session, shapes_for
+from normfuse.verify import compare_models, run_both, run_random, session, shapes_for
 from tests.cli_tools import run, saved
 
 WIDTH, HEADS, HEAD = 32, 4, 8
@@ -130,3 +132,22 @@ def test_sums_of_sizes() -> None:
     assert shapes({mask[1]: 4}, (2, 3, 0), mask=mask, k=cache)["mask"] == (2, 4)
     assert shapes({}, (2, 3, 0), mask=["batch", "past_sequence_length + 1"], k=cache)["mask"] == (2, 1)
     assert shapes({}, (2, 3, 0), mask=["batch", "2*s0 + 1"])["mask"] == (2, 3)  # no sum of two sizes
+
+
+@pytest.mark.parametrize(("inputs", "lines", "outputs"), [
+    ("bfloat16[B,16] i", "x = Cast<to = 1>(i) y = Neg(x)", "float[B,16] y"),
+    ("float[B,16] x", "z = Neg(x) y = Cast<to = 16>(z)", "bfloat16[B,16] y"),
+    ("float[B,2,16] x, float[B,0,16] p", "y = Concat<axis = 1>(p, x)", "float[B,2,16] y"),
+    ("float[B,16] x, float t", "y = Mul(x, t)", "float[B,16] y"),
+    ("float[B,16] x, int64 t", "f = Cast<to = 1>(t) y = Mul(x, f)", "float[B,16] y"),
+])  # fmt: skip
+def test_inputs_that_numpy_or_random_numbers_have_no_plain_form_of(inputs: str, lines: str, outputs: str,
+                                                                   tmp_path: Path) -> None:  # fmt: skip
+    """bfloat16, no elements, no axes: the models run, and their outputs are those of ONNX's own evaluator."""
+    text = f'<ir_version: 10, opset_import: ["": 18]> g ({inputs}) => ({outputs}) {{ {lines} }}'
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "a.onnx")
+    feeds, _, (got,), _, _ = run_both(tmp_path / "a.onnx", tmp_path / "a.onnx", seed=0, inputs=None)
+    (want,) = map(np.asarray, ReferenceEvaluator(str(tmp_path / "a.onnx")).run(None, feeds))
+    assert got.dtype == want.dtype and got.shape == want.shape and got.size
+    np.testing.assert_array_equal(got.astype(np.float32), want.astype(np.float32))
+    assert bench([str(tmp_path / "a.onnx")], How(rounds=3))["models"]
