@@ -82,3 +82,16 @@ def test_submodules_are_rewritten_too() -> None:
     assert report.fused == 1
     assert (new.module()(x) - module(x)).abs().max() < 1e-5
     assert (program.module()(x) == module(x)).all()
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_a_program_can_be_unflattened(name: str) -> None:
+    """What is left of a norm's module beside the operator, casts and sums, is not a second call of it."""
+    family = FAMILIES[name]
+    module, args = family.build().float(), family.args()
+    source = exported_program(module, args)
+    program, _ = normfuse.optimize(source)
+    with silent(), torch.no_grad():
+        before, after = (torch.export.unflatten(p) for p in (source, program))
+        torch.testing.assert_close(after(*args), before(*args), rtol=1e-4, atol=1e-5)
+    assert [n for n, _ in after.named_modules()] == [n for n, _ in before.named_modules()]

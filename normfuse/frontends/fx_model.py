@@ -284,6 +284,7 @@ class _Module:
         if edits:
             _sort(self.graph)
             self._remove()
+            _leave(self.graph, _torn(self.graph) - _torn(self.source.graph))
         fx_inplace.write_again(self.graph, self.written, self.exported, self.old)
         self.graph.lint()
         made = fx.GraphModule(self.source, self.graph, type(self.source).__name__)
@@ -433,6 +434,31 @@ def _tuple(node: fx.Node, parts: list[fx.Node], olds: list[fx.Node]) -> bool:
         return False
     node.meta[key] = tuple(old.meta.get(key) for old in olds)
     return True
+
+
+Call = tuple[str, Any]
+"""A call of a module, as `nn_module_stack` has it: a key of its own, and (path, class)."""
+
+
+def _torn(graph: fx.Graph) -> set[Call]:
+    """The calls of modules whose nodes are not side by side: `torch.export.unflatten` would make two of each."""
+    torn, left, last = set[Call](), set[Call](), set[Call]()
+    for node in graph.nodes:
+        if node.op in ("call_function", "call_method", "call_module"):
+            now = {(key, entry[0]) for key, entry in (node.meta.get("nn_module_stack") or {}).items()}
+            torn |= now & left
+            left |= last - now
+            last = now
+    return torn
+
+
+def _leave(graph: fx.Graph, calls: set[Call]) -> None:
+    """Take nodes out of some calls of modules, into those around."""
+    for node in graph.nodes if calls else ():
+        stack = node.meta.get("nn_module_stack") or {}
+        if any((key, entry[0]) in calls for key, entry in stack.items()):
+            node.meta["nn_module_stack"] = dict(
+                itertools.takewhile(lambda item: (item[0], item[1][0]) not in calls, stack.items()))  # fmt: skip
 
 
 def _house(nodes: list[fx.Node], olds: list[fx.Node]) -> None:
