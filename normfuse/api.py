@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,7 +99,8 @@ def rewrite(src_path: str | Path, dst_path: str | Path, config: Config | None = 
     if config.first and refer:
         raise InputError(f"first={config.first!r} writes the weights anew; leave external_data='reference' out")
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="normfuse-") as folder:
+    needed = config.first or (dry_run and config.verify == "model")
+    with tempfile.TemporaryDirectory(prefix="normfuse-") if needed else nullcontext("") as folder:
         model, original = _read(source)
         first.check(config, how)
         if not dry_run:
@@ -137,7 +139,8 @@ def rewrite(src_path: str | Path, dst_path: str | Path, config: Config | None = 
     report.seconds = {k: round(v, 4) for k, v in report.seconds.items()}
     assert isinstance(model, ir.Model)
     report.source, report.target = str(source), "" if dry_run else str(target)
-    more = ", in_place=True" * in_place + f", external_data={external_data!r}" * (external_data != "copy")
+    more = ", in_place=True" if in_place else ", overwrite=True" if overwrite else ""
+    more += f", external_data={external_data!r}" * (external_data != "copy")
     more += ", calibration=..." * (calibration is not None)
     report.replay = f"normfuse.rewrite({str(source)!r}, {str(target)!r}, normfuse.{config!r}{more})"
     return report

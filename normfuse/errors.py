@@ -28,6 +28,8 @@ class VerificationError(NormFuseError):
 def path_of(given: Any, what: str, instead: str = "") -> Path:
     """A path that was given as `what`; `InputError` for what is none, with what to do `instead`."""
     if isinstance(given, (str, os.PathLike)) and isinstance(os.fspath(given), str):
+        if os.fspath(given).endswith(("/", os.sep)):
+            raise InputError(f"{what} is {given}, a folder; give the name of a file in it")
         return Path(given)
     raise InputError(f"{what} is a {type(given).__name__} and not the path of a file{instead}")
 

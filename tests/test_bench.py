@@ -134,6 +134,8 @@ def test_spread_and_ratio() -> None:
     a = [1.0, 1.0, 10.0, 10.0, 1.0]
     found = bench.compare(a, [x * 0.5 for x in a])
     assert found == {"median": 0.5, "q1": 0.5, "q3": 0.5, "within_noise": False}
+    slow_later = bench.compare([1.0] * 5 + [2.0] * 6, [1.0] * 6 + [2.0] * 5)  # the machine, not the models
+    assert slow_later["q1"] <= slow_later["median"] <= slow_later["q3"] == 1.0
     assert bench.compare([1.0, 1.0, 1.0, 1.0], [0.9, 1.1, 0.95, 1.05])["within_noise"] is True
     assert bench.compare([1.0, 1.0, 1.0, 1.0], [1.1, 1.2, 1.1, 1.2])["within_noise"] is False
 
@@ -175,9 +177,8 @@ def test_json_is_all_that_goes_to_stdout(model: Path, fused: Path) -> None:
         assert 0 < found["norm_gb_per_s"] < 1000
         assert found["memory_bytes"] > 0 or sys.platform != "linux"
     assert 0 < data["copy_gb_per_s"] < 1000
-    a, b = (m["providers"]["cpu"]["milliseconds"]["median"] for m in data["models"])
     ratio = data["ratio"]["cpu"]
-    assert ratio["median"] == pytest.approx(b / a) and ratio["q1"] <= ratio["q3"]
+    assert 0 < ratio["q1"] <= ratio["median"] <= ratio["q3"]
 
 
 def test_one_model_has_no_ratio(model: Path) -> None:

@@ -9,6 +9,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -165,7 +166,23 @@ def test_the_call_that_does_it_again(tmp_path: Path) -> None:
     (tmp_path / "out.onnx").unlink()
     eval(report.replay)
     assert (tmp_path / "out.onnx").read_bytes() == first
+    eval(normfuse.rewrite(source, tmp_path / "out.onnx", overwrite=True).replay)
     assert normfuse.rewrite(source, source, in_place=True).replay.endswith(", in_place=True)")
+
+
+def test_an_output_that_is_a_folder(tmp_path: Path) -> None:
+    """Whether it is there or not."""
+    for name in ("there", "nowhere"):
+        (tmp_path / "there").mkdir(exist_ok=True)
+        result = run("rewrite", saved(tmp_path / "in.onnx"), f"{tmp_path / name}/")
+        assert result.returncode == 2 and "a folder; give the name of a file in it" in result.stderr
+    assert not (tmp_path / "nowhere").exists() and not any((tmp_path / "there").iterdir())
+
+
+def test_no_folder_of_its_own_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where only the folder of the output may be written."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    normfuse.rewrite(saved(tmp_path / "in.onnx"), tmp_path / "out.onnx")
 
 
 # -- python -----------------------------------------------------------------------------------------------------------

@@ -161,7 +161,7 @@ def test_the_shape_of_what_it_gives(lines: str, inputs: str, shape: Any) -> None
     ("y = com.microsoft.nchwc.ReorderOutput<channels = 3>(x)", "float[B, 4] x", None),
     ("y = com.microsoft.nchwc.Upsample<scales = [1, 1, 2, 3]>(x)", "float[B, 4, H, 9] x", ("B", 4, None, 27)),
     ("y = com.microsoft.nchwc.Upsample<scales = [2, 3]>(x)", "", None),
-    ("y = Resize(x, s, s)", "float[B, 4, 8, 9] x, float[4] s", (None, None, None, None)),  # no symbol of its own
+    ("y = Resize(x, s, s)", "float[B, 4, 8, 9] x, float[4] s", ("0 of y", "1 of y", "2 of y", "3 of y")),
 ])  # fmt: skip
 def test_the_shape_of_what_convolutions_give(lines: str, inputs: str, shape: Any) -> None:
     assert shape_of(lines, inputs or "float[B, 4, 8, 9] x, float[5, 4, 3, 3] w") == shape

@@ -418,3 +418,21 @@ def test_a_function_is_written_for_its_axes(axes: str, shape: tuple[int, ...], w
     done = check(made, [{"x": numbers(*shape)}], tmp_path, 1)
     assert any(node.op_type == "Pow" for f in done.functions for node in f.node) is (axes == "[2]")
     assert all(w.dims == list(weight) for w in done.graph.initializer)
+
+
+def test_two_rows_of_a_size_that_only_onnx_leaves_open(tmp_path: Path) -> None:
+    """The sizes behind a Flatten have no name in the model, and the two summands have the same."""
+    lines = "f = Flatten<axis=2>(x) n = Neg(f) g = Abs(f) s = Add(n, g) " + ROOT.format("s") + "y = Div(s, r)"
+    made = model("float[B,T,16] x", lines, "float[A,C] y")
+    done = check(made, [{"x": numbers(2, 3, 16)}], tmp_path, 1, "normfuse")
+    assert any(node.op_type.startswith("add_rms_norm") for node in done.graph.node)
+
+
+def test_a_symbol_of_the_model_that_looks_like_ours(tmp_path: Path) -> None:
+    """Then nothing says that the two sizes are one: the second may be spread over the first."""
+    lines = "f = Flatten<axis=2>(x) h = Add(f, z) " + ROOT.format("h") + "y = Div(h, r)"
+    made = model("float[B,T,16] x, float[Q,16] z", lines, "float[A,C] y")
+    made.graph.input[1].type.tensor_type.shape.dim[0].dim_param = "0 of f"
+    feeds = [{"x": numbers(2, 3, 16), "z": numbers(6, 16)}, {"x": numbers(1, 1, 16), "z": numbers(4, 16)}]
+    done = check(made, feeds, tmp_path, 1, "normfuse")
+    assert not any(node.op_type.startswith("add_rms_norm") for node in done.graph.node)

@@ -147,7 +147,11 @@ class Lowering:
             given = {v.name or "": self.value(v) for v in node.inputs if v is not None}
             arrays = {v.name or "": self.arrays[v] for v in node.inputs if v in self.arrays}
             self.local[node] = infer_node(node, self.versions, given, arrays)
-        return self.local[node].get(value.name or "", (None, None))
+        name = value.name or ""
+        shape, dtype = self.local[node].get(name, (None, None))
+        if shape is not None:
+            shape = tuple(self.unknown(name, i) if d is None else d for i, d in enumerate(shape))
+        return shape, dtype
 
     def _leaf(self, value: ir.Value, fixed: bool, number: float | None = None) -> Value:
         shape, dtype = self._facts(value, None, None)
@@ -221,14 +225,19 @@ class Lowering:
         self.values[value] = found
         return found
 
-    def unknown(self, name: str) -> Dim:
+    def unknown(self, name: str, axis: int = -1) -> Dim:
         """A symbol for a size of which nothing is known but that it is one; None where the model has that symbol."""
+        symbol, low = " ".join((f"{axis} of {name}", *self.path)), self
+        while symbol not in low.symbols() and low.outer is not None:
+            low = low.outer
+        return None if symbol in low.symbols() else symbol
+
+    def symbols(self) -> set[str]:
+        """The sizes that the graph itself gives a name."""
         if self.stated is None:
             values = (*self.source.inputs, *(v for node in self.source for v in node.outputs))
             self.stated = {d for v in values for d in shape_of(v.shape) or () if isinstance(d, str)}
-        symbol = f"-1 of {name}"
-        taken = symbol in self.stated or (self.outer is not None and self.outer.unknown(name) is None)
-        return None if taken else symbol
+        return self.stated
 
     def output(self, node: ir.Node, shape: Shape | None, dtype: str | None) -> Value:
         """The neutral value for the first output of a node."""

@@ -65,10 +65,12 @@ class Emitter:
         """Whether weight and bias are broadcast to x as they stand, and not made as long as a row."""
         return not self._trailing(norm) or norm.size is None
 
-    def _as_it_is(self, norm: Norm) -> bool:
-        """The same, or because that would take more memory, or, in a function, time."""
+    def _as_it_is(self, norm: Norm, expr: Expr | None = None) -> bool:
+        """The same, or because that would take more memory, or, in a function, time: if the parameters have no axes
+        that x has not."""
         function = not self.spelled and self.opset < NATIVE[norm.kind][1]
-        return self._lined_up(norm) or spread(norm, 0 if function else None)
+        fits = all(_reaches(v, norm) for _, factors in expr or () for v, _ in factors)
+        return self._lined_up(norm) or (fits and spread(norm, 0 if function else None))
 
     @staticmethod
     def _trailing(norm: Norm) -> bool:
@@ -192,7 +194,7 @@ class Emitter:
         if plain(expr):
             base = expr[0][1][0][0] if self.spelled else _unviewed(expr[0][1][0][0], norm)
             given: ir.Value = params.get(base, base.native)
-            as_it_is = self._as_it_is(norm)
+            as_it_is = self._as_it_is(norm, ((1.0, ((base, 1),)),))
             if base.dtype == dtype and (as_it_is or base.shape == _shape(norm)):
                 return given
             if as_it_is:
@@ -216,7 +218,7 @@ class Emitter:
             term = number if term is None else term if c == 1 else self._node(nodes, "Mul", [term, number], name)
             total = term if total is None else self._node(nodes, "Add", [total, term], name)
         assert total is not None
-        if self._as_it_is(norm):
+        if self._as_it_is(norm, expr):
             return total
         one = self.constant(np.ones(_width(norm)), dtype, "ones")
         if any(_numel(v.shape) == math.prod(_width(norm)) != 1 and v.shape != _shape(norm)
