@@ -22,6 +22,7 @@ class RMSNorm(nn.Module):
 
     weight: nn.Parameter | None
     bias: nn.Parameter | None
+    offset: float = 0.0
 
     def __init__(self, size: int, eps: float, weight: nn.Parameter | None = None, bias: nn.Parameter | None = None,
                  axis: int = -1, offset: float = 0.0) -> None:  # fmt: skip

@@ -161,6 +161,8 @@ def test_the_shape_of_what_it_gives(lines: str, inputs: str, shape: Any) -> None
     ("y = com.microsoft.nchwc.ReorderOutput<channels = 3>(x)", "float[B, 4] x", None),
     ("y = com.microsoft.nchwc.Upsample<scales = [1, 1, 2, 3]>(x)", "float[B, 4, H, 9] x", ("B", 4, None, 27)),
     ("y = com.microsoft.nchwc.Upsample<scales = [2, 3]>(x)", "", None),
+    ("y = com.microsoft.nchwc.Upsample<scales = [1, 1, -2, 1]>(x)", "", None),
+    ("y = com.microsoft.nchwc.ReorderOutput<channels = -3>(x)", "", ("B", None, 8, 9)),
     ("y = Resize(x, s, s)", "float[B, 4, 8, 9] x, float[4] s", ("0 of y", "1 of y", "2 of y", "3 of y")),
 ])  # fmt: skip
 def test_the_shape_of_what_convolutions_give(lines: str, inputs: str, shape: Any) -> None:
@@ -193,13 +195,17 @@ def test_norms_behind_blocked_convolutions(tmp_path: Path) -> None:
                                   "FastGelu", "Gelu", "GroupNormalization", "InstanceNormalization", "QAttention",
                                   "MatMulNBits", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "FusedGemm",
                                   "EmbedLayerNormalization", "QEmbedLayerNormalization", "GatherBlockQuantized",
-                                  "QLinearAdd", "QLinearMul", "RotaryEmbedding", "MoE", "QMoE"])  # fmt: skip
+                                  "QLinearAdd", "QLinearMul", "RotaryEmbedding", "MoE", "QMoE", "FusedConv", "NhwcConv",
+                                  "NhwcFusedConv", "nchwc.ReorderInput", "nchwc.ReorderOutput", "nchwc.Upsample",
+                                  "nchwc.Conv", "nchwc.MaxPool"])  # fmt: skip
 def test_too_few_or_too_many_operands_are_said_in_one_line(name: str) -> None:
     for given in ([], ["x"], ["x", "w"], ["", "w"], ["x", "", "w"], ["x", "x", "w", "w", "w", "w"], ["", "", ""]):
         for outputs in (["o"], ["o", "p", "q"]):
             made = model("f = Identity(x)")
             domain = "" if name.endswith("Normalization") else "com.microsoft"
-            made.graph.node.append(onnx.helper.make_node(name, given, outputs, domain=domain, num_groups=1))
+            *part, op = name.split(".")
+            domain = ".".join((domain, *part))
+            made.graph.node.append(onnx.helper.make_node(op, given, outputs, domain=domain, num_groups=1))
             try:
                 normfuse.optimize(made)
             except normfuse.NormFuseError as why:
@@ -217,10 +223,14 @@ def test_rows_that_cannot_be_packed_so_have_no_shape(attribute: dict[str, int]) 
     ("FusedMatMul", {"transBatchA": 0.5}), ("GroupQueryAttention", {"kv_num_heads": "a"}),
     ("GroupQueryAttention", {"num_heads": 0.5}), ("MultiHeadAttention", {"num_heads": [2]}),
     ("MatMulNBits", {"N": "a"}), ("GatherBlockQuantized", {"bits": 0.5}), ("FusedGemm", {"transB": "a"}),
+    ("nchwc.ReorderOutput", {"channels": "a"}), ("nchwc.ReorderInput", {"channels_last": [1]}),
+    ("nchwc.Upsample", {"scales": [0.5]}),
 ])  # fmt: skip
 def test_attributes_of_another_type_are_refused(name: str, attribute: dict[str, Any]) -> None:
     made = model("f = Identity(x)")
-    made.graph.node.append(onnx.helper.make_node(name, ["x", "x"], ["o"], domain="com.microsoft", **attribute))
+    *part, op = name.split(".")
+    domain = ".".join(("com.microsoft", *part))
+    made.graph.node.append(onnx.helper.make_node(op, ["x", "x"], ["o"], domain=domain, **attribute))
     with pytest.raises(normfuse.InputError, match="of another type"):
         normfuse.optimize(made)
 

@@ -436,3 +436,21 @@ def test_a_symbol_of_the_model_that_looks_like_ours(tmp_path: Path) -> None:
     feeds = [{"x": numbers(2, 3, 16), "z": numbers(6, 16)}, {"x": numbers(1, 1, 16), "z": numbers(4, 16)}]
     done = check(made, feeds, tmp_path, 1, "normfuse")
     assert not any(node.op_type.startswith("add_rms_norm") for node in done.graph.node)
+
+
+def test_a_branch_that_reads_from_far_above(tmp_path: Path) -> None:
+    """What it reads is known from the graph around, and not looked for again up to the inputs."""
+    chain = "".join(f"v{i + 1} = {('Neg', 'Sigmoid')[i % 2]}(v{i}) " for i in range(2000))
+    lines = f"""v0 = Identity(x) {chain} h = If (c) <then_branch = t1 () => (float[A,B] ya) {{ ya = Neg(v2000) }},
+        else_branch = t2 () => (float[A,B] yb) {{ yb = Abs(v2000) }}> {ROOT.format("h")} y = Div(h, r)"""
+    made = model("float[N,16] x, bool c", lines)
+    assert [n.kind for n in normfuse.inspect(made).norms] == ["rms_norm"]
+
+
+def test_the_size_of_a_row_that_only_the_inputs_leave_open(tmp_path: Path) -> None:
+    """The weight settles it, and a value_info knows it."""
+    lines = "h = Neg(x) " + ROOT.format("h") + "q = Div(h, r) y = Mul(q, w)"
+    made = model("float[B,S,H] x", lines, "float[A,B,C] y", w=numbers(8))
+    made.graph.value_info.append(onnx.helper.make_tensor_value_info("h", onnx.TensorProto.FLOAT, ["B", "S", 8]))
+    check(made, [{"x": numbers(2, 3, 8)}], tmp_path, 1)
+    assert normfuse.inspect(made).norms[0].size == 8

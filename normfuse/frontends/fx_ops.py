@@ -202,7 +202,8 @@ def _average_pool(count: int, adaptive: bool = True) -> Row:
         sizes = tuple(size) if isinstance(size, (tuple, list)) else (size,)
         if not adaptive:
             padding = call.get(3, "padding", default=0)
-            if padding not in (0, [0], (0,), [0, 0], (0, 0)) or call.get(6, "divisor_override") is not None:
+            set_off = any(padding if isinstance(padding, (tuple, list)) else [padding])
+            if set_off or call.get(6, "divisor_override") is not None:
                 return False
         wanted = (1,) * count if adaptive else (x.shape or ())[-count:]
         if (sizes * count if len(sizes) == 1 else sizes) != wanted:

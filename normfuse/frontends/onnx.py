@@ -113,34 +113,32 @@ class Lowering:
     def _facts(self, value: ir.Value, shape: Shape | None, dtype: str | None) -> tuple[Shape | None, str | None]:
         """Shape and dtype: the operator's row, what the model states and what `onnx` infers, merged axis by axis.
 
-        Sizes win over symbols, and what follows from the inputs over what a `value_info` says: one that states a number
-        where the inputs' own symbol is left over from before they were made dynamic. An operator without a row is asked
-        of `onnx` by itself, so that what follows it has a shape in the same round.
+        Sizes win over symbols, and what follows from the inputs over what a `value_info` says. A number where the
+        inputs have a symbol of their own may be left over from before they were made dynamic: it is not believed, but
+        for the size of a row, which weights settle. An operator without a row is asked of `onnx` by itself, so that
+        what follows it has a shape in the same round.
         """
         more, kind = inferred(self.inferred, self.path, value.name or "") if self.inferred else (None, None)
         stated = shape_of(value.shape)
         if value.dtype is not None:
             kind = DTYPE_NAMES[value.dtype]
-        if shape is None and (more or stated) is None:
+        if shape is None and ((more or stated) is None or (self.open and 1 in (stated or ()))):
             shape, own = self._alone(value)
-            return shape, kind or dtype or own
-        if shape is None and stated is not None and 1 in stated and self.open:
-            shape, _ = self._alone(value)
-        if more is None and (stated is None or stated == shape):
-            return shape, kind or dtype
+            dtype = dtype or own
         known = [s for s in (shape, stated, more) if s is not None]
         known = [s for s in known if len(s) == len(known[0])]
         merged = []
-        for dims in zip(*known, strict=True):
+        for axis, dims in enumerate(zip(*known, strict=True)):
             sizes, symbols = [d for d in dims if isinstance(d, int)], [d for d in dims if isinstance(d, str)]
-            sizes = [] if shape is not None and dims[0] in self.open else sizes
+            if shape is not None and dims[0] in self.open and (axis + 1 < len(shape) or 1 in sizes):
+                sizes = []
             merged.append((sizes or symbols or [None])[0])
-        return tuple(merged), kind or dtype
+        return tuple(merged) if known else None, kind or dtype
 
     def _alone(self, value: ir.Value) -> Facts:
         """What `onnx` makes of the node of a value, from what is known of its operands."""
         node = value.producer()
-        if node is None or self.call is not None:
+        if node is None or node.graph is not self.source or self.call is not None:
             return None, None
         if node not in self.local:
             self.local[node] = {}  # while it is asked for

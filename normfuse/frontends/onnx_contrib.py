@@ -186,13 +186,14 @@ def _reordered_shape(node: ir.Node, slots: list[Value | None]) -> Shape | None:
     last = bool(attribute(node, "channels_last", 0))
     if node.op_type == "ReorderInput":
         return (x.shape[0], None, *(x.shape[1:-1] if last else x.shape[2:]))
-    channels = (attribute(node, "channels"),)
+    given = attribute(node, "channels", 0)
+    channels = (given if given > 0 else None,)
     return (x.shape[0], *((*x.shape[2:], *channels) if last else (*channels, *x.shape[2:])))
 
 
 def _upsampled_shape(node: ir.Node, slots: list[Value | None]) -> Shape | None:
     x, scales = slots[0], attribute(node, "scales") or ()
-    if x is None or x.shape is None or len(scales) != len(x.shape):
+    if x is None or x.shape is None or len(scales) != len(x.shape) or any(c <= 0 for c in scales):
         return None
     return tuple(d if c == 1 else d * c if isinstance(d, int) else None for d, c in zip(x.shape, scales, strict=True))
 

@@ -124,8 +124,14 @@ RUNTIME: dict[str, Schema] = {
     "GatherBlockQuantized": _reads(0, 1, bits=_INT, gather_axis=_INT),
     **dict.fromkeys(("QLinearAdd", "QLinearMul"), _reads(0, 3)),
     **dict.fromkeys(("RotaryEmbedding", "MoE", "QMoE"), _reads(0)),
+    **dict.fromkeys(("FusedConv", "NhwcConv", "NhwcFusedConv"), _reads(0, 1)),
 }  # fmt: skip
 """The same of ONNX Runtime's operators that are read (its docs/ContribOperators.md), which `onnx` does not know."""
+BLOCKED: dict[str, Schema] = {
+    **dict.fromkeys(("ReorderInput", "ReorderOutput"), _reads(0, channels=_INT, channels_last=_INT)),
+    "Upsample": _reads(0, scales=onnx.AttributeProto.INTS),
+}
+"""And of those of its domain com.microsoft.nchwc."""
 
 
 @cache
@@ -149,6 +155,8 @@ def _wrong_operands(node: onnx.NodeProto, op: str, inputs: list[str], outputs: l
     schema = _schema(op, opset) if node.domain in ("", "ai.onnx") else None
     if schema is None and node.domain in ("", "com.microsoft"):
         schema = RUNTIME.get(op)
+    if node.domain == "com.microsoft.nchwc":
+        schema = BLOCKED.get(op)
     attributes = [*node.attribute]
     if schema is not None:
         for side, given, allowed in (("inputs", inputs, schema[0]), ("outputs", outputs, schema[1])):
