@@ -284,7 +284,8 @@ class _Module:
         if edits:
             _sort(self.graph)
             self._remove()
-            _leave(self.graph, _torn(self.graph) - _torn(self.source.graph))
+            if self.exported:
+                _leave(self.graph, _torn(self.graph) - _torn(self.source.graph))
         fx_inplace.write_again(self.graph, self.written, self.exported, self.old)
         self.graph.lint()
         made = fx.GraphModule(self.source, self.graph, type(self.source).__name__)

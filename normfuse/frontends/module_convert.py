@@ -6,6 +6,7 @@ an operator has to stand, the module whose output it follows has a forward hook.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -124,7 +125,8 @@ Firsts = tuple[torch.Tensor | None, torch.Tensor | None]
 
 
 def _first_tensors(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> dict[str, Firsts]:
-    """For each module by path what a hook of it sees first of its inputs and of its output, without elements."""
+    """For each module by path what a hook of it sees first of its inputs and of its output, without elements; none for
+    a module that runs when it is traced only."""
     own, found = with_own_state(module).eval(), dict[str, Firsts]()
 
     def watch(path: str) -> Any:
@@ -137,7 +139,7 @@ def _first_tensors(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, 
     for path, part in own.named_modules(remove_duplicate=False):
         part.register_forward_hook(watch(path))
     args, kwargs = _own(args, kwargs)
-    with torch.no_grad():
+    with torch.no_grad(), contextlib.suppress(Exception):
         own(*args, **kwargs)
     return found
 
