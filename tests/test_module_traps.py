@@ -1,0 +1,186 @@
+"""LayerNorm to RMSNorm in an `nn.Module`: what the trace of it does not show, or shows in another form."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+import normfuse
+from normfuse.errors import InputError
+from tests.test_conversion_traps import D, drawn
+
+
+@pytest.mark.parametrize("register", [
+    lambda m, hook: m.register_forward_hook(hook), lambda m, hook: m.register_forward_pre_hook(hook),
+    lambda m, hook: setattr(m, "forward", hook)])  # fmt: skip
+def test_a_norm_module_with_hooks_stays(register: Callable[[nn.Module, Any], Any]) -> None:
+    module = drawn(nn.Sequential(nn.Linear(D, D), nn.LayerNorm(D), nn.Linear(D, D), nn.LayerNorm(D)))
+    register(module.get_submodule("1"), lambda *given: None if isinstance(given[0], nn.Module) else given[0] * 2)
+    x = torch.randn(2, D)
+    result, report = normfuse.optimize(module, normfuse.Config(layernorm_to_rmsnorm="exact"), args=(x,))
+    assert [n.action for n in report.norms][-1] == "converted" and type(result.get_submodule("1")) is nn.LayerNorm
+    torch.testing.assert_close(result(x), module(x))
+
+
+def test_a_module_that_cannot_be_copied() -> None:
+    first = nn.Linear(D, D)
+    module = nn.Sequential(first, nn.LayerNorm(D)).eval()
+    vars(first)["kept"] = first.weight * 2
+    with pytest.raises(InputError, match="Sequential cannot be copied: Only Tensors created explicitly"):
+        normfuse.optimize(module, normfuse.Config(layernorm_to_rmsnorm="exact"), args=(torch.randn(2, D),))
+
+
+class Masked(nn.Module):
+    """DeBERTa's embeddings: times a mask, which is one of ones where none is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.e, self.n, self.f = nn.Embedding(9, D), nn.LayerNorm(D), nn.Linear(D, 5)
+
+    def forward(self, i: Tensor, mask: Tensor | None = None) -> Tensor:
+        mask = torch.ones(i.shape) if mask is None else mask
+        found: Tensor = self.f(self.n(self.e(i)) * mask.unsqueeze(2))
+        return found
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_a_norm_times_a_mask_of_ones_is_its_module(mask: bool) -> None:
+    """And the module that comes of it takes another mask."""
+    module, i = drawn(Masked()), torch.randint(0, 9, (2, 3))
+    args = (i, torch.ones(2, 3)) if mask else (i,)
+    made, report = normfuse.optimize(module, normfuse.Config(layernorm_to_rmsnorm="exact"), args=args)
+    assert report.converted == 1 and isinstance(made.n, normfuse.nn.RMSNorm)
+    for more in ((), (torch.ones(2, 3),), (torch.rand(2, 3),)):
+        torch.testing.assert_close(made(i, *more), module(i, *more))
+
+
+class Shared(nn.Module):
+    """One norm for two layers; `last`: what it reads the second time."""
+
+    def __init__(self, last: Callable[[Any, Tensor], Tensor], norm: nn.Module) -> None:
+        super().__init__()
+        self.f, self.g, self.h = (nn.Linear(D, D) for _ in range(3))
+        self.n, self.last = norm, last
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.n(self.f(x))
+        return self.last(self, y)
+
+
+class Loose(nn.LayerNorm):
+    """With an eps that is added to its own."""
+
+    def forward(self, x: Tensor, more: float = 0.0) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps + more)
+
+
+@pytest.mark.parametrize(("last", "converted"), [
+    (lambda m, y: m.h(m.n(m.g(y.relu()))), 2), (lambda m, y: m.h(m.n(y.relu())), 0), (lambda m, y: m.n(m.n(y)), 0),
+    (lambda m, y: m.h(m.n(m.g(y), 0.1)), 0), (lambda m, y: m.h(m.n(m.g(y), 0.0)), 0)])  # fmt: skip
+def test_a_norm_module_that_is_called_twice(last: Callable[[Any, Tensor], Tensor], converted: int) -> None:
+    """It is replaced where each call of it is converted, and in the same way."""
+    module, x = drawn(Shared(last, Loose(D))), torch.randn(2, D)
+    made, report = normfuse.optimize(module, normfuse.Config(layernorm_to_rmsnorm="exact"), args=(x,))
+    assert report.converted == converted and isinstance(made.n, normfuse.nn.RMSNorm) is bool(converted)
+    torch.testing.assert_close(made(x), module(x))
+    assert set(report.operators_after) & {"layer_norm", "rms_norm"} == {"rms_norm" if converted else "layer_norm"}
+
+
+class Plus(nn.LayerNorm):
+    """1 + weight, added before or after a cast."""
+
+    early = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight + 1.0 if self.early else self.weight.float() + 1.0
+        bias = self.bias if self.early else self.bias.float()
+        return F.layer_norm(x.float(), self.normalized_shape, weight.float(), bias.float(), self.eps).to(x)
+
+
+@pytest.mark.parametrize(("dtype", "early", "converted"), [
+    (torch.float32, True, 1), (torch.bfloat16, True, 1), (torch.bfloat16, False, 0)])  # fmt: skip
+def test_a_norm_module_that_adds_to_its_weight(dtype: torch.dtype, early: bool, converted: int) -> None:
+    """The addition is in the type of the weight, or else the module stays."""
+    module = drawn(nn.Sequential(nn.Linear(D, D), Plus(D), nn.Linear(D, D))).to(dtype)
+    module.get_submodule("1").early = early  # type: ignore[assignment]
+    x = torch.randn(2, D, dtype=dtype)
+    made, report = normfuse.optimize(module, normfuse.Config(layernorm_to_rmsnorm="exact"), args=(x,))
+    assert report.converted == converted
+    near = 1e-5 if dtype == torch.float32 else 0.02
+    torch.testing.assert_close(made(x), module(x), rtol=near, atol=near)
+    if converted:
+        new = made.get_submodule("1")
+        assert isinstance(new, normfuse.nn.RMSNorm) and new.offset == 1.0 and "offset=1.0" in repr(new)
+        made.load_state_dict(module.state_dict())
+
+
+def test_weights_of_a_type_of_their_own() -> None:
+    """As quantized ones are: there is no storage to compare, and nothing to draw at random."""
+    class Wrapped(Tensor):
+        @classmethod
+        def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+            assert func is torch.ops.aten.detach.default, f"nothing computes {func}"
+            return args[0]
+
+    weight = Tensor._make_wrapper_subclass(Wrapped, (4, D), dtype=torch.float32)
+    module = drawn(nn.Sequential(nn.Linear(D, D), nn.LayerNorm(D), nn.Linear(D, 4)))
+    program = torch.export.export(module, (torch.randn(2, D),))
+    program.state_dict["2.weight"] = nn.Parameter(weight, requires_grad=False)
+    _, report = normfuse.optimize(program, normfuse.Config(layernorm_to_rmsnorm="exact"))
+    assert report.converted == 0 and "is a Wrapped" in report.refusals[0].message
+
+
+def test_the_type_under_autocast() -> None:
+    """The weights are wider than x there, and the bias would make the result so."""
+    module, x = drawn(nn.Sequential(nn.Linear(D, D), nn.LayerNorm(D))), torch.randn(2, D)
+    made, report = normfuse.optimize(module, normfuse.Config(layernorm_to_rmsnorm="exact"), args=(x,))
+    with torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that it takes a slower form
+        got, want = made(x), module(x)
+    assert report.converted == 1 and got.dtype == want.dtype == torch.bfloat16
+    torch.testing.assert_close(got, want, rtol=0.03, atol=0.03)
+
+
+class Early(nn.Module):
+    """Gives what has to be centred in a form that a hook does not see first, or does."""
+
+    def __init__(self, form: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.e, self.form = nn.Embedding(9, D), form
+
+    def forward(self, i: Tensor) -> Any:
+        return self.form(self.e(i).tanh())
+
+
+class Towers(nn.Module):
+    """Two residual streams, of which one needs a centring operator."""
+
+    def __init__(self, form: Callable[[Tensor], Any], back: Callable[[Any], Tensor]) -> None:
+        super().__init__()
+        self.early, self.back, self.e = Early(form), back, nn.Embedding(9, D)
+        self.n, self.f = nn.ModuleList(nn.LayerNorm(D) for _ in range(3)), nn.Linear(D, D)
+
+    def forward(self, i: Tensor) -> Tensor:
+        x = self.back(self.early(i))
+        x = x + self.f(self.n[0](x))
+        out: Tensor = self.n[1](x) * self.n[2](self.e(i))
+        return out
+
+
+@pytest.mark.parametrize(("form", "back", "converted"), [
+    (lambda x: x, lambda h: h, 3), (lambda x: (x, None), lambda h: h[0], 3),
+    (lambda x: (x[..., 0], x), lambda h: h[1], 1), (lambda x: {"x": x}, lambda h: h["x"], 1),
+    (lambda x: [x], lambda h: h[0], 1)])  # fmt: skip
+def test_a_value_that_a_hook_does_not_see_first(form: Any, back: Any, converted: int) -> None:
+    """No operator can stand there, and the rest is converted."""
+    module, i = drawn(Towers(form, back)), torch.randint(0, 9, (2, 3))
+    made, report = normfuse.optimize(module, normfuse.Config(layernorm_to_rmsnorm="exact"), args=(i,))
+    assert report.converted == converted and all(r.code != "NF304" for r in report.refusals)
+    assert any("the way through the module" in note for note in report.notes)
+    torch.testing.assert_close(made(i), module(i), rtol=1e-4, atol=1e-5)
