@@ -180,7 +180,7 @@ def fold(plan: Conversion, edits: Edits, name: Callable[[Value], str]) -> None:
 @dataclass(slots=True)
 class Record:
     """What became of one LayerNorm: the verdict, and for a converted one its proof, the name of its result and what it
-    is now."""
+    is now. Of an RMSNorm only where it is "folded"."""
 
     site: Site
     verdict: str
@@ -205,6 +205,15 @@ class Record:
                       proof.operators, proof.depends, check, *result)  # fmt: skip
 
     @staticmethod
+    def folded(plan: Conversion, site: Site, check: Certificate | None, result: tuple[str, str]) -> Record:
+        """The record of an RMSNorm whose weight or bias is gone."""
+        was, now = plan.inner.get(site, site).norm, plan.folded[site].norm
+        lost = [name for name in ("weight", "bias") if getattr(was, name) and not getattr(now, name)]
+        zero = lost == ["bias"] and all(v in plan.zero for _, factors in was.bias or () for v, _ in factors)
+        reason = "its bias is zero" if zero else f"its {' and '.join(lost)} went into the linear layers behind it"
+        return Record(site, "folded", "", reason, check=check, result=result[0], emitted=result[1])
+
+    @staticmethod
     def approximated(site: Site, layer: Layer, emitted: str) -> Record:
         """The record of a norm with a calibrated bias."""
         figures = {"mean_over_rms": layer.mean_over_rms, "naive_error": layer.naive, "error": layer.error}
@@ -221,6 +230,12 @@ class Record:
             out["check"] = {"max_rel": self.check.gap, "limit": LIMIT, "constants": self.check.constants,
                             "error_before": self.check.before, "error_after": self.check.after}  # fmt: skip
         return out
+
+
+def changes(plan: Conversion, check: Certificate | None, results: Mapping[Site, tuple[str, str]]) -> list[Record]:
+    """The records of all norms that a plan changes; `results` has what came of each, and what it is now."""
+    return [Record.of(plan, site, check, results[site]) if site in plan.proof else
+            Record.folded(plan, site, check, results[site]) for site in plan.changed()]  # fmt: skip
 
 
 class Randomiser:
@@ -304,7 +319,7 @@ def apply(want: Centre, array: Array, scales: Sequence[Array]) -> Array:
 def tell(report: Report, sites: Sequence[Site], records: Sequence[Record]) -> None:
     """Put what became of each LayerNorm into the report on the converted model, whose norms are at `sites`.
 
-    A converted norm keeps the name, the kind, the place and the formula that it had in the model.
+    A changed norm keeps the name, the kind, the place and the formula that it had in the model.
     """
     from normfuse.placement import recipe
 
@@ -322,7 +337,7 @@ def tell(report: Report, sites: Sequence[Site], records: Sequence[Record]) -> No
             report.norms.append(was)
         site, norm = known or (record.site, was)
         now[site] = record.site
-        norm.conversion = record.to_dict()
+        norm.conversion = None if record.verdict == "folded" else record.to_dict()
         if record.verdict == "kept":
             report.refusals.append(RefusalRecord(record.code, was.name, record.reason))
             continue
@@ -330,7 +345,8 @@ def tell(report: Report, sites: Sequence[Site], records: Sequence[Record]) -> No
             report.refusals = [r for r in report.refusals if r.node != site.label]
         norm.emitted = norm.emitted or record.emitted
         norm.name, norm.kind, norm.fact, norm.form = was.name, was.kind, was.fact, was.form
-        norm.placement, norm.action, norm.reason = was.placement, "converted", ""
+        norm.placement, norm.weight, norm.bias = was.placement, was.weight, was.bias
+        norm.action, norm.reason = ("fused", record.reason) if record.verdict == "folded" else ("converted", "")
         if record.verdict == "approximate":
             norm.verified = None
         if record.check is not None:

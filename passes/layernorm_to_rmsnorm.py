@@ -85,6 +85,9 @@ class Conversion:
     folded: dict[Site, Site] = field(default_factory=dict)
     proof: dict[Site, Proof] = field(default_factory=dict)
 
+    def changed(self) -> list[Site]:
+        """The norms that become others."""
+        return list(dict.fromkeys([*self.sites, *self.folded]))
 
     def factor(self, node: Node) -> Value:
         """The factor of a multiplication that is taken out."""
@@ -104,7 +107,7 @@ class Conversion:
 
     def numbers(self) -> list[Value]:
         """The tensors that a norm takes for one number: a product with a matrix of ones is a sum, of zeros zero."""
-        nodes = (node for site in [*self.sites, *self.folded] for node in region(site.value, site.norm))
+        nodes = (node for site in self.changed() for node in region(site.value, site.norm))
         read = dict.fromkeys(v for node in nodes for v in node.inputs)
         held = (v for v in read if v.number is not None and v.leaf and v.fixed and v.native is not None)
         return [v for v in held if any(d != 1 for d in v.shape or ())]

@@ -308,12 +308,19 @@ def test_the_weights_of_rms_norms_are_folded_on_request(tmp_path: Path) -> None:
     report = normfuse.rewrite(source, tmp_path / "out.onnx", config)
     assert report.model_check is not None
     assert report.model_check["equal"]
+    before = normfuse.inspect(source)
+    assert [(n.name, n.fact, n.weight, n.form) for n in report.norms] == [
+        (n.name, n.fact, n.weight, n.form) for n in before.norms]  # fmt: skip
+    gone = "its weight went into the linear layers behind it"
+    assert {(n.action, n.reason, n.verified) for n in report.norms} == {("fused", gone, True)}
+    assert "conversion" not in report.to_dict()["norms"][0]
     model = onnx.load(tmp_path / "out.onnx")
     calls = [n for n in model.graph.node if n.op_type.startswith("rms_norm")]
     assert len(calls) == 5
     assert all(len(n.input) == 1 for n in calls)  # no weight is left
     program, args = program_of_llama()
-    folded, _ = normfuse.optimize(program, Config(fold_scale=True))
+    folded, told = normfuse.optimize(program, Config(fold_scale=True))
+    assert {(n.action, n.reason) for n in told.norms} == {("fused", gone)}
     with torch.no_grad():
         assert relative(program.module()(*args), folded.module()(*args)) < 1e-5
 

@@ -13,7 +13,18 @@ from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
 from normfuse.centring import Centre, Links
 from normfuse.config import Config
-from normfuse.convert import Certificate, Edits, Folder, Overflow, Record, fold, folds_note, refusals, with_copies
+from normfuse.convert import (
+    Certificate,
+    Edits,
+    Folder,
+    Overflow,
+    Record,
+    changes,
+    fold,
+    folds_note,
+    refusals,
+    with_copies,
+)
 from normfuse.errors import InputError
 from normfuse.frontends import fx_channels as table
 from normfuse.frontends.fx_certify import certify
@@ -181,9 +192,9 @@ def convert_graph(source: fx.GraphModule, config: Config, state: Mapping[str, to
     except Overflow as why:
         check = Certificate(False, message=str(why))
     if check is not None and not check.ok:
-        failed = [refusals(s, "NF304", check.message) for s in dict.fromkeys([*plan.sites, *plan.folded])]
+        failed = [refusals(s, "NF304", check.message) for s in plan.changed()]
         return Converted(source, records=records + failed)
-    records += [Record.of(plan, s, check, editor.results[s]) for s in plan.sites]
+    records += changes(plan, check, editor.results)
     return Converted(module, editor.tensors, editor.edits.copies, records, plan, folds_note(plan))
 
 
@@ -216,7 +227,7 @@ class Editor:
         for node in plan.scaled:
             self._bypass(node)
         edits = {}
-        for site in dict.fromkeys([*plan.sites, *plan.folded]):
+        for site in plan.changed():
             inner = plan.folded.get(site) or plan.inner.get(site, site)
             x = plan.unscaled(inner.norm.x)
             if site in readers:

@@ -10,7 +10,18 @@ import onnx_ir as ir
 
 from normfuse.centring import Centre
 from normfuse.config import Config
-from normfuse.convert import Certificate, Edits, Folder, Overflow, Record, fold, folds_note, refusals, with_copies
+from normfuse.convert import (
+    Certificate,
+    Edits,
+    Folder,
+    Overflow,
+    Record,
+    changes,
+    fold,
+    folds_note,
+    refusals,
+    with_copies,
+)
 from normfuse.errors import InputError
 from normfuse.frontends import onnx_channels as table
 from normfuse.frontends.onnx import Lowering
@@ -63,9 +74,9 @@ def convert_model(one: OnnxModel, config: Config) -> tuple[ir.Model, list[Record
         except Overflow as why:
             check = Certificate(False, message=str(why))
         if check is not None and not check.ok:
-            failed = [refusals(site, "NF304", check.message) for site in dict.fromkeys([*found.sites, *found.folded])]
+            failed = [refusals(site, "NF304", check.message) for site in found.changed()]
             return original, records + failed + [refusals(s, r.code, r.message) for s, r in found.kept.items()], []
-        records += [Record.of(found, site, check, editor.results[site]) for site in found.sites]
+        records += changes(found, check, editor.results)
         if check is not None and check.any_of:
             notes.append(f"the certificate computes no {', '.join(check.any_of)}: it holds whatever that is")
     records += [refusals(s, r.code, r.message) for s, r in found.kept.items()]
@@ -269,7 +280,7 @@ class Editor:
     def _norms(self, centred: dict[Any, ir.Value]) -> None:
         one, plan = self.one, self.one.plans[0]
         labels = {}
-        for site in dict.fromkeys([*self.plan.sites, *self.plan.folded]):
+        for site in self.plan.changed():
             inner = self.plan.folded.get(site) or self.plan.inner.get(site, site)
             norm = rms(with_copies(self.plan, inner, self.copies), self.plan.unscaled(inner.norm.x))
             if site in centred:
