@@ -110,6 +110,21 @@ def test_an_operator_of_group_normalization_is_seen_and_stays() -> None:
     assert [(n.kind, n.form, n.action) for n in report.norms] == [("layer_norm", "op", "kept")]
 
 
+@pytest.mark.parametrize("core", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_group_norm_in_float32_stays(dtype: torch.dtype, core: bool) -> None:
+    """As fairseq's Fp32GroupNorm; it was tried in another form, and refused."""
+    class Float32(nn.GroupNorm):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.group_norm(x.float(), 1, self.weight.float(), self.bias.float(), self.eps).type_as(x)
+
+    program = torch.export.export(Float32(1, C).to(dtype), (torch.randn(2, C, 5, 6).to(dtype),))
+    program = program.run_decompositions() if core else program
+    made, report = normfuse.optimize(program)
+    assert [(n.kind, n.action) for n in report.norms] == [("layer_norm", "kept")] and not report.refusals
+    assert [n.target for n in made.graph.nodes] == [n.target for n in program.graph.nodes]
+
+
 def test_weights_of_another_length_are_not_read() -> None:
     """No runtime takes it, and it is not ours to make it valid."""
     model = image(instance())

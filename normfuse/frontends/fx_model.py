@@ -220,8 +220,11 @@ class _Module:
                                            self.low.autocast(path))  # fmt: skip
 
     def _done(self, site: Site) -> bool:
-        """Whether a norm stands there already in the several nodes that it would get."""
+        """Whether a norm stands there already in the several nodes that it would get, or in casts and an operator that
+        takes a weight by channel, as no other does."""
         norm, value = site.norm, site.value
+        if any(v.native is None for v in norm.parameters()):  # the operator makes it
+            return True
         written = any(node.kind in ("rms_norm", "layer_norm") for node in region(value, norm))
         if site.is_op or not written or self.emitter.expressible(self.low, norm, value) is not None:
             return False
@@ -285,7 +288,7 @@ class _Module:
             _sort(self.graph)
             self._remove()
             if self.exported:
-                _leave(self.graph, _torn(self.graph) - _torn(self.source.graph))
+                _leave(self.graph, _scattered(self.graph) - _scattered(self.source.graph))
         fx_inplace.write_again(self.graph, self.written, self.exported, self.old)
         self.graph.lint()
         made = fx.GraphModule(self.source, self.graph, type(self.source).__name__)
@@ -441,16 +444,16 @@ Call = tuple[str, Any]
 """A call of a module, as `nn_module_stack` has it: a key of its own, and (path, class)."""
 
 
-def _torn(graph: fx.Graph) -> set[Call]:
+def _scattered(graph: fx.Graph) -> set[Call]:
     """The calls of modules whose nodes are not side by side: `torch.export.unflatten` would make two of each."""
-    torn, left, last = set[Call](), set[Call](), set[Call]()
+    found, left, last = set[Call](), set[Call](), set[Call]()
     for node in graph.nodes:
         if node.op in ("call_function", "call_method", "call_module"):
             now = {(key, entry[0]) for key, entry in (node.meta.get("nn_module_stack") or {}).items()}
-            torn |= now & left
+            found |= now & left
             left |= last - now
             last = now
-    return torn
+    return found
 
 
 def _leave(graph: fx.Graph, calls: set[Call]) -> None:

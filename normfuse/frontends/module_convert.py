@@ -326,13 +326,15 @@ def _edit(module: nn.Module, program: Any, found: Converted, places: _Places) ->
         for factor in factors:
             _get(module, factor).fill_(1.0)
     norms = {site: plan.inner.get(site, site) for site in plan.sites} | found.approximated
+    made = set[nn.Module]()
     for site, inner in norms.items():
         known, offset = places.norm_module(site, inner), _offset(inner.norm.weight)
         assert known is not None and offset is not None and isinstance(inner.norm.size, int)  # `unfit` has seen to it
         old_norm = module.get_submodule(known[0])
-        if isinstance(old_norm, RMSNorm):  # by the first of its calls
+        if old_norm in made:  # by the first of its calls
             continue
         new = RMSNorm.of(old_norm, inner.norm.size, inner.norm.eps, known[1], offset)
+        made.add(new)
         for path in [path for path, part in module.named_modules(remove_duplicate=False) if part is old_norm]:
             above, _, last = path.rpartition(".")
             setattr(module.get_submodule(above), last, new)
