@@ -12,7 +12,7 @@ multiplied into the constants before their mean is taken away, and the multiplic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -24,22 +24,28 @@ from normfuse.recognise import Recognition
 from normfuse.transfer import identity_layout
 
 Block = tuple[int, int]
+Part = tuple[int, tuple[int, ...]] | None
 WIDER = {(half, wide) for half in ("float16", "bfloat16") for wide in ("float32", "float64")} | {("float32", "float64")}
 """Casts that change no number."""
 
 
 @dataclass(frozen=True, slots=True)
 class Centre:
-    """A value with its mean along `axis` taken away in each of the `blocks` (start, length), scaled before that."""
+    """A value with its mean along `axis` taken away in each of the `blocks` (start, length), scaled before that.
+
+    With `only`, (another axis, indices), that is so at these indices alone: of query, key and value side by side, which
+    are taken apart, at the query's and the key's.
+    """
 
     axis: int
     blocks: tuple[Block, ...]
     scales: tuple[Value, ...] = ()
+    only: Part = None
 
     def whole(self, value: Value) -> bool:
         """Whether one block is the whole axis of a value, and nothing is to be scaled: P in the plain sense."""
         size = value.shape[self.axis] if value.shape is not None else None
-        return self.blocks == ((0, size),) and not self.scales
+        return self.blocks == ((0, size),) and not self.scales and self.only is None
 
     def moved(self, axis: int, by: int = 0) -> Centre:
         """The same on another axis, each block shifted."""
@@ -70,6 +76,8 @@ def back(node: Node, out: Value, want: Centre, channels: Channels, uniform: Call
     """
     if out.dtype is not None and out.dtype not in FLOATS:
         raise Blocked(f"{_label(node)} gives {out.dtype}, which is rounded")
+    if want.only is not None and node.kind not in PARTED:
+        raise Blocked(f"{_label(node)} gives a part of what is wanted centred, and the rest, at once")
     rule = _RULES.get(node.kind)
     if rule is not None:
         return rule(node, out, want, uniform)
@@ -177,7 +185,9 @@ def _view(node: Node, out: Value, want: Centre, uniform: Callable[[Value], bool]
     if v.shape is None or out.shape is None:
         raise Blocked(f"the shape of {v.name} is not known")
     if node.kind == "transpose":
-        return [(v, want.moved(node.attrs["perm"][want.axis]))]
+        perm = node.attrs["perm"]
+        only = None if want.only is None else (perm[want.only[0]], want.only[1])
+        return [(v, replace(want.moved(perm[want.axis]), only=only))]
     if node.kind == "expand":
         axis = _axis_in(v, out, want.axis)
         if axis is None:
@@ -200,6 +210,27 @@ def _reduced(node: Node, out: Value, want: Centre, uniform: Callable[[Value], bo
 def regrouped(source: Shape, target: Shape, want: Centre) -> Centre | None:
     """A centring of a reshaped value, seen from before the reshape: the same axis, one that was split into it (then a
     block for each part), or one of those merged into it (then the blocks have to repeat)."""
+    found = _regrouped(source, target, replace(want, only=None))
+    if found is None or want.only is None:
+        return found
+    (other, indices), n = want.only, target[want.axis]
+    parts = target[other]
+    for axis, m in enumerate(source):  # the other axis is one before the reshape, too
+        if axis != found.axis and m == parts and (
+                _equal(source[:axis], target[:other]) or _equal(source[axis + 1 :], target[other + 1 :])):
+            return replace(found, only=(axis, indices))
+    merged = target[other : want.axis]  # or it was a part of the one that is centred
+    if not merged or not all(isinstance(d, int) for d in target[other : want.axis + 1]):
+        return None
+    assert isinstance(n, int) and isinstance(parts, int)
+    inner = prod(d for d in merged[1:] if isinstance(d, int)) * n
+    m = source[found.axis]
+    if not isinstance(m, int) or m % (inner * parts) or not _equal(source[found.axis + 1 :], target[want.axis + 1 :]):
+        return None
+    return replace(found, blocks=tuple((s, b) for s, b in found.blocks if s // inner % parts in indices))
+
+
+def _regrouped(source: Shape, target: Shape, want: Centre) -> Centre | None:
     n = target[want.axis]
     if not isinstance(n, int):
         return None
@@ -232,12 +263,34 @@ def _equal(a: Shape, b: Shape) -> bool:
     return numbers[0] == numbers[1] and symbols[0] == symbols[1]
 
 
+PARTED = frozenset("neg cast identity reshape unsqueeze squeeze transpose".split())
+"""The kinds through which a part of a value can be asked for."""
 _RULES: dict[str, Callable[[Node, Value, Centre, Callable[[Value], bool]], Links]] = {
     "add": _sum, "sub": _sum, "mul": _product, "div": _product,
     "neg": _same, "cast": _same, "identity": _same,
     "reshape": _view, "unsqueeze": _view, "squeeze": _view, "expand": _view, "transpose": _view,
     "mean": _reduced, "sum": _reduced,
 }  # fmt: skip
+
+
+def joined(value: Value, wants: Sequence[Centre]) -> Centre:
+    """All that is wanted of a value as one centring; raises `Blocked` where it cannot be one."""
+    first = wants[0]
+    if any((w.axis, w.scales) != (first.axis, first.scales) for w in wants):
+        raise Blocked(f"{value.name} is wanted centred in two ways")
+    only = {w.only for w in wants}
+    if len(only) > 1 and (len({w.blocks for w in wants}) > 1 or len({part[0] for part in only if part}) > 1):
+        raise Blocked(f"{value.name} is wanted centred in two ways")
+    blocks = blocks_of(b for w in wants for b in w.blocks)
+    if blocks is None:
+        raise Blocked(f"{value.name} is wanted centred over blocks that overlap")
+    return replace(first, blocks=blocks, only=None if None in only else united(value, [part for part in only if part]))
+
+
+def united(value: Value, parts: Sequence[tuple[int, tuple[int, ...]]]) -> Part:
+    """Some indices of an axis of a value together; None where they are all of it."""
+    axis, indices = parts[0][0], sorted({i for _, some in parts for i in some})
+    return None if value.shape is not None and value.shape[axis] == len(indices) else (axis, tuple(indices))
 
 
 def blocks_of(values: Iterator[Block]) -> tuple[Block, ...] | None:

@@ -19,7 +19,7 @@ import heapq
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 
-from normfuse.centring import Block, Blocked, Centre, Channels, back, blocks_of, centred
+from normfuse.centring import PARTED, Block, Blocked, Centre, Channels, Links, Part, back, centred, joined, united
 from normfuse.facts import ONE
 from normfuse.graph import Graph, Node, Value
 from normfuse.norm import Expr, Norm, Refusal, Site, region
@@ -172,6 +172,7 @@ class _Planner:
         self.seeds: dict[Value, str] = {}  # values that stay as they are, with an operator behind them if asked for
         self.stuck: dict[Value, str] = {}  # values that can neither be centred nor be followed by an operator
         self.copies: set[Value] = set()
+        self.parts: set[Value] = set()  # values of which only those parts are to change that are asked for
         self.state: dict[Value, Centre] = {}
         self.askers: dict[Value, list[Reader]] = {}
         self.operators: dict[Operator, list[Reader]] = {}
@@ -282,13 +283,7 @@ class _Planner:
 
     def _push(self, value: Value, wants: list[Centre]) -> list[tuple[Value, Centre]]:
         """Record that a value comes centred; what that takes of the operands of its producer."""
-        want = wants[0]
-        if any((w.axis, w.scales) != (want.axis, want.scales) for w in wants):
-            raise Blocked(f"{value.name} is wanted centred in two ways")
-        blocks = blocks_of(b for w in wants for b in w.blocks)
-        if blocks is None:
-            raise Blocked(f"{value.name} is wanted centred over blocks that overlap")
-        want = replace(want, blocks=blocks)
+        want = joined(value, wants)
         if centred(self.found, value, want):
             return []
         node = value.producer
@@ -302,9 +297,22 @@ class _Planner:
                 raise Blocked(why)
             links = []
         else:
-            links = back(node, value, want, self.can.channels, self.can.uniform)
+            links = self._back(node, value, want)
         self.state[value] = want
         return links
+
+    def _back(self, node: Node, out: Value, want: Centre, uniform: Callable[[Value], bool] | None = None) -> Links:
+        """The operands to centre; of what is to be asked for in parts, the part that `out` is."""
+        links = back(node, out, want, self.can.channels, uniform or self.can.uniform)
+        return [(v, replace(c, only=self._part(node, out, v, c)) if v in self.parts else c) for v, c in links]
+
+    def _part(self, node: Node, out: Value, value: Value, want: Centre) -> Part:
+        """Of a slice along another axis than the channels, which part of an operand it is."""
+        for axis in range(value.rank or 0):
+            span = self.can.span(node, out, axis) if axis != want.axis and value is node.inputs[0] else None
+            if span is not None:
+                return united(value, [(axis, tuple(range(*span)))])
+        return want.only
 
     def _stop(self, value: Value, why: str) -> None:
         """A value is not to change: put an operator behind it, or, where none can stand, behind what is made of it."""
@@ -347,6 +355,12 @@ class _Planner:
             if why is not None:
                 bad.append((value, why))
                 self.raw.add(value)
+        parts = [value for value, _ in bad if self._parted(value)]
+        if parts:
+            self.parts.update(parts)
+            return True
+        # the other parts of what they are taken from may change all the same
+        bad = [(value, why) for value, why in bad if self._is_part(value)] or bad
         for value, why in bad:
             constant = value.fixed and value.producer is None
             if self.can.untie and constant and not any(isinstance(by, Site) for by in self.askers[value]):
@@ -354,6 +368,18 @@ class _Planner:
             else:
                 self._stop(value, f"{value.name}: {why}")
         return any(value not in self.copies for value, _ in bad)
+
+    def _parted(self, value: Value) -> bool:
+        """Whether a value that is read as it was may change in those parts alone that are asked for."""
+        if value in self.parts or value.kept or value.producer is None or value.producer.kind not in PARTED:
+            return False
+        want = replace(self.state[value], only=None)
+        return any(self._part(*by, value, want) for by in self.askers[value] if not isinstance(by, Site))
+
+    def _is_part(self, value: Value) -> bool:
+        node = value.producer
+        return node is not None and any(c.only for v, c in self._back(node, value, self.state[value])
+                                        if v in self.parts)  # fmt: skip
 
     def _reader(self, value: Value, want: Centre) -> str | None:
         if value.kept:
@@ -392,15 +418,20 @@ class _Planner:
         span = self.can.span(node, out, want.axis) if value is node.inputs[0] else None
         if span is not None:
             blocks = want.within(*span)
-        if blocks == ():
+        part = want.only and self._part(node, out, value, want)
+        only = want.only if part is None or want.only is None else (part[0], tuple(
+            i for i in want.only[1] if i in part[1] or part[0] != want.only[0]))  # fmt: skip
+        if blocks == () or (only is not None and not only[1]):
             return True
         if out not in self.state or out in self.raw:
             return False
-        links = back(node, out, self.state[out], self.can.channels, self.can.uniform)
+        links = self._back(node, out, self.state[out])
         mine = [c for v, c in links if v is value]
         if len(mine) != sum(v is value for v in node.inputs):
             return False  # it is read in a place that did not ask, too
-        return bool(mine) and all(c == replace(want, blocks=blocks or ()) for c in mine)
+        if want.only is None:  # all of it is centred, whatever part is asked for
+            mine = [replace(c, only=None) for c in mine]
+        return bool(mine) and all(c == replace(want, blocks=blocks or (), only=only) for c in mine)
 
     def _public(self) -> bool:
         """Where an operator changes a value for all its readers, all have to be content; True if some are not."""
@@ -431,7 +462,7 @@ class _Planner:
     def _below(self, by: Reader) -> Value | None:
         while not isinstance(by, Site):
             node, out = by
-            links = back(node, out, self.state[out], self.can.channels, self.can.uniform)
+            links = self._back(node, out, self.state[out])
             if any(self.askers.get(v) != [by] for v, _ in links):
                 return None
             if self._stands(out) and self.state[out].whole(out):
@@ -455,7 +486,7 @@ class _Planner:
             leader[find(site)] = find(key(*self._wish(site)))
         for value, want in self.state.items():
             if value.producer is not None:
-                for operand, w in back(value.producer, value, want, self.can.channels, self.can.uniform):
+                for operand, w in self._back(value.producer, value, want):
                     if operand in self.state or operand in self.seeds:
                         leader[find(value)] = find(key(operand, w))
         gain: dict[object, int] = {}
@@ -505,7 +536,7 @@ class _Planner:
                 uniform[v] = None
             return found
 
-        return back(node, value, self.state[value], self.can.channels, is_uniform)
+        return self._back(node, value, self.state[value], is_uniform)
 
     def _prove(self, site: Site, told: dict[Value, Site], uniform: dict[Value, None]) -> None:
         """The derivation of one norm, down to constants or to what an earlier norm has shown."""

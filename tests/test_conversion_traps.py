@@ -529,9 +529,9 @@ def drawn(module: nn.Module) -> nn.Module:
     return module.eval()
 
 
-def converted_all(module: nn.Module, converted: int, opset: int, **config: Any) -> None:
+def converted_all(module: nn.Module, converted: int, opset: int, width: int = D, **config: Any) -> None:
     """As an exported program, and in ONNX with norms of one operator and of many, with the certificate and without."""
-    x = torch.randn(2, 3, D)
+    x = torch.randn(2, 3, width)
     verify: Any
     for verify in ("off", "sites"):
         asked = normfuse.Config(layernorm_to_rmsnorm="exact", verify=verify, **config)
@@ -566,7 +566,7 @@ def test_query_and_key_that_are_taken_from_one_tensor(taken: Callable[[Tensor], 
             self.q, self.k = nn.LayerNorm(D), nn.LayerNorm(D)
 
         def forward(self, x: Tensor) -> Tensor:
-            h = self.f(self.n(self.e(x))).view(2, 3, 3, D).permute(2, 0, 1, 3)
+            h = self.f(self.n(self.e(x))).view(2, 3, 3, D).permute(2, 0, 1, 3).tanh()
             q, k, v = taken(h)
             out: Tensor = self.q(q) + self.k(k) + v
             return out

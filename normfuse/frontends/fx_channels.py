@@ -270,6 +270,11 @@ def _cut(at: At) -> tuple[Value, dict[int, tuple[int, int, int]], list[int]] | N
         start, stop = (max(0, min(size, v + size if v < 0 else v)) for v in (start, size if end is None else end))
         return start, max(stop - start, 0), step
 
+    def one(axis: int, index: Any) -> tuple[int, int, int]:
+        size = shape[axis]
+        known = isinstance(index, int) and isinstance(size, int) and -size <= index < size
+        return (index % size, 1, 1) if known else (0, 0, 0)
+
     if name == "slice":
         axis = at.axis(1, "dim", rank=rank)
         return x, {axis: ends(axis, at.get(2, "start"), at.get(3, "end"), at.get(4, "step"))}, axes
@@ -279,7 +284,8 @@ def _cut(at: At) -> tuple[Value, dict[int, tuple[int, int, int]], list[int]] | N
         return x, {axis: ends(axis, start, start + length) if known else (0, 0, 0)}, axes
     if name in ("select", "unbind"):
         axis = at.axis(1, "dim", rank=rank)
-        return x, {axis: (0, 0, 0)}, [a for a in axes if a != axis]
+        index = at.get(2, "index") if name == "select" else at.index
+        return x, {axis: one(axis, index)}, [a for a in axes if a != axis]
     if name in ("split", "split_with_sizes", "chunk", "tensor_split"):
         axis = at.axis(2, "dim", rank=rank)
         parts = [v.shape for v in _results(at)]
@@ -304,7 +310,7 @@ def _cut(at: At) -> tuple[Value, dict[int, tuple[int, int, int]], list[int]] | N
             under += range(axis, axis + rank - taken)
             axis += rank - taken
         elif isinstance(item, int):
-            cuts[axis] = (0, 0, 0)
+            cuts[axis] = one(axis, item)
             axis += 1
         else:
             if item != slice(None):

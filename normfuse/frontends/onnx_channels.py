@@ -65,9 +65,11 @@ def channels(low: Lowering, node: Node, out: Value, want: Centre) -> Links | Non
 def span(low: Lowering, node: Node, out: Value, axis: int) -> tuple[int, int] | None:
     """Where along an axis of its operand a slice lies; None where it is no slice along it."""
     native = node.native
-    if not isinstance(native, ir.Node) or native.op_type not in ("Slice", "Split") or out.native is None:
+    if not isinstance(native, ir.Node) or native.op_type not in ("Slice", "Split", "Gather") or out.native is None:
         return None
     rank = low.value(native.inputs[0]).rank or 0
+    if native.op_type == "Gather":
+        return _picked(low, native, axis, rank)
     if native.op_type == "Split":
         sizes = [low.value(v).shape for v in native.outputs]
         if attribute(native, "axis", 0) % max(rank, 1) != axis or any(s is None for s in sizes):
@@ -85,6 +87,15 @@ def span(low: Lowering, node: Node, out: Value, axis: int) -> tuple[int, int] | 
     cuts = _cuts(low, native)
     found = None if cuts is None else cuts.get(axis)
     return None if found is None or found[2] != 1 else found[:2]
+
+
+def _picked(low: Lowering, node: ir.Node, axis: int, rank: int) -> tuple[int, int] | None:
+    """Of a Gather of one index along an axis, that."""
+    index, shape = _array(low, node, 1), low.value(node.inputs[0]).shape
+    if attribute(node, "axis", 0) % max(rank, 1) != axis or index is None or index.size != 1:
+        return None
+    size, at = None if shape is None else shape[axis], int(index.reshape(-1)[0])
+    return (at % size, at % size + 1) if isinstance(size, int) and -size <= at < size else None
 
 
 def blind(low: Lowering, node: Node, value: Value, want: Centre) -> bool:
