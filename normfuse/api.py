@@ -283,8 +283,9 @@ def _rewrite_ir(model: ir.Model, config: Config, progress: Progress | None, cali
             if progress is not None:
                 progress("calibrating", 0.1)
             again = onnx_model.OnnxModel(model, replace(config, target="onnx"), rewrite=False)
-            more, approximation = approximate_model(again, config, calibration)
-            records = [r for r in records if r.verdict != "kept"] + more
+            records = [r for r in records if r.verdict != "kept"]
+            more, approximation = approximate_model(again, config, calibration, records)
+            records += more
     converted = time.perf_counter()
     one = onnx_model.OnnxModel(model, config, rewrite=True, progress=progress)
     if first is not None:

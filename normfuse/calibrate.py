@@ -81,14 +81,16 @@ class Approximation:
                 "calibrated": self.calibrated, "held_back": self.held_back}  # fmt: skip
 
 
-def matching(names: Sequence[str], pattern: str) -> list[bool]:
-    """Which names a comma-separated list of shell patterns takes; raises `InputError` where it takes none."""
+def matching(names: Sequence[str], pattern: str, done: Sequence[str] = ()) -> list[bool]:
+    """Which names a comma-separated list of shell patterns takes; raises `InputError` where it takes none, and none of
+    those that are `done` already."""
     parts = [p.strip() for p in pattern.split(",") if p.strip()]
-    found = [any(fnmatchcase(name, p) for p in parts) for name in names]
+    every = [*names, *done]
+    found = [any(fnmatchcase(name, p) for p in parts) for name in every]
     if names and not any(found):
-        some = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+        some = ", ".join(every[:4]) + (", ..." if len(every) > 4 else "")
         raise InputError(f"no LayerNorm is named like {pattern!r}; there are {some}")
-    return found
+    return found[: len(names)]
 
 
 def calibrate(original: Runner, converted: Runner, wide: Runner | None, layers: Sequence[Layer],

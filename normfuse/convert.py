@@ -355,6 +355,13 @@ def tell(report: Report, sites: Sequence[Site], records: Sequence[Record]) -> No
         report.recipe = recipe(list(now.values()))
 
 
+def still(sites: Sequence[Site], done: Sequence[Record]) -> list[Site]:
+    """The LayerNorms among sites but those that records give: what was made of one, with the operator ahead of it that
+    takes the mean away, is one again."""
+    made = {record.result for record in done}
+    return [s for s in sites if s.norm.kind == "layer_norm" and made.isdisjoint(names_of(s)[:1])]
+
+
 def names_of(site: Site) -> list[str]:
     """The names of the values that a norm is made of, the last one first, or of an operator that nobody reads."""
     end = site.value

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from normfuse.facts import MEAN, ONE, ZERO, Atom, Fact, Poly, Refused, RootKey
 from normfuse.graph import PRECISION, Graph, Value
-from normfuse.norm import NEAR, VIEWS, Expr, Match, Norm, Site, exact, is_op, match, precision
+from normfuse.norm import NEAR, VIEWS, Expr, Match, Norm, Site, exact, is_op, match, precision, region
 from normfuse.transfer import identity_layout
 
 MAX_ROUNDS = 8
@@ -71,7 +71,7 @@ class Chooser:
         out = []
         for value in values:
             if value.index in matches and final[value.index]:
-                chain = list(self._chain(self._best(matches[value.index])[0], value))
+                chain = list(self._chain(self._best(value, matches[value.index])[0], value))
                 if not any(v.index in chosen and f.advanced >= 3 for v, f in chain):
                     chosen.add(value.index)
                     out.append(chain)
@@ -105,15 +105,23 @@ class Chooser:
         plain = all(_parameters(m) <= _parameters(own) for m in more)
         return plain or len(ends) > SEVERAL[own.kind] or is_op(value, self._norm(value, fact, own, "", ""))
 
-    def _best(self, found: list[tuple[Fact, Match]]) -> tuple[Fact, Match]:
-        """Of several readings of one value: the oldest root, unless a later one is more than a cast away."""
+    def _best(self, value: Value, found: list[tuple[Fact, Match]]) -> tuple[Fact, Match]:
+        """Of several readings of one value: the oldest root, unless a later one is more than a cast away, or an
+        operator computes an RMSNorm of what others read, too (what a centred LayerNorm has become)."""
         best = found[0]
         for fact, m in found:
             seen = self.facts[fact.root.value.index].get(best[0].root.key())
             plain = seen is not None and seen.alpha == {ONE: 1.0} and seen.beta in (ZERO, {MEAN: -1.0})
-            if not plain and not (best[1].kind == "layer_norm" and m.kind == "rms_norm"):
+            inside = best[1].kind == "layer_norm" and m.kind == "rms_norm"
+            if (not plain and not inside) or (inside and self._stands(value, fact, m)):
                 best = (fact, m)
         return best
+
+    def _stands(self, value: Value, fact: Fact, found: Match) -> bool:
+        """Whether one operator takes the statistics and scales, and others read what it reads as well."""
+        x, nodes = fact.root.value, region(value, self._norm(value, fact, found, "", ""))
+        readers = {node.native for node in nodes if x in node.inputs}
+        return len(readers) == 1 and None not in readers and (x.kept or not set(x.uses) <= set(nodes))
 
     def _chain(self, fact: Fact, value: Value) -> Iterator[tuple[Value, Fact]]:
         """The value and those before it on the way of x, back to the root."""

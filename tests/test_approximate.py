@@ -23,6 +23,7 @@ from normfuse.errors import InputError, VerificationError
 from normfuse.nn import RMSNorm
 from tests.families import _silent, cached
 from tests.layernorm_models import Wrapped, to_onnx
+from tests.test_conversion_traps import drawn
 
 VOCABULARY, LENGTH = 500, 12
 LOOSE = Config(layernorm_to_rmsnorm="approximate", tolerance=0.5)
@@ -249,3 +250,65 @@ def test_the_command_line(model: Path, tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_a_bar_is_as_long_as_its_share() -> None:
     assert [bar(x, 2) for x in (0.0, 0.25, 0.5, 0.75, 1.0, 9.0)] == ["", "▌", "█", "█▌", "██", "██"]
+
+
+class Bloom(nn.Module):
+    """A norm behind the embedding, whose result is the stream: an operator takes its mean away."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(20, width)
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(4))
+        self.inner = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.norms[0](self.embedding(ids))
+        for norm, layer in zip(self.norms[1:], self.inner, strict=False):
+            x = x + layer(norm(x).tanh())
+        out: Tensor = self.norms[-1](x)
+        return out
+
+
+def saved(module: nn.Module, ids: Tensor, folder: Path) -> Path:
+    to_onnx(module, (ids,)).save(folder / "m.onnx")
+    return folder / "m.onnx"
+
+
+def test_what_is_converted_exactly_is_not_approximated(tmp_path: Path) -> None:
+    """What was made of it, with the operator that takes the mean away, is a LayerNorm again by the algebra."""
+    module, ids = drawn(Bloom()), torch.randint(0, 20, (8, 4, 5))
+    sets = [(one,) for one in ids]
+    program = torch.export.export(module, sets[0])
+    path = saved(module, ids[0], tmp_path)
+    (name,) = [v.name for v in onnx.load(path).graph.input]
+    names = ",".join(n.name for n in normfuse.inspect(path).norms[:2])
+    for pattern in ("*", names):
+        loose = Config(layernorm_to_rmsnorm="approximate", tolerance=0.5, norms=pattern)
+        exact = Config(layernorm_to_rmsnorm="exact")
+        told = [normfuse.rewrite(path, tmp_path / f"{one.layernorm_to_rmsnorm}.onnx", one, overwrite=True,
+                                 calibration=None if one is exact else [{name: i.numpy()} for i in ids])
+                for one in (exact, loose)]  # fmt: skip
+        assert (tmp_path / "exact.onnx").read_bytes() == (tmp_path / "approximate.onnx").read_bytes()
+        assert [n.conversion for n in told[0].norms] == [n.conversion for n in told[1].norms]
+        assert {n.action for n in told[1].norms} == {"converted"}
+    given: Any
+    for given, args in ((program, ()), (module, sets[0])):
+        for config, calibration in ((exact, None), (LOOSE, sets)):
+            made, report = normfuse.optimize(given, config, args=args, calibration=calibration)
+            verdicts = [(n.action, (n.conversion or {})["verdict"][:5]) for n in report.norms]
+            assert verdicts == [("converted", "exact")] * 4
+            got = made.module()(ids[0]) if given is program else made(ids[0])
+            torch.testing.assert_close(got, module(ids[0]), rtol=1e-4, atol=1e-5)
+
+
+def test_a_converted_model_is_read_as_what_it_is(tmp_path: Path) -> None:
+    """And may be rewritten again: the norm behind the operator is an RMSNorm of what others read as well."""
+    module, ids = drawn(Bloom()), torch.randint(0, 20, (4, 5))
+    path, out = saved(module, ids, tmp_path), tmp_path / "out.onnx"
+    normfuse.rewrite(path, out, Config(layernorm_to_rmsnorm="exact"))
+    assert {n.kind for n in normfuse.inspect(out).norms} == {"rms_norm"}
+    assert main(["rewrite", str(out), str(tmp_path / "again.onnx"), "--strict", "-q"]) == 0
+    assert out.read_bytes() == (tmp_path / "again.onnx").read_bytes()
+    made, _ = normfuse.optimize(torch.export.export(module, (ids,)), Config(layernorm_to_rmsnorm="exact"))
+    assert {n.kind for n in normfuse.inspect(made).norms} == {"rms_norm"}
+    assert not normfuse.optimize(made)[1].refusals

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch.utils._pytree import tree_flatten
 
 from normfuse.calibrate import Approximation, Hook, Layer, calibrate, each, matching
 from normfuse.config import Config
-from normfuse.convert import Record, refusals
+from normfuse.convert import Record, refusals, still
 from normfuse.errors import InputError
 from normfuse.frontends import fx_channels as table
 from normfuse.frontends.fx_certify import run_all
@@ -29,9 +30,10 @@ from normfuse.passes.remove_dead import RemoveDead
 from normfuse.plan import Replace
 
 
-def approximate_program(program: Any, config: Config, given: Any, unfit: Unfit | None = None
-                        ) -> tuple[Any, Converted, Approximation | None]:  # fmt: skip
-    """Approximate the LayerNorms of an exported program: a new program, what was done, and what it costs.
+def approximate_program(program: Any, config: Config, given: Any, done: Sequence[Record] = (),
+                        unfit: Unfit | None = None) -> tuple[Any, Converted, Approximation | None]:  # fmt: skip
+    """Approximate the LayerNorms of an exported program, but those that are `done`: a new program, what was done, and
+    what it costs.
 
     `given`: tuples of inputs, or dicts by name. Raises `InputError` for inputs that do not fit or a pattern that takes
     no norm, and `VerificationError` beyond the tolerance.
@@ -41,7 +43,7 @@ def approximate_program(program: Any, config: Config, given: Any, unfit: Unfit |
     whole = _Module(source, plain, True, _state(program), {"ATEN": "core", "TRAINING": "aten"}.get(program.dialect))
     whole.plan.clear()
     whole.plan.refused.clear()
-    sites = [s for s in whole.plan.found.sites if s.norm.kind == "layer_norm"]
+    sites = still(whole.plan.found.sites, done)
     batches = _batches(given, program)
     found = Converted(source)
     if not sites:
@@ -51,15 +53,13 @@ def approximate_program(program: Any, config: Config, given: Any, unfit: Unfit |
         return program, found, None
     numbers, emitter = Numbers(Weights(source, tensors)), Emitter(whole.emitter.level, "fast")
     layers: dict[Site, tuple[Layer, Value]] = {}
-    for site, on in zip(sites, matching([s.label for s in sites], config.norms), strict=True):
+    for site in compress(sites, matching([s.label for s in sites], config.norms, [r.site.label for r in done])):
         inner = operator_of(site)
         bias = _bias(inner)
         veto = emitter.expressible(whole.low, rms(inner.norm), inner.value)
         why = veto[1] if veto is not None else unfit(site, inner) if unfit is not None else None
         if len(inner.norm.axes) != 1 or bias is None:
             why = "it has no bias of its own to put the correction into, or several axes"
-        if not on:
-            continue
         if why is not None or bias is None:
             found.records.append(refusals(site, "NF301", why or ""))
             continue

@@ -78,8 +78,9 @@ def _run(model: Any, config: Config, rewrite: bool, leave: Leave | None, calibra
             if not exported:
                 raise UnsupportedError("approximate conversion takes an exported program or an nn.Module, not a "
                                        "GraphModule")  # fmt: skip
-            model, more, cost = approximate_program(model, config, calibration)
-            records = [r for r in records if r.verdict != "kept"] + more.records
+            records = [r for r in records if r.verdict != "kept"]
+            model, more, cost = approximate_program(model, config, calibration, records)
+            records += more.records
     source = model.graph_module if exported else model
     state = _state(model) if exported else None
     level = {"ATEN": "core", "TRAINING": "aten"}.get(model.dialect) if exported else None

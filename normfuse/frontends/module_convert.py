@@ -55,8 +55,9 @@ def convert_module(module: nn.Module, config: Config, args: Sequence[Any], kwarg
     new_program, found = convert_program(program, config, places)
     cost = None
     if config.layernorm_to_rmsnorm == "approximate":
-        new_program, more, cost = approximate_program(new_program, config, calibration, places.unfit)
-        found.records = [r for r in found.records if r.verdict != "kept"] + more.records
+        exact = [r for r in found.records if r.verdict != "kept"]
+        new_program, more, cost = approximate_program(new_program, config, calibration, exact, places.unfit)
+        found.records = exact + more.records
         found.approximated, found.tensors = more.approximated, found.tensors | more.tensors
     if found.plan is not None or found.approximated:
         try:

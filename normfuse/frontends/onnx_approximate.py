@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import onnx_ir as ir
 
 from normfuse.calibrate import Approximation, Hook, Layer, calibrate, matching, named_batches
 from normfuse.config import Config
-from normfuse.convert import Record, refusals
+from normfuse.convert import Record, refusals, still
 from normfuse.errors import InputError, NormFuseError, first_line
 from normfuse.frontends import onnx_channels as table
 from normfuse.frontends.onnx_certify import Program
@@ -29,20 +30,22 @@ from normfuse.plan import Replace
 from normfuse.verify import Array
 
 
-def approximate_model(one: OnnxModel, config: Config, given: Any) -> tuple[list[Record], Approximation | None]:
-    """Approximate the LayerNorms of a model in place; what was done, and what it costs.
+def approximate_model(one: OnnxModel, config: Config, given: Any,
+                      done: Sequence[Record] = ()) -> tuple[list[Record], Approximation | None]:  # fmt: skip
+    """Approximate the LayerNorms of a model in place, but those that are `done`; what was done, and what it costs.
 
     Raises `InputError` for calibration inputs that do not fit the model or a pattern that takes no norm, and
     `VerificationError` beyond the tolerance; the model is to be thrown away then.
     """
     low, plan = one.lowerings[0], one.plans[0]
-    sites = [s for s in plan.found.sites if s.norm.kind == "layer_norm"]
+    sites = still(plan.found.sites, done)
     batches = named_batches(given, _inputs(one.model))
     if not sites:
         return [], None
     if (why := table.hazard(low)) is not None:
         return [refusals(site, "NF305", why) for site in sites], None
-    taken = [site for site, on in zip(sites, matching([s.label for s in sites], config.norms), strict=True) if on]
+    on = matching([s.label for s in sites], config.norms, [record.site.label for record in done])
+    taken = list(compress(sites, on))
     records, editor = [], _Editor(one)
     for site in taken:
         inner = operator_of(site)
@@ -71,8 +74,8 @@ def approximate_model(one: OnnxModel, config: Config, given: Any) -> tuple[list[
     layers = list(editor.layers.values())
     found = calibrate(runner(first), runner(last), runner(wide), layers, batches, config.tolerance)
     editor.finish()
-    done = [Record.approximated(site, layer, editor.emitted[site]) for site, layer in editor.layers.items()]
-    return records + done, found
+    records += [Record.approximated(site, layer, editor.emitted[site]) for site, layer in editor.layers.items()]
+    return records, found
 
 
 def _inputs(model: ir.Model) -> dict[str, tuple[Sequence[Any], Any]]:
