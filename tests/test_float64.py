@@ -33,6 +33,15 @@ def test_a_rewrite_is_measured_against_the_norms_in_float64(tmp_path: Path) -> N
     assert code == 1 and "nothing goes wrong" in text and not (tmp_path / "less.onnx").exists()
 
 
+def test_types_that_a_file_states_are_those_of_the_norm_in_float64(tmp_path: Path) -> None:
+    """ONNX Runtime demands it of values inside a norm, too."""
+    stated = onnx.shape_inference.infer_shapes(flax(FAR, "x1"))
+    assert len(stated.graph.value_info) > 9
+    source, out = saved(stated, tmp_path / "in.onnx"), tmp_path / "out.onnx"
+    report = normfuse.rewrite(source, out, normfuse.Config(verify="model"))
+    assert report.fused == 1 and report.model_check is not None and report.model_check["equal"]
+
+
 @pytest.mark.parametrize("change", ["eps", "w", "v", "kind"])
 def test_a_wrong_rewrite_of_such_a_model_is_told(change: str, tmp_path: Path) -> None:
     source, right = saved(flax(FAR, "x1"), tmp_path / "in.onnx"), tmp_path / "right.onnx"

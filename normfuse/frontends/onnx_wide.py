@@ -102,7 +102,10 @@ def _widen(low: Lowering, nodes: dict[ir.Node, None]) -> None:
         for value in node.outputs:
             dtype = types[value]
             readers = [(user, i) for user, i in value.uses() if user not in nodes]
-            if dtype not in FLOATS or not (readers or value.is_graph_output()):
+            if dtype not in FLOATS:
+                continue
+            value.dtype = ir.DataType.DOUBLE  # what a file states of a value inside a norm has to be true
+            if not readers and not value.is_graph_output():
                 continue
             narrow = _cast(graph, value, dtype, after=node)
             for user, i in readers:
@@ -112,7 +115,6 @@ def _widen(low: Lowering, nodes: dict[ir.Node, None]) -> None:
                 narrow.name, value.name = value.name, f"{value.name}_float64"
                 narrow.shape, narrow.dtype = value.shape, dtype
                 graph.outputs[:] = [narrow if v is value else v for v in graph.outputs]
-            value.dtype = ir.DataType.DOUBLE
 
 
 def _type(low: Lowering, value: ir.Value) -> ir.DataType | None:
