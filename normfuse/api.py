@@ -250,8 +250,9 @@ def _read(path: Path) -> tuple[ir.Model, Source]:
 
 def _inspect_ir(model: ir.Model, own: bool = False) -> Report:
     from normfuse.frontends.onnx_model import FIRST_WITH_DEFAULTS, OnnxModel
+    from normfuse.frontends.onnx_twins import twins
 
-    edited = model.functions or model.ir_version < FIRST_WITH_DEFAULTS  # it is read in another form
+    edited = model.functions or model.ir_version < FIRST_WITH_DEFAULTS or twins(model)  # it is read in another form
     source = model.clone() if edited and not own else model
     one = OnnxModel(source, Config(), rewrite=False)
     return _onnx_report(one, rewritten=False)
@@ -290,6 +291,7 @@ def _rewrite_ir(model: ir.Model, config: Config, progress: Progress | None, cali
     one = onnx_model.OnnxModel(model, config, rewrite=True, progress=progress)
     if first is not None:
         one.respelled += first.respelled
+        one.merged += first.merged
         one.sorted = one.sorted or first.sorted  # what was converted and put back is a copy
     planned = time.perf_counter()
     if config.verify != "off":
@@ -311,7 +313,7 @@ def _rewrite_ir(model: ir.Model, config: Config, progress: Progress | None, cali
         report.recall(before)
     other = any(r.verdict != "kept" for r in records) or bool(notes)
     inner = any(p.edits() for p in one.plans[1:]) or (one.sorted and len(one.plans) > 1)
-    plain = not (one.inlined or (first and first.inlined) or inner or other)
+    plain = not (one.inlined or one.merged or (first and first.inlined) or inner or other)
     return model, report, changed or other, plain
 
 

@@ -162,6 +162,7 @@ def test_model_verification_stops_a_wrong_rewrite(llama: Path, tmp_path: Path, m
     from normfuse import verify
 
     monkeypatch.setattr(verify, "_compare_output", lambda name, *rest: ({"name": name, "max_rel": 1.0}, False))
+    monkeypatch.setattr("normfuse.frontends.onnx_wide.widen_norms", lambda model: 0)
     with pytest.raises(normfuse.VerificationError, match="nothing was written"):
         normfuse.rewrite(llama, tmp_path / "out.onnx", normfuse.Config(verify="model"))
     assert not list(tmp_path.iterdir())
@@ -184,6 +185,7 @@ def test_model_verification_copies_no_weights_twice(right: bool, llama: Path, tm
     monkeypatch.setattr(files, "_copy_data", counted)
     if not right:
         monkeypatch.setattr(verify, "_compare_output", lambda name, *rest: ({"name": name, "max_rel": 1.0}, False))
+        monkeypatch.setattr("normfuse.frontends.onnx_wide.widen_norms", lambda model: 0)
         with pytest.raises(normfuse.VerificationError, match="nothing was written"):
             normfuse.rewrite(source, out / "out.onnx", normfuse.Config(verify="model"))
     else:

@@ -24,6 +24,7 @@ from normfuse.frontends.onnx_ops import GROUP_NORMS
 from normfuse.frontends.onnx_repair import repair
 from normfuse.frontends.onnx_skip import SkipEmitter, take_apart, with_sum
 from normfuse.frontends.onnx_region import as_function, rest_of, results_of
+from normfuse.frontends.onnx_twins import merge, twins
 from normfuse.graph import Node, Value
 from normfuse.passmanager import Abilities, fuse, plan
 from normfuse.passes.remove_dead import live
@@ -63,13 +64,14 @@ class OnnxModel:
             model.ir_version = FIRST_WITH_DEFAULTS
         self.emitter = Emitter(self.opset)
         self.progress("reading", 0.0)
+        self.operators_before = operators(self.model)
+        self.nodes_before = sum(self.operators_before.values())
+        self.merged = merge(twins(model))
         self.lowerings = lower(model)
         self.repaired = repair(self.lowerings, self.opset) if rewrite else 0
         if self.repaired:
             self.lowerings = lower(model)
         self.sorted = SORTED in model.meta
-        self.operators_before = operators(self.model)
-        self.nodes_before = sum(self.operators_before.values())
         self.table = Table(config)
         changes = (rewrite or config.converts) and self.opset > 0  # no operators of ONNX where none are imported
         self.respelled = Counter[Row]()
@@ -156,6 +158,8 @@ class OnnxModel:
         found = []
         if self.repaired:
             found.append(f"{self.repaired} norm operators of mixed types, which no runtime takes, were given a Cast")
+        if self.merged:
+            found.append(f"{self.merged} nodes computed what others before them do, and a mean is taken of it: merged")
         if self.sorted:
             found.append("the nodes were not in topological order, which ONNX demands: sorted")
         used = Counter(self.respelled)
@@ -230,7 +234,7 @@ class OnnxModel:
             while not self._write_out(low, one):
                 self._again(low, one)
         if not any(one.edits() for one in self.plans):
-            return bool(self.repaired or self.respelled or self.sorted)
+            return bool(self.repaired or self.merged or self.respelled or self.sorted)
         used = names_of(low.source for low in self.lowerings) | set(self.model.graph.initializers)
         used.update(node.name for low in self.lowerings for node in low.source)
         for low, one in zip(self.lowerings, self.plans, strict=True):
