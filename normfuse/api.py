@@ -249,13 +249,9 @@ def _read(path: Path) -> tuple[ir.Model, Source]:
 
 
 def _inspect_ir(model: ir.Model, own: bool = False) -> Report:
-    from normfuse.frontends.onnx_model import FIRST_WITH_DEFAULTS, OnnxModel
-    from normfuse.frontends.onnx_twins import twins
+    from normfuse.frontends.onnx_model import OnnxModel
 
-    edited = model.functions or model.ir_version < FIRST_WITH_DEFAULTS or twins(model)  # it is read in another form
-    source = model.clone() if edited and not own else model
-    one = OnnxModel(source, Config(), rewrite=False)
-    return _onnx_report(one, rewritten=False)
+    return _onnx_report(OnnxModel(model, Config(), rewrite=False, own=own), rewritten=False)
 
 
 def _rewrite_ir(model: ir.Model, config: Config, progress: Progress | None, calibration: Any = None,
@@ -291,7 +287,7 @@ def _rewrite_ir(model: ir.Model, config: Config, progress: Progress | None, cali
     one = onnx_model.OnnxModel(model, config, rewrite=True, progress=progress)
     if first is not None:
         one.respelled += first.respelled
-        one.merged += first.merged
+        one.merged, one.laid = one.merged + first.merged, one.laid + first.laid
         one.sorted = one.sorted or first.sorted  # what was converted and put back is a copy
     planned = time.perf_counter()
     if config.verify != "off":
@@ -313,7 +309,7 @@ def _rewrite_ir(model: ir.Model, config: Config, progress: Progress | None, cali
         report.recall(before)
     other = any(r.verdict != "kept" for r in records) or bool(notes)
     inner = any(p.edits() for p in one.plans[1:]) or (one.sorted and len(one.plans) > 1)
-    plain = not (one.inlined or one.merged or (first and first.inlined) or inner or other)
+    plain = not (one.inlined or one.merged or one.laid or (first and first.inlined) or inner or other)
     return model, report, changed or other, plain
 
 

@@ -31,11 +31,13 @@ TELLING = ("NF112", "NF117")
 
 @dataclass(slots=True)
 class Recognition:
-    """What is known of a graph: facts per value index and root, the sites in topological order, the refusals."""
+    """What is known of a graph: facts per value index and root, the sites in topological order, the refusals, and what
+    has the form of a norm in another layout than its root."""
 
     facts: dict[int, dict[RootKey, Fact]] = field(default_factory=dict)
     sites: list[Site] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
+    turned: list[tuple[Value, Fact]] = field(default_factory=list)
 
     def describe(self, value: Value) -> str:
         """The fact of a value as a formula; a value about which nothing is known is its own root."""
@@ -77,7 +79,8 @@ class _Recogniser:
             self._plant(value)
         for node in self.graph.nodes:
             self._step(node)
-        self.out.sites = Chooser(self.graph, self.facts, self.params, self.askew, self.misses).sites()
+        chooser = Chooser(self.graph, self.facts, self.params, self.askew, self.misses)
+        self.out.sites, self.out.turned = chooser.sites(), chooser.turned
         self._refusals()
         return self.out
 

@@ -30,6 +30,7 @@ class Chooser:
                  askew: set[tuple[RootKey, int]], misses: dict[RootKey, list[Miss]]) -> None:  # fmt: skip
         self.graph, self.facts, self.params, self.askew, self.misses = graph, facts, params, askew, misses
         self.made: list[Site] = []
+        self.turned: list[tuple[Value, Fact]] = []  # what has the form of a norm in another layout than its root
         self.taken: set[int] = set()  # the values of the sites
 
     def sites(self) -> list[Site]:
@@ -51,6 +52,8 @@ class Chooser:
                         self.misses.setdefault(key, []).append(miss)
                     continue
                 groups.setdefault(value.index, set()).add(key)
+                if not whole:
+                    self.turned.append((value, fact))
                 used = {(key, atom[1]) for p in (found.weight, found.bias) for term in p for atom, _ in term}
                 if whole and self.askew.isdisjoint(used):  # else the norm is that of a transposed tensor
                     matches.setdefault(value.index, []).append((fact, found))

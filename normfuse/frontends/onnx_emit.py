@@ -11,7 +11,7 @@ Names, types and shapes of the values that stay are kept; a new node takes over 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -214,18 +214,18 @@ class Emitter:
                         term = operand if exponent > 0 else self._node(nodes, "Reciprocal", [operand], name)
                     else:
                         term = self._node(nodes, "Mul" if exponent > 0 else "Div", [term, operand], name)
-            number = self.constant(np.array(c), dtype, "number")
-            term = number if term is None else term if c == 1 else self._node(nodes, "Mul", [term, number], name)
+            if term is None or c != 1:
+                number = self.constant(np.array(c), dtype, "number")
+                term = number if term is None else self._node(nodes, "Mul", [term, number], name)
             total = term if total is None else self._node(nodes, "Add", [total, term], name)
         assert total is not None
         if self._as_it_is(norm, expr):
             return total
-        one = self.constant(np.ones(_width(norm)), dtype, "ones")
         if any(_numel(v.shape) == math.prod(_width(norm)) != 1 and v.shape != _shape(norm)
                for _, factors in expr for v, _ in factors):  # fmt: skip
             shape = self.constant(np.array(_width(norm)), "int64", "shape")
             return self._node(nodes, "Reshape", [total, shape], name)
-        total = self._node(nodes, "Mul", [total, one], name)
+        total = self._node(nodes, "Mul", [total, self.constant(np.ones(_width(norm)), dtype, "ones")], name)
         if any(len(v.shape or ()) > len(norm.axes) for _, factors in expr for v, _ in factors):
             shape = self.constant(np.array(_width(norm)), "int64", "shape")
             total = self._node(nodes, "Reshape", [total, shape], name)
@@ -355,6 +355,26 @@ def unique(name: str, used: set[str | None]) -> str:
         found = f"{name}_{i}"
     used.add(found)
     return found
+
+
+def discard(nodes: Iterable[ir.Node], needed: Collection[ir.Node]) -> None:
+    """Delete nodes that nobody reads, then the constants and initializers that only they read, and what these are made
+    of, but what is `needed`."""
+    todo = list(nodes)
+    while todo:
+        node = todo.pop(0)
+        if node.graph is None or any(v.uses() or v.is_graph_output() for v in node.outputs):
+            continue
+        operands = [v for v in node.inputs if v is not None]
+        node.graph.remove(node, safe=True)
+        for v in operands:
+            producer = v.producer()
+            if v.uses() or v.is_graph_output():
+                continue
+            if producer is not None and producer not in needed:
+                todo.append(producer)
+            elif v.is_initializer() and not v.is_graph_input() and v.graph is not None:
+                v.graph.initializers.pop(v.name or "")
 
 
 def names_of(graphs: Iterable[ir.Graph]) -> set[str | None]:

@@ -17,9 +17,19 @@ from normfuse.errors import InputError, UnsupportedError, first_line
 from normfuse.field import Prover
 from normfuse.frontends.onnx import SORTED, Lowering, lower
 from normfuse.frontends.onnx_check import MOST, Checker
-from normfuse.frontends.onnx_emit import DOMAIN, Emitter, evaluate, names_of, register_functions, spread, unique
+from normfuse.frontends.onnx_emit import (
+    DOMAIN,
+    Emitter,
+    discard,
+    evaluate,
+    names_of,
+    register_functions,
+    spread,
+    unique,
+)
 from normfuse.frontends.onnx_fused import FusedEmitter, fused_already
 from normfuse.frontends.onnx_half import widen
+from normfuse.frontends.onnx_layout import lay, turned
 from normfuse.frontends.onnx_ops import GROUP_NORMS
 from normfuse.frontends.onnx_repair import repair
 from normfuse.frontends.onnx_skip import SkipEmitter, take_apart, with_sum
@@ -49,7 +59,10 @@ class OnnxModel:
     Raises `InputError` where the graph is not one (cycles, no opset), `UnsupportedError` below opset 9.
     """
 
-    def __init__(self, model: ir.Model, config: Config, rewrite: bool, progress: Progress | None = None) -> None:
+    def __init__(self, model: ir.Model, config: Config, rewrite: bool, progress: Progress | None = None,
+                 own: bool = True) -> None:  # fmt: skip
+        if not own and (model.functions or model.ir_version < FIRST_WITH_DEFAULTS or twins(model)):
+            model = model.clone()  # it is read in another form
         self.model, self.config = model, config
         self.progress = progress or (lambda what, share: None)
         self.opset = model.graph.opset_imports.get("", model.graph.opset_imports.get("ai.onnx", 0))
@@ -85,9 +98,23 @@ class OnnxModel:
         self.fused = (SkipEmitter(self.emitter, self.table) if config.target in PROVIDERS else
                       FusedEmitter(self.emitter, config.numerics == "exact"))  # fmt: skip
         self.plans = [plan(low.graph, config, self._abilities(low), rewrite) for low in self.lowerings]
+        self.laid = self._lay(own)
+        if self.laid:
+            self.lowerings = lower(self.model)
+            self.plans = [plan(low.graph, config, self._abilities(low), rewrite) for low in self.lowerings]
         self.checks: dict[Site, Check] = {}
         self.moved: dict[ir.Value, ir.Value] = {}
         self.written: dict[Site, tuple[ir.Function, list[Value]]] = {}
+
+    def _lay(self, own: bool) -> int:
+        """Write norms that are in two layouts in one; how many."""
+        found = [(low, one.found, turned(low, one.found)) for low, one in zip(self.lowerings, self.plans, strict=True)]
+        if not own and any(norms for _, _, norms in found):
+            self.model = self.model.clone()
+            self.lowerings = lower(self.model)
+            plans = [plan(low.graph, self.config, self._abilities(low), False) for low in self.lowerings]
+            found = [(low, one.found, turned(low, one.found)) for low, one in zip(self.lowerings, plans, strict=True)]
+        return sum(lay(low, recognition, norms, self.opset) for low, recognition, norms in found)
 
     def _abilities(self, low: Lowering) -> Abilities:
         can = Abilities(self._expressible, functions=True, statistics=self.emitter.gives_statistics, leave=self._leave,
@@ -160,6 +187,8 @@ class OnnxModel:
             found.append(f"{self.repaired} norm operators of mixed types, which no runtime takes, were given a Cast")
         if self.merged:
             found.append(f"{self.merged} nodes computed what others before them do, and a mean is taken of it: merged")
+        if self.laid:
+            found.append(f"{self.laid} norms took statistics in another layout than their result's: written in one")
         if self.sorted:
             found.append("the nodes were not in topological order, which ONNX demands: sorted")
         used = Counter(self.respelled)
@@ -234,7 +263,7 @@ class OnnxModel:
             while not self._write_out(low, one):
                 self._again(low, one)
         if not any(one.edits() for one in self.plans):
-            return bool(self.repaired or self.merged or self.respelled or self.sorted)
+            return bool(self.repaired or self.merged or self.laid or self.respelled or self.sorted)
         used = names_of(low.source for low in self.lowerings) | set(self.model.graph.initializers)
         used.update(node.name for low in self.lowerings for node in low.source)
         for low, one in zip(self.lowerings, self.plans, strict=True):
@@ -325,21 +354,8 @@ class OnnxModel:
         gone += [native for native, nodes in by_native.items() if all(node in dead for node in nodes)]
         lowered = {node.native for node in live(low.graph)} - set(gone)  # not the making of shapes, which views read
         params = [v.native.producer() for edit in one.edits() for v in edit.parameters()]
-        todo = list(reversed(gone)) + [node for node in params if node is not None]  # a view may have been seen through
-        while todo:
-            node = todo.pop(0)
-            if node.graph is None or any(v.uses() or v.is_graph_output() for v in node.outputs):
-                continue
-            operands = [v for v in node.inputs if v is not None]
-            node.graph.remove(node, safe=True)
-            for v in operands:
-                producer = v.producer()
-                if v.uses() or v.is_graph_output():
-                    continue
-                if producer is not None and producer not in lowered:
-                    todo.append(producer)
-                elif v.is_initializer() and not v.is_graph_input() and v.graph is not None:
-                    v.graph.initializers.pop(v.name)
+        # a view of a parameter may have been seen through
+        discard([*reversed(gone), *(node for node in params if node is not None)], lowered)
 
 
 def operators(model: ir.Model) -> dict[str, int]:

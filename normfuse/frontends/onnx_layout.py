@@ -1,0 +1,253 @@
+"""Norms whose statistics are taken in one layout and applied in another, written in that of the result.
+
+    m = mean(x, 1); d = x - m; r = rsqrt(mean(d^2, 1) + eps); y = T(d) * T(r)
+                                  becomes      x' = T(x); m = mean(x', -1); d = x' - m; ... y = d * r
+
+The transpose optimisers of tf2onnx and ONNX Runtime leave it so. The nodes are the model's own, in their order, with
+each operand in the other layout: nothing is rounded that was not. The facts tell the layout of every value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from normfuse.facts import ONE, ZERO, Fact, Refused, RootKey
+from normfuse.frontends.onnx import Lowering
+from normfuse.frontends.onnx_emit import discard, names_of, unique
+from normfuse.graph import Node, Value
+from normfuse.norm import VIEWS, Site, match, region
+from normfuse.passes.remove_dead import live
+from normfuse.recognise import Recognition
+from normfuse.transfer import SPREAD, align, identity_layout
+
+AXES_INPUT = {"ReduceMean": 18, "ReduceSum": 13}
+"""The reductions that are written anew, and from which opset on their axes are an input."""
+COPIES = frozenset({*VIEWS, "identity"})
+ELEMENTWISE = frozenset("add sub mul div neg abs square pow sqrt rsqrt reciprocal max cast".split())
+MAX_NODES = 64
+
+
+class _No(Exception):
+    """This one stays as it is."""
+
+
+@dataclass(slots=True)
+class Turned:
+    """A norm: its result, the root that it is one of, and the nodes between, in order."""
+
+    value: Value
+    key: RootKey
+    nodes: list[Node]
+
+
+def turned(low: Lowering, found: Recognition) -> list[Turned]:
+    """The norms of a graph that are such."""
+    keys: dict[Value, list[RootKey]] = {}
+    for value, fact in found.turned:
+        assert value.producer is not None
+        if _permuted(fact) and value.producer.kind not in COPIES:
+            keys.setdefault(value, []).append(fact.root.key())
+    sites = [(site, set(region(site.value, site.norm))) for site in found.sites] if keys else []
+    taken: set[Node] = set()
+    out: list[Turned] = []
+    for value in reversed(keys):
+        if value.native is None or any(v in keys for node in value.uses for v in node.outputs):
+            continue  # a step towards another
+        kinds = {key: match(found.facts[value.index][key]).kind for key in keys[value]}
+        for key in sorted(kinds, key=lambda key: (kinds[key] != "layer_norm", key)):
+            nodes = _nodes(low, found, value, key)
+            if nodes is None or not taken.isdisjoint(nodes):
+                continue
+            fact, inside = found.facts[value.index][key], set(nodes)
+            if all(_less(site, own, fact, kinds[key], inside) for site, own in sites if not inside.isdisjoint(own)):
+                taken.update(nodes)
+                out.append(Turned(value, key, nodes))
+                break
+    return out[::-1]
+
+
+def _less(site: Site, own: set[Node], fact: Fact, kind: str, nodes: set[Node]) -> bool:
+    """Whether a norm that was found is a part of another one, and the worse form."""
+    if site.norm.kind != kind:  # the RMSNorm of what a LayerNorm takes the mean from
+        return kind == "layer_norm" and own <= nodes
+    last = len(fact.layout) - len(fact.root.axes)
+    return own <= nodes and fact.root.axes[0] < last and all(e[0] in fact.root.axes for e in fact.layout[last:] if e)
+
+
+def _permuted(fact: Fact) -> bool:
+    """Whether a value has the axes of its root in another order."""
+    return sorted(fact.layout) == sorted(identity_layout(fact.root.value))
+
+
+def _plain(fact: Fact | None) -> bool:
+    """Whether a value is its root, in any layout."""
+    return fact is not None and fact.alpha == {ONE: 1.0} and fact.beta == ZERO and not (fact.kappa or fact.trace)
+
+
+def _nodes(low: Lowering, found: Recognition, value: Value, key: RootKey) -> list[Node] | None:
+    """The nodes between a root and its norm, if each is one of the model's and nobody else reads what they give."""
+    facts = {index: by[key] for index, by in found.facts.items() if key in by}
+    root = facts[value.index].root.value
+    nodes: set[Node] = set()
+    todo = [value]
+    while todo:
+        node = todo.pop().producer
+        if node is None or node in nodes:
+            continue
+        known = [v for v in node.inputs if v.index in facts]
+        if not known or len(nodes) > MAX_NODES or not _written(low, node):
+            return None
+        nodes.add(node)
+        todo += [v for v in known if v is not root]
+    natives = [node.native for node in nodes]
+    if root.native is None or len(set(natives)) < len(natives):
+        return None
+    for v in (v for node in nodes for v in node.outputs if v is not value and not _plain(facts.get(v.index))):
+        if v.kept or not nodes.issuperset(v.uses):
+            return None
+    return sorted(nodes, key=lambda node: node.index)
+
+
+def _written(low: Lowering, node: Node) -> bool:
+    """Whether a node can be written in another layout."""
+    native = node.native
+    if not isinstance(native, ir.Node) or native.graph is not low.source or native.domain not in ("", "ai.onnx"):
+        return False
+    if node.kind in ("mean", "sum"):
+        return native.op_type in AXES_INPUT and bool(node.attrs["axes"])
+    return node.kind in COPIES or (node.kind in ELEMENTWISE and len(native.outputs) == 1)
+
+
+def lay(low: Lowering, found: Recognition, norms: Sequence[Turned], opset: int) -> int:
+    """Write norms in the layout of their results; how many could be."""
+    if not norms:
+        return 0
+    used = names_of([low.source]) | {node.name for node in low.source}
+    inside = {node.native for norm in norms for node in norm.nodes}
+    needed = {node.native for node in live(low.graph)} - inside
+    count = 0
+    for norm in norms:
+        writer = _Writer(low, found, norm, opset, used)
+        try:
+            result = writer.run()
+        except (_No, Refused):
+            continue
+        _put(norm, writer.nodes, result, used, needed)
+        count += 1
+    return count
+
+
+def _put(norm: Turned, nodes: list[ir.Node], result: ir.Value, used: set[str | None], needed: set[ir.Node]) -> None:
+    old: ir.Value = norm.value.native
+    last = old.producer()
+    assert last is not None and last.graph is not None
+    for i, node in enumerate(nodes):
+        node.name = unique(f"{last.name or old.name}/{i}", used)
+        node.outputs[0].name = unique(f"{old.name}_{i}", used)
+        node.metadata_props.update(last.metadata_props)
+    last.graph.insert_before(last, nodes)
+    new = result.producer()
+    assert new is not None
+    new.name, new.doc_string = last.name, last.doc_string
+    result.name, result.shape, result.type = old.name, old.shape, old.type
+    old.replace_all_uses_with(result, replace_graph_outputs=True)
+    discard([node.native for node in reversed(norm.nodes)], needed)
+
+
+class _Writer:
+    """Makes the nodes of one norm anew."""
+
+    def __init__(self, low: Lowering, found: Recognition, norm: Turned, opset: int, used: set[str | None]) -> None:
+        self.low, self.norm, self.opset, self.used = low, norm, opset, used
+        self.facts = {index: by[norm.key] for index, by in found.facts.items() if norm.key in by}
+        fact = self.facts[norm.value.index]
+        self.root, self.layout = fact.root, fact.layout
+        self.nodes: list[ir.Node] = []
+        self.made: dict[int, ir.Value] = {}
+
+    def run(self) -> ir.Value:
+        """The result, in its own layout as all that it is made of."""
+        for node in self.norm.nodes:
+            out = node.outputs[0]
+            if _plain(self.facts[out.index]):
+                self.made[out.index] = self.x()
+            elif node.kind in COPIES:
+                self.made[out.index] = self.of(node.inputs[0])
+            elif node.kind in ("mean", "sum"):
+                self.made[out.index] = self.reduced(node)
+            else:
+                self.made[out.index] = self.elementwise(node)
+        found = self.made[self.norm.value.index]
+        if found.producer() not in self.nodes:
+            raise _No
+        return found
+
+    def node(self, op: str, inputs: Sequence[ir.Value | None], attrs: Sequence[ir.Attr] = ()) -> ir.Value:
+        self.nodes.append(ir.Node("", op, inputs, attrs))
+        return self.nodes[-1].outputs[0]
+
+    def constant(self, numbers: Sequence[int]) -> ir.Value:
+        return self.node("Constant", [], [ir.AttrTensor("value", ir.tensor(np.array(numbers, np.int64)))])
+
+    def x(self) -> ir.Value:
+        """The root in the layout of the result."""
+        index = self.root.value.index
+        if index not in self.made:
+            axes = [entry[0] if entry else None for entry in self.layout]
+            rest = iter(a for a in range(len(axes)) if a not in axes)  # of one element: any of them
+            perm = [next(rest) if a is None else a for a in axes]
+            self.made[index] = self.node("Transpose", [self.root.value.native], [ir.AttrInt64s("perm", perm)])
+        return self.made[index]
+
+    def of(self, value: Value) -> ir.Value:
+        return self.x() if value is self.root.value else self.made[value.index]
+
+    def reduced(self, node: Node) -> ir.Value:
+        native: ir.Node = node.native
+        source = node.inputs[0]
+        layout = self.facts[source.index].layout
+        over = {a for i in node.attrs["axes"] for a in layout[i]}
+        axes = [i for i, entry in enumerate(self.layout) if entry and entry[0] in over]
+        attrs = [ir.AttrInt64("keepdims", 1)]
+        if self.opset >= AXES_INPUT[native.op_type]:
+            return self.node(native.op_type, [self.of(source), self.constant(axes)], attrs)
+        return self.node(native.op_type, [self.of(source)], [ir.AttrInt64s("axes", axes), *attrs])
+
+    def elementwise(self, node: Node) -> ir.Value:
+        native: ir.Node = node.native
+        beside = next(v for v in node.inputs if v.index in self.facts)
+        inputs = [None if v is None else self.operand(self.low.value(v), v, beside) for v in native.inputs]
+        return self.node(native.op_type, inputs, list(native.attributes.values()))
+
+    def operand(self, value: Value, native: ir.Value, beside: Value) -> ir.Value:
+        """What a node reads, in the layout of the result."""
+        if value.index in self.facts:
+            return self.of(value)
+        shape = value.shape
+        if shape is None or len(shape) > len(self.layout) or not all(isinstance(d, int) for d in shape):
+            raise _No
+        aligned = align(value, self.facts[beside.index].layout, self.root, beside.shape)
+        long = [(i, entry) for i, entry in enumerate(aligned) if entry and shape[i] != 1]
+        if any(entry == SPREAD or len(entry) != 1 for _, entry in long):
+            raise _No
+        places = [self.layout.index(entry) for _, entry in long]
+        sizes = [d for d in shape if isinstance(d, int)]
+        target = [1] * len(self.layout)
+        for (i, _), place in zip(long, places, strict=True):
+            target[place] = sizes[i]
+        if sizes == target[len(target) - len(shape) :] and set(target[: len(target) - len(shape)]) <= {1}:
+            return native
+        if places != sorted(places):
+            raise _No
+        tensor = native.const_value if value.leaf and value.fixed and not value.overridable else None
+        if tensor is None or isinstance(tensor, ir.ExternalTensor):
+            return self.node("Reshape", [native, self.constant(target)])
+        name = unique(f"{native.name}_{self.norm.value.name}", self.used)
+        held = ir.Tensor(tensor.numpy().reshape(target), dtype=tensor.dtype, name=name)
+        made = ir.Value(name=name, shape=ir.Shape(target), type=ir.TensorType(tensor.dtype), const_value=held)
+        self.low.source.register_initializer(made)
+        return made

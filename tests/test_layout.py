@@ -1,0 +1,223 @@
+"""Norms of ONNX whose statistics, and what is made of them, stand in several layouts, as the transpose optimisers of
+tf2onnx and ONNX Runtime leave them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+import normfuse
+from normfuse.io.files import from_proto
+from normfuse.verify import session
+
+SIZES = {"B": 2, "C": 16, "H": 3, "W": 5}
+FIRST, LAST = "BCHW", "BHWC"
+
+
+class Net:
+    """Writes a model in which each value is asked for in some layout, by a Transpose where it stands in the other."""
+
+    def __init__(self, opset: int, dtype: str, open_batch: bool) -> None:
+        self.opset, self.dtype, self.open = opset, dtype, open_batch
+        self.lines: list[str] = []
+        self.arrays: dict[str, Any] = {}
+        self.known: dict[tuple[str, str], str] = {}
+        self.single: set[str] = set()
+        self.views = 0
+
+    def held(self, array: Any) -> str:
+        name = f"c{len(self.arrays)}"
+        self.arrays[name] = np.asarray(array)
+        return name
+
+    def new(self, name: str, layout: str, line: str) -> str:
+        self.lines.append(f"{name} = {line}")
+        self.known[name, layout] = name
+        return name
+
+    def at(self, name: str, layout: str, reshape: bool = False) -> str:
+        """A value in a layout."""
+        if (name, layout) not in self.known:
+            (other,) = (way for n, way in self.known if n == name)
+            source, self.views = self.known[name, other], self.views + 1
+            if reshape and name in self.single:
+                target = [1 if axis == "C" else 0 if axis == "B" else SIZES[axis] for axis in layout]
+                line = f"Reshape({source}, {self.held(np.array(target))})"
+            else:
+                line = f"Transpose<perm = {[other.index(axis) for axis in layout]}>({source})"
+            self.lines.append(f"{name}_{layout} = {line}")
+            self.known[name, layout] = f"{name}_{layout}"
+        return self.known[name, layout]
+
+    def row(self, array: Any, layout: str) -> str:
+        """A weight of the channels."""
+        return self.held(array.reshape(-1, 1, 1) if layout == FIRST else array)
+
+    def mean(self, name: str, source: str, layout: str) -> None:
+        axis = layout.index("C")
+        if self.opset >= 18:
+            self.new(name, layout, f"ReduceMean<keepdims = 1>({source}, {self.held(np.array([axis]))})")
+        else:
+            self.new(name, layout, f"ReduceMean<keepdims = 1, axes = [{axis}]>({source})")
+        self.single.add(name)
+
+    def model(self, result: str, layout: str, more: str = "") -> onnx.ModelProto:
+        kind = {"f4": "float", "f2": "float16"}[self.dtype]
+
+        def shape(way: str) -> str:
+            return ", ".join("B" if axis == "B" and self.open else str(SIZES[axis]) for axis in way)
+
+        made = onnx.parser.parse_model(f'''<ir_version: 8, opset_import: ["": {self.opset}]>
+            g ({kind}[{shape(FIRST)}] x) => ({kind}[{shape(layout)}] {self.known[result, layout]}{more})
+            {{ {" ".join(self.lines)} }}''')
+        made.graph.initializer.extend(numpy_helper.from_array(np.asarray(a), name) for name, a in self.arrays.items())
+        onnx.checker.check_model(made, full_check=True)
+        return made
+
+
+def norm(way: Callable[[], str], kind: str, opset: int = 18, dtype: str = "f4", one_pass: bool = False,
+         open_batch: bool = False, reshape: bool = False, affine: bool = True) -> tuple[Net, str, str]:  # fmt: skip
+    """A norm of x over its channels; `way` gives the layout of each step in turn. The model, its result, the layout."""
+    net, rng = Net(opset, dtype, open_batch), np.random.default_rng(0)
+    net.known["x", FIRST] = "x"
+    eps, two = net.held(np.asarray(1e-5 if dtype == "f4" else 1e-3, dtype)), net.held(np.asarray(2, dtype))
+
+    def binary(name: str, op: str, a: str, b: str) -> None:
+        layout = way()
+        net.new(name, layout, f"{op}({net.at(a, layout, reshape)}, {net.at(b, layout, reshape)})")
+
+    def unary(name: str, line: str, a: str) -> None:
+        layout = way()
+        net.new(name, layout, line.format(net.at(a, layout, reshape)))
+        if a in net.single:
+            net.single.add(name)
+
+    def mean(name: str, a: str) -> None:
+        layout = way()
+        net.mean(name, net.at(a, layout), layout)
+
+    centred = "x"
+    if kind == "layer_norm":
+        mean("m", "x")
+        binary("d", "Sub", "x", "m")
+        centred = "d"
+    if one_pass and kind == "layer_norm":
+        binary("q", "Mul", "x", "x")
+        mean("p", "q")
+        binary("mm", "Mul", "m", "m")
+        binary("v", "Sub", "p", "mm")
+        net.single |= {"mm", "v"}
+    else:
+        unary("q", f"Pow({{}}, {two})", centred)
+        mean("v", "q")
+    unary("e", f"Add({{}}, {eps})", "v")
+    unary("r", "Sqrt({})", "e")
+    binary("n", "Div", centred, "r")
+    result = "n"
+    for name, op in (("s", "Mul"), ("y", "Add")) if affine else ():
+        layout, row = way(), rng.random(SIZES["C"]).astype(dtype)
+        net.new(name, layout, f"{op}({net.at(result, layout)}, {net.row(row, layout)})")
+        result = name
+    return net, result, next(layout for name, layout in net.known if name == result)
+
+
+def equal(one: onnx.ModelProto, other: onnx.ModelProto, dtype: str = "f4") -> bool:
+    x = (np.random.default_rng(1).standard_normal([SIZES[axis] for axis in FIRST]) * 3 + 5).astype(dtype)
+    results = [session(m.SerializeToString()).run(None, {"x": x}) for m in (one, other)]
+    return all(np.abs(a.astype("f8") - b).max() <= (2e-6 if dtype == "f4" else 4e-3) * max(1, np.abs(a).max())
+               for a, b in zip(*results, strict=True))  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["layer_norm", "rms_norm"])
+@pytest.mark.parametrize("seed", range(24))
+def test_each_step_in_some_layout(seed: int, kind: str) -> None:
+    rng = np.random.default_rng(seed)
+    flags = {name: bool(rng.integers(2)) for name in ("one_pass", "open_batch", "reshape", "affine")}
+    opset, dtype = int(rng.choice([13, 17, 18])), "f2" if seed % 4 == 3 and not flags["one_pass"] else "f4"
+    net, result, layout = norm(lambda: str(rng.choice([FIRST, LAST])), kind, opset, dtype, **flags)
+    given = net.model(result, layout)
+    assert [n.kind for n in normfuse.inspect(given).norms] == [kind]
+    made, report = normfuse.optimize(given)
+    assert report.fused == 1 and not report.refusals and equal(given, made, dtype)
+    onnx.checker.check_model(made, full_check=True)
+    assert sum(n.op_type == "Transpose" for n in made.graph.node) <= 2
+    again, _ = normfuse.optimize(made)
+    assert again.SerializeToString() == made.SerializeToString()
+    assert unread(made) <= unread(given)
+
+
+def unread(model: onnx.ModelProto) -> set[str]:
+    """The initializers that nobody reads."""
+    return {t.name for t in model.graph.initializer} - {name for n in model.graph.node for name in n.input}
+
+
+def two(*ways: str) -> Callable[[], str]:
+    """The first for so many steps, then the last."""
+    steps = iter(ways)
+    return lambda: next(steps, ways[-1])
+
+
+STATISTICS_FIRST = two(*[FIRST] * 6, LAST)
+
+
+def test_a_norm_in_two_layouts_is_one_operator() -> None:
+    net, result, layout = norm(STATISTICS_FIRST, "layer_norm")
+    given = net.model(result, layout)
+    before = given.SerializeToString()
+    read, _ = from_proto(given, Path("m"))
+    (found,) = normfuse.inspect(read).norms
+    assert (found.kind, found.axes, found.name) == ("layer_norm", [-1], given.graph.node[-1].name or found.name)
+    assert len(list(read.graph)) == len(given.graph.node)  # what is inspected stays as it is
+    made, report = normfuse.optimize(given)
+    assert [n.op_type for n in made.graph.node] == ["Transpose", "LayerNormalization"]
+    assert any("another layout" in note for note in report.notes) and given.SerializeToString() == before
+    exact, told = normfuse.optimize(given, normfuse.Config(numerics="fast", target="normfuse"))
+    assert told.fused == 1 and equal(given, exact)
+
+
+@pytest.mark.parametrize("read", ["d", "m", "q", "n"])
+def test_what_is_read_in_the_other_layout_stays(read: str) -> None:
+    """Then the reductions would be computed twice."""
+    net, result, layout = norm(two(*[FIRST] * 7, LAST), "layer_norm")
+    shape = "2, 1, 3, 5" if read == "m" else "2, 16, 3, 5"
+    given = net.model(result, layout, f", float[{shape}] {net.known[read, FIRST]}")
+    made, _ = normfuse.optimize(given)
+    assert equal(given, made) and sum("Reduce" in n.op_type for n in made.graph.node) <= 2
+    assert not any("another layout" in note for note in normfuse.optimize(given)[1].notes)
+
+
+def test_rows_of_other_axes_are_not_mixed_up() -> None:
+    """Of a square image each layout has the same shape; the weight belongs to another axis than the statistics."""
+    lines = ("m = ReduceMean<keepdims = 1>(x, one) d = Sub(x, m) t = Transpose<perm = [0, 2, 1]>(d) q = Mul(t, t) "
+             "v = ReduceMean<keepdims = 1>(q, last) e = Add(v, eps) r = Sqrt(e) n = Div(t, r) y = Mul(n, w)")
+    for weight, norms in ((np.arange(1, 5, dtype="f4"), 1), (np.arange(1, 5, dtype="f4").reshape(4, 1), 0)):
+        given = onnx.parser.parse_model(f'''<ir_version: 8, opset_import: ["": 18]>
+            g (float[4, 4, 4] x) => (float[4, 4, 4] y) {{ {lines} }}''')
+        arrays = {"w": weight, "one": np.array([1]), "last": np.array([2]), "eps": np.float32(1e-5)}
+        given.graph.initializer.extend(numpy_helper.from_array(np.asarray(a), name) for name, a in arrays.items())
+        made, report = normfuse.optimize(given)
+        assert len([n for n in report.norms if n.weight]) == norms
+        x = np.random.default_rng(0).standard_normal((4, 4, 4)).astype("f4")
+        a, b = (session(m.SerializeToString()).run(None, {"x": x})[0] for m in (given, made))
+        assert np.abs(a - b).max() < 1e-5
+
+
+def test_it_is_converted_as_any_other() -> None:
+    """LayerNorm to RMSNorm: the request goes through the transpose to the convolution."""
+    net, result, layout = norm(STATISTICS_FIRST, "layer_norm")
+    given = net.model(result, layout)
+    rng = np.random.default_rng(2)
+    for name, shape in (("cw", (16, 16, 1, 1)), ("cb", (16,))):
+        given.graph.initializer.append(numpy_helper.from_array(rng.standard_normal(shape).astype("f4"), name))
+    for node in given.graph.node:
+        node.input[:] = ["h" if v == "x" else v for v in node.input]
+    given.graph.node.insert(0, onnx.helper.make_node("Conv", ["x", "cw", "cb"], ["h"], "conv"))
+    onnx.checker.check_model(given, full_check=True)
+    made, report = normfuse.optimize(given, normfuse.Config(layernorm_to_rmsnorm="exact"))
+    assert report.converted == 1 and equal(given, made)
