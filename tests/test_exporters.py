@@ -93,9 +93,10 @@ def repeat(test: str = "Greater", c: str = "c", g: str = "g", o: str = "o") -> o
     return model(REPEAT.format(test=test, c=c, g=g, o=o), given, f"float[B, 4, {N}] y", 13)
 
 
-@pytest.mark.parametrize("test", ["Greater", "Less"])
-def test_an_if_whose_condition_is_known(test: str, tmp_path: Path) -> None:
-    source, out = saved(repeat(test), tmp_path / "in.onnx"), tmp_path / "out.onnx"
+@pytest.mark.parametrize("given", [{"test": "Greater"}, {"test": "Less"}, {"g": "a"}, {"o": "e", "test": "Less"}])
+def test_an_if_whose_condition_is_known(given: dict[str, str], tmp_path: Path) -> None:
+    """Also where two branches have names in common."""
+    source, out = saved(repeat(**given), tmp_path / "in.onnx"), tmp_path / "out.onnx"
     report = normfuse.rewrite(source, out, normfuse.Config(verify="model"))
     assert [(n.kind, n.size, n.action, n.verified) for n in report.norms] == [("layer_norm", N, "fused", True)]
     assert not report.refusals
@@ -105,10 +106,9 @@ def test_an_if_whose_condition_is_known(test: str, tmp_path: Path) -> None:
     assert np.abs(new - want).max() <= 2 * np.abs(old - want).max() + 4 * 2.0**-23 * np.abs(want).max()
 
 
-@pytest.mark.parametrize("given", [{"c": "other"}, {"g": "a"}, {"o": "e", "test": "Less"}])
-def test_an_if_whose_shape_is_not_known(given: dict[str, str]) -> None:
-    """The condition is an input, or the nodes of two branches have names in common."""
-    report = normfuse.inspect(repeat(**given))
+def test_an_if_whose_shape_is_not_known() -> None:
+    """The condition is an input."""
+    report = normfuse.inspect(repeat(c="other"))
     assert not report.norms and {r.code for r in report.refusals} == {"NF115"}
 
 
@@ -116,8 +116,7 @@ def test_an_if_whose_branch_gives_less_than_it_has_outputs_is_no_crash() -> None
     made = repeat()
     (node,) = (n for n in made.graph.node if n.output[0] == "k")
     node.output.append("more")
-    report = normfuse.inspect(made)
-    assert not report.norms and {r.code for r in report.refusals} == {"NF115"}
+    assert len(normfuse.inspect(made).norms) == 1
 
 
 # -- JAX: jnp.var gives NaN for no elements at all ---------------------------------------------------------------------

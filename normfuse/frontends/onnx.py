@@ -18,15 +18,12 @@ from normfuse.errors import InputError
 from normfuse.frontends.onnx_contrib import CONTRIB
 from normfuse.frontends.onnx_fold import FOLDS, MAX_ELEMENTS, Array, attribute, constant_of, fold
 from normfuse.frontends.onnx_functions import function_body
-from normfuse.frontends.onnx_infer import DTYPE_NAMES, Facts, Inferred, Path, infer, infer_node, inferred, step
+from normfuse.frontends.onnx_infer import DTYPE_NAMES, Facts, infer_node
 from normfuse.frontends.onnx_ops import OPS, Row
 from normfuse.frontends.onnx_sizes import SIZES, rank_of, sizes_of
 from normfuse.frontends.onnx_views import product_shape
 from normfuse.graph import FLOATS, Dim, Graph, Shape, Value
-from normfuse.transfer import REDUCTIONS
 
-MAX_ROUNDS = 6
-"""Rounds of shape inference: ours follows computed sizes, that of `onnx` knows every operator."""
 NUMBERS = ("MatMul", "InstanceNormalization", "BatchNormalization")
 """The operators that may read a tensor of one number as that number."""
 MAX_DEPTH = 64
@@ -61,15 +58,14 @@ def node_label(node: ir.Node) -> str:
 class Lowering:
     """Builds the neutral graph of one ONNX graph.
 
-    `known` has shapes and types for what the model itself does not state. `outer` is the lowering of the graph around,
-    for the captures of a sub-graph, and `path` its place.
+    Shapes and types that the model does not state come of the operators' rows and, where these leave them open, of
+    `onnx.shape_inference` of a node by itself. `outer` is the lowering of the graph around, for the captures of a
+    sub-graph, and `path` its place.
     """
 
-    def __init__(self, source: ir.Graph, known: Inferred | None = None,
-                 outer: Lowering | None = None, path: Path = ()) -> None:  # fmt: skip
+    def __init__(self, source: ir.Graph, outer: Lowering | None = None, path: tuple[str, ...] = ()) -> None:
         self.source = source
         self.graph = Graph(source.name or "")
-        self.inferred = known or {}
         self.outer = outer
         self.values: dict[ir.Value, Value] = {}
         self.arrays: dict[ir.Value, Array] = {}
@@ -83,8 +79,6 @@ class Lowering:
             d for v in source.inputs for d in shape_of(v.shape) or () if isinstance(d, str)}  # fmt: skip
         self.inner: list[Lowering] = []
         self.folded: list[ir.Node] = []
-        self.missing = False
-        self.stuck = False  # some operator that has a row was left opaque
         for value in source.inputs:
             self._leaf(value, fixed=False)
         for value in source.initializers.values():
@@ -111,21 +105,17 @@ class Lowering:
         return "?" if dtype is None else DTYPE_NAMES[dtype]
 
     def _facts(self, value: ir.Value, shape: Shape | None, dtype: str | None) -> tuple[Shape | None, str | None]:
-        """Shape and dtype: the operator's row, what the model states and what `onnx` infers, merged axis by axis.
+        """Shape and dtype: the operator's row, or what `onnx` infers, and what the model states, merged axis by axis.
 
         Sizes win over symbols, and what follows from the inputs over what a `value_info` says. A number where the
         inputs have a symbol of their own may be left over from before they were made dynamic: it is not believed, but
-        for the size of a row, which weights settle. An operator without a row is asked of `onnx` by itself, so that
-        what follows it has a shape in the same round.
+        for the size of a row, which weights settle.
         """
-        more, kind = inferred(self.inferred, self.path, value.name or "") if self.inferred else (None, None)
-        stated = shape_of(value.shape)
-        if value.dtype is not None:
-            kind = DTYPE_NAMES[value.dtype]
-        if shape is None and ((more or stated) is None or (self.open and 1 in (stated or ()))):
+        stated, kind = shape_of(value.shape), None if value.dtype is None else DTYPE_NAMES[value.dtype]
+        if shape is None and (stated is None or (self.open and 1 in stated)):
             shape, own = self._alone(value)
             dtype = dtype or own
-        known = [s for s in (shape, stated, more) if s is not None]
+        known = [s for s in (shape, stated) if s is not None]
         known = [s for s in known if len(s) == len(known[0])]
         merged = []
         for axis, dims in enumerate(zip(*known, strict=True)):
@@ -253,8 +243,6 @@ class Lowering:
 
     def emit(self, kind: str, inputs: list[Value], output: Value, node: ir.Node, **attrs: Any) -> None:
         """Append a neutral node for an ONNX node."""
-        if (output.shape is None or output.dtype is None) and output.dtype in (None, *FLOATS):
-            self.missing = True
         origin = self.call or node
         output.fixed = all(v.fixed for v in inputs)
         self.graph.node(kind, inputs, [output], native=origin, op=origin.op_type, name=node_label(origin), **attrs)
@@ -274,7 +262,6 @@ class Lowering:
 
     def opaque(self, node: ir.Node, kind: str = "opaque") -> None:
         """A node about which the core assumes nothing."""
-        self.stuck = self.stuck or (kind == "opaque" and _row(node) is not None)
         self.join(kind, self.inputs(node), [self.bind(v, None, None) for v in node.outputs], node)
 
     def join(self, kind: str, inputs: list[Value], outputs: list[Value], node: ir.Node) -> None:
@@ -332,12 +319,14 @@ class Lowering:
     def _capture(self, node: ir.Node) -> None:
         """Values that a sub-graph reads from this graph are in use."""
         output = node.outputs[0].name or "" if node.outputs else ""
-        inner_graphs = [((*self.path, step(output, a.name, i)), g) for a in node.attributes.values()
+        inner_graphs = [((*self.path, f"{output}.{a.name}.{i}"), g) for a in node.attributes.values()
                         for i, g in enumerate(_subgraphs(a))]  # fmt: skip
-        inner = [Lowering(graph, self.inferred, self, path) for path, graph in inner_graphs if len(path) <= MAX_DEPTH]
+        inner = [Lowering(graph, self, path) for path, graph in inner_graphs if len(path) <= MAX_DEPTH]
         self.inner += inner
         if node.op_type == "If" and len(inner) == 2:
-            self.local[node] = _agreed(node, *inner)
+            truth = self.arrays.get(node.inputs[0]) if node.inputs[0] is not None else None
+            first = node.attributes["then_branch"].value
+            self.local[node] = _agreed(node, [low for low in inner if truth is None or (low.source is first) == truth])
         todo = [graph for _, graph in inner_graphs]
         while todo:
             graph = todo.pop()
@@ -433,14 +422,16 @@ class Lowering:
         return self.sizes.get(value)
 
 
-def _agreed(node: ir.Node, one: Lowering, other: Lowering) -> dict[str, Facts]:
-    """Shapes and types of the results of an If on which its branches agree; a size is known if it is the same."""
+def _agreed(node: ir.Node, branches: Sequence[Lowering]) -> dict[str, Facts]:
+    """Shapes and types of the results of an If on which the branches that it may take agree; a size is known if it is
+    the same."""
     out: dict[str, Facts] = {}
-    for value, *pair in zip(node.outputs, one.source.outputs, other.source.outputs, strict=False):
-        a, b = (low.value(v) for low, v in zip((one, other), pair, strict=True))
-        if a.shape is not None and b.shape is not None and len(a.shape) == len(b.shape) and a.dtype == b.dtype:
-            dims = tuple(d if d == e else None for d, e in zip(a.shape, b.shape, strict=True))
-            out[value.name or ""] = dims, a.dtype
+    for value, *made in zip(node.outputs, *(low.source.outputs for low in branches), strict=False):
+        found = [low.value(v) for low, v in zip(branches, made, strict=True)]
+        shapes = [v.shape for v in found if v.shape is not None]
+        if len(shapes) == len(found) and len({(len(v.shape or ()), v.dtype) for v in found}) == 1:
+            dims = tuple(d[0] if len(set(d)) == 1 else None for d in zip(*shapes, strict=True))
+            out[value.name or ""] = dims, found[0].dtype
     return out
 
 
@@ -479,9 +470,6 @@ def _subgraphs(attr: ir.Attr) -> list[ir.Graph]:
 def lower(model: ir.Model) -> list[Lowering]:
     """The neutral graphs of a model: the main graph first, then its control-flow sub-graphs.
 
-    Shapes that the model does not state are inferred, by the operators' rows or, where these leave open what a
-    norm may depend on, by `onnx.shape_inference` on a copy without the weights.
-
     Nodes that are not in topological order are put into it, in the model itself. ONNX demands that order, but ONNX
     Runtime does not, and its own converter to float16 appends casts at the end. Raises `InputError` for a cycle.
     """
@@ -501,14 +489,6 @@ def _lowered(model: ir.Model) -> list[Lowering]:
         for graph in model.graphs():
             graph.meta["normfuse.functions"] = model.functions
     first = Lowering(model.graph)
-    for _ in range(MAX_ROUNDS):
-        wanted = first.stuck or first.inner or any(node.kind in REDUCTIONS for node in first.graph.nodes)
-        if not (first.missing or first.stuck or first.inner) or not wanted:
-            break
-        known = infer(model, first.values, first.arrays)
-        if known == first.inferred or not known:
-            break
-        first = Lowering(model.graph, known)
     return [first, *_nested(first)]
 
 
