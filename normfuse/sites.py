@@ -32,10 +32,11 @@ class Chooser:
         self.made: list[Site] = []
         self.turned: list[tuple[Value, Fact]] = []  # what has the form of a norm in another layout than its root
         self.taken: set[int] = set()  # the values of the sites
+        self.matches: dict[int, list[tuple[Fact, Match]]] = {}  # what is a norm in the layout of its root
 
     def sites(self) -> list[Site]:
         """Choose, of all values that are norms, those that are not merely a step towards another one."""
-        matches: dict[int, list[tuple[Fact, Match]]] = {}  # in the layout of the root
+        matches = self.matches
         groups: dict[int, set[RootKey]] = {}  # in any layout
         values = [v for node in self.graph.nodes for v in node.outputs if v.index in self.facts]
         for value in values:
@@ -139,8 +140,12 @@ class Chooser:
         why_not = ""
         chain_name = _label(chain[0][0])
         for value, fact in chain:
-            if why_not and self._joins(chain, value):
-                break
+            if why_not and (parts := self._joined(chain, value)):
+                if not self._apart(parts):
+                    break
+                for v in parts:
+                    self._site(list(self._chain(self._best(v, self.matches[v.index])[0], v)))
+                return
             try:
                 if fact.layout != identity_layout(fact.root.value) or self._idle(value, fact):
                     continue
@@ -163,12 +168,22 @@ class Chooser:
         norm = self._norm(value, fact, match(fact), compute, "mixed")
         self.made.append(Site(value, norm, fact, is_op(value, norm), chain_name, why_not))
 
-    def _joins(self, chain: list[tuple[Value, Fact]], value: Value) -> bool:
-        """Whether, after a value on the chain, another operand depends on the root too: the value alone will not do."""
+    def _joined(self, chain: list[tuple[Value, Fact]], value: Value) -> list[Value]:
+        """What meets, after a value on the chain, if another operand depends on the root too: the value alone will not
+        do."""
         after = chain[[v for v, _ in chain].index(value) - 1][0]
         key = chain[0][1].root.key()
         assert after.producer is not None
-        return len({v for v in after.producer.inputs if key in self.facts.get(v.index, ())}) > 1
+        found = [v for v in dict.fromkeys(after.producer.inputs) if key in self.facts.get(v.index, ())]
+        return found if len(found) > 1 else []
+
+    def _apart(self, parts: list[Value]) -> bool:
+        """Whether values are norms that have no node in common: of a sum of these each is one by itself."""
+        if not all(v.index in self.matches for v in parts):
+            return False
+        best = [(v, *self._best(v, self.matches[v.index])) for v in parts]
+        nodes = [node for v, fact, m in best for node in region(v, self._norm(v, fact, m, "", ""))]
+        return len(set(nodes)) == len(nodes)
 
     def _idle(self, value: Value, fact: Fact) -> bool:
         """Only a copy or a view of a value before it that has the same layout."""

@@ -134,6 +134,17 @@ def test_a_sum_of_two_parts_with_other_roundings_is_not_taken_in_part() -> None:
     assert [(site.value, site.norm.cast) for site in found.sites] == [(y, "mixed")]
 
 
+def test_a_sum_of_two_norms_with_other_roundings_is_two() -> None:
+    """Each with statistics of its own; of the same roundings it is one."""
+
+    for narrow in (True, False):
+        g = Build()
+        one, other = g.op("mul", rms(g, g.x), g.w), rms(g, g.x)
+        other = g.op("cast", other, dtype="float16") if narrow else other
+        y = g.op("add", one, g.op("cast", other, dtype="float32"))
+        assert [site.value for site in g.found(y).sites] == ([one, other] if narrow else [y])
+
+
 def test_of_a_chain_of_roundings_the_longest_part_that_will_do_is_taken() -> None:
     def spell(g: Build, n: Value) -> list[Value]:
         c = g.op("cast", n, dtype="float16")
