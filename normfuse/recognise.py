@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from normfuse.facts import ZERO, Atom, Fact, Layout, Refused, Root, RootKey, constant, formula
+from normfuse.facts import MEAN, ONE, ZERO, Atom, Fact, Layout, Refused, Root, RootKey, constant, formula
 from normfuse.graph import FLOATS, Graph, Node, Value
 from normfuse.norm import VIEWS, Refusal, Site
 from normfuse.sites import Chooser, Miss
@@ -264,6 +264,10 @@ class _Recogniser:
     def _refusals(self) -> None:
         """One nearest miss per second moment that went into no norm."""
         done = {site.fact.root.key() for site in self.out.sites}
+        for site in self.out.sites:  # and the mean that was taken away ahead of an RMSNorm
+            for key, fact in self.facts.get(site.fact.root.value.index, {}).items():
+                if (fact.alpha, fact.beta) == ({ONE: 1.0}, {MEAN: -1.0}) and not fact.kappa:
+                    done.add(key)
         covered = {
             i for i, roots in self.seeds.items()
             if any(key in done for root in roots for key in self.facts.get(root.value.index, ()))

@@ -8,7 +8,7 @@ import pytest
 
 from normfuse.graph import Value
 from normfuse.recognise import recognise
-from tests.build import Build, Spell, centred, leaf, ln, names, rms, rstd
+from tests.build import Build, Spell, centred, leaf, ln, names, opaque, rms, rstd
 from tests.neutral import compare
 
 
@@ -138,6 +138,24 @@ def test_a_norm_of_a_centred_tensor_is_a_layer_norm_of_the_tensor() -> None:
     c = g.op("add", centred(g, g.x), g.b)
     found = g.found(g.op("mul", c, rstd(g, c)))
     assert [(s.norm.x.name, s.norm.kind) for s in found.sites] == [(c.name, "rms_norm")]
+
+
+@pytest.mark.parametrize(("one", "read", "kind"), [
+    (True, True, "rms_norm"), (True, False, "layer_norm"), (False, True, "layer_norm")])  # fmt: skip
+def test_an_operator_of_what_is_centred_for_others_too_is_an_rms_norm(one: bool, read: bool, kind: str) -> None:
+    """What a LayerNorm has been converted to; nothing is missed where the mean is taken."""
+    g = Build()
+    c = centred(g, g.x)
+    first = len(g.graph.nodes)
+    y = g.op("mul", c, rstd(g, c))
+    for node in g.graph.nodes[first:]:
+        node.native = "operator" if one else node.native
+    if read:
+        opaque(g, c, kept=True)
+    opaque(g, g.op("mul", y, g.w), kept=True)
+    found = recognise(g.graph)
+    assert [(s.norm.x.name, s.norm.kind) for s in found.sites] == [("x" if kind == "layer_norm" else c.name, kind)]
+    assert not found.refusals
 
 
 @pytest.mark.parametrize(("before", "norm", "root"), [

@@ -221,3 +221,14 @@ def test_it_is_converted_as_any_other() -> None:
     onnx.checker.check_model(given, full_check=True)
     made, report = normfuse.optimize(given, normfuse.Config(layernorm_to_rmsnorm="exact"))
     assert report.converted == 1 and equal(given, made)
+
+
+@pytest.mark.parametrize("ways", [[LAST], [FIRST], [LAST] * 9 + [FIRST]])
+def test_a_norm_in_one_layout_is_left_there(ways: list[str]) -> None:
+    """A norm of a transposed tensor is no norm of the tensor, whose layout is worse."""
+    net, result, layout = norm(two(*ways), "layer_norm")
+    net.at(result, LAST if layout == FIRST else FIRST)
+    given = net.model(result, LAST if layout == FIRST else FIRST)
+    made, report = normfuse.optimize(given)
+    assert report.fused == 1 and equal(given, made) and not any("another layout" in note for note in report.notes)
+    assert [n.name for n in report.norms] == [n.name for n in normfuse.inspect(given).norms]

@@ -74,8 +74,9 @@ def _less(site: Site, own: set[Node], fact: Fact, kind: str, nodes: set[Node]) -
     """Whether a norm that was found is a part of another one, and the worse form."""
     if site.norm.kind != kind:  # the RMSNorm of what a LayerNorm takes the mean from
         return kind == "layer_norm" and own <= nodes
-    last = len(fact.layout) - len(fact.root.axes)
-    return own <= nodes and fact.root.axes[0] < last and all(e[0] in fact.root.axes for e in fact.layout[last:] if e)
+    axes, last = fact.root.axes, len(fact.layout) - len(fact.root.axes)
+    inner = site.norm.axes[0] < (site.norm.x.rank or 0) - len(axes)
+    return own <= nodes and inner and all(e[0] in axes for e in fact.layout[last:] if e)
 
 
 def _permuted(fact: Fact) -> bool:
