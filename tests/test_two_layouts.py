@@ -232,3 +232,23 @@ def test_a_norm_in_one_layout_is_left_there(ways: list[str]) -> None:
     made, report = normfuse.optimize(given)
     assert report.fused == 1 and equal(given, made) and not any("another layout" in note for note in report.notes)
     assert [n.name for n in report.norms] == [n.name for n in normfuse.inspect(given).norms]
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize(("size", "target"), [(5, "onnx"), (2048, "onnx"), (2048, "normfuse")])
+def test_a_weight_along_an_inner_axis_is_not_seen_through_its_view(size: int, target: Any, given: bool) -> None:
+    """Of as many positions as channels it would be broadcast along these; small constants are folded."""
+    more = f", float[{size}] w" if given else ""
+    model = onnx.parser.parse_model(f'''<ir_version: 8, opset_import: ["": 18]>
+        g (float[2, {size}, {size}] x{more}) => (float[2, {size}, {size}] y) {{ q = Mul(x, x)
+        v = ReduceMean<keepdims = 1>(q, one) e = Add(v, eps) r = Sqrt(e) n = Div(x, r) u = Unsqueeze(w, one)
+        y = Mul(n, u) }}''')
+    rng = np.random.default_rng(0)
+    w, x = rng.random(size).astype("f4") + 1, rng.standard_normal((2, size, size)).astype("f4")
+    arrays = {"one": np.array([1]), "eps": np.float32(1e-5)} | ({} if given else {"w": w})
+    model.graph.initializer.extend(numpy_helper.from_array(np.asarray(a), name) for name, a in arrays.items())
+    made, report = normfuse.optimize(model, normfuse.Config(target=target))
+    assert report.fused == 1
+    feeds = {"x": x} | ({"w": w} if given else {})
+    a, b = (session(m.SerializeToString()).run(None, feeds)[0] for m in (model, made))
+    assert np.abs(a - b).max() < 1e-5

@@ -192,7 +192,8 @@ class Emitter:
             name: str) -> ir.Value:  # fmt: skip
         """The value of a weight or bias in the shape and type that the operator wants."""
         if plain(expr):
-            base = expr[0][1][0][0] if self.spelled else _unviewed(expr[0][1][0][0], norm)
+            given_as = self.spelled or self._lined_up(norm)  # along inner axes a view of it is what lines up
+            base = expr[0][1][0][0] if given_as else _unviewed(expr[0][1][0][0], norm)
             given: ir.Value = params.get(base, base.native)
             as_it_is = self._as_it_is(norm, ((1.0, ((base, 1),)),))
             if base.dtype == dtype and (as_it_is or base.shape == _shape(norm)):

@@ -13,9 +13,11 @@ from collections.abc import Hashable, Iterator
 import onnx_ir as ir
 
 from normfuse.frontends.onnx_channels import RANDOM
+from normfuse.frontends.onnx_emit import DOMAIN
 
 DOMAINS = ("", "ai.onnx", "com.microsoft.nchwc")
 """Whose operators give the same for the same."""
+NORMS = ("LayerNormalization", "RMSNormalization")
 REDUCTIONS = frozenset("ReduceMean ReduceSum ReduceSumSquare ReduceL1 ReduceL2 GlobalAveragePool".split())
 STEPS = 3
 """How many nodes may stand before the reduction: a cast, a difference, a square."""
@@ -34,7 +36,8 @@ def twins(model: ir.Model) -> dict[ir.Node, ir.Node]:
         groups: dict[ir.Node, list[ir.Node]] = {}
         for node in graph:
             key = _key(node, same)
-            one = node if key is None else first.setdefault(key, node)
+            made = key is None or _written(node)
+            one = node if made else first.setdefault(key, node)
             if one is not node:
                 ones[node] = one
                 groups.setdefault(one, [one]).append(node)
@@ -76,6 +79,12 @@ def _key(node: ir.Node, same: dict[ir.Value, ir.Value]) -> Hashable:
               for a in node.attributes.values())  # fmt: skip
     inputs = tuple(None if v is None else same.get(v, v) for v in node.inputs)
     return node.domain, node.op_type, node.overload, inputs, frozenset(values), len(node.outputs)
+
+
+def _written(node: ir.Node) -> bool:
+    """Whether only norms that are one operator read a node, as the cast ahead of one that this rewrite has put there."""
+    readers = list(_readers(node))
+    return bool(readers) and all(user.domain == DOMAIN or user.op_type.endswith(NORMS) for user in readers)
 
 
 def _reduced(node: ir.Node) -> bool:
