@@ -348,13 +348,15 @@ def _view(node: Node, source: Value) -> Layout | None:
 
 
 def _askew(aligned: Layout, root: Root) -> bool:
-    """Whether a parameter, as it stands, is broadcast to other axes of a root than those that it goes with."""
-    rank = root.value.rank
-    assert rank is not None
-    if root.axes == tuple(range(rank - len(root.axes), rank)):
-        taken = [axis for entry in aligned if entry != SPREAD for axis in entry]
-        return taken != sorted(taken)
-    return any(entry not in ((), SPREAD, (rank - len(aligned) + i,)) for i, entry in enumerate(aligned))
+    """Whether a parameter, as it stands, is broadcast to other axes of a root than those that it goes with. Of the last
+    axes it may have all, in their order, wherever they stand."""
+    rank, shape = root.value.rank, root.value.shape
+    assert rank is not None and shape is not None
+    placed = all(entry in ((), SPREAD, (rank - len(aligned) + i,)) for i, entry in enumerate(aligned))
+    if placed or root.axes != tuple(range(rank - len(root.axes), rank)):
+        return not placed
+    taken = [axis for entry in aligned if entry != SPREAD for axis in entry]
+    return taken != sorted(taken) or not {a for a in root.axes if shape[a] != 1} <= set(taken)
 
 
 def _matrix(value: Value, position: int, layout: Layout) -> Layout:

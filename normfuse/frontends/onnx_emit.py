@@ -204,10 +204,14 @@ class Emitter:
         if folded is not None:
             return self.constant(_narrowed(folded) if self._as_it_is(norm) else folded, dtype, "folded")
         total: ir.Value | None = None
+        several, width = len({v for _, factors in expr for v, _ in factors}) > 1, _width(norm)
         for c, factors in expr:
             term: ir.Value | None = None
             for value, exponent in factors:
                 operand = params.get(value, value.native)
+                if several and not _reaches(value, norm) and _numel(value.shape) == math.prod(width) != 1:
+                    shape = self.constant(np.array(width), "int64", "shape")
+                    operand = self._node(nodes, "Reshape", [operand, shape], name)
                 if value.dtype != dtype:
                     operand = self._cast(nodes, operand, dtype, f"{name}/cast")
                 for _ in range(abs(exponent)):

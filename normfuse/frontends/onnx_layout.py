@@ -76,7 +76,8 @@ def _less(site: Site, own: set[Node], fact: Fact, kind: str, nodes: set[Node]) -
         return kind == "layer_norm" and own <= nodes
     axes, last = fact.root.axes, len(fact.layout) - len(fact.root.axes)
     inner = site.norm.axes[0] < (site.norm.x.rank or 0) - len(axes)
-    return own <= nodes and inner and all(e[0] in axes for e in fact.layout[last:] if e)
+    places = [i for i, entry in enumerate(fact.layout) if entry and entry[0] in axes]
+    return own <= nodes and inner and places == list(range(last, len(fact.layout)))
 
 
 def _permuted(fact: Fact) -> bool:
@@ -86,7 +87,9 @@ def _permuted(fact: Fact) -> bool:
 
 def _plain(fact: Fact | None) -> bool:
     """Whether a value is its root, in any layout."""
-    return fact is not None and fact.alpha == {ONE: 1.0} and fact.beta == ZERO and not (fact.kappa or fact.trace)
+    if fact is None or fact.kappa or fact.trace or fact.absolute or fact.partial:
+        return False
+    return fact.alpha == {ONE: 1.0} and fact.beta == ZERO
 
 
 def _nodes(low: Lowering, found: Recognition, value: Value, key: RootKey) -> list[Node] | None:
@@ -242,13 +245,14 @@ class _Writer:
             target[place] = sizes[i]
         if sizes == target[len(target) - len(shape) :] and set(target[: len(target) - len(shape)]) <= {1}:
             return native
-        if places != sorted(places):
-            raise _No
+        turn = [i for i, d in enumerate(sizes) if d == 1 or not aligned[i]]
+        turn += [i for _, i in sorted(zip(places, (i for i, _ in long), strict=True))]
         tensor = native.const_value if value.leaf and value.fixed and not value.overridable else None
         if tensor is None or isinstance(tensor, ir.ExternalTensor):
-            return self.node("Reshape", [native, self.constant(target)])
+            moved = native if turn == sorted(turn) else self.node("Transpose", [native], [ir.AttrInt64s("perm", turn)])
+            return self.node("Reshape", [moved, self.constant(target)])
         name = unique(f"{native.name}_{self.norm.value.name}", self.used)
-        held = ir.Tensor(tensor.numpy().reshape(target), dtype=tensor.dtype, name=name)
+        held = ir.Tensor(tensor.numpy().transpose(turn).reshape(target), dtype=tensor.dtype, name=name)
         made = ir.Value(name=name, shape=ir.Shape(target), type=ir.TensorType(tensor.dtype), const_value=held)
         self.low.source.register_initializer(made)
         return made

@@ -31,18 +31,23 @@ def twins(model: ir.Model) -> dict[ir.Node, ir.Node]:
     found: dict[ir.Node, ir.Node] = {}
     for graph in model.graphs():
         first: dict[Hashable, ir.Node] = {}
+        alive: set[ir.Node] = set()
+        for node in reversed(graph):
+            if any(v.is_graph_output() for v in node.outputs) or any(
+                    user in alive or user.graph is not graph for user in _readers(node)):
+                alive.add(node)
         same: dict[ir.Value, ir.Value] = {}
         ones: dict[ir.Node, ir.Node] = {}
         groups: dict[ir.Node, list[ir.Node]] = {}
         for node in graph:
             key = _key(node, same)
-            made = key is None or _written(node)
-            one = node if made else first.setdefault(key, node)
+            alone = key is None or node not in alive or _written(node)
+            one = node if alone else first.setdefault(key, node)
             if one is not node:
                 ones[node] = one
                 groups.setdefault(one, [one]).append(node)
                 same.update(zip(node.outputs, one.outputs, strict=True))
-        reduced = {one for one, group in groups.items() if any(_reduced(node) for node in group)}
+        reduced = {one for one, group in groups.items() if any(_reduced(node, alive) for node in group)}
         wanted = set[ir.Node]()
         for node in reversed(ones):  # and those that only these read
             one = ones[node]
@@ -82,16 +87,20 @@ def _key(node: ir.Node, same: dict[ir.Value, ir.Value]) -> Hashable:
 
 
 def _written(node: ir.Node) -> bool:
-    """Whether only norms that are one operator read a node, as the cast ahead of one that this rewrite has put there."""
+    """Whether only norms that are one operator read a node: the cast ahead of one that a rewrite has put there."""
     readers = list(_readers(node))
-    return bool(readers) and all(user.domain == DOMAIN or user.op_type.endswith(NORMS) for user in readers)
+    return bool(readers) and all(map(_is_norm, readers))
 
 
-def _reduced(node: ir.Node) -> bool:
+def _is_norm(node: ir.Node) -> bool:
+    return node.domain == DOMAIN or node.op_type.endswith(NORMS)
+
+
+def _reduced(node: ir.Node, alive: set[ir.Node]) -> bool:
     """Whether a reduction is a few nodes behind."""
     todo, seen = [(node, 0)], {node}
     for one, steps in todo:
-        for user in _readers(one):
+        for user in (user for user in _readers(one) if user in alive and not _is_norm(user)):
             if user.op_type in REDUCTIONS:
                 return True
             if user not in seen and steps < STEPS and len(seen) < MANY:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import numpy as np
 import onnx
@@ -27,7 +28,7 @@ def move(model: ModelProto, rng: random.Random) -> ModelProto:
         count += 1
         return f"moved{count}"
 
-    def add(op: str, inputs: list[str], name: str = "", **attrs: object) -> str:
+    def add(op: str, inputs: list[str], name: str = "", **attrs: Any) -> str:
         nodes.append(helper.make_node(op, inputs, [name or fresh()], **attrs))
         return str(nodes[-1].output[0])
 
