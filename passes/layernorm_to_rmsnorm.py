@@ -16,7 +16,7 @@ Zhang & Sennrich 2019 (arXiv 1910.07467), Jiang et al. 2023 (arXiv 2305.14858).
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from normfuse.centring import PARTED, Block, Blocked, Centre, Channels, Links, Part, back, centred, joined, united
@@ -42,8 +42,9 @@ class Means:
     operator can stand behind a value; `blind`: whether a node gives the same for a value and for the centred value;
     `fits`: the front end's veto, (code, message), on a norm as it was found and as its operator has it; `twins`:
     what constants of the same storage have in common; `untie`: a constant with other readers is copied rather than
-    left; `hooks`: an operator changes what every reader of the value sees, not only those that asked; `partial`: of the
-    norms that are to be converted, and what their operators are, those that cannot be without others, and why.
+    left, where those that ask can be given a copy (`copied`); `hooks`: an operator changes what every reader of the
+    value sees, not only those that asked; `partial`: of the norms that are to be converted, and what their operators
+    are, those that cannot be without others, and why.
     """
 
     channels: Channels
@@ -55,6 +56,7 @@ class Means:
     fits: Callable[[Site, Site], tuple[str, str] | None]
     twins: Callable[[Value], Hashable] = lambda value: value
     untie: bool = False
+    copied: Callable[[Value, Sequence[Node]], bool] = lambda value, readers: True
     hooks: bool = False
     partial: Callable[[Mapping[Site, Site]], Mapping[Site, str]] = lambda norms: {}
 
@@ -343,7 +345,7 @@ class _Planner:
             if value.kept or any(use in self.alive for use in value.uses):
                 twins.setdefault(self.can.twins(value), []).append(value)
         bad = []
-        self.raw = set()
+        self.raw, self.copies = set(), set()
         # the last first: a value that stays as it is makes those it is read from stay in the same round
         for value in sorted(self.state, key=lambda v: -1 if v.producer is None else v.producer.index, reverse=True):
             want = self.state[value]
@@ -362,12 +364,16 @@ class _Planner:
         # the other parts of what they are taken from may change all the same
         bad = [(value, why) for value, why in bad if self._is_part(value)] or bad
         for value, why in bad:
-            constant = value.fixed and value.producer is None
-            if self.can.untie and constant and not any(isinstance(by, Site) for by in self.askers[value]):
+            constant, nodes = value.fixed and value.producer is None, self._nodes(value)
+            if self.can.untie and constant and len(nodes) == len(self.askers[value]) and self.can.copied(value, nodes):
                 self.copies.add(value)
             else:
                 self._stop(value, f"{value.name}: {why}")
         return any(value not in self.copies for value, _ in bad)
+
+    def _nodes(self, value: Value) -> list[Node]:
+        """The nodes that ask for a value."""
+        return [by[0] for by in self.askers[value] if not isinstance(by, Site)]
 
     def _parted(self, value: Value) -> bool:
         """Whether a value that is read as it was may change in those parts alone that are asked for."""
@@ -523,7 +529,7 @@ class _Planner:
                   if any(c.scales != want.scales for _, c in self._links(v))}  # fmt: skip
         out.scaled = [node for node in scaled if node is not None]
         for value in self.copies & set(out.edits):
-            out.copies[value] = [by[0] for by in self.askers[value] if not isinstance(by, Site)]
+            out.copies[value] = self._nodes(value)
 
     def _links(self, value: Value, uniform: dict[Value, None] | None = None) -> list[tuple[Value, Centre]]:
         node = value.producer

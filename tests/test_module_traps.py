@@ -184,3 +184,59 @@ def test_a_value_that_a_hook_does_not_see_first(form: Any, back: Any, converted:
     assert report.converted == converted and all(r.code != "NF304" for r in report.refusals)
     assert any("the way through the module" in note for note in report.notes)
     torch.testing.assert_close(made(i), module(i), rtol=1e-4, atol=1e-5)
+
+
+class Head(nn.Module):
+    """A token table that is read for the output, too; `head`: by whom."""
+
+    def __init__(self, head: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.e, self.f, self.other, self.head = nn.Embedding(9, D), nn.Linear(D, D), nn.Linear(D, 9, bias=False), head
+        self.n, self.m = nn.LayerNorm(D), nn.LayerNorm(D)
+        self.other.weight = self.weight = self.e.weight
+
+    def forward(self, i: Tensor) -> Tensor:
+        h = self.e(i)
+        return self.head(self, self.m(h + self.f(self.n(h))))
+
+
+@pytest.mark.parametrize(("head", "copied", "converted"), [
+    (lambda s, y: s.other(y), True, 2), (lambda s, y: F.linear(y, s.e.weight), False, 2),
+    (lambda s, y: F.linear(y, s.weight), False, 2), (lambda s, y: s.other(y) + y @ s.e.weight.T, False, 2),
+    (lambda s, y: s.other(y) + s.e(torch.arange(9)).amax(), False, 0)])  # fmt: skip
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_copy_is_for_all_who_read_the_attribute(head: Any, copied: bool, converted: int, fresh: bool) -> None:
+    """Else an operator follows the table, as without `untie`. Fresh norms hide what the head reads."""
+    module: Any = drawn(Head(head))
+    if fresh:
+        module.m = nn.LayerNorm(D)
+    i, made = torch.randint(0, 9, (2, 3)), dict[bool, Any]()
+    for untie in (True, False):
+        config = normfuse.Config(layernorm_to_rmsnorm="exact", untie=untie)
+        made[untie], report = normfuse.optimize(module, config, args=(i,))
+        assert report.converted == converted and not any(r.code == "NF304" for r in report.refusals)
+        torch.testing.assert_close(made[untie](i), module(i), rtol=1e-4, atol=1e-5)
+    assert torch.equal(made[True].e.weight, module.e.weight) is not copied
+    assert torch.equal(made[True].other.weight, module.other.weight) and torch.equal(made[True].weight, module.weight)
+    assert torch.equal(made[False].e.weight, module.e.weight)
+
+
+class TwoTables(Head):
+    """Two embeddings of one table."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda s, y: s.other(y))
+        self.p = nn.Embedding(9, D)
+        self.p.weight = self.e.weight
+
+    def forward(self, i: Tensor) -> Tensor:
+        return self.head(self, self.n(self.e(i) - 3 * self.p(i + 1)))
+
+
+def test_two_modules_get_one_copy() -> None:
+    module: Any = drawn(TwoTables())
+    i = torch.randint(0, 8, (2, 3))
+    made: Any
+    made, report = normfuse.optimize(module, normfuse.Config(layernorm_to_rmsnorm="exact", untie=True), args=(i,))
+    assert report.converted == 1 and made.e.weight is made.p.weight is not made.other.weight
+    torch.testing.assert_close(made(i), module(i), rtol=1e-4, atol=1e-5)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -50,6 +50,9 @@ class Host(Protocol):
 
     def can_place(self, value: Value) -> bool:
         """Whether an operator can stand behind a value."""
+
+    def can_copy(self, value: Value, readers: Sequence[Node]) -> bool:
+        """Whether some readers of a constant can be given a copy of it."""
 
     def unfit(self, site: Site, inner: Site) -> str | None:
         """`Unfit`."""
@@ -174,7 +177,7 @@ def convert_graph(source: fx.GraphModule, config: Config, state: Mapping[str, to
         channels=channels,
         span=lambda node, out, axis: table.span(low, node, out, axis),
         hooks=host is not None, uniform=numbers.uniform, locked=numbers.locked, fits=fits, twins=numbers.twins,
-        untie=config.untie,
+        untie=config.untie, copied=host.can_copy if host is not None else lambda value, readers: True,
         place=lambda value: table.floating(value) and (host is None or host.can_place(value)),
         partial=host.partial if host is not None else lambda norms: {},
         blind=lambda node, value, want: table.blind(low, node, value, want)))  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -22,7 +22,7 @@ from normfuse.errors import InputError, UnsupportedError, first_line
 from normfuse.frontends.fx_approximate import approximate_program
 from normfuse.frontends.fx_certify import with_own_state
 from normfuse.frontends.fx_convert import Converted, convert_program
-from normfuse.frontends.fx_effects import hooked, is_assert
+from normfuse.frontends.fx_effects import held, hooked, is_assert
 from normfuse.frontends.fx_emit import is_one
 from normfuse.graph import Node, Value
 from normfuse.nn import Centre, RMSNorm
@@ -51,7 +51,7 @@ def convert_module(module: nn.Module, config: Config, args: Sequence[Any], kwarg
     except Exception as why:  # what a module holds raises anything: old weight norms, once called, keep such a tensor
         raise InputError(f"{type(module).__name__} cannot be copied: {first_line(why)}") from why
     program = _trace(traced, *_own(args, kwargs))
-    places = _Places(program.graph, out, cache(lambda: _first_tensors(module, args, kwargs)))
+    places = _Places(program, out, cache(lambda: _first_tensors(module, args, kwargs)))
     new_program, found = convert_program(program, config, places)
     cost = None
     if config.layernorm_to_rmsnorm == "approximate":
@@ -61,7 +61,7 @@ def convert_module(module: nn.Module, config: Config, args: Sequence[Any], kwarg
         found.approximated, found.tensors = more.approximated, found.tensors | more.tensors
     if found.plan is not None or found.approximated:
         try:
-            _edit(out, program, found, places)
+            _edit(out, found, places)
             try:
                 got, want = (_run(m, args, kwargs) for m in (out, new_program.module()))
             except Exception as why:
@@ -178,12 +178,13 @@ def _report(before: Any, program: Any, config: Config, found: Converted) -> Repo
 class _Places:
     """Where the values of a traced graph stand in the module."""
 
-    def __init__(self, graph: fx.Graph, module: nn.Module, firsts: Callable[[], Mapping[str, Firsts]]) -> None:
+    def __init__(self, program: Any, module: nn.Module, firsts: Callable[[], Mapping[str, Firsts]]) -> None:
         self.module, self.firsts = module, firsts
-        self.nodes: dict[str, fx.Node] = {node.name: node for node in graph.nodes}
+        self.nodes: dict[str, fx.Node] = {node.name: node for node in program.graph.nodes}
+        self.targets = {spec.arg.name: str(spec.target) for spec in program.graph_signature.input_specs if spec.target}
         self.known = {path: id(part) for path, part in module.named_modules(remove_duplicate=False)}
         self.calls: dict[int | None, set[str]] = {}  # of a module, which may have several names
-        for node in graph.nodes:
+        for node in self.nodes.values():
             for key, (path, _) in (node.meta.get("nn_module_stack") or {}).items():
                 self.calls.setdefault(self.known.get(_clean(path)), set()).add(f"{path} {key}")
 
@@ -220,6 +221,31 @@ class _Places:
             return False
         first = self.firsts().get(hook[0], (None, None))[0 if hook[1] else 1]
         return first is not None and value.shape == tuple(first.shape) and f"torch.{value.dtype}" == str(first.dtype)
+
+    def owners(self, value: Value, readers: Iterable[fx.Node]) -> dict[str, str] | None:
+        """The modules that readers of a parameter belong to, by path, with the name that it has in each; None where one
+        of them does not have it, or by several names."""
+        out, old = dict[str, str](), held(self.module, self.targets[value.native.name])
+        for path in dict.fromkeys(map(self.path, readers)):
+            own = self.module.get_submodule(path).named_parameters(recurse=False, remove_duplicate=False)
+            names = [name for name, parameter in own if parameter is old]
+            if len(names) != 1:
+                return None
+            out[path] = names[0]
+        return out
+
+    def can_copy(self, value: Value, readers: Sequence[Node]) -> bool:
+        """Whether some readers of a parameter can be given a copy of it: an attribute changes for all that read it. So
+        each of the others has to belong to a module that has the parameter too, and has none of theirs in it."""
+        old, asked = held(self.module, self.targets[value.native.name]), {reader.native.name for reader in readers}
+        same = [self.nodes[name] for name, path in self.targets.items() if held(self.module, path) is old]
+        mine = self.owners(value, [reader.native for reader in readers])
+        others = self.owners(value, [user for node in same for user in node.users if user.name not in asked])
+        if mine is None or others is None:
+            return False
+        changed = {self.known[path] for path in mine}
+        names = [f".{name}." for name, module in self.known.items() if module in changed]
+        return not any(name.startswith(f".{path}.".replace("..", ".")) for path in others for name in names)
 
     def norm_module(self, site: Site, inner: Site) -> tuple[str, int] | None:
         """The module that is a norm and nothing else, and its axis from the end."""
@@ -305,9 +331,10 @@ def _clean(path: str) -> str:
     return path.removeprefix("L['self']").lstrip(".").split("@")[0]
 
 
-def _edit(module: nn.Module, program: Any, found: Converted, places: _Places) -> None:
-    plan = found.plan or Conversion()
-    targets = {spec.arg.name: str(spec.target) for spec in program.graph_signature.input_specs if spec.target}
+def _edit(module: nn.Module, found: Converted, places: _Places) -> None:
+    plan, targets = found.plan or Conversion(), places.targets
+    copied = {v.native.name: (places.owners(v, [n.native for n in nodes]), _get(module, targets[v.native.name]))
+              for v, nodes in plan.copies.items()}  # fmt: skip
     with torch.no_grad():
         factors = [_factor(node, plan, targets) for node in plan.scaled]
         for name, tensor in found.tensors.items():
@@ -316,14 +343,11 @@ def _edit(module: nn.Module, program: Any, found: Converted, places: _Places) ->
                 _demand_alone(module, targets[name], places)
                 _get(module, targets[name]).copy_(tensor)
                 continue
-            value = next(v for v in plan.copies if v.native.name == source)
-            for reader in plan.copies[value]:
-                path, old = places.path(reader.native), _get(module, targets[source])
-                owner = module.get_submodule(path)
-                names = [n for n, p in owner.named_parameters(recurse=False, remove_duplicate=False) if p is old]
-                if len(names) != 1:
-                    raise _Unfit(f"{targets[source]} is no parameter of the module that reads it")
-                setattr(owner, names[0], nn.Parameter(tensor, old.requires_grad))
+            owners, old = copied[source]
+            assert owners is not None  # `can_copy` has seen to it
+            fresh = nn.Parameter(tensor, old.requires_grad)
+            for path, attribute in owners.items():
+                setattr(module.get_submodule(path), attribute, fresh)
         for factor in factors:
             _get(module, factor).fill_(1.0)
     norms = {site: plan.inner.get(site, site) for site in plan.sites} | found.approximated
