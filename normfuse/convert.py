@@ -324,7 +324,7 @@ def tell(report: Report, sites: Sequence[Site], records: Sequence[Record]) -> No
     from normfuse.placement import recipe
 
     found: dict[str | None, tuple[Site, NormRecord]] = {}
-    now = {site: site for site in sites}
+    now, told = {site: site for site in sites}, set[Site]()
     for site, norm in zip(sites, report.norms, strict=True):
         found |= dict.fromkeys(names_of(site), (site, norm))
     for record in records:
@@ -333,9 +333,11 @@ def tell(report: Report, sites: Sequence[Site], records: Sequence[Record]) -> No
         known = next((found[name] for name in names if name in found), None)
         if known is None and record.verdict == "kept":
             continue
-        if known is None:  # what it is made of is not recognised as a norm again
+        if known is None or known[0] in told:  # it is not recognised as a norm again, or as one with another
             report.norms.append(was)
-        site, norm = known or (record.site, was)
+            known = record.site, was
+        site, norm = known
+        told.add(site)
         now[site] = record.site
         norm.conversion = None if record.verdict == "folded" else record.to_dict()
         if record.verdict == "kept":

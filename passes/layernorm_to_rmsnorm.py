@@ -26,6 +26,7 @@ from normfuse.norm import Expr, Norm, Refusal, Site, region
 from normfuse.passes.fold_affine import Contraction
 from normfuse.passes.remove_dead import live
 from normfuse.recognise import Recognition
+from normfuse.sites import Chooser
 from normfuse.transfer import identity_layout
 
 Reader = tuple[Node, Value] | Site
@@ -153,6 +154,16 @@ def operator_of(site: Site) -> Site:
         first = ahead
     norm = replace(site.norm, x=first.inputs[0], axes=core.attrs["axes"])
     return replace(site, value=last.outputs[0], norm=norm) if norm.x is not site.norm.x else site
+
+
+def parts_of(found: Recognition, site: Site) -> list[Site]:
+    """The LayerNorms that the last node of one makes it of: that which it scales, or those of one x that it adds."""
+    nodes = [node for node in reversed(region(site.value, site.norm)) if site.value not in node.outputs]
+    key, operands = site.fact.root.key(), {v.index: v for node in nodes for v in node.inputs}
+    values = [site.norm.x, *(v for node in nodes for v in node.outputs)]
+    facts = {v.index: {key: found.facts[v.index][key]} for v in values if key in found.facts.get(v.index, ())}
+    chosen = Chooser(Graph(nodes=nodes), facts, operands, set(), {}).sites()
+    return [replace(s, placement=site.placement, attends=site.attends) for s in chosen if s.norm.kind == site.norm.kind]
 
 
 def convert(graph: Graph, found: Recognition, can: Means) -> Conversion:

@@ -240,3 +240,45 @@ def test_two_modules_get_one_copy() -> None:
     made, report = normfuse.optimize(module, normfuse.Config(layernorm_to_rmsnorm="exact", untie=True), args=(i,))
     assert report.converted == 1 and made.e.weight is made.p.weight is not made.other.weight
     torch.testing.assert_close(made(i), module(i), rtol=1e-4, atol=1e-5)
+
+
+class Parts(nn.Module):
+    """A norm that is made of others, `form`, ahead of a linear layer, and one that is by itself."""
+
+    def __init__(self, form: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.i, self.f, self.k, self.form = nn.Linear(4, D), nn.Linear(D, D), nn.Linear(D, 3), form
+        self.a, self.b, self.c = (nn.LayerNorm(D) for _ in range(3))
+        self.bare = nn.LayerNorm(D, elementwise_affine=False)
+        self.gamma, self.beta = nn.Parameter(torch.ones(D)), nn.Parameter(torch.ones(D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.i(x)
+        out: Tensor = self.k(self.c(h + self.f(self.form(self, h))))
+        return out
+
+
+@pytest.mark.parametrize(("form", "converted", "hook"), [
+    (lambda s, h: s.bare(h) * s.gamma, "bare c", ""),  # as x-transformers writes it
+    (lambda s, h: s.bare(h) * s.gamma + s.beta, "bare c", ""),
+    (lambda s, h: s.bare(h) * (s.gamma + 1), "bare c", ""),
+    (lambda s, h: s.a(h) * s.gamma, "a c", ""),
+    (lambda s, h: s.a(h) + s.b(h), "a b c", ""),
+    (lambda s, h: s.a(h) - s.bare(h) * s.gamma, "a bare c", ""),
+    (lambda s, h: s.a(h) + F.layer_norm(h, (D,)), "a c", ""),
+    (lambda s, h: s.a(h) + s.a(h * 2), "a c", ""),
+    (lambda s, h: F.layer_norm(h, (D,)) * s.gamma, "c", ""),
+    (lambda s, h: s.bare(h) * s.gamma, "c", "bare"),
+    (lambda s, h: s.bare(h) * s.gamma + s.bare(s.b(h).tanh()), "b c", "")])  # fmt: skip
+def test_a_norm_that_is_made_of_modules(form: Any, converted: str, hook: str) -> None:
+    """Those are replaced, and what is done to their results stays as it is."""
+    module: Any = drawn(Parts(form))
+    if hook:
+        module.get_submodule(hook).register_forward_hook(lambda m, given, output: None)
+    x, names = torch.randn(2, 3, 4), converted.split()
+    made: Any
+    made, report = normfuse.optimize(module, normfuse.Config(layernorm_to_rmsnorm="exact"), args=(x,))
+    assert {n for n, m in made.named_modules() if isinstance(m, normfuse.nn.RMSNorm)} == set(names)
+    assert report.converted >= len(names) and not any(r.code == "NF304" for r in report.refusals)
+    assert all(torch.equal(getattr(made, n), getattr(module, n)) for n in ("gamma", "beta"))
+    torch.testing.assert_close(made.double()(x.double()), module.double()(x.double()), rtol=1e-6, atol=1e-6)

@@ -35,7 +35,7 @@ from normfuse.frontends.fx_model import _infer, _Module, _program, _state
 from normfuse.graph import Node, Value
 from normfuse.norm import Site
 from normfuse.passes.fold_affine import Contraction
-from normfuse.passes.layernorm_to_rmsnorm import Conversion, Means, convert, rms
+from normfuse.passes.layernorm_to_rmsnorm import Conversion, Means, convert, operator_of, parts_of, rms
 from normfuse.passes.remove_dead import RemoveDead
 from normfuse.plan import Replace
 from normfuse.verify import Array
@@ -165,6 +165,15 @@ def convert_graph(source: fx.GraphModule, config: Config, state: Mapping[str, to
         found = emitter.expressible(low, rms(inner.norm), inner.value)
         why = found[1] if found is not None else host.unfit(site, inner) if host is not None else None
         return None if why is None else ("NF301", why)
+
+    def apart(site: Site) -> list[Site]:
+        if site.norm.kind != "layer_norm" or fits(site, operator_of(site)) is None:
+            return [site]
+        parts = [s for part in parts_of(whole.plan.found, site) for s in apart(part)]
+        return parts if any(fits(s, operator_of(s)) is None for s in parts) else [site]
+
+    if host is not None:  # a norm that is no module may be made of some that are
+        whole.plan.found.sites = [s for site in whole.plan.found.sites for s in apart(site)]
 
     def channels(node: Node, out: Value, want: Centre) -> Links | None:
         return table.channels(low, node, out, want)
