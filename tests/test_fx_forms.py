@@ -212,6 +212,54 @@ def test_refused(case: str) -> None:
     assert code in {r.code for r in reports[0].refusals}
 
 
+def switched(y: Tensor, w: Tensor) -> Tensor:
+    """What autocast may not touch, which is no part of the norm behind it."""
+    with torch.autocast("cpu", enabled=False):
+        turned = torch.cos(w)
+    return rms(y) * w + turned
+
+
+def copied_without_gradient(x: Tensor, w: Tensor) -> Tensor:
+    with torch.no_grad():
+        y = x + 0
+    return rms(y) * w + x
+
+
+def copied_half(x: Tensor, w: Tensor) -> Tensor:
+    """The statistics are of x itself."""
+    with torch.no_grad():
+        y = x + 0
+    return y * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * w
+
+
+def copied_inside(x: Tensor, w: Tensor) -> Tensor:
+    """A copy, and a step of the norm."""
+    with torch.no_grad():
+        y = x + 0
+        square = y.pow(2)
+    return y * torch.rsqrt(square.mean(-1, keepdim=True) + 1e-6) * w + x
+
+
+@pytest.mark.parametrize(("fn", "fused"), [
+    (lambda x, w: switched(torch.tanh(x), w), 1), (lambda x, w: switched(torch.tanh(x) + 0, w), 1),
+    (lambda x, w: switched(F.dropout(torch.tanh(x) + 0, 0.1, False), w), 1), (copied_without_gradient, 1),
+    (lambda x, w: copied_without_gradient(torch.tanh(x), w), 1), (copied_half, 0), (copied_inside, 0),
+])  # fmt: skip
+def test_a_copy_ahead_of_a_switch(fn: Callable[..., Any], fused: int) -> None:
+    """The operator reads the copy, through which there may be no gradient."""
+    module, x, reports = NearMissModule(fn), torch.randn(4, 64), list[Report]()
+    torch._dynamo.reset()
+    grads = []
+    for run in (module, torch.compile(module, backend=rewriting(reports))):
+        own = x.clone().requires_grad_()
+        with silent():
+            out = run(own)
+        out.square().sum().backward()
+        grads += [out.detach(), own.grad if own.grad is not None else torch.zeros(0)]
+    assert reports[0].fused == fused and (fused or "NF202" in {r.code for r in reports[0].refusals})
+    torch.testing.assert_close(grads[2:], grads[:2], rtol=1e-5, atol=1e-5)
+
+
 def test_a_wrong_replacement_is_rolled_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check runs the model's own nodes, so that it sees a mistake of the recogniser too."""
     emit = fx_emit.Emitter.emit

@@ -10,6 +10,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from normfuse.config import Config
 from normfuse.convert import Record, names_of, tell
 from normfuse.errors import UnsupportedError
+from normfuse.facts import ONE
 from normfuse.frontends import fx_effects, fx_inplace
 from normfuse.frontends.fx import Lowering
 from normfuse.field import Prover
@@ -34,9 +36,10 @@ from normfuse.graph import Node, Value
 from normfuse.passes.remove_dead import live
 from normfuse.passmanager import fuse, plan
 from normfuse.plan import Abilities, Edit, Fused, Plan
-from normfuse.norm import Refusal, Site, region
+from normfuse.norm import Norm, Refusal, Site, region
 from normfuse.records import build_report
 from normfuse.report import NormRecord, Report
+from normfuse.transfer import identity_layout
 from normfuse.verify import Check
 
 Leave = Callable[[Site, bool], str | None]
@@ -207,7 +210,11 @@ class _Module:
         self.can = Abilities(lambda norm, value: self.emitter.expressible(self.low, norm, value),
                              operator=lambda edit: self.fused.unfit(self.low, edit), leave=leave,
                              done=self._done)  # fmt: skip
-        self.plan: Plan = plan(self.low.graph, config, self.can, rewrite)
+        self.plan: Plan = plan(self.low.graph, config, self.can, rewrite=False)
+        for site in self.plan.found.sites:
+            site.norm = self._within(site)
+        if rewrite:
+            fuse(self.plan, config, self.can)
         self.checks: dict[Site, Check] = {}
         self.emitted: dict[Site, str] = {}
         self.moved: dict[fx.Node, fx.Node] = {}
@@ -219,6 +226,24 @@ class _Module:
             if path not in self.inner and isinstance(part, fx.GraphModule):
                 self.inner[path] = _Module(part, config, rewrite, None, self.emitter.level, leave, eager,
                                            self.low.autocast(path))  # fmt: skip
+
+    def _within(self, site: Site) -> Norm:
+        """A norm of what copies give that stand ahead of a switch of a mode, and not of what they copy: without
+        gradients a copy is another tensor to autograd."""
+        norm, root = site.norm, site.fact.root
+        nodes, copies, layout = region(site.value, norm), set[Node](), identity_layout(root.value)
+        for node in nodes:
+            value = node.outputs[0]
+            fact = self.plan.found.facts.get(value.index, {}).get(root.key())
+            if fact is None or value.dtype != norm.x.dtype or "cast" in dict(fact.trace) or fact.absolute:
+                continue
+            if (fact.kappa, fact.alpha, fact.beta, fact.layout) == ({}, {ONE: 1.0}, {}, layout):
+                copies.add(node)
+        mode = self.low.segment.get(site.value.native)
+        read = {v for n in nodes if n not in copies for v in n.inputs if v is norm.x or v.producer in copies}
+        if len(read) != 1 or all(self.low.segment.get(n.native) == mode for n in copies):
+            return norm
+        return replace(norm, x=read.pop())
 
     def _done(self, site: Site) -> bool:
         """Whether a norm stands there already in the several nodes that it would get, or in casts and an operator that
