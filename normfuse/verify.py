@@ -90,6 +90,13 @@ def compare(region: Callable[[Array, bool], Array], replacement: Callable[[Array
     """
     before = after = 0.0
     differ = count = 0
+    if dtype == out == "float64":  # in its own type it is what it is in float64, and its errors would be none at all:
+        own = region  # they are taken to be what one rounding of x does to it
+
+        def region(x: Array, wide: bool) -> Array:
+            signs = np.random.default_rng(0).choice((-1.0, 1.0), x.shape)
+            return own(x if wide else x * (1 + EPSILON[out] * signs), wide)
+
     for name, x in rows(shape, dtype):
         with np.errstate(all="ignore"):
             want, got = region(x, True).astype(np.float64), replacement(x, True).astype(np.float64)

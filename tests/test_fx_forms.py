@@ -277,6 +277,40 @@ def test_a_wrong_replacement_is_rolled_back(monkeypatch: pytest.MonkeyPatch) -> 
     assert torch.equal(found(x), module(x))
 
 
+def centred(x: Tensor, w: Tensor) -> Tensor:
+    d = x - x.mean(-1, keepdim=True)
+    return d * torch.rsqrt(d.pow(2).mean(-1, keepdim=True) + 1e-5) * w
+
+
+def in_one_pass(x: Tensor, w: Tensor) -> Tensor:
+    m = x.mean(-1, keepdim=True)
+    return (x - m) / torch.sqrt(x.pow(2).mean(-1, keepdim=True) - m * m + 1e-5) * w
+
+
+@pytest.mark.parametrize("change", [1.0, 1 + 1e-9, 0.0])
+@pytest.mark.parametrize("fn", [centred, in_one_pass, lambda x, w: rms(x) * w,
+                                lambda x, w: F.layer_norm(x, (64,), eps=1e-6) * w])  # fmt: skip
+def test_a_norm_in_float64(fn: Callable[..., Any], change: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no errors beside itself; a wrong eps, or statistics in float32, are more than a rounding."""
+    emit = fx_emit.Emitter.emit
+
+    def wrong(self: fx_emit.Emitter, graph: fx.Graph, norm: Norm, x: fx.Node, *rest: Any) -> list[fx.Node]:
+        if not change:
+            x = graph.call_method("to", (graph.call_method("to", (x, torch.float32)), torch.float64))
+        nodes = emit(self, graph, norm, x, *rest)
+        (target,) = (n for n in nodes if n.target in (F.layer_norm, F.rms_norm))
+        target.args = (*target.args[:-1], norm.eps * (change or 1.0))
+        return nodes
+
+    monkeypatch.setattr(fx_emit.Emitter, "emit", wrong)
+    module = NearMissModule(fn).double()
+    x = torch.randn(4, 64, dtype=torch.float64) * 1e-3
+    found = Rewritten(module, (x,), "dynamo")
+    assert found.codes == ([] if change == 1 else ["NF202"])
+    assert found.norms[0].action == ("fused" if change == 1 else "refused")
+    assert (found(x) - module(x)).abs().max() < 1e-13
+
+
 def test_a_guard_on_eps() -> None:
     """What was read while compiling is compiled again when it changes."""
 
