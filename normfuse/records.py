@@ -36,9 +36,9 @@ def build_report(plans: Sequence[Plan], checks: dict[Site, Check], rewritten: bo
                 record.action = ("fused" if site in edits else "left" if site in plan.left else
                                  "refused" if site in plan.refused else "kept")  # fmt: skip
                 record.reason = plan.left.get(site, "")
-                if record.action == "kept":  # an operator of the model, of which no larger one could be made
+                if record.action in ("kept", "left"):  # an operator of the model, of which no larger one could be made
                     tried = (f"as {op} it failed: {why.message}" for (op, at), why in plan.broken.items() if at is site)
-                    record.reason = next(tried, "")
+                    record.reason = next(tried, record.reason)
                 check = checks.get(site)
                 record.verified = check.ok if check is not None else None
                 record.proved = check.proved if check is not None else None

@@ -17,6 +17,7 @@ from torch._dynamo.utils import counters
 
 import normfuse
 from normfuse import backend
+from normfuse.frontends.fx_fused import FusedEmitter
 from normfuse.ops import meaning, register
 from tests.families import FAMILIES, FUSED, LAYERS, MORE, OTHERS
 from tests.compiling import Stack, check_model, operators, run, small, uncached
@@ -98,6 +99,30 @@ def test_nothing_to_fuse_reaches_the_inner_backend_untouched(monkeypatch: pytest
 
     torch.compile(lambda x: torch.relu(x) + 1, backend=spy)(torch.randn(3))
     assert captured[0] is given[0]
+
+
+def test_a_norm_whose_fusion_failed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not that it has no neighbour."""
+    emit = FusedEmitter.emit
+
+    def wrong(self: FusedEmitter, graph: torch.fx.Graph, edit: Any, *more: Any) -> Any:
+        made = emit(self, graph, edit, *more)
+        (target,) = (node for node in made[0] if "normfuse" in str(node.target))
+        target.args = tuple(a * 2 if isinstance(a, float) else a for a in target.args)
+        return made
+
+    def two(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        s = x + x.sin()
+        return nn.functional.layer_norm(s, (8,), w), s
+
+    torch.compile(two, backend="normfuse", options={"inner": "eager"})(torch.randn(4, 8), torch.ones(8))
+    (norm,) = (normfuse.last_report() or normfuse.Report()).norms
+    assert norm.action == "fused"
+    monkeypatch.setattr(FusedEmitter, "emit", wrong)
+    torch._dynamo.reset()
+    torch.compile(two, backend="normfuse", options={"inner": "eager"})(torch.randn(4, 8), torch.ones(8))
+    (norm,) = (normfuse.last_report() or normfuse.Report()).norms
+    assert norm.action == "left" and norm.reason.startswith("as add_layer_norm it failed: ")
 
 
 def test_report_and_log_say_what_was_done_and_why_not(caplog: pytest.LogCaptureFixture) -> None:
