@@ -251,6 +251,8 @@ def load(path: str | Path) -> dict[str, Array]:
             if not isinstance(file, np.lib.npyio.NpzFile):
                 raise InputError(f"{path} holds one array without a name; {advice}")
             with file:
+                if not file.files:
+                    raise InputError(f"{path} holds no arrays; {advice}")
                 return {name: file[name] for name in file.files}
     except (ValueError, EOFError, OSError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error) as why:
         text = (str(why).strip() or type(why).__name__).splitlines()[0]  # numpy and zipfile raise all of these

@@ -184,6 +184,8 @@ def _verify(args: argparse.Namespace) -> Outcome:
 
     from normfuse.io.pt2 import foreign, is_zip
 
+    from normfuse.verify import demand_compared
+
     if not 0 <= args.seed < 2**63:
         raise InputError(f"--seed {args.seed}: give a number from 0 to 2^63 - 1")
     for path in (args.a, args.b):
@@ -203,6 +205,7 @@ def _verify(args: argparse.Namespace) -> Outcome:
         from normfuse.frontends.onnx_wide import compare_rewritten
 
         result = compare_rewritten(args.a, args.b, seed=args.seed, inputs=inputs)
+    demand_compared(result)
     code = DONE if result["equal"] else DIFFERENT
     return Outcome(code, {"schema": SCHEMA} | result, comparison_blocks(result, args.quiet))
 

@@ -197,7 +197,16 @@ def comparison_blocks(result: dict[str, Any], quiet: bool) -> list[Block]:
         (o["name"], str(o["dtype"]), "x".join(map(str, o["shape"] or ())), _gap(o["max_abs"]), _gap(o["max_rel"]))
         for o in result["outputs"]
     ]
-    return [Table(("output", "type", "shape", "max abs diff", "max rel diff"), rows), _verdict(result)]
+    notes = [f"note: output {o['name']!r} {_unsaid(o)}" for o in result["outputs"] if _unsaid(o)]
+    return [Table(("output", "type", "shape", "max abs diff", "max rel diff"), rows), *notes, _verdict(result)]
+
+
+def _unsaid(output: dict[str, Any]) -> str:
+    """How much of an output its distances say nothing of."""
+    if why := output.get("not_compared"):
+        return f"has {why}, and was not compared"
+    share = output.get("not_finite", 0.0)
+    return f"is NaN or infinite in {share:.2g} of its elements" if share else ""
 
 
 def _gap(value: float | None) -> str:

@@ -21,7 +21,7 @@ from normfuse.errors import InputError, NormFuseError, VerificationError, first_
 from normfuse.frontends.onnx_contrib import head_sizes
 from normfuse.io import files
 from normfuse.process import run_module
-from normfuse.verify import Array, difference, longest, session
+from normfuse.verify import Array, demand_compared, difference, longest, session
 
 if TYPE_CHECKING:
     from normfuse.bench import How
@@ -132,8 +132,10 @@ def _next(tool: str, source: Path, before: Made, target: Path, progress: Progres
         try:
             found = files.read_onnx(written)[0]
             for inputs in (None, *_longer(source)):
-                if wrong := difference(compare_rewritten(source, written, inputs=inputs)):
+                equal = compare_rewritten(source, written, inputs=inputs)
+                if wrong := difference(equal):
                     raise VerificationError(f"its result: {wrong}")
+                demand_compared(equal)
             if runs := tried(written):
                 raise VerificationError(f"its result: {runs}")
             files.write_new(found, target)

@@ -171,16 +171,18 @@ def compare_models(path_a: str | Path, path_b: str | Path, *, seed: int = 0,
                    inputs: dict[str, Array] | None = None, roundings: float = ROUNDINGS) -> dict[str, Any]:  # fmt: skip
     """Run two ONNX models on the same inputs in ONNX Runtime (CPU) and compare each output.
 
-    `inputs` by name; those not given are drawn from the seed: floats from a normal distribution with mean 0.5,
-    integers small and not negative, masks all one; sizes that are open are the first of `OPEN` with which the first
-    model runs. An output agrees when no element differs by more than `roundings`
+    `inputs` by name; those not given are drawn from the seed: floats as the first of `FLOATS` with which each output of
+    floats has a finite element, integers small and not negative, masks all one; sizes that are open are the first of
+    `OPEN` with which the first model runs. An output agrees when no element differs by more than `roundings`
     of its type times the largest element. Returns {"equal", "outputs", "tolerance", "provider"}.
 
-    Raises `InputError` where a model does not load or run, or the two have other inputs or outputs, and
-    `UnsafeModelError` for external data that are outside a model's folder.
+    Raises `InputError` where a model does not load or run, the two have other inputs or outputs, or an output has
+    nothing to compare, and `UnsafeModelError` for external data that are outside a model's folder.
     """
     _, names, first, second, provider = run_both(path_a, path_b, seed=seed, inputs=inputs)
-    return compare_outputs(names, first, second, roundings, provider)
+    found = compare_outputs(names, first, second, roundings, provider)
+    demand_compared(found)
+    return found
 
 
 def run_both(path_a: str | Path, path_b: str | Path, *, seed: int, inputs: Mapping[str, Array] | None,
@@ -204,6 +206,11 @@ def run_both(path_a: str | Path, path_b: str | Path, *, seed: int, inputs: Mappi
         raise InputError(f"no input is named {unknown[0]!r}; the models have {', '.join(names)}")
     try:
         feeds, first = run_random(a, wanted, seed, inputs, sizes)
+        for floats in range(1, len(FLOATS) * (not inputs and any(map(_void, first)))):
+            tried = run_random(a, wanted, seed, inputs, sizes, floats)
+            if not any(map(_void, tried[1])):
+                feeds, first = tried
+                break
         second = b.run(wanted, feeds)
     except UnsupportedError:
         raise
@@ -216,7 +223,8 @@ def compare_outputs(names: Sequence[str], first: Sequence[Any], second: Sequence
                     provider: str) -> dict[str, Any]:  # fmt: skip
     """What `compare_models` says of two sets of outputs: arrays, and anything else by its text.
 
-    Of an output that has another shape or type in the second, `other` is what it has there.
+    Of an output that has another shape or type in the second, `other` is what it has there. `not_finite` is the share
+    of NaN and infinities in the first's, where it has any; `not_compared` says why equal ones tell nothing.
     """
     outputs, equal = [], True
     for name, x, y in zip(names, first, second, strict=True):
@@ -242,9 +250,39 @@ def difference(found: dict[str, Any]) -> str:
 
 
 def demand_equal(found: dict[str, Any], where: str | Path) -> None:
-    """Raise `VerificationError` where a model and its rewrite differ; it is said before anything is written."""
+    """Raise `VerificationError` where a model and its rewrite differ; it is said before anything is written.
+
+    Raises `InputError` where they cannot be compared.
+    """
     if words := difference(found):
         raise VerificationError(f"{where}: after the rewrite, {words}; nothing was written")
+    advice = "use verify='sites', and then `normfuse verify` with --inputs; nothing was written"
+    demand_compared(found, f"{where}: verify='model': ", advice)
+
+
+def demand_compared(found: dict[str, Any], where: str = "", advice: str = "give --inputs FILE.npz") -> None:
+    """Raise `InputError` where equal outputs say nothing: one of floats has no finite element, or none has elements."""
+    outputs = found["outputs"]
+    void = next((o for o in outputs if o.get("not_compared") == VOID), None)
+    empty = outputs and all(o.get("not_compared") == EMPTY for o in outputs)
+    if found["equal"] and (void or empty):
+        name, why = (void or outputs[0])["name"], VOID if void else EMPTY
+        more = "" if void or len(outputs) == 1 else ", nor has any other"
+        raise InputError(f"{where}the models cannot be compared: output {name!r} has {why}{more} on the inputs tried; "
+                         f"{advice}")  # fmt: skip
+
+
+VOID, EMPTY = "no finite element", "no element"
+"""Why two outputs are called not compared though no element differs."""
+
+
+def _void(x: Any) -> bool:
+    """Whether an output has elements, and these are floats of which none is finite."""
+    return isinstance(x, np.ndarray) and x.size > 0 and _is_float(x) and not np.isfinite(x.astype(np.float64)).any()
+
+
+def _is_float(x: Array) -> bool:
+    return x.dtype.kind == "f" or "float" in x.dtype.name
 
 
 def _alike(x: Any, y: Any, roundings: float) -> bool:
@@ -257,13 +295,13 @@ def _alike(x: Any, y: Any, roundings: float) -> bool:
         return type(x) is type(y) and repr(x) == repr(y)
     if x.dtype.kind == "c" and x.dtype == y.dtype:
         return all(_compare_output("", getattr(x, p), getattr(y, p), roundings)[1] for p in ("real", "imag"))
-    if x.dtype.kind in "fiub" or "float" in x.dtype.name:
+    if x.dtype.kind in "iub" or _is_float(x):
         return _compare_output("", x, y, roundings)[1]
     return x.shape == y.shape and x.dtype == y.dtype and bool((x == y).all())
 
 
 def _compare_output(name: str, x: Any, y: Any, roundings: float) -> tuple[dict[str, Any], bool]:
-    if not isinstance(x, np.ndarray) or (x.dtype.kind not in "fiub" and "float" not in x.dtype.name):
+    if not isinstance(x, np.ndarray) or not (x.dtype.kind in "iub" or _is_float(x)):
         same = _alike(x, y, roundings)
         return {"name": name, "max_abs": None, "max_rel": None, "shape": None, "dtype": type(x).__name__}, same
     record: dict[str, Any] = {"name": name, "shape": list(x.shape), "dtype": str(x.dtype)}
@@ -275,6 +313,10 @@ def _compare_output(name: str, x: Any, y: Any, roundings: float) -> tuple[dict[s
     unit = EPSILON.get(str(x.dtype), 0.0)
     if not unit and not gap and not np.array_equal(x, y):
         gap = 1.0  # integers beyond 2^53, of which float64 sees no difference
+    if strange := np.count_nonzero(~np.isfinite(p)):
+        record["not_finite"] = strange / p.size
+    if not gap and (not p.size or _void(x)):
+        record["not_compared"] = EMPTY if not p.size else VOID
     return record | {"max_abs": gap, "max_rel": gap / top if top else gap}, gap <= roundings * unit * top
 
 
@@ -316,14 +358,26 @@ Some models run with one sample only, though their file says otherwise (they wer
 images, but not tiny ones. With nothing in the cache of a decoder, all its tokens are as many as those it reads."""
 
 
+FLOATS: tuple[Callable[[Array], Array], ...] = (
+    lambda normal: normal + 0.5, lambda normal: np.abs(normal) + 0.05,
+    lambda normal: 0.5 + 0.45 * np.tanh(normal),
+)  # fmt: skip
+"""What inputs of floats may be, of a normal distribution: all numbers, positive ones, such as a model takes logarithms
+and roots of, and ones between 0 and 1."""
+
+
 def run_random(runtime: Any, wanted: Sequence[str] | None, seed: int = 0, given: Mapping[str, Array] | None = None,
-               sizes: Mapping[str, int] | None = None) -> tuple[dict[str, Array], list[Any]]:  # fmt: skip
-    """Random inputs on which a session runs, but for those given, and the outputs; what ONNX Runtime raises if none."""
+               sizes: Mapping[str, int] | None = None,
+               floats: int = 0) -> tuple[dict[str, Array], list[Any]]:  # fmt: skip
+    """Random inputs on which a session runs, but for those given, and the outputs; what ONNX Runtime raises if none.
+
+    `floats`: which of `FLOATS` those are.
+    """
     failed: Exception | None = None
     empty: tuple[dict[str, Array], list[Any]] | None = None
     tried: list[list[tuple[int, ...]]] = []
     for open_sizes in OPEN:
-        feeds = feeds_for(runtime, seed, sizes, given, open_sizes)
+        feeds = feeds_for(runtime, seed, sizes, given, open_sizes, floats)
         shapes = [array.shape for array in feeds.values()]
         if shapes in tried:
             continue
@@ -351,9 +405,11 @@ def longest(runtime: Any, sizes: Sequence[int], sessions: int,
         shapes = shapes_for(runtime, known or {}, (1, size, 0))
         if sum(map(math.prod, shapes.values())) > MOST or 2 * grown * size * sessions > last * available():
             break
-        feeds = feeds_for(runtime, sizes=known, open_sizes=(1, size, 0))
         try:
-            runtime.run(None, feeds)
+            for floats in range(len(FLOATS)):
+                feeds = feeds_for(runtime, sizes=known, open_sizes=(1, size, 0), floats=floats)
+                if not any(map(_void, runtime.run(None, feeds))):
+                    break
         except Exception:  # longer than its table of positions, say
             break
         grown, last = max(0, resident() - base), size
@@ -385,9 +441,9 @@ def shapes_for(runtime: Any, known: Mapping[str, int], open_sizes: tuple[int, in
 
 def feeds_for(runtime: Any, seed: int = 0, sizes: Mapping[str, int] | None = None,
               given: Mapping[str, Array] | None = None,
-              open_sizes: tuple[int, int, int] = OPEN[0]) -> dict[str, Array]:  # fmt: skip
+              open_sizes: tuple[int, int, int] = OPEN[0], floats: int = 0) -> dict[str, Array]:  # fmt: skip
     """Random inputs for a session, but for those given: a symbolic size is that of those, or taken from `sizes`, or
-    else from `open_sizes`."""
+    else from `open_sizes`; floats are drawn as one of `FLOATS` says."""
     rng = np.random.default_rng(seed)
     feeds: dict[str, Array] = dict(given or {})
     known: dict[str, int] = {d: n for i in runtime.get_inputs() if i.name in feeds
@@ -400,7 +456,7 @@ def feeds_for(runtime: Any, seed: int = 0, sizes: Mapping[str, int] | None = Non
         kind = info.type.removeprefix("tensor(").removesuffix(")")
         if kind in ("float", "double", "float16", "bfloat16"):
             dtype = numpy_dtype({"float": "float32", "double": "float64"}.get(kind, kind))
-            feeds[info.name] = np.asarray(rng.standard_normal(shape) + 0.5).astype(dtype)
+            feeds[info.name] = np.asarray(FLOATS[floats](rng.standard_normal(shape))).astype(dtype)
         elif kind == "bool" or ("int" in kind and "mask" in info.name):
             feeds[info.name] = np.ones(shape, kind)
         elif "int" in kind:

@@ -152,8 +152,9 @@ def test_longer_inputs_where_there_is_memory(free: int, most: int | None, tmp_pa
     class Counted:
         get_inputs = runtime.get_inputs
 
-        def run(self, names: None, feeds: dict[str, np.ndarray]) -> None:
+        def run(self, names: None, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
             left[0] = max(left[0], 100 * feeds["x"].shape[1])
+            return []
 
     monkeypatch.setattr(verify, "resident", lambda: left[0])
     monkeypatch.setattr(verify, "available", lambda: free)

@@ -9,14 +9,26 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx.reference import ReferenceEvaluator
 
 import normfuse
 from normfuse.bench import How, bench
+from normfuse.cli_report import comparison_blocks
 from normfuse.errors import InputError
 from normfuse.frontends.onnx_contrib import head_sizes
 from normfuse.io.files import read_onnx
-from normfuse.verify import compare_models, run_both, run_random, session, shapes_for
+from normfuse.verify import (
+    compare_models,
+    compare_outputs,
+    demand_compared,
+    demand_equal,
+    longest,
+    run_both,
+    run_random,
+    session,
+    shapes_for,
+)
 from tests.cli_tools import run, saved
 
 WIDTH, HEADS, HEAD = 32, 4, 8
@@ -103,6 +115,96 @@ def test_a_model_that_runs_on_no_sizes_says_so(tmp_path: Path) -> None:
     source = saved(small("float[N] x", "y = Reshape(x, sizes)", sizes=[3, 7]), tmp_path / "in.onnx")
     with pytest.raises(InputError, match="do not run on these inputs"):
         compare_models(source, source)
+
+
+# -- outputs that say nothing -----------------------------------------------------------------------------------------
+
+
+def features(inner: str, factor: float, folder: Path) -> Path:
+    """An RMSNorm of what `inner` makes of x, times a factor."""
+    made = onnx.parser.parse_model(
+        f'<ir_version: 9, opset_import: ["": 18]> g (float[T,16] x) => (float[T,16] y) {{ {inner} q = Mul(l, l) '
+        "m = ReduceMean(q, last) e = Add(m, eps) s = Sqrt(e) n = Div(l, s) y = Mul(n, w) }")  # fmt: skip
+    held = {"last": np.array([-1]), "eps": np.float32(1e-6), "one": np.float32(1), "w": np.full(16, factor, np.float32)}
+    made.graph.initializer.extend(onnx.numpy_helper.from_array(np.asarray(v), n) for n, v in held.items())
+    return saved(made, folder / f"{factor}.onnx")
+
+
+LOG, ARC = "l = Log(x)", "d = Sub(one, x) p = Log(d) z = Log(x) l = Add(p, z)"
+NEVER = "t = Mul(x, x) u = Neg(t) l = Log(u)"
+
+
+@pytest.mark.parametrize("inner", [LOG, ARC])
+def test_a_model_of_positive_inputs_is_compared_on_such(inner: str, tmp_path: Path) -> None:
+    a, b = features(inner, 1.0, tmp_path), features(inner, -5.0, tmp_path)
+    code, printed, _ = run("verify", a, b)
+    assert code == 1 and "differs by 6 of" in printed
+    report = normfuse.rewrite(a, tmp_path / "out.onnx", normfuse.Config(verify="model"))
+    assert report.fused == 1 and report.model_check and report.model_check["equal"]
+    assert np.isfinite(longest(session(a), (3,), 1)["x"]).all()  # type: ignore[index]
+
+
+def test_outputs_without_a_finite_element_are_not_called_equal(tmp_path: Path) -> None:
+    a, b = features(NEVER, 1.0, tmp_path), features(NEVER, -5.0, tmp_path)
+    code, _, said = run("verify", a, b)
+    assert code == 2 and "output 'y' has no finite element on the inputs tried; give --inputs" in said
+    code, _, said = run("rewrite", a, tmp_path / "out.onnx", "--verify", "model")
+    assert code == 2 and "use --verify sites" in said and not (tmp_path / "out.onnx").exists()
+    with pytest.raises(InputError, match="'y' has no finite element"):
+        compare_models(a, b)
+    np.savez(tmp_path / "given.npz", x=-np.ones((2, 16), np.float32))
+    a = features(LOG, 1.0, tmp_path)
+    assert run("verify", a, a)[0] == 0
+    assert run("verify", a, a, "--inputs", tmp_path / "given.npz")[0] == 2  # the inputs given are the ones to take
+
+
+def test_what_was_not_compared_is_told() -> None:
+    x = np.array([np.nan, 1.0, 2.0, 3.0], np.float32)
+    none, empty = np.full(3, np.inf, np.float32), np.zeros((0, 3), np.float32)
+    found = compare_outputs(["x", "empty"], [x, empty], [x, empty], 64, "cpu")
+    assert found["equal"] and [o.get("not_finite") for o in found["outputs"]] == [0.25, None]
+    demand_compared(found)
+    printed = [str(block) for block in comparison_blocks(found, quiet=False)]
+    assert "note: output 'x' is NaN or infinite in 0.25 of its elements" in printed
+    assert "note: output 'empty' has no element, and was not compared" in printed
+    found = compare_outputs(["x", "none"], [x, none], [x, none], 64, "cpu")
+    with pytest.raises(InputError, match="output 'none' has no finite element"):
+        demand_compared(found)
+    found = compare_outputs(["a", "b"], [empty, empty], [empty, empty], 64, "cpu")
+    with pytest.raises(InputError, match="output 'a' has no element, nor has any other"):
+        demand_equal(found, "in.onnx")
+    assert not compare_outputs(["none"], [none], [np.zeros(3, np.float32)], 64, "cpu")["equal"]
+
+
+def test_programs_without_a_finite_output_are_not_called_equal(tmp_path: Path) -> None:
+    class Log(torch.nn.Module):
+        def __init__(self, factor: float) -> None:
+            super().__init__()
+            self.factor = factor
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.rms_norm(x.log(), (8,)) * self.factor
+
+    paths = [tmp_path / "a.pt2", tmp_path / "b.pt2"]
+    for path, factor in zip(paths, (1.0, -5.0), strict=True):
+        torch.export.save(torch.export.export(Log(factor), (-torch.ones(2, 8),)), path)
+    code, _, said = run("verify", *paths, "--trust")
+    assert code == 2 and "has no finite element on the inputs tried; give --inputs" in said
+    name = torch.export.load(paths[0]).graph_signature.user_inputs[0]
+    given: dict[str, Any] = {str(name): np.full((2, 8), np.e, np.float32)}
+    np.savez(tmp_path / "given.npz", **given)
+    assert run("verify", *paths, "--trust", "--inputs", tmp_path / "given.npz")[0] == 1
+
+
+def test_a_file_without_arrays_is_no_inputs(tmp_path: Path) -> None:
+    source = features(LOG, 1.0, tmp_path)
+    np.savez(tmp_path / "none.npz")
+    for command in (["verify", source, source], ["bench", source]):
+        code, _, said = run(*command, "--inputs", tmp_path / "none.npz")
+        assert code == 2 and "none.npz holds no arrays; make it with" in said
+
+
+# -- sizes ------------------------------------------------------------------------------------------------------------
 
 
 def shapes(known: dict[str, int], sizes: tuple[int, int, int], **inputs: list[Any]) -> dict[str, tuple[int, ...]]:
