@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from normfuse.config import Config, config_of, demand_use
+from normfuse.config import Config, config_of, demand_torch, demand_use
 from normfuse.convert import Record, tell
 from normfuse.errors import InputError, UnsafeModelError, UnsupportedError, path_of
 from normfuse.process import tidy
@@ -37,13 +38,14 @@ def inspect(model: Any) -> Report:
     `torch.onnx.ONNXProgram`, `torch.export.ExportedProgram` or `torch.fx.GraphModule`. Raises `InputError` for what is
     none of these.
     """
-    if isinstance(model, (str, Path)):
-        if _is_pt2(Path(model)):
+    if isinstance(model, (str, os.PathLike)):
+        model = path_of(model, "the input")
+        if _is_pt2(model):
             from normfuse.frontends import pt2
 
             report = pt2.inspect(model)
         else:
-            report = _inspect_ir(_read(Path(model))[0], own=True)
+            report = _inspect_ir(_read(model)[0], own=True)
         report.source = str(model)
         return report
     kind = _kind(model)
@@ -162,21 +164,26 @@ def optimize(model: Any, config: Config | None = None, *, args: Sequence[Any] = 
     """
     config = config_of(config)
     demand_use(config, calibration)
-    kind = "path" if isinstance(model, (str, Path)) else _kind(model)
+    kind = "path" if isinstance(model, (str, os.PathLike)) else _kind(model)
+    if kind in ("module", "fx", "exported"):
+        demand_torch(config)
     if kind == "module":
         from normfuse.frontends.module_convert import convert_module
 
         return convert_module(model, config, args, kwargs, calibration)
+    if not (kwargs is None or kwargs == {}) or not (isinstance(args, (tuple, list)) and not args):
+        raise InputError("args and kwargs are to trace an nn.Module with, and this is none; leave them out")
     if config.first:
         raise UnsupportedError("first needs files to run; use normfuse.rewrite or normfuse.export")
     whole = "verify='model' needs files to run; use normfuse.rewrite, or verify='sites'"
-    if isinstance(model, (str, Path)):
+    if kind == "path":
+        model = path_of(model, "the input")
         if config.verify == "model":
             raise UnsupportedError(whole)
-        if _is_pt2(Path(model)):
+        if _is_pt2(model):
             raise UnsafeModelError(f"{model}: loading a .pt2 can run code in it; give what torch.export.load makes of "
                                    "it, or use normfuse.rewrite(..., trust=True)")  # fmt: skip
-        return _rewrite_ir(_read(Path(model))[0], config, None, calibration, shown=True)[:2]
+        return _rewrite_ir(_read(model)[0], config, None, calibration, shown=True)[:2]
     if kind in ("fx", "exported"):
         from normfuse.frontends import fx_model
 

@@ -27,7 +27,7 @@ from torch._dynamo.backends.registry import lookup_backend
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
 import normfuse
-from normfuse.config import Config, config_of
+from normfuse.config import Config, config_of, demand_torch, demand_use
 from normfuse.errors import InputError, UnsupportedError
 from normfuse.frontends import fx_model
 from normfuse.frontends.fx_meta import meta_of
@@ -127,8 +127,8 @@ def _options(options: dict[str, Any], mode: str | None) -> tuple[str, str | None
     if mode not in (None, *MODES):
         raise InputError(f"mode={mode!r} is not known; choose one of {', '.join(map(repr, MODES))}")
     config = Config(**given)
-    if config.target in ("ort-cpu", "ort-cuda"):
-        raise InputError(f"target={config.target!r} is for ONNX models, and torch runs this one; leave it out")
+    demand_use(config, None)
+    demand_torch(config)
     return inner, mode, config
 
 
@@ -179,6 +179,8 @@ class InductorPass(CustomGraphPass):
 
     def __init__(self, config: Config | None = None) -> None:
         self.config = config_of(config)
+        demand_use(self.config, None)
+        demand_torch(self.config)
 
     def uuid(self) -> str:
         """Changes with the options and with any line of NormFuse, so that no cached code is stale."""

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from normfuse.errors import InputError, NormFuseError, UnsupportedError, first_line
+from normfuse.errors import InputError, NormFuseError, UnsupportedError, first_line, path_of
 from normfuse.process import run_module, status
 from normfuse.ort_values import in_numpy
 from normfuse.verify import Array, feeds_for
@@ -178,6 +178,7 @@ def check(path: str) -> None:
     from normfuse.io.pt2 import foreign, is_zip
 
     _runtime()
+    path_of(path, "a model")
     if is_zip(Path(path)):
         raise InputError(f"{path}: bench runs ONNX models, and this is a .pt2; export it with torch.onnx.export")
     other = foreign(Path(path))

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from normfuse.cli_arguments import in_options, parser
 from normfuse.cli_process import Ended, ending, quiet
 from normfuse.config import FASTEST, Config
-from normfuse.errors import InputError, NormFuseError, VerificationError
+from normfuse.errors import InputError, NormFuseError, VerificationError, path_of
 
 if TYPE_CHECKING:
     from normfuse.bench import How
@@ -189,7 +189,7 @@ def _verify(args: argparse.Namespace) -> Outcome:
     if not 0 <= args.seed < 2**63:
         raise InputError(f"--seed {args.seed}: give a number from 0 to 2^63 - 1")
     for path in (args.a, args.b):
-        Path(path).stat()  # a file that is missing is that, and not of another kind
+        path_of(path, "a model").stat()  # a file that is missing is that, and not of another kind
         if (other := foreign(path)) is not None:
             raise InputError(f"{path}: {other}")
     inputs = load(args.inputs) if args.inputs else None

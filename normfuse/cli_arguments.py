@@ -20,6 +20,8 @@ OPTIONS = "|".join([*(f.name for f in fields(Config)), "external_data", "threads
 def in_options(message: str) -> str:
     """A message in which options are called as they are on the command line: ``--tolerance 0`` for tolerance=0."""
     def option(found: re.Match[str]) -> str:
+        if found[2] == "True":
+            return f"--{found[1].replace('_', '-')}"
         return f"--{found[1].replace('_', '-')} {found[2] if found[3] is None else shlex.quote(found[3])}"
 
     return re.sub(rf"(?<![^\s(])({OPTIONS})=('([^']*)'|[-+.\w]+)(?![-+.\w/\\])", option, message)

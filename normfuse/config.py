@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields
+from numbers import Real
 from typing import Any, Literal, get_args, get_type_hints
 
 from normfuse.errors import InputError
@@ -15,11 +17,12 @@ OPTIMISERS = ("onnxscript", "onnxsim")
 FASTEST = "fastest"
 
 
-KINDS: dict[Any, tuple[Any, str]] = {
-    bool: (bool, "True or False"), float: ((int, float), "a number"),
-    str: (str, "a text, such as '1.31' for a version"),
-}  # fmt: skip
+KINDS: dict[Any, tuple[Any, str]] = {bool: (bool, "True or False"), float: (Real, "a number"), str: (str, "a text")}
 """What a value of each type is, and the words for it."""
+SUCH = {"ort_version": "1.31", "norms": "*.output.LayerNorm*", "first": "onnxsim"}
+"""What a text may be."""
+VERSION = re.compile(r"(\d{1,3})\.(\d{1,3})(\.|$)")
+"""Major and minor number, and whatever follows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,17 +79,28 @@ class Config:
                 raise InputError(f"{f.name}={value!r} is not known; choose one of {', '.join(map(repr, known))}")
             kind, words = KINDS.get(hints[f.name], (object, ""))
             if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool and words):
-                raise InputError(f"{f.name}={value!r} is not {words}")
+                such = f", such as {SUCH[f.name]!r}" if f.name in SUCH else ""
+                raise InputError(f"{f.name}={value!r} is not {words}{such}")
         if self.layernorm_to_rmsnorm == "approximate" and self.verify == "model":
             raise InputError("verify='model' asks for equal outputs, which layernorm_to_rmsnorm='approximate' does not "
                              "give; its error is measured on held-back inputs, see tolerance")  # fmt: skip
+        try:
+            object.__setattr__(self, "tolerance", float(self.tolerance))  # of NumPy's types, too
+        except OverflowError:
+            raise InputError("tolerance is larger than any number of type float; give one such as 0.05") from None
         if not self.tolerance > 0:
             raise InputError(f"tolerance={self.tolerance!r} is not a positive number, such as 0.05")
+        if self.ort_version and VERSION.match(self.ort_version) is None:
+            such = repr(SUCH["ort_version"])
+            raise InputError(f"ort_version={self.ort_version!r} is not a version; give one such as {such}")
         if not self.norms.strip(" ,"):
-            raise InputError(f"norms={self.norms!r} is not a pattern of names, such as '*.output.LayerNorm*'")
+            raise InputError(f"norms={self.norms!r} is not a pattern of names, such as {SUCH['norms']!r}")
         if self.first == FASTEST and self.layernorm_to_rmsnorm == "approximate":
             raise InputError(f"first={FASTEST!r} measures models of equal outputs, which layernorm_to_rmsnorm="
                              "'approximate' does not give; name the optimisers")  # fmt: skip
+        if self.first and self.first != FASTEST and not self.optimisers:
+            raise InputError(f"first={self.first!r} names no optimiser; choose of {', '.join(OPTIMISERS)}, or "
+                             f"{FASTEST!r} alone")  # fmt: skip
         unknown = sorted(set(self.optimisers) - set(OPTIMISERS))
         if unknown:
             choices = f"choose of {', '.join(OPTIMISERS)}, or {FASTEST!r} alone"
@@ -119,6 +133,26 @@ def config_of(config: Config | None) -> Config:
 
 
 def demand_use(config: Config, calibration: Any) -> None:
-    """Raise `InputError` for calibration inputs that nothing would read."""
+    """Raise `InputError` for calibration inputs and options that nothing would read."""
     if calibration is not None and config.layernorm_to_rmsnorm != "approximate":
         raise InputError("calibration inputs are for layernorm_to_rmsnorm='approximate'; leave them out")
+    approximates = config.layernorm_to_rmsnorm == "approximate"
+    conversion = config.layernorm_to_rmsnorm != "off"
+    usual = Config()
+    for name, used, what in (
+        ("norms", approximates, "layernorm_to_rmsnorm='approximate'"),
+        ("tolerance", approximates, "layernorm_to_rmsnorm='approximate'"),
+        ("untie", conversion, "layernorm_to_rmsnorm='exact' or 'approximate'"),
+        ("force", conversion, "layernorm_to_rmsnorm='exact' or 'approximate'"),
+        ("ort_version", config.target in ("ort-cpu", "ort-cuda"), "target='ort-cpu' or 'ort-cuda'"),
+    ):
+        value = getattr(config, name)
+        if not used and value != getattr(usual, name):
+            raise InputError(f"{name}={value!r} is for {what}, and means nothing here; leave it out")
+
+
+def demand_torch(config: Config) -> None:
+    """Raise `InputError` for a runtime that does not run what torch does."""
+    if config.target in ("ort-cpu", "ort-cuda"):
+        raise InputError(f"target={config.target!r} is for ONNX models, and torch runs this one; leave it out, or make "
+                         "an ONNX model by normfuse.export")  # fmt: skip

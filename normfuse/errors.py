@@ -28,6 +28,8 @@ class VerificationError(NormFuseError):
 def path_of(given: Any, what: str, instead: str = "") -> Path:
     """A path that was given as `what`; `InputError` for what is none, with what to do `instead`."""
     if isinstance(given, (str, os.PathLike)) and isinstance(os.fspath(given), str):
+        if not os.fspath(given):
+            raise InputError(f"{what} is an empty path; give the name of a file")
         if os.fspath(given).endswith(("/", os.sep)):
             raise InputError(f"{what} is {given}, a folder; give the name of a file in it")
         return Path(given)

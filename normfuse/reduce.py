@@ -21,8 +21,8 @@ import onnx.inliner
 import onnx_ir as ir
 
 from normfuse.api import optimize
-from normfuse.config import Config, config_of
-from normfuse.errors import InputError, NormFuseError, UnsupportedError, first_line
+from normfuse.config import Config, config_of, demand_use
+from normfuse.errors import InputError, NormFuseError, UnsupportedError, first_line, path_of
 from normfuse.frontends.onnx_contrib import head_sizes
 from normfuse.frontends.onnx_model import OnnxModel
 from normfuse.frontends.onnx_wide import compare_rewritten
@@ -69,7 +69,7 @@ def reduce(src_path: str | Path, dst_path: str | Path, config: Config | None = N
 
     Raises `InputError` or `UnsafeModelError` for a file that is no model, `UnsupportedError` for one above 2 GiB.
     """
-    source, target = Path(src_path), Path(dst_path)
+    source, target = path_of(src_path, "the input"), path_of(dst_path, "the output")
     model = files.read_onnx(source)[0]
     files.check_target(source, target, overwrite, in_place=False)
     try:
@@ -88,6 +88,7 @@ def reduce_model(model: onnx.ModelProto, config: Config | None = None,
                  progress: Progress | None = None) -> tuple[onnx.ModelProto, Reduced] | None:  # fmt: skip
     """The smallest model found whose rewrite fails as that of `model` does, or None where it does not fail."""
     config = config_of(config)
+    demand_use(config, None)
     if config.verify == "model":  # the whole model is compared in any case
         config = replace(config, verify="sites")
     if config.layernorm_to_rmsnorm == "approximate":

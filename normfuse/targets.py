@@ -20,11 +20,10 @@ Measured rows: `tests/bench/results/forms.json`, by `python -m tests.bench.forms
 from __future__ import annotations
 
 import importlib.metadata
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from normfuse.config import Config
+from normfuse.config import VERSION, Config
 from normfuse.errors import InputError, UnsupportedError
 from normfuse.norm import Norm, reads_x
 
@@ -189,7 +188,7 @@ def runtime_version(asked: str) -> Version:
 
 
 def _parsed(text: str) -> Version:
-    found = re.match(r"(\d{1,3})\.(\d{1,3})(\.|$)", text)
+    found = VERSION.match(text)
     if found is None:
         raise InputError(f"ort_version={text!r} is not a version; give one such as '1.31'")
     return int(found[1]), int(found[2])

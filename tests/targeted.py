@@ -23,7 +23,8 @@ def rewritten(made: onnx.ModelProto, folder: Path, target: str, version: str = "
     """The rewrite of a model: valid, the same when made again, and not rewritten twice."""
     source, out, again = folder / "in.onnx", folder / "out.onnx", folder / "again.onnx"
     onnx.save(made, source)
-    settings = normfuse.Config(target=target, ort_version=version, **config)  # type: ignore[arg-type]
+    config |= {"ort_version": version} if target.startswith("ort-") else {}
+    settings = normfuse.Config(target=target, **config)  # type: ignore[arg-type]
     report = normfuse.rewrite(source, out, settings, overwrite=True)
     onnx.checker.check_model(out, full_check=True)
     normfuse.rewrite(source, again, settings, overwrite=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import signal
 import stat
@@ -27,6 +28,7 @@ from normfuse.cli import main
 from normfuse.cli_process import ending
 from normfuse.cli_print import Table, _print_rich
 from normfuse.errors import InputError
+from normfuse.reduce import reduce
 from normfuse.verify import compare_outputs
 
 RMS = "sq = Mul(x, x) ms = ReduceMean(sq, last) a = Add(ms, eps) r = Sqrt(a) n = Div(x, r) y = Mul(n, w)"
@@ -203,7 +205,9 @@ def test_what_torch_may_be_told_all_the_same(option: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("given", "said"), [
-    ({"norms": 3}, "norms=3 is not a text"), ({"first": None}, "first=None is not a text"),
+    ({"norms": 3}, r"norms=3 is not a text, such as '\*\.output"),
+    ({"first": None}, "first=None is not a text, such as 'onnxsim'"), ({"first": ","}, "first=',' names no optimiser"),
+    ({"ort_version": "x"}, "ort_version='x' is not a version"), ({"tolerance": 10**400}, "tolerance is larger than"),
     ({"tolerance": "x"}, "tolerance='x' is not a number"), ({"tolerance": True}, "tolerance=True is not a number"),
     ({"untie": "no"}, "untie='no' is not True or False"), ({"ort_version": 1.31}, "ort_version=1.31 is not a text"),
 ])  # fmt: skip
@@ -343,6 +347,16 @@ def test_what_differs_is_said(tmp_path: Path) -> None:
     (lambda p: normfuse.InductorPass({}), "config is a dict"),  # type: ignore[arg-type]
     (lambda p: normfuse.rewrite(p / "in.onnx", p / "o.onnx", calibration=p / "gone"), "leave them out"),
     (lambda p: normfuse.optimize(p / "in.onnx", calibration=[]), "leave them out"),
+    (lambda p: normfuse.optimize(p / "in.onnx", args=(1,)), "args and kwargs are to trace an nn.Module with"),
+    (lambda p: normfuse.optimize(torch.export.load(p / "in.pt2"), kwargs={"a": 1}), "args and kwargs are to trace"),
+    (lambda p: normfuse.optimize(torch.export.load(p / "in.pt2"), normfuse.Config(target="ort-cpu")),
+     "target='ort-cpu' is for ONNX models, and torch runs this one"),
+    (lambda p: normfuse.optimize(torch.nn.LayerNorm(8), normfuse.Config("exact", target="ort-cuda"), args=(1,)),
+     "target='ort-cuda' is for ONNX models"),
+    (lambda p: normfuse.InductorPass(normfuse.Config(target="ort-cpu")), "target='ort-cpu' is for ONNX models"),
+    (lambda p: normfuse.InductorPass(normfuse.Config(untie=True)), "untie=True is for"),
+    (lambda p: reduce(p / "in.onnx", p / "o.onnx", normfuse.Config(force=True)), "force=True is for"),
+    (lambda p: reduce("", p / "o.onnx"), "the input is an empty path; give the name of a file"),
     (lambda p: normfuse.verify.compare_models(p / "in.onnx", p / "in.onnx", inputs={"x": np.ones((1, 3))}), "not run"),
 ])  # fmt: skip
 def test_arguments_that_mean_nothing(call: Any, said: str, tmp_path: Path) -> None:
@@ -351,6 +365,55 @@ def test_arguments_that_mean_nothing(call: Any, said: str, tmp_path: Path) -> No
     with pytest.raises(normfuse.NormFuseError, match=said):
         call(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.onnx", "in.pt2"]
+
+
+MEANINGLESS: list[tuple[dict[str, Any], str]] = [
+    ({"norms": "a*"}, "norms='a*'"), ({"norms": "a*", "layernorm_to_rmsnorm": "exact"}, "norms='a*'"),
+    ({"tolerance": 0.5, "layernorm_to_rmsnorm": "exact"}, "tolerance=0.5"),
+    ({"untie": True, "fold_scale": True}, "untie=True"), ({"force": True, "target": "ort-cpu"}, "force=True"),
+    ({"ort_version": "1.31"}, "ort_version='1.31'"), ({"ort_version": "1.31", "target": "normfuse"}, "ort_version="),
+]
+
+
+@pytest.mark.parametrize(("options", "said"), MEANINGLESS, ids=str)
+def test_options_that_mean_nothing(options: dict[str, Any], said: str, tmp_path: Path) -> None:
+    source, config = saved(tmp_path / "in.onnx"), normfuse.Config(**options)
+    calls: list[Any] = [
+        lambda: normfuse.rewrite(source, tmp_path / "o.onnx", config), lambda: normfuse.optimize(source, config),
+        lambda: normfuse.export(torch.nn.LayerNorm(8), (torch.ones(2, 8),), tmp_path / "o.onnx", config)]  # fmt: skip
+    for call in calls:
+        with pytest.raises(InputError, match=f"{re.escape(said)}.* is for .*, and means nothing here; leave it out"):
+            call()
+    typed = [f"--{name.replace('_', '-')}" if value is True else f"--{name.replace('_', '-')}={value}"
+             for name, value in options.items()]  # fmt: skip
+    done = run("rewrite", source, tmp_path / "o.onnx", *typed)
+    assert done.returncode == 2 and not (tmp_path / "o.onnx").exists()
+    flag = "--" + said.partition("=")[0].replace("_", "-")
+    assert f"normfuse: {flag} " in done.stderr and f"{flag} True" not in done.stderr
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    half: Any = np.float32(0.5)
+    assert normfuse.Config(tolerance=half) == normfuse.Config(tolerance=0.5)
+    assert "tolerance=0.5" in repr(normfuse.Config(tolerance=half))
+
+
+class Named:
+    """A path that is no Path."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+
+def test_paths_of_any_kind(tmp_path: Path) -> None:
+    source = Named(saved(tmp_path / "in.onnx"))
+    assert len(normfuse.inspect(source).norms) == 1 and normfuse.optimize(source)[1].fused == 1
+    for command in (["inspect"], ["rewrite", "--in-place"], ["verify", source.path], ["bench"]):
+        done = run(*command, "")
+        assert done.returncode == 2 and "is an empty path; give the name of a file" in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("option", [{"first": "onnxsim"}, {"ort_version": "1.31"}, {"target": "ort-cpu"}])

@@ -435,7 +435,7 @@ def test_a_bias_wider_than_the_summands_stays_wide(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("target", ["onnx", "ort-cpu", "ort-cuda"])
 def test_a_skip_operator_rounds_the_sum_first(target: Any, tmp_path: Path) -> None:
-    for version in ("1.26", "1.29", "1.31"):
+    for version in ("",) if target == "onnx" else ("1.26", "1.29", "1.31"):
         config = normfuse.Config(target=target, ort_version=version, numerics="fast")
         report = normfuse.rewrite(halves(LAST, tmp_path), tmp_path / "out.onnx", config, overwrite=True)
         assert len(report.norms) == 1

@@ -86,7 +86,8 @@ def config(seed: int, rng: random.Random) -> normfuse.Config:
     version = "1.31"
     if other := later(seed, "target"):
         target, version = other.choice(("ort-cuda", "ort-cpu")), other.choice(("1.24", "1.29", "1.31"))
-    return normfuse.Config(target=target, numerics="fast" if rng.random() < 0.2 else "exact", ort_version=version,
+    return normfuse.Config(target=target, numerics="fast" if rng.random() < 0.2 else "exact",
+                           ort_version=version if target.startswith("ort-") else "",
                            verify="sites" if rng.random() < SITES_SHARE else "off")  # fmt: skip
 
 
