@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import gc
 import json
+import math
+import operator
+import os
 import re
 import statistics
 import sys
@@ -23,9 +26,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from normfuse.errors import InputError, NormFuseError, UnsupportedError, first_line, path_of
-from normfuse.process import run_module, status
+from normfuse.process import available, run_module, status
 from normfuse.ort_values import in_numpy
-from normfuse.verify import Array, feeds_for
+from normfuse.verify import OPEN, Array, feeds_for, shapes_for
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -35,6 +38,8 @@ WARM_UP, LEAST, MOST, SECONDS = 3, 11, 2000, 5.0
 """Rounds that do not count; without a given number, as many rounds as take so long, within these bounds."""
 PROFILED = 5
 """Runs that the share of norms is taken from."""
+DRAWN = 12
+"""Bytes that it takes to draw an element at random and to hold it."""
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 NORMS = frozenset(
     """LayerNormalization RMSNormalization SimplifiedLayerNormalization SkipLayerNormalization
@@ -50,23 +55,46 @@ class How:
     """How models are run: `threads` 0 is what ONNX Runtime takes; `sizes` by symbol, 2 where none is given.
 
     `inputs` is an .npz file of arrays by name, in place of random ones. `library`: load our operators for models that
-    have functions of domain normfuse.
+    have functions of domain normfuse. Raises `InputError` for a value that is none of these.
     """
 
     threads: int = 0
     rounds: int | None = None
-    sizes: dict[str, int] = field(default_factory=dict)
-    inputs: str | None = None
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    inputs: str | Path | None = None
     library: bool = True
 
     def __post_init__(self) -> None:
+        def hold(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)
+
+        hold("threads", _whole("threads", self.threads))
+        hold("rounds", None if self.rounds is None else _whole("rounds", self.rounds))
+        hold("inputs", None if self.inputs is None else str(path_of(self.inputs, "inputs", ": give an .npz file")))
+        given: Any = self.sizes
+        if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+            raise InputError(f"sizes={given!r}: give a dict of sizes by name, such as {{'batch': 4}}")
+        hold("sizes", {name: _whole(f"sizes[{name!r}]", n) for name, n in given.items()})
+        for name, n in self.sizes.items():
+            if not 1 <= n < 2**63:
+                raise InputError(f"sizes[{name!r}]={n}: give a number from 1 to 2^63 - 1")
+        if self.library not in (True, False):
+            raise InputError(f"library={self.library!r} is not True or False")
         if self.rounds is not None and self.rounds < 3:
             raise InputError(f"rounds={self.rounds}: it takes 3 rounds to tell a median from chance")
         if not 0 <= self.threads < 2**31:
             raise InputError(f"threads={self.threads}: give 1 or more, or 0 for what ONNX Runtime takes")
 
 
-def bench(paths: Sequence[str], how: How, progress: Callable[[str, float], None] | None = None) -> dict[str, Any]:
+def _whole(name: str, value: Any) -> int:
+    """A whole number, of whatever type."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise InputError(f"{name}={value!r} is not a whole number")
+    return operator.index(value)
+
+
+def bench(paths: Sequence[str | os.PathLike[str]], how: How,
+          progress: Callable[[str, float], None] | None = None) -> dict[str, Any]:  # fmt: skip
     """Measure one model, or two against each other, on each provider that this machine has.
 
     Returns {"schema", "onnxruntime", "threads", "inputs", "models", "ratio", "copy_gb_per_s", "notes"}; of each model
@@ -79,30 +107,32 @@ def bench(paths: Sequence[str], how: How, progress: Callable[[str, float], None]
     from normfuse.io.files import read_onnx
 
     runtime = _runtime()
-    if isinstance(paths, str) or not 1 <= len(paths) <= 2:
+    if isinstance(paths, (str, os.PathLike)) or not 1 <= len(paths) <= 2:
         raise InputError("give a list of one model, or of two to measure against each other")
-    for path in paths:
+    demand_how(how)
+    files = [str(path_of(path, "a model")) for path in paths]
+    for path in files:
         check(path)
         read_onnx(path)
     tell = progress or (lambda stage, share: None)
-    ours = [calls_ours(path) if how.library else False for path in paths]
-    feeds, notes = _feeds(paths, ours, how)
+    ours = [calls_ours(path) if how.library else False for path in files]
+    feeds, notes = _feeds(files, ours, how)
     models: list[dict[str, Any]] = [{"path": p, "operators": o, "providers": {}}
-                                    for p, o in zip(paths, ours, strict=True)]  # fmt: skip
+                                    for p, o in zip(files, ours, strict=True)]  # fmt: skip
     ratio: dict[str, Any] = {}
     there = sessions_have()
     for name in (name for name, provider in PROVIDERS.items() if provider in there):
-        sessions = [open_session(p, name, how.threads, o) for p, o in zip(paths, ours, strict=True)]
+        sessions = [open_session(p, name, how.threads, o) for p, o in zip(files, ours, strict=True)]
         if any(s.get_providers()[0] != PROVIDERS[name] for s in sessions):
             notes.append(f"{name}: ONNX Runtime does not run it there")
             continue
-        jobs = [_job(path, session, feeds) for path, session in zip(paths, sessions, strict=True)]
+        jobs = [_job(path, session, feeds, how.inputs) for path, session in zip(files, sessions, strict=True)]
         times = turns(jobs, how.rounds, stage=partial(tell, f"measuring on {name}"))
         del sessions, jobs
         for model, one in zip(models, times, strict=True):
             model["providers"][name] = {"milliseconds": spread(one), "rounds": len(one), "norm_share": None,
                                         "norm_gb_per_s": None, "memory_bytes": None}  # fmt: skip
-        if len(paths) == 2:
+        if len(files) == 2:
             ratio[name] = compare(*times)
     moved = 0
     for i, (model, own) in enumerate(zip(models, ours, strict=True)):
@@ -173,6 +203,12 @@ def _runtime() -> Any:
     return onnxruntime
 
 
+def demand_how(how: Any) -> None:
+    """Raise `InputError` for what does not say how to measure."""
+    if not isinstance(how, How):
+        raise InputError(f"how is a {type(how).__name__}; give normfuse.bench.How(...)")
+
+
 def check(path: str) -> None:
     """Raise `InputError` for a file that is no ONNX model, `UnsupportedError` without ONNX Runtime."""
     from normfuse.io.pt2 import foreign, is_zip
@@ -215,17 +251,34 @@ def open_session(path: str | Path, provider: str, threads: int, operators: bool,
         raise InputError(f"{path}: ONNX Runtime does not load it: {first_line(why)}") from why
 
 
-def _job(path: str, session: Any, feeds: dict[str, Array]) -> Callable[[], object]:
+def _job(path: str, session: Any, feeds: dict[str, Array], given: Any = None) -> Callable[[], object]:
     """A run of a session, which was tried once."""
     try:
         session.run(None, feeds)
     except Exception as why:
+        if given:
+            text = next(filter(None, (_misfit(i, feeds[i.name]) for i in session.get_inputs())), first_line(why))
+            raise InputError(f"{path} does not run with --inputs {given}: {text}") from why
         sizes = {d: n for i in session.get_inputs() for d, n in zip(i.shape, feeds[i.name].shape, strict=False)
                  if isinstance(d, str)}  # fmt: skip
         taken = ", ".join(f"{name}={n}" for name, n in sizes.items())
         advice = f"with {taken}: give other sizes with --size NAME=N" if sizes else "on these: give --inputs"
         raise InputError(f"{path} does not run {advice}; {first_line(why)}") from why
     return lambda: session.run(None, feeds)
+
+
+def _misfit(wanted: Any, array: Array) -> str:
+    """In what an array is not what an input wants, or nothing."""
+    kind = re.sub(r"^tensor\((.*)\)$", r"\1", wanted.type)
+    kind = {"float": "float32", "double": "float64"}.get(kind, kind)
+    fits = len(wanted.shape) == array.ndim and all(not isinstance(d, int) or d in (-1, n) for d, n in
+                                                   zip(wanted.shape, array.shape, strict=True))  # fmt: skip
+    if wanted.shape and not fits:
+        got, want = ("x".join(map(str, shape)) or "()" for shape in (array.shape, wanted.shape))
+        return f"input {wanted.name!r} has shape {got} there, and the model wants {want}"
+    if kind not in ("string", "bfloat16", str(array.dtype)):
+        return f"input {wanted.name!r} holds {array.dtype} there, and the model wants {kind}"
+    return ""
 
 
 def _feeds(paths: Sequence[str], ours: Sequence[bool], how: How) -> tuple[dict[str, Array], list[str]]:
@@ -235,6 +288,11 @@ def _feeds(paths: Sequence[str], ours: Sequence[bool], how: How) -> tuple[dict[s
     names = [[i.name for i in s.get_inputs()] for s in sessions]
     if sorted(names[0]) != sorted(names[-1]):
         raise InputError(f"the models have other inputs: {names[0]} and {names[-1]}")
+    types = [{i.name: i.type for i in s.get_inputs()} for s in sessions]
+    for name in names[0]:
+        if types[0][name] != types[-1][name]:
+            raise InputError(f"the models have no inputs in common: {name!r} is {types[0][name]} in {paths[0]}, and "
+                             f"{types[-1][name]} in {paths[-1]}")  # fmt: skip
     feeds = make_feeds(first, paths[0], how)
     dims = [d for i in first.get_inputs() for d in i.shape]
     notes = []
@@ -248,22 +306,49 @@ def _feeds(paths: Sequence[str], ours: Sequence[bool], how: How) -> tuple[dict[s
 
 
 def make_feeds(session: Any, path: str | Path, how: How) -> dict[str, Array]:
-    """Inputs from a file, random ones where it has none. Raises `InputError` for a name that the model lacks."""
+    """Inputs from a file, random ones where it has none.
+
+    Raises `InputError` for a name that the model lacks, for a size of what the file has, and where memory has no room.
+    """
     from normfuse.calibrate import load
     from normfuse.frontends.onnx_contrib import head_sizes
     from normfuse.io.files import read_onnx
 
-    symbols = list(dict.fromkeys(d for i in session.get_inputs() for d in i.shape if isinstance(d, str)))
-    absent = sorted(set(how.sizes) - set(symbols))
-    if absent:
-        has = f"has {', '.join(symbols)}" if symbols else "has none that is open"
-        raise InputError(f"no size of an input is named {absent[0]!r}; the model {has}")
+    _demand_sizes([d for i in session.get_inputs() for d in i.shape], how.sizes)
     given = load(how.inputs) if how.inputs else {}
     names = [i.name for i in session.get_inputs()]
     unknown = sorted(set(given) - set(names))
     if unknown:
         raise InputError(f"no input is named {unknown[0]!r}; the model has {', '.join(names)}")
-    return feeds_for(session, sizes=head_sizes(read_onnx(path)[0]) | dict(how.sizes), given=given)
+    held = {d: i.name for i in session.get_inputs() if i.name in given for d in i.shape}
+    if both := [name for name in how.sizes if name in held]:
+        raise InputError(f"the size {both[0]!r} is that of input {held[both[0]]!r} in {how.inputs}; leave out --size "
+                         f"{both[0]}={how.sizes[both[0]]}, or --inputs")  # fmt: skip
+    sizes = head_sizes(read_onnx(path)[0]) | dict(how.sizes)
+    shapes = {name: shape for name, shape in shapes_for(session, sizes, OPEN[0]).items() if name not in given}
+    if (needed := DRAWN * sum(map(math.prod, shapes.values()))) > available():
+        name = max(shapes, key=lambda n: math.prod(shapes[n]))
+        shape = "x".join(map(str, shapes[name]))
+        raise InputError(f"there is no memory to draw inputs of {path}: {name!r} is {shape}, and it takes "
+                         f"{needed / 2**30:.3g} GiB; give smaller sizes with --size NAME=N")  # fmt: skip
+    return feeds_for(session, sizes=sizes, given=given)
+
+
+def demand_sizes(path: str | Path, sizes: Mapping[str, int]) -> None:
+    """Raise `InputError` for sizes that the inputs of a model have not."""
+    from normfuse.io.files import read_onnx
+
+    if sizes:
+        inputs = read_onnx(path)[0].graph.inputs
+        _demand_sizes([getattr(d, "value", d) for i in inputs for d in i.shape or ()], sizes)
+
+
+def _demand_sizes(dims: Sequence[Any], sizes: Mapping[str, int]) -> None:
+    symbols = list(dict.fromkeys(d for d in dims if isinstance(d, str)))
+    absent = sorted(set(sizes) - set(symbols))
+    if absent:
+        has = f"has {', '.join(symbols)}" if symbols else "has none that is open"
+        raise InputError(f"no size of an input is named {absent[0]!r}; the model {has}")
 
 
 # -- the share of norms --------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from normfuse.cli_arguments import in_options, parser
 from normfuse.cli_process import Ended, ending, quiet
 from normfuse.config import FASTEST, Config
-from normfuse.errors import InputError, NormFuseError, VerificationError, path_of
+from normfuse.errors import InputError, NormFuseError, VerificationError, first_line, path_of
 
 if TYPE_CHECKING:
     from normfuse.bench import How
@@ -135,7 +135,9 @@ def _timing(args: argparse.Namespace, output: str) -> How | None:
     if args.bench and (args.dry_run or os.path.realpath(args.model) == os.path.realpath(output)):
         raise InputError("--bench runs IN and OUT in turns; leave --dry-run and --in-place out")
     bench.check(args.model)
-    return bench.How(sizes=cli_bench.sizes(args.size))
+    how = bench.How(sizes=cli_bench.sizes(args.size))
+    bench.demand_sizes(args.model, how.sizes)
+    return how
 
 
 def _time(report: Report, how: How, quiet: bool) -> None:
@@ -146,6 +148,8 @@ def _time(report: Report, how: How, quiet: bool) -> None:
         report.latency = cli_bench.measure([report.source, report.target], how, quiet)
     except NormFuseError as why:
         report.notes.append(f"the latency was not measured: {why}")
+    except Exception as why:
+        report.notes.append(f"the latency was not measured: {type(why).__name__}: {first_line(why)}")
 
 
 def _config(args: argparse.Namespace) -> Config:

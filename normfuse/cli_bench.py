@@ -35,12 +35,17 @@ def bench_models(args: argparse.Namespace) -> Outcome:
 
 def sizes(given: list[str]) -> dict[str, int]:
     """The sizes of --size by name. Raises `InputError` for what is none."""
-    return dict(map(_size, given))
+    found = dict[str, int]()
+    for name, n in map(_size, given):
+        if name in found:
+            raise InputError(f"--size {name}={n}: {name} is {found[name]} already; give each size once")
+        found[name] = n
+    return found
 
 
 def _size(text: str) -> tuple[str, int]:
     name, _, number = text.rpartition("=")
-    if not name or not number.isdecimal() or int(number) < 1:
+    if not name or not number.isdecimal() or len(number) > 18 or int(number) < 1:
         raise InputError(f"--size {text}: give a name and a size, such as batch=4")
     return name, int(number)
 

@@ -45,6 +45,10 @@ def check(config: Config, how: How | None) -> None:
     """Raise `InputError` where an optimiser that is asked for is not installed, or `how` has nothing to measure."""
     if how is not None and config.first != FASTEST:
         raise InputError(f"how= says how first={FASTEST!r} measures, and first is {config.first!r}; leave it out")
+    if how is not None:
+        from normfuse.bench import demand_how
+
+        demand_how(how)
     for tool in config.optimisers:
         if importlib.util.find_spec(tool) is None:
             raise InputError(f"first={config.first!r}: {tool} is not installed; pip install {tool}")

@@ -315,6 +315,72 @@ def test_sizes_that_do_not_fit_name_the_option(open_model: Path) -> None:
     assert "'sequnce'" in message and "batch, sequence" in message
 
 
+def test_sizes_that_memory_has_no_room_for(open_model: Path) -> None:
+    for n in (10**11, 10**18 - 1):
+        message = fails(run("bench", open_model, *QUICK, "--size", f"batch={n}"))
+        assert f"there is no memory to draw inputs of {open_model}: 'x' is {n}x2x8" in message
+    assert "give a name and a size" in fails(run("bench", open_model, "--size", f"batch={'9' * 5000}"))
+
+
+def test_each_size_is_said_once(open_model: Path, tmp_path: Path) -> None:
+    message = fails(run("bench", open_model, *QUICK, "--size", "batch=3", "--size", "batch=4"))
+    assert message.endswith("--size batch=4: batch is 3 already; give each size once")
+    np.savez(tmp_path / "inputs.npz", x=np.zeros((5, 6, 8), np.float32))
+    message = fails(run("bench", open_model, *QUICK, "--size", "batch=3", "--inputs", tmp_path / "inputs.npz"))
+    assert "the size 'batch' is that of input 'x' in" in message and "leave out --size batch=3, or --inputs" in message
+
+
+@pytest.mark.parametrize(("array", "said"), [
+    (np.zeros((5, 6), np.float32), "input 'x' has shape 5x6 there, and the model wants batchxsequencex8"),
+    (np.zeros((5, 6, 7), np.float32), "input 'x' has shape 5x6x7 there, and the model wants batchxsequencex8"),
+    (np.zeros((5, 6, 8)), "input 'x' holds float64 there, and the model wants float32"),
+    (np.zeros((5, 3, 8), np.float32), "Add"),
+])  # fmt: skip
+def test_inputs_that_do_not_fit_are_named(open_model: Path, array: Any, said: str, tmp_path: Path) -> None:
+    np.savez(tmp_path / "in.npz", x=array)
+    message = fails(run("bench", open_model, *QUICK, "--inputs", tmp_path / "in.npz"))
+    assert f"{open_model} does not run with --inputs {tmp_path / 'in.npz'}: " in message and said in message
+    assert "--size" not in message
+
+
+def test_models_of_other_types(tmp_path: Path) -> None:
+    paths = []
+    for kind in (TensorProto.FLOAT, TensorProto.FLOAT16):
+        x, y = (helper.make_tensor_value_info(v, kind, [2]) for v in "xy")
+        graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", [x], [y])
+        made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+        paths.append(saved(made, tmp_path / f"{kind}.onnx"))
+    message = fails(run("bench", *paths, *QUICK))
+    assert "'x' is tensor(float) in" in message and "tensor(float16) in" in message
+
+
+@pytest.mark.parametrize(("options", "said"), [
+    ({"rounds": "x"}, "rounds='x' is not a whole number"), ({"threads": True}, "threads=True is not a whole number"),
+    ({"threads": 1.5}, "threads=1.5 is not a whole number"), ({"sizes": [("a", 1)]}, "give a dict of sizes by name"),
+    ({"sizes": {3: 3}}, "give a dict of sizes by name"), ({"sizes": {"a": 0}}, "'a'.=0: give a number from 1"),
+    ({"sizes": {"a": "x"}}, "'a'.='x' is not a whole number"), ({"inputs": 3}, "inputs is a int and not the path"),
+    ({"library": "no"}, "library='no' is not True or False"),
+])  # fmt: skip
+def test_how_is_checked(options: Any, said: str) -> None:
+    with pytest.raises(normfuse.InputError, match=said):
+        bench.How(**options)
+
+
+def test_numbers_and_paths_of_other_types(open_model: Path, tmp_path: Path) -> None:
+    how = bench.How(np.int64(1), np.int64(3), {"batch": np.int64(3), "sequence": np.int64(6)})  # type: ignore[arg-type, dict-item]
+    found = bench.bench([open_model], how)
+    assert json.loads(json.dumps(found))["models"][0]["path"] == str(open_model)
+    assert MEMORY(str(open_model), how) or sys.platform != "linux"
+    np.savez(tmp_path / "in.npz", x=np.zeros((5, 6, 8), np.float32))
+    found = bench.bench((open_model, str(open_model)), bench.How(1, 3, inputs=tmp_path / "in.npz"))
+    assert found["inputs"]["x"]["shape"] == [5, 6, 8]
+    for how in (None, {"rounds": 3}):  # type: ignore[assignment]
+        with pytest.raises(normfuse.InputError, match=r"give normfuse\.bench\.How"):
+            bench.bench([open_model], how)
+    with pytest.raises(normfuse.InputError, match="how is a dict"):
+        normfuse.rewrite(open_model, tmp_path / "o.onnx", normfuse.Config(first="fastest"), how={})  # type: ignore[arg-type]
+
+
 def test_inputs_that_cannot_be_drawn_can_be_given(tmp_path: Path) -> None:
     x, y = (helper.make_tensor_value_info(v, TensorProto.STRING, [2]) for v in "xy")
     graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "g", [x], [y])

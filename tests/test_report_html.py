@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from html import escape
 from html.parser import HTMLParser
 from importlib import metadata
@@ -293,13 +294,23 @@ def test_what_cannot_be_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         ([path, "--bench", "--in-place"], "--in-place"),
         ([path, target, "--size", "n=2"], "--bench"),
         ([path, target, "--bench", "--size", "n"], "--size n"),
+        ([path, target, "--bench", "--size", "nothing=2"], "no size of an input is named 'nothing'"),
         ([program, tmp_path / "b.pt2", "--bench", "--trust"], "bench runs ONNX models"),
     ):  # fmt: skip
         assert message in fails(run("rewrite", *words))
         assert not target.exists()
-    code, out, _ = run("rewrite", path, target, "--bench", "--size", "nothing=2", "--report", tmp_path / "r.html")
-    assert code == 0 and target.exists() and "the latency was not measured: no size of an input" in out
-    assert "the latency was not measured: no size of an input" in read(tmp_path / "r.html").text
+    for error, said in ((normfuse.InputError("too large"), "too large"), (MemoryError("none"), "MemoryError: none")):
+        monkeypatch.setattr(bench, "make_feeds", raises(error))
+        code, out, _ = run("rewrite", path, target, "--bench", "--overwrite", "--report", tmp_path / "r.html")
+        assert code == 0 and target.exists() and f"the latency was not measured: {said}" in out
+        assert f"the latency was not measured: {said}" in read(tmp_path / "r.html").text
+
+
+def raises(error: Exception) -> Callable[..., None]:
+    def call(*_: object) -> None:
+        raise error
+
+    return call
 
 
 def test_refusals_say_what_to_change(tmp_path: Path) -> None:
