@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from normfuse.errors import InputError, NormFuseError, UnsupportedError, first_line, path_of
+from normfuse.errors import InputError, NormFuseError, first_line, path_of
 from normfuse.process import available, run_module, status
-from normfuse.ort_values import in_numpy
+from normfuse.ort_values import in_numpy, onnx_runtime
 from normfuse.verify import OPEN, Array, feeds_for, shapes_for
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def bench(paths: Sequence[str | os.PathLike[str]], how: How,
     from normfuse.cli_env import sessions_have
     from normfuse.io.files import read_onnx
 
-    runtime = _runtime()
+    runtime = onnx_runtime()
     if isinstance(paths, (str, os.PathLike)) or not 1 <= len(paths) <= 2:
         raise InputError("give a list of one model, or of two to measure against each other")
     demand_how(how)
@@ -195,14 +195,6 @@ def compare(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
 # -- sessions and inputs -------------------------------------------------------------------------------------------
 
 
-def _runtime() -> Any:
-    try:
-        import onnxruntime
-    except ImportError:
-        raise UnsupportedError("this needs ONNX Runtime: pip install 'normfuse[cpu]' or 'normfuse[gpu]'") from None
-    return onnxruntime
-
-
 def demand_how(how: Any) -> None:
     """Raise `InputError` for what does not say how to measure."""
     if not isinstance(how, How):
@@ -213,7 +205,7 @@ def check(path: str) -> None:
     """Raise `InputError` for a file that is no ONNX model, `UnsupportedError` without ONNX Runtime."""
     from normfuse.io.pt2 import foreign, is_zip
 
-    _runtime()
+    onnx_runtime()
     path_of(path, "a model")
     if is_zip(Path(path)):
         raise InputError(f"{path}: bench runs ONNX models, and this is a .pt2; export it with torch.onnx.export")
@@ -233,7 +225,7 @@ def options_for(path: str | Path, provider: str, threads: int, operators: bool) 
     """Options of a session whose threads stop between runs; with `operators`, our library is loaded."""
     from normfuse.ort import register
 
-    options = _runtime().SessionOptions()
+    options = onnx_runtime().SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 4
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if operators:
@@ -246,7 +238,7 @@ def open_session(path: str | Path, provider: str, threads: int, operators: bool,
     options = options or options_for(path, provider, threads, operators)
     wanted = dict.fromkeys([PROVIDERS[provider], PROVIDERS["cpu"]])
     try:
-        return in_numpy(_runtime().InferenceSession(str(path), options, providers=list(wanted)))
+        return in_numpy(onnx_runtime().InferenceSession(str(path), options, providers=list(wanted)))
     except Exception as why:
         raise InputError(f"{path}: ONNX Runtime does not load it: {first_line(why)}") from why
 

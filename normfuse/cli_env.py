@@ -8,6 +8,8 @@ import platform
 from importlib import metadata
 from typing import Any
 
+from normfuse.errors import UnsupportedError
+
 PACKAGES = ("normfuse", "torch", "onnx", "onnx-ir", "onnxscript", "numpy")
 
 
@@ -34,7 +36,14 @@ def environment() -> dict[str, Any]:
 def _onnxruntime() -> str | None:
     """The version and the build: the GPU and the CPU package share one module, so that both at once is a mistake."""
     names = ("onnxruntime", "onnxruntime-gpu")
-    return ", ".join(f"{v} ({name})" for name in names if (v := version(name))) or None
+    from normfuse.ort_values import onnx_runtime
+
+    found = ", ".join(f"{v} ({name})" for name in names if (v := version(name)))
+    try:
+        onnx_runtime()
+    except UnsupportedError as why:
+        return f"{found}; {why}" if found else None
+    return found or None
 
 
 def _operators() -> str | None:
@@ -46,10 +55,12 @@ def _operators() -> str | None:
 
 def sessions_have() -> list[str]:
     """The providers of a session on a tiny model; one whose libraries are missing is offered but never given."""
+    from normfuse.ort_values import onnx_runtime
+
     try:
-        import onnxruntime as ort
+        ort = onnx_runtime()
         from onnx import TensorProto, helper
-    except ImportError:
+    except (ImportError, UnsupportedError):
         return []
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy")
     graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "g", [x], [y])

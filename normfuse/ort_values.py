@@ -1,4 +1,5 @@
-"""bfloat16 in and out of ONNX Runtime: its Python interface has no arrays of that type, only values by pointer."""
+"""ONNX Runtime where it is there, and bfloat16 in and out of it: its Python interface has no arrays of that type, only
+values by pointer."""
 
 from __future__ import annotations
 
@@ -8,8 +9,27 @@ from typing import Any
 
 import numpy as np
 
+from normfuse.errors import UnsupportedError, first_line
+
 Array = np.ndarray[Any, Any]
 BFLOAT16 = "tensor(bfloat16)"
+
+
+def onnx_runtime() -> Any:
+    """The module of ONNX Runtime. Raises `UnsupportedError` where it is missing, or cannot be imported."""
+    try:
+        import onnxruntime
+    except Exception as why:
+        if getattr(why, "name", None) == "onnxruntime" and isinstance(why, ModuleNotFoundError):
+            text = "this needs ONNX Runtime: pip install 'normfuse[cpu]' or 'normfuse[gpu]'"
+            raise UnsupportedError(text) from None
+        at: BaseException | None = why
+        while at is not None:  # libraries in C make an ImportError of it
+            if isinstance(at, KeyboardInterrupt):
+                raise at from None
+            at = at.__cause__ or at.__context__
+        raise UnsupportedError(f"ONNX Runtime is installed, but cannot be imported: {first_line(why)}") from why
+    return onnxruntime
 
 
 def in_numpy(runtime: Any) -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from normfuse.errors import InputError, UnsupportedError, VerificationError, first_line
-from normfuse.ort_values import in_numpy
+from normfuse.ort_values import in_numpy, onnx_runtime
 from normfuse.process import available, resident
 
 Array = np.ndarray[Any, Any]
@@ -326,10 +326,7 @@ def session(model: str | Path | bytes, data: str | Path = "", without: Sequence[
 
     Raises `UnsupportedError` without ONNX Runtime, `InputError` for a model that it does not load.
     """
-    try:
-        import onnxruntime
-    except ImportError:
-        raise UnsupportedError("this needs ONNX Runtime: pip install 'normfuse[cpu]' or 'normfuse[gpu]'") from None
+    onnxruntime = onnx_runtime()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     if data:

@@ -48,6 +48,29 @@ def run(*args: str | Path, **more: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, text=True, check=False, timeout=60, **({"capture_output": True} | more))
 
 
+# -- ONNX Runtime that does not import --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("body", "said"), [
+    ('raise ImportError("libcudnn.so.9: cannot open\\nmore")', "cannot be imported: libcudnn.so.9: cannot open"),
+    ("import gone_with_it", "cannot be imported: No module named 'gone_with_it'"),
+    ("1 / 0", "cannot be imported: division by zero"),
+    ("try: raise KeyboardInterrupt\nexcept BaseException: raise ImportError('multiarray failed')", "interrupted"),
+])  # fmt: skip
+def test_a_broken_onnx_runtime_is_not_called_missing(body: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "lib" / "onnxruntime").mkdir(parents=True)
+    (tmp_path / "lib" / "onnxruntime" / "__init__.py").write_text(body)
+    source = saved(tmp_path / "in.onnx")
+    path = os.pathsep.join(filter(None, [str(tmp_path / "lib"), os.environ.get("PYTHONPATH")]))
+    for command in (("verify", str(source), str(source)), ("bench", str(source))):
+        done = run(*command, env=os.environ | {"PYTHONPATH": path})
+        assert done.returncode == (130 if said == "interrupted" else 2)
+        assert said in done.stderr and "pip install" not in done.stderr
+    if said != "interrupted":
+        done = run("env", env=os.environ | {"PYTHONPATH": path})
+        assert done.returncode == 0 and said in " ".join(done.stdout.split())
+
+
 # -- what is equal ----------------------------------------------------------------------------------------------------
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from normfuse.errors import InputError, UnsupportedError
+from normfuse.ort_values import onnx_runtime
 
 if TYPE_CHECKING:
     import onnx
@@ -54,11 +55,7 @@ def register(options: Any, model: str | Path | onnx.ModelProto | None = None, pr
     if path is None:
         raise UnsupportedError("NormFuse was installed without a C compiler, so that it has no operators for ONNX "
                                "Runtime: install gcc or clang, then NormFuse again; models run without them too")
-    try:
-        import onnxruntime
-    except ImportError:
-        raise UnsupportedError("this needs ONNX Runtime: pip install 'normfuse[cpu]' or 'normfuse[gpu]'") from None
-    version = str(onnxruntime.__version__)
+    version = str(onnx_runtime().__version__)
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
         raise UnsupportedError(f"NormFuse's operators need ONNX Runtime {'.'.join(map(str, OLDEST))} or newer, and "
                                f"this is {version}: update it, or load the model without them")  # fmt: skip
