@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -34,6 +34,10 @@ OURS = {
 }  # fmt: skip
 
 
+LIBRARIES = ("torch", "onnxscript", "onnx_ir")
+"""Whose loggers are silent while torch exports."""
+EXPORTING = threading.Lock()
+"""One export at a time: the exporter's loggers, the warnings, and a module's mode are there once in a process."""
 USUAL = {"dynamo": True, "external_data": True, "export_params": True}
 """What may be said of these all the same: it is what is done."""
 
@@ -47,7 +51,8 @@ def export(module: Any, args: tuple[Any, ...] | None, path: str | Path, config: 
     `module`: a `torch.nn.Module`, `torch.export.ExportedProgram`, or a `torch.onnx.ONNXProgram` that was made before
     (then `args` are only used to verify, and there are no `options`). `options` are those of `torch.onnx.export`, such
     as `kwargs`, `dynamic_shapes`, `opset_version`, `input_names`. The module is left as it is: its mode, and the
-    implementation of its experts, which torch's exporter takes in one form only.
+    implementation of its experts, which torch's exporter takes in one form only. One thread exports at a time, and
+    meanwhile warnings and what torch logs are off in the whole process.
 
     `calibration` is for `layernorm_to_rmsnorm="approximate"`: dicts of arrays by the input names of the ONNX model.
     `how` (`normfuse.bench.How`: sizes, inputs, threads) is for `first="fastest"`.
@@ -65,6 +70,8 @@ def export(module: Any, args: tuple[Any, ...] | None, path: str | Path, config: 
 
     config, target, started = config_of(config), path_of(path, "the output"), time.perf_counter()
     demand_use(config, calibration)
+    if target.suffix == ".pt2":
+        raise InputError(f"{target}: normfuse.export writes ONNX; give an output that ends in .onnx")
     for name, why in OURS.items():
         if options.pop(name, USUAL.get(name)) is not USUAL.get(name):
             raise InputError(f"normfuse.export takes no option {name!r}: {why}")
@@ -96,7 +103,7 @@ def export(module: Any, args: tuple[Any, ...] | None, path: str | Path, config: 
         size = files.write_new(model, target)
         done = time.perf_counter()
     report.notes.append(f"exported by torch.onnx.export at opset {report.opset}; {size / 2**20:.1f} MiB of weights")
-    if options.get("opset_version", report.opset) != report.opset:
+    if options.get("opset_version") not in (None, report.opset):
         report.notes.append(f"opset {options['opset_version']} was asked for: torch.onnx.export does not convert this "
                             "model to it")  # fmt: skip
     if any(refusal.code == "NF103" for refusal in report.refusals) and options.get("optimize", True):
@@ -116,17 +123,18 @@ def _exported(module: Any, args: tuple[Any, ...] | None, options: dict[str, Any]
                          "ONNXProgram")  # fmt: skip
     if not isinstance(args, tuple):
         raise InputError(f"args is a {type(args).__name__}; give the positional arguments of the module as a tuple")
-    training = [m for m in module.modules() if m.training] if isinstance(module, torch.nn.Module) else []
-    try:
-        with _experts(module), _silent(), torch.no_grad():
-            return torch.onnx.export(module, args, dynamo=True, **{"verbose": False, **options})
-    except Exception as why:
-        if isinstance(why, TypeError) and "unexpected keyword" in str(why):
-            raise InputError(f"torch.onnx.export: {why}") from why
-        raise UnsupportedError(_failed(module, why)) from why
-    finally:
-        for part in training:
-            part.training = True
+    with EXPORTING:
+        training = [m for m in module.modules() if m.training] if isinstance(module, torch.nn.Module) else []
+        try:
+            with _experts(module), _silent(), torch.no_grad():
+                return torch.onnx.export(module, args, dynamo=True, **{"verbose": False, **options})
+        except Exception as why:
+            if isinstance(why, TypeError) and "unexpected keyword" in str(why):
+                raise InputError(f"torch.onnx.export: {why}") from why
+            raise UnsupportedError(_failed(module, why)) from why
+        finally:
+            for part in training:
+                part.training = True
 
 
 def _failed(module: Any, why: BaseException) -> str:
@@ -155,16 +163,20 @@ def _experts(module: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """What the exporter logs and prints on its way is for its own developers."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    out = io.StringIO()
+    """What the exporter logs on its way is for its own developers; others of the process go on printing and logging."""
+    loggers = [logging.getLogger(name) for name in LIBRARIES]
+    loggers += [logging.getLogger(name) for name in list(logging.root.manager.loggerDict)
+                if name.startswith(tuple(f"{library}." for library in LIBRARIES))]  # fmt: skip
+    levels = {logger: logger.level for logger in loggers if logger.level or logger.name in LIBRARIES}
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        for logger in levels:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.disable(disabled)
+        for logger, level in levels.items():
+            logger.setLevel(level)
 
 
 def _compare(before: ir.Model, after: ir.Model, args: tuple[Any, ...] | None, kwargs: Mapping[str, Any] | None,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -195,3 +198,42 @@ def test_an_eps_that_the_exporter_drops_is_told_of(optimize: bool, norms: int, t
 
     report = normfuse.export(Tiny(), (torch.randn(2, 8),), tmp_path / "o.onnx", optimize=optimize)
     assert len(report.norms) == norms and any("optimize=False" in note for note in report.notes) is (not norms)
+
+
+def test_others_print_and_log_while_a_module_is_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                         capfd: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    """Two exports wait for each other, and leave streams, loggers and the module's mode as they were."""
+    real, inside, most = torch.onnx.export, [0], [0]
+    module, own = nn.LayerNorm(8), logging.getLogger("tests.own")
+    state = (sys.stdout, sys.stderr, logging.root.manager.disable, logging.getLogger("torch").level, module.training)
+    heard: list[logging.LogRecord] = []
+    monkeypatch.setattr(own, "handle", heard.append)
+
+    def export(*args: Any, **options: Any) -> Any:
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        print("somebody prints")
+        own.warning("somebody logs")
+        logging.getLogger("torch.onnx").error("the exporter logs")
+        made = real(*args, **options)
+        inside[0] -= 1
+        return made
+
+    monkeypatch.setattr(torch.onnx, "export", export)
+    with ThreadPoolExecutor(2) as pool:
+        made = [pool.submit(normfuse.export, module, (torch.ones(2, 8),), tmp_path / f"{i}.onnx") for i in range(2)]
+        assert [len(one.result().norms) for one in made] == [1, 1]
+    out, err = capfd.readouterr()
+    assert most == [1] and out.count("somebody prints") == 2 and len(heard) == 2
+    assert "the exporter logs" not in err and "[torch.onnx]" not in out
+    assert state == (sys.stdout, sys.stderr, logging.root.manager.disable, logging.getLogger("torch").level,
+                     module.training)  # fmt: skip
+
+
+def test_outputs_and_options_of_export(tmp_path: Path) -> None:
+    module, args = nn.LayerNorm(8), (torch.ones(2, 8),)
+    with pytest.raises(InputError, match=r"o.pt2: normfuse.export writes ONNX; give an output that ends in .onnx"):
+        normfuse.export(module, args, tmp_path / "o.pt2")
+    report = normfuse.export(module, args, tmp_path / "o.onnx", opset_version=None)
+    assert not any("was asked for" in note for note in report.notes)
+    assert [path.name for path in tmp_path.iterdir()] == ["o.onnx"]
