@@ -87,13 +87,16 @@ def rewrite(src_path: str | Path, dst_path: str | Path, config: Config | None = 
         raise InputError(f"external_data={external_data!r} is not known; choose 'copy' or 'reference'")
     refer = external_data == "reference"
     source = path_of(src_path, "the input", "; normfuse.optimize takes models in memory")
-    target = path_of(dst_path, "the output")
+    given = target = path_of(dst_path, "the output")
+    if in_place:
+        target = files.through(source, given)
     if _is_pt2(source):
         from normfuse.frontends import pt2_rewrite
 
         if config.first or how is not None:
             what = f"first={config.first!r}" if config.first else "how="
             raise InputError(f"{source}: {what} is for ONNX models; leave it out")
+        source = target if target != given else source
         return pt2_rewrite.rewrite(source, target, config, dry_run=dry_run, overwrite=overwrite, in_place=in_place,
                                    refer=refer, calibration=calibration, progress=progress, trust=trust)  # fmt: skip
     if target.suffix == ".pt2":
@@ -107,6 +110,9 @@ def rewrite(src_path: str | Path, dst_path: str | Path, config: Config | None = 
         first.check(config, how)
         if not dry_run:
             files.check_target(source, target, overwrite, in_place)
+        if original.external and target.parent != given.parent.resolve() and target != given:
+            raise InputError(f"{given}: is a link, and its weights would go beside {target}, where runtimes do not "
+                             "look for them; give that path, or another output")  # fmt: skip
         loaded = time.perf_counter()
         made = first.run(source, config, Path(folder), progress, how)
         config = replace(config, first=made.first)
@@ -140,11 +146,11 @@ def rewrite(src_path: str | Path, dst_path: str | Path, config: Config | None = 
     report.seconds |= {"load": loaded - started, "save": done - planned, "total": done - started}
     report.seconds = {k: round(v, 4) for k, v in report.seconds.items()}
     assert isinstance(model, ir.Model)
-    report.source, report.target = str(source), "" if dry_run else str(target)
+    report.source, report.target = str(source), "" if dry_run else str(given)
     more = ", in_place=True" if in_place else ", overwrite=True" if overwrite else ""
     more += f", external_data={external_data!r}" * (external_data != "copy")
     more += ", calibration=..." * (calibration is not None)
-    report.replay = f"normfuse.rewrite({str(source)!r}, {str(target)!r}, normfuse.{config!r}{more})"
+    report.replay = f"normfuse.rewrite({str(source)!r}, {str(given)!r}, normfuse.{config!r}{more})"
     return report
 
 

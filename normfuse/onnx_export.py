@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 import tempfile
 import threading
 import time
@@ -161,9 +162,24 @@ def _experts(module: Any) -> Iterator[None]:
             config._experts_implementation_internal = implementation
 
 
+class _Others:
+    """An output of the process for everybody but the thread that makes it."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream, self.thread = stream, threading.get_ident()
+
+    def write(self, text: str) -> int:
+        """Drop what the thread itself writes."""
+        return len(text) if threading.get_ident() == self.thread else int(self.stream.write(text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """What the exporter logs on its way is for its own developers; others of the process go on printing and logging."""
+    """What the exporter logs on its way, and the graphs that it prints where it fails, are for its own developers;
+    others of the process go on printing and logging."""
     loggers = [logging.getLogger(name) for name in LIBRARIES]
     loggers += [logging.getLogger(name) for name in list(logging.root.manager.loggerDict)
                 if name.startswith(tuple(f"{library}." for library in LIBRARIES))]  # fmt: skip
@@ -171,7 +187,7 @@ def _silent() -> Iterator[None]:
     try:
         for logger in levels:
             logger.setLevel(logging.CRITICAL)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stderr(_Others(sys.stderr)):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -176,6 +176,38 @@ def test_a_link_is_there_already(tmp_path: Path) -> None:
     assert run("rewrite", tmp_path / "ring", tmp_path / "out.onnx", "--bench").returncode == 2
 
 
+def test_a_link_is_written_through(tmp_path: Path) -> None:
+    """In place, what the link leads to is the input, and the result."""
+    (tmp_path / "blobs").mkdir()
+    source = saved(tmp_path / "blobs" / "m")
+    before = source.read_bytes()
+    for name, to in (("again.onnx", "link.onnx"), ("link.onnx", "blobs/m")):
+        (tmp_path / name).symlink_to(to)
+    report = normfuse.rewrite(tmp_path / "again.onnx", tmp_path / "again.onnx", in_place=True)
+    assert report.target == str(tmp_path / "again.onnx") and os.readlink(tmp_path / "again.onnx") == "link.onnx"
+    assert os.readlink(tmp_path / "link.onnx") == "blobs/m" and source.read_bytes() != before
+    assert len(onnx.load(source).graph.node) == len(normfuse.inspect(source).norms) == 1
+    program(tmp_path / "blobs" / "p")
+    (tmp_path / "link.pt2").symlink_to("blobs/p")
+    done = run("rewrite", tmp_path / "link.pt2", "--in-place", "--trust", "--layernorm-to-rmsnorm", "exact", "--force")
+    assert done.returncode == 0 and (tmp_path / "link.pt2").is_symlink(), done.stderr
+    assert sorted(path.name for path in (tmp_path / "blobs").iterdir()) == ["m", "p"]
+
+
+def test_a_link_to_a_model_with_weights_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    source = saved(tmp_path / "blobs" / "m.onnx")
+    onnx.save(onnx.load(source), source, save_as_external_data=True, location="w.bin", size_threshold=0)
+    for name, to in (("link.onnx", "blobs/m.onnx"), ("w.bin", "blobs/w.bin"), ("blobs/near.onnx", "m.onnx")):
+        (tmp_path / name).symlink_to(to)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    done = run("rewrite", tmp_path / "link.onnx", "--in-place")
+    assert done.returncode == 2 and "link.onnx: is a link, and its weights would go beside" in done.stderr
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert run("rewrite", tmp_path / "blobs" / "near.onnx", "--in-place").returncode == 0
+    assert (tmp_path / "blobs" / "near.onnx").is_symlink() and source.read_bytes() != before[source]
+
+
 def test_permissions_stay(tmp_path: Path) -> None:
     source = saved(tmp_path / "in.onnx")
     source.chmod(0o600)

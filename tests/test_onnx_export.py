@@ -230,6 +230,21 @@ def test_others_print_and_log_while_a_module_is_exported(tmp_path: Path, monkeyp
                      module.training)  # fmt: skip
 
 
+def test_a_module_that_is_not_exported_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    class Bad(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.nonzero() if x.sum() > 0 else x
+
+    with pytest.raises(UnsupportedError, match="does not take this Bad"):
+        normfuse.export(Bad(), (torch.ones(2, 8),), tmp_path / "o.onnx")
+    assert capfd.readouterr() == ("", "")
+    with onnx_export._silent(), ThreadPoolExecutor(1) as pool:
+        print("ours", file=sys.stderr)
+        pool.submit(print, "theirs", file=sys.stderr).result()
+        sys.stderr.flush()
+    assert capfd.readouterr() == ("", "theirs\n")
+
+
 def test_outputs_and_options_of_export(tmp_path: Path) -> None:
     module, args = nn.LayerNorm(8), (torch.ones(2, 8),)
     with pytest.raises(InputError, match=r"o.pt2: normfuse.export writes ONNX; give an output that ends in .onnx"):

@@ -25,11 +25,11 @@ from normfuse.errors import InputError, UnsupportedError, first_line
 from normfuse.io.data import DataFile, DataFiles, External, secure
 from normfuse.io.message import check_message
 from normfuse.io.pt2 import foreign
-from normfuse.io.write import check_target, copy, extents, write, write_bytes
+from normfuse.io.write import check_target, copy, extents, through, write, write_bytes
 
 __all__ = [
-    "Source", "check_target", "copy_onnx", "from_proto", "read_onnx", "read_proto", "to_proto", "write_bytes",
-    "write_new", "write_onnx",
+    "Source", "check_target", "copy_onnx", "from_proto", "read_onnx", "read_proto", "through", "to_proto",
+    "write_bytes", "write_new", "write_onnx",
 ]  # fmt: skip
 
 PROTO_LIMIT = 2**31 - 1

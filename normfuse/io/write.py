@@ -43,6 +43,14 @@ def check_target(source: Path | None, target: Path, overwrite: bool, in_place: b
         raise InputError(f"{target}: cannot be written: {first_line(why)}") from None
 
 
+def through(source: Path, target: Path) -> Path:
+    """Where a model is written that replaces the input itself: what a link leads to, which the link then still does."""
+    try:
+        return target.resolve() if target.is_symlink() and target.samefile(source) else target
+    except (OSError, ValueError):  # which `check_target` tells
+        return target
+
+
 def write_bytes(data: bytes, target: Path, check: Callable[[Path], object] | None = None,
                 like: Path | None = None) -> None:  # fmt: skip
     """Write a file whole or not at all; raises `InputError` where the system does not let it, and what `check` does."""
