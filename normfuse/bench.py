@@ -203,11 +203,13 @@ def demand_how(how: Any) -> None:
 
 def check(path: str) -> None:
     """Raise `InputError` for a file that is no ONNX model, `UnsupportedError` without ONNX Runtime."""
-    from normfuse.io.pt2 import foreign, is_zip
+    from normfuse.io.pt2 import Archive, foreign, is_zip
 
     onnx_runtime()
     path_of(path, "a model")
     if is_zip(Path(path)):
+        with Archive(path) as archive:  # which says what other archives are
+            archive.model()
         raise InputError(f"{path}: bench runs ONNX models, and this is a .pt2; export it with torch.onnx.export")
     other = foreign(Path(path))
     if other is not None:

@@ -1,7 +1,8 @@
 """The command line: `normfuse inspect|rewrite|reduce|verify|bench|explain|env`.
 
-Exit codes: 0 done; 1 refused under --strict, or a mismatch; 2 bad input; 3 internal error. With --json exactly one
-JSON object goes to stdout, errors too. Heavy imports stand inside functions, so that `--help` is instant.
+Exit codes: 0 done; 1 refused under --strict, a mismatch, or nothing to reduce; 2 bad input, or models that cannot be
+compared; 3 internal error; 128 + n ended by signal n. With --json exactly one JSON object goes to stdout, errors too.
+Heavy imports stand inside functions, so that `--help` is instant.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from normfuse.cli_arguments import in_options, parser
 from normfuse.cli_process import Ended, ending, quiet
 from normfuse.config import FASTEST, Config
 from normfuse.errors import InputError, NormFuseError, VerificationError, first_line, path_of
+from normfuse.process import demand_going
 
 if TYPE_CHECKING:
     from normfuse.bench import How
@@ -56,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.typed = argv
         with ending(), quiet(args.verbose):
             outcome = args.run(args)
+            demand_going()
         _emit(outcome, as_json)
         return int(outcome.code)
     except Ended as why:

@@ -13,7 +13,8 @@ from normfuse.config import Config, LayerNormToRMSNorm, Numerics, Target, Verify
 from normfuse.errors import InputError
 
 DESCRIPTION = "Recognise every LayerNorm and RMSNorm in a model, however it is spelled, and fuse it."
-EPILOG = "exit codes: 0 done; 1 refused under --strict, or a mismatch; 2 bad input; 3 internal error"
+EPILOG = ("exit codes: 0 done; 1 refused under --strict, a mismatch, or nothing to reduce; 2 bad input; "
+          "3 internal error; 128 + n ended by signal n")  # fmt: skip
 OPTIONS = "|".join([*(f.name for f in fields(Config)), "external_data", "threads", "rounds"])
 
 

@@ -41,7 +41,8 @@ def inspect_models(args: argparse.Namespace) -> Outcome:
         entries.append(Entry(model, report))
         data.append(({"path": model} if several else {}) | report.to_dict())
         blocks += [""] * bool(blocks and not args.quiet)
-        blocks += report_blocks(report, model, time.perf_counter() - started, args.verbose, args.quiet)
+        made = report_blocks(report, model, time.perf_counter() - started, args.verbose, args.quiet)
+        blocks += [f"{model}: {block}" for block in made] if several and args.quiet else made
     if args.report:
         page.write(gallery(entries), Path(args.report), models, args.overwrite)
         if not args.quiet:

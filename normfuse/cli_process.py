@@ -11,6 +11,8 @@ import warnings
 from collections.abc import Iterator
 from typing import NoReturn
 
+from normfuse import process
+
 
 class Ended(KeyboardInterrupt):
     """A signal that asks the process to end, which it does as at Ctrl-C: with nothing half done."""
@@ -22,16 +24,23 @@ class Ended(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def ending() -> Iterator[None]:
-    """Clean up before a signal ends the process, unless whoever started it has settled what is to happen."""
-    def end(number: int, _: object) -> NoReturn:
-        raise Ended(signal.Signals(number))
+    """Clean up before a signal ends the process, unless whoever started it has settled what is to happen.
 
-    names = ("SIGTERM", "SIGHUP") if threading.current_thread() is threading.main_thread() else ()
+    What a signal raises may get lost in a callback, so that it is noted, too (`normfuse.process.demand_going`).
+    """
+    def stop(number: int, _: object) -> NoReturn:
+        why = KeyboardInterrupt() if number == signal.SIGINT else Ended(signal.Signals(number))
+        process.end(why)
+        raise why
+
+    names = ("SIGINT", "SIGTERM", "SIGHUP") if threading.current_thread() is threading.main_thread() else ()
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    before = {number: signal.signal(number, end) for number in numbers if signal.getsignal(number) is signal.SIG_DFL}
+    usual = (signal.SIG_DFL, signal.default_int_handler)
+    before = {number: signal.signal(number, stop) for number in numbers if signal.getsignal(number) in usual}
     try:
         yield
     finally:
+        process.end(None)
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -49,7 +49,7 @@ class Config:
     - `ort_version`: the ONNX Runtime of targets "ort-cpu" and "ort-cuda", such as "1.31"; "" for the one installed.
     - `first`: optimisers of others that have the model before NormFuse, with commas: "onnxsim" folds constants and
       scales, "onnxscript" (its `optimize_for_ort`) fuses attention and more into operators of ONNX Runtime's CPU
-      provider, which targets "onnx" and "ort-cuda" cannot have. They change roundings. The result of each is compared
+      provider, which target "onnx" cannot have. They change roundings. The result of each is compared
       with the model in ONNX Runtime, and left out with a note where it differs or does not run; models of 2 GiB and
       more they do not take. "fastest": those, of all that are installed, none or some, whose result ONNX Runtime is
       fastest with, by measuring here (`normfuse.fastest`); where the model is faster as it is, it stays.

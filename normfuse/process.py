@@ -64,6 +64,21 @@ def _entry(path: str, key: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) * 1024
 
 
+def end(why: BaseException | None) -> None:
+    """Note that a signal ends the process, or that none does any more; see `demand_going`."""
+    global _ended
+    _ended = why
+
+
+def demand_going() -> None:
+    """Raise again what a signal has raised, where that got lost: in a callback of the interpreter, nobody sees it."""
+    if _ended is not None:
+        raise _ended
+
+
+_ended: BaseException | None = None
+
+
 def tidy(work: Callable[P, T]) -> Callable[P, T]:
     """Hold the cyclic garbage collector for as long as a function runs: a graph is a million objects, none of them
     garbage yet. Afterwards they are, with the weights that they hold, and are collected where that is much."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pkgutil
 import re
 import resource
 import signal
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -342,6 +344,44 @@ def test_a_signal_to_end(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert list(tmp_path.iterdir()) == [source]
 
 
+@pytest.mark.parametrize(("name", "place"), [
+    ("SIGTERM", "normfuse.io.write._permissions"), ("SIGINT", "normfuse.io.write._permissions"),
+    ("SIGTERM", "normfuse.cli_report.report_blocks"),
+])  # fmt: skip
+def test_a_signal_that_gets_lost(name: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                 capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    """It comes while a callback runs, whose exceptions nobody sees."""
+    source, number = saved(tmp_path / "in.onnx"), getattr(signal, name)
+    before, real = signal.getsignal(number), pkgutil.resolve_name(place)
+    signal.signal(number, signal.SIG_DFL)
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
+
+    class Held:
+        pass
+
+    def send(_: object) -> None:
+        os.kill(os.getpid(), number)
+        time.sleep(5)
+
+    def lose(*args: Any, **options: Any) -> Any:
+        held = Held()
+        kept = weakref.ref(held, send)
+        del held
+        assert kept() is None
+        return real(*args, **options)
+
+    monkeypatch.setattr(place, lose)
+    try:
+        assert main(["rewrite", str(source), str(tmp_path / "out.onnx"), "--json"]) == 128 + number
+    finally:
+        signal.signal(number, before)
+    assert json.loads(capsys.readouterr().out)["error"]["kind"] == "Interrupted"
+    assert (tmp_path / "out.onnx").exists() is place.endswith("report_blocks")
+    assert list(tmp_path.glob(".normfuse-*")) == []
+    monkeypatch.undo()
+    normfuse.rewrite(source, tmp_path / "out.onnx", overwrite=True)  # the signal is past
+
+
 def test_a_signal_that_is_to_be_ignored(tmp_path: Path) -> None:
     """As nohup says of SIGHUP."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -517,6 +557,48 @@ def test_files_of_another_format(command: tuple[str, ...], tmp_path: Path) -> No
     (tmp_path / "bad").write_bytes(b"GGUF" + bytes(100))
     done = run(*command, cwd=tmp_path)
     assert done.returncode == 2 and "bad: a GGUF file: weights without a graph" in done.stderr
+    (tmp_path / "bad").write_text(POINTER)
+    done = run(*command, cwd=tmp_path)
+    assert done.returncode == 2 and "bad: a git-lfs pointer, not the file itself; run git lfs pull" in done.stderr
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
+
+
+def test_pointers_of_git_lfs(tmp_path: Path) -> None:
+    source = saved(tmp_path / "in.onnx")
+    onnx.save(onnx.load(source), source, save_as_external_data=True, location="w.bin", size_threshold=0)
+    (tmp_path / "w.bin").write_text(POINTER)
+    (tmp_path / "p.pt2").write_text(POINTER)
+    for name, said in (("in.onnx", "'w.bin' is a git-lfs pointer"), ("p.pt2", "p.pt2: a git-lfs pointer")):
+        done = run("inspect", tmp_path / name)
+        assert done.returncode == 2 and said in done.stderr and "run git lfs pull" in done.stderr
+
+
+def test_archives_where_a_model_is_asked_for(tmp_path: Path) -> None:
+    torch.save({}, tmp_path / "state.pt")
+    program(tmp_path / "p.pt2")
+    for command, said in (
+        (("bench", "state.pt"), "state.pt: a file of torch.save"), (("bench", "p.pt2"), "and this is a .pt2; export"),
+        (("reduce", "p.pt2", "o.onnx"), "p.pt2: a zip archive, such as a .pt2, and no ONNX model; export"),
+    ):  # fmt: skip
+        done = run(*command, cwd=tmp_path)
+        assert done.returncode == 2 and said in done.stderr, done.stderr
+
+
+def test_what_reduce_lacks_is_not_advised(tmp_path: Path) -> None:
+    source = saved(tmp_path / "in.onnx")
+    for more in ([], ["--overwrite"]):
+        done = run("reduce", source, source, *more)
+        assert done.returncode == 2 and done.stderr.strip().endswith("is the input itself; choose another name")
+
+
+def test_quiet_lines_have_names(tmp_path: Path) -> None:
+    saved(tmp_path / "a.onnx")
+    saved(tmp_path / "b.onnx")
+    lines = run("inspect", "a.onnx", "b.onnx", "-q", cwd=tmp_path).stdout.splitlines()
+    assert [line.partition(": found 1")[0] for line in lines] == ["a.onnx", "b.onnx"]
+    assert run("inspect", "a.onnx", "-q", cwd=tmp_path).stdout.startswith("found 1")
 
 
 def test_names_and_places(tmp_path: Path) -> None:

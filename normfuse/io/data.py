@@ -20,6 +20,7 @@ import numpy as np
 import onnx_ir as ir
 
 from normfuse.errors import InputError, UnsafeModelError, first_line
+from normfuse.io.pt2 import LFS, POINTER
 
 MAPPED = 16
 """Files that are mapped at a time: a model may have thousands, a process has some thousand descriptors."""
@@ -86,8 +87,11 @@ class DataFiles:
             raise InputError(f"{where}: {first_line(why)}: {location[:200]!r}") from None
         try:
             info = os.fstat(handle)
+            pointer = stat.S_ISREG(info.st_mode) and os.read(handle, len(LFS)) == LFS
         finally:
             os.close(handle)
+        if pointer:
+            raise InputError(f"{where}: {location!r} is {POINTER}")
         if not stat.S_ISREG(info.st_mode):
             raise UnsafeModelError(f"{where} is not a regular file: {location!r}")
         if info.st_nlink > 1:

@@ -24,7 +24,7 @@ import onnx_ir as ir
 from normfuse.errors import InputError, UnsupportedError, first_line
 from normfuse.io.data import DataFile, DataFiles, External, secure
 from normfuse.io.message import check_message
-from normfuse.io.pt2 import foreign
+from normfuse.io.pt2 import foreign, is_zip
 from normfuse.io.write import check_target, copy, extents, through, write, write_bytes
 
 __all__ = [
@@ -69,6 +69,8 @@ def read_onnx(path: str | os.PathLike[str]) -> tuple[ir.Model, Source]:
 def read_proto(source: Path) -> onnx.ModelProto:
     """The message in a file, as it stands there; `InputError` for what is no ONNX model."""
     data, other = _bytes(source), foreign(source)
+    if other is None and is_zip(source):
+        other = "a zip archive, such as a .pt2, and no ONNX model; export a program with normfuse.export"
     if other is not None:
         raise InputError(f"{source}: {other}")
     try:

@@ -28,6 +28,10 @@ NUMBER, NUMBERS = 2**12, 10_000
 """Where the bytes of a single number have to end in its member, and the most numbers that are read."""
 FORMAT, VERSION = b"pt2", b"0"
 
+LFS = b"version https://git-lfs"
+"""How a file begins that stands for another, which git-lfs has not brought yet."""
+POINTER = "a git-lfs pointer, not the file itself; run git lfs pull"
+
 _SAVE = "give the .pt2 that torch.export.save writes"
 _PICKLED = f"weights or objects in Python's pickle format, without a graph; {_SAVE}, or an ONNX file"
 
@@ -38,9 +42,11 @@ def foreign(path: str | os.PathLike[str]) -> str | None:
         if not stat.S_ISREG(os.stat(path).st_mode):
             return None
         with open(path, "rb") as f:
-            head = f.read(9)
+            head = f.read(len(LFS))
     except (OSError, ValueError):
         return None
+    if head == LFS:
+        return POINTER
     if head[:1] == b"\x80" and head[1:2] in (b"\2", b"\3", b"\4", b"\5"):
         return f"a pickle, as torch.save wrote before 1.6: {_PICKLED}"
     if head[:4] == b"GGUF":

@@ -15,13 +15,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from normfuse.errors import InputError, first_line
+from normfuse.process import demand_going
 
 CHUNK = 2**26
 Advance = Callable[[int], None]
 
 
-def check_target(source: Path | None, target: Path, overwrite: bool, in_place: bool) -> None:
-    """Raise `InputError` unless `target` may be written."""
+def check_target(source: Path | None, target: Path, overwrite: bool, in_place: bool | None) -> None:
+    """Raise `InputError` unless `target` may be written; `in_place` is None where the input may never be."""
     try:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             target.lstat()  # says at once if a name cannot be one
@@ -32,7 +33,8 @@ def check_target(source: Path | None, target: Path, overwrite: bool, in_place: b
         exists = os.path.lexists(target)  # a link to nothing is there, too
         if exists and source is not None and target.exists() and os.path.samefile(source, target):
             if not in_place:
-                raise InputError(f"{target}: is the input itself; choose another name, or allow it with --in-place")
+                advice = "" if in_place is None else ", or allow it with --in-place"
+                raise InputError(f"{target}: is the input itself; choose another name{advice}")
         elif exists and not overwrite:
             raise InputError(f"{target}: exists already; choose another name, or replace it with --overwrite")
         if exists and not target.is_file():
@@ -82,6 +84,7 @@ def write(target: Path, fill: Callable[[int], None], named: Callable[[Path], str
             os.close(handle)
         if check is not None:
             check(Path(temporary))
+        demand_going()
         if named is not None:
             target = target.parent / named(Path(temporary))
         os.replace(temporary, target)
