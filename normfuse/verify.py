@@ -206,11 +206,6 @@ def run_both(path_a: str | Path, path_b: str | Path, *, seed: int, inputs: Mappi
         raise InputError(f"no input is named {unknown[0]!r}; the models have {', '.join(names)}")
     try:
         feeds, first = run_random(a, wanted, seed, inputs, sizes)
-        for floats in range(1, len(FLOATS) * (not inputs and any(map(_void, first)))):
-            tried = run_random(a, wanted, seed, inputs, sizes, floats)
-            if not any(map(_void, tried[1])):
-                feeds, first = tried
-                break
         second = b.run(wanted, feeds)
     except UnsupportedError:
         raise
@@ -364,12 +359,21 @@ and roots of, and ones between 0 and 1."""
 
 
 def run_random(runtime: Any, wanted: Sequence[str] | None, seed: int = 0, given: Mapping[str, Array] | None = None,
-               sizes: Mapping[str, int] | None = None,
-               floats: int = 0) -> tuple[dict[str, Array], list[Any]]:  # fmt: skip
+               sizes: Mapping[str, int] | None = None) -> tuple[dict[str, Array], list[Any]]:  # fmt: skip
     """Random inputs on which a session runs, but for those given, and the outputs; what ONNX Runtime raises if none.
 
-    `floats`: which of `FLOATS` those are.
+    Where none is given, floats are the first of `FLOATS` with which each output of floats has a finite element.
     """
+    found = _run_drawn(runtime, wanted, seed, given, sizes, 0)
+    for floats in range(1, len(FLOATS) * (not given and any(map(_void, found[1])))):
+        tried = _run_drawn(runtime, wanted, seed, given, sizes, floats)
+        if not any(map(_void, tried[1])):
+            return tried
+    return found
+
+
+def _run_drawn(runtime: Any, wanted: Sequence[str] | None, seed: int, given: Mapping[str, Array] | None,
+               sizes: Mapping[str, int] | None, floats: int) -> tuple[dict[str, Array], list[Any]]:  # fmt: skip
     failed: Exception | None = None
     empty: tuple[dict[str, Array], list[Any]] | None = None
     tried: list[list[tuple[int, ...]]] = []

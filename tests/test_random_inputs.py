@@ -18,6 +18,7 @@ from normfuse.cli_report import comparison_blocks
 from normfuse.errors import InputError
 from normfuse.frontends.onnx_contrib import head_sizes
 from normfuse.io.files import read_onnx
+from normfuse.reduce import _difference
 from normfuse.verify import (
     compare_models,
     compare_outputs,
@@ -142,6 +143,12 @@ def test_a_model_of_positive_inputs_is_compared_on_such(inner: str, tmp_path: Pa
     report = normfuse.rewrite(a, tmp_path / "out.onnx", normfuse.Config(verify="model"))
     assert report.fused == 1 and report.model_check and report.model_check["equal"]
     assert np.isfinite(longest(session(a), (3,), 1)["x"]).all()  # type: ignore[index]
+
+
+def test_reduce_takes_positive_inputs_too(tmp_path: Path) -> None:
+    a, b = (onnx.load(features(LOG, factor, tmp_path)) for factor in (1.0, -5.0))
+    found = _difference(a, b, normfuse.Config(), tmp_path)
+    assert found is not None and found.kind == "different" and _difference(a, a, normfuse.Config(), tmp_path) is None
 
 
 def test_outputs_without_a_finite_element_are_not_called_equal(tmp_path: Path) -> None:
