@@ -21,7 +21,7 @@ import torch
 
 import normfuse
 from normfuse.report import Report
-from tests.fuzz import onnx_eval, to_fx, to_onnx
+from tests.fuzz import moved, onnx_eval, to_fx, to_onnx
 from tests.fuzz.generator import generate
 from tests.fuzz.program import Array, Noise, Program, evaluate, later, values
 
@@ -150,6 +150,11 @@ class _Trial:
                 self.fail("onnx", "inspect differs", "inspect and rewrite found other norms")
         if self.rng.random() < RUNTIME_SHARE:
             self.runtime(model, made)
+        if rng := later(self.program.seed, "moved"):
+            other = moved.move(model, rng)
+            made, _ = normfuse.optimize(other, self.config)
+            onnx.checker.check_model(made, full_check=True)
+            self.compare("moved", run(other), run(made), flat=False)
 
     def in_fx(self) -> None:
         module = to_fx.write(self.program)
