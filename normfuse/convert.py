@@ -303,7 +303,8 @@ def refusals(site: Site, code: str, why: str) -> Record:
 
 
 def apply(want: Centre, array: Array, scales: Sequence[Array]) -> Array:
-    """A constant scaled and centred, in float64: ``P (g * w)`` along an axis; to be rounded once."""
+    """A constant scaled and centred, in float64: ``P (g * w)`` along an axis, at some indices of another perhaps; to be
+    rounded once."""
     out = array.astype(np.float64)
     for g in scales:
         shape = [1] * out.ndim
@@ -313,7 +314,14 @@ def apply(want: Centre, array: Array, scales: Sequence[Array]) -> Array:
     for start, length in want.blocks:
         part = out[start : start + length]
         part -= part.mean(axis=0, keepdims=True)
-    return np.moveaxis(out, 0, want.axis)
+    out = np.moveaxis(out, 0, want.axis)
+    if want.only is None:
+        return out
+    axis, indices = want.only
+    at = tuple(list(indices) if i == axis else slice(None) for i in range(out.ndim))
+    part = array.astype(np.float64)
+    part[at] = out[at]
+    return part
 
 
 def tell(report: Report, sites: Sequence[Site], records: Sequence[Record]) -> None:

@@ -388,7 +388,7 @@ class _Planner:
 
     def _parted(self, value: Value) -> bool:
         """Whether a value that is read as it was may change in those parts alone that are asked for."""
-        if value in self.parts or value.kept or value.producer is None or value.producer.kind not in PARTED:
+        if value in self.parts or value.kept or (value.producer is not None and value.producer.kind not in PARTED):
             return False
         want = replace(self.state[value], only=None)
         return any(self._part(*by, value, want) for by in self.askers[value] if not isinstance(by, Site))

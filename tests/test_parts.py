@@ -173,3 +173,28 @@ def test_what_is_wanted_of_one_value() -> None:
     for other in (part(0, axis=1), part(1, blocks=((0, 3), (3, 3))), Centre(1, ((0, 4),))):
         with pytest.raises(Blocked, match="in two ways"):
             joined(value, [part(0), other])
+
+
+class Held(nn.Module):
+    """The three tensors are rows of one parameter."""
+
+    def __init__(self, first: int = 0) -> None:
+        super().__init__()
+        self.rows, self.first = nn.Parameter(torch.randn(3, 3, D)), first
+        self.norms = nn.ModuleList(nn.LayerNorm(D) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.rows.reshape(3, 1, 3, D).unbind(0)
+        out: Tensor = self.norms[0](q) * x + self.norms[1](k) + v
+        return out
+
+
+def test_a_part_of_a_parameter() -> None:
+    module: Any = drawn(Held())
+    converted_all(module, 2, 0, D)
+    converted_all(module, 2, 17, D)
+    made: Any
+    exact = normfuse.Config(layernorm_to_rmsnorm="exact")
+    made, report = normfuse.optimize(module, exact, args=(torch.randn(2, 3, D),))
+    assert report.converted == 2 and torch.equal(made.rows[2], module.rows[2])
+    assert made.rows[:2].mean(-1).abs().max() < 1e-6
