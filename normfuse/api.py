@@ -159,7 +159,7 @@ def _copied(progress: Progress, done: int, total: int) -> None:
 
 
 @tidy
-def optimize(model: Any, config: Config | None = None, *, args: Sequence[Any] = (),
+def optimize(model: Any, config: Config | None = None, *, args: Sequence[Any] | None = (),
              kwargs: Mapping[str, Any] | None = None, calibration: Any = None) -> tuple[Any, Report]:  # fmt: skip
     """Fuse the norms of a model in memory and give back (the same type of model, the report).
 
@@ -176,8 +176,8 @@ def optimize(model: Any, config: Config | None = None, *, args: Sequence[Any] = 
     if kind == "module":
         from normfuse.frontends.module_convert import convert_module
 
-        return convert_module(model, config, args, kwargs, calibration)
-    if not (kwargs is None or kwargs == {}) or not (isinstance(args, (tuple, list)) and not args):
+        return convert_module(model, config, args or (), kwargs, calibration)
+    if not (kwargs is None or kwargs == {}) or not (args is None or (isinstance(args, (tuple, list)) and not args)):
         raise InputError("args and kwargs are to trace an nn.Module with, and this is none; leave them out")
     if config.first:
         raise UnsupportedError("first needs files to run; use normfuse.rewrite or normfuse.export")

@@ -314,10 +314,11 @@ def make_feeds(session: Any, path: str | Path, how: How) -> dict[str, Array]:
     unknown = sorted(set(given) - set(names))
     if unknown:
         raise InputError(f"no input is named {unknown[0]!r}; the model has {', '.join(names)}")
-    held = {d: i.name for i in session.get_inputs() if i.name in given for d in i.shape}
-    if both := [name for name in how.sizes if name in held]:
-        raise InputError(f"the size {both[0]!r} is that of input {held[both[0]]!r} in {how.inputs}; leave out --size "
-                         f"{both[0]}={how.sizes[both[0]]}, or --inputs")  # fmt: skip
+    held = {d: (i.name, n) for i in session.get_inputs() if i.name in given
+            for d, n in zip(i.shape, given[i.name].shape, strict=False)}  # fmt: skip
+    if both := [name for name, n in how.sizes.items() if name in held and held[name][1] != n]:
+        raise InputError(f"the size {both[0]!r} is that of input {held[both[0]][0]!r} in {how.inputs}; leave out "
+                         f"--size {both[0]}={how.sizes[both[0]]}, or --inputs")  # fmt: skip
     sizes = head_sizes(read_onnx(path)[0]) | dict(how.sizes)
     shapes = {name: shape for name, shape in shapes_for(session, sizes, OPEN[0]).items() if name not in given}
     if (needed := DRAWN * sum(map(math.prod, shapes.values()))) > available():

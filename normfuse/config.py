@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, fields
 from numbers import Real
@@ -139,15 +140,17 @@ def demand_use(config: Config, calibration: Any) -> None:
     approximates = config.layernorm_to_rmsnorm == "approximate"
     conversion = config.layernorm_to_rmsnorm != "off"
     usual = Config()
+    convert = "layernorm_to_rmsnorm='exact' or layernorm_to_rmsnorm='approximate'"
     for name, used, what in (
         ("norms", approximates, "layernorm_to_rmsnorm='approximate'"),
         ("tolerance", approximates, "layernorm_to_rmsnorm='approximate'"),
-        ("untie", conversion, "layernorm_to_rmsnorm='exact' or 'approximate'"),
-        ("force", conversion, "layernorm_to_rmsnorm='exact' or 'approximate'"),
-        ("ort_version", config.target in ("ort-cpu", "ort-cuda"), "target='ort-cpu' or 'ort-cuda'"),
+        ("untie", conversion, convert),
+        ("force", conversion, convert),
+        ("ort_version", config.target in ("ort-cpu", "ort-cuda"), "target='ort-cpu' or target='ort-cuda'"),
     ):
-        value = getattr(config, name)
-        if not used and value != getattr(usual, name):
+        value, plain = getattr(config, name), getattr(usual, name)
+        same = math.isclose(value, plain, rel_tol=1e-6) if name == "tolerance" else value == plain
+        if not used and not same:
             raise InputError(f"{name}={value!r} is for {what}, and means nothing here; leave it out")
 
 

@@ -209,8 +209,13 @@ class Record:
         """The record of an RMSNorm whose weight or bias is gone."""
         was, now = plan.inner.get(site, site).norm, plan.folded[site].norm
         lost = [name for name in ("weight", "bias") if getattr(was, name) and not getattr(now, name)]
-        zero = lost == ["bias"] and all(v in plan.zero for _, factors in was.bias or () for v, _ in factors)
-        reason = "its bias is zero" if zero else f"its {' and '.join(lost)} went into the linear layers behind it"
+        reasons = []
+        if "bias" in lost and all(v in plan.zero for _, factors in was.bias or () for v, _ in factors):
+            lost.remove("bias")
+            reasons.append("its bias is zero")
+        if lost:
+            reasons.insert(0, f"its {' and '.join(lost)} went into the linear layers behind it")
+        reason = ", and ".join(reasons)
         return Record(site, "folded", "", reason, check=check, result=result[0], emitted=result[1])
 
     @staticmethod

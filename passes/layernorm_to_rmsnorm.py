@@ -376,7 +376,9 @@ class _Planner:
         bad = [(value, why) for value, why in bad if self._is_part(value)] or bad
         for value, why in bad:
             constant, nodes = value.fixed and value.producer is None, self._nodes(value)
-            if self.can.untie and constant and len(nodes) == len(self.askers[value]) and self.can.copied(value, nodes):
+            whole = len(nodes) == len(self.askers[value]) and not any(
+                self._unasked(node, value, self.state[value]) for node in nodes)  # what they give has no other reader
+            if self.can.untie and constant and whole and self.can.copied(value, nodes):
                 self.copies.add(value)
             else:
                 self._stop(value, f"{value.name}: {why}")

@@ -198,3 +198,21 @@ def test_a_part_of_a_parameter() -> None:
     made, report = normfuse.optimize(module, exact, args=(torch.randn(2, 3, D),))
     assert report.converted == 2 and torch.equal(made.rows[2], module.rows[2])
     assert made.rows[:2].mean(-1).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("verify", ["off", "sites"])
+def test_a_copy_only_where_all_that_a_reader_gives_was_asked_for(verify: Any) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rows, self.norm = nn.Parameter(torch.randn(2, 3, D)), nn.LayerNorm(D)
+
+        def forward(self, x: Tensor) -> Tensor:
+            first, second = self.rows.unbind(0)
+            out: Tensor = self.norm(first) * x + second
+            return out
+
+    module, x = drawn(Two()), torch.randn(2, 3, D)
+    config = normfuse.Config(layernorm_to_rmsnorm="exact", untie=True, verify=verify)
+    made, _ = normfuse.optimize(torch.export.export(module, (x,)), config)
+    torch.testing.assert_close(made.module()(x), module(x), rtol=1e-4, atol=1e-5)

@@ -26,13 +26,14 @@ TWICE = {
 }
 
 
-def model(body: str, kind: str = "float", more: str = "") -> onnx.ModelProto:
+def model(body: str, kind: str = "float", more: str = "", inside: str = "f4") -> onnx.ModelProto:
     width = 2 * N if "Split" in body or "Slice" in body else N
     shape = f"{N}, {N}" if "Transpose" in body else f"4, {width}"
     made = onnx.parser.parse_model(f'''<ir_version: 8, opset_import: ["": 18]>
         g ({kind}[B, {shape}] x) => (float[B, m, {N}] y{more}) {{ {body} }}''')
     rng = np.random.default_rng(0)
-    arrays: dict[str, Any] = {"w": rng.random(N, "f4") + 1, "eps": np.float32(1e-5), "axes": np.array([-1]),
+    eps = np.array(1e-5 if inside == "f4" else 1e-3, inside)
+    arrays: dict[str, Any] = {"w": (rng.random(N) + 1).astype(inside), "eps": eps, "axes": np.array([-1]),
                               "zero": np.array([0]), "size": np.array([N])}  # fmt: skip
     made.graph.initializer.extend(numpy_helper.from_array(np.asarray(a), name) for name, a in arrays.items())
     onnx.checker.check_model(made, full_check=True)
@@ -60,11 +61,46 @@ def test_what_is_computed_twice_is_one_value(twice: str, kept: bool) -> None:
     made, report = normfuse.optimize(given)
     assert report.fused == 1 and equal(given, made)
     assert len(made.graph.node) == (len(given.graph.node) - 6) // 2 + 1 + kept
-    assert any("merged" in note for note in report.notes)
+    assert any("merged" in note for note in report.notes) == (twice != "cast")  # it is found as it is
     assert report.nodes_before == len(given.graph.node)
     again, report = normfuse.optimize(made)
     assert again.SerializeToString() == made.SerializeToString() and not report.notes
     assert given.SerializeToString() == before
+
+
+def test_an_input_that_is_cast_to_float16_for_each_reader(tmp_path: Path) -> None:
+    """As onnxconverter-common does, with keep_io_types=True."""
+    tail = TAIL.replace("y =", "h =")
+    given = model(f"a = Cast<to = 10>(x) c = Cast<to = 10>(x) {tail} y = Cast<to = 1>(h)", inside="f2")
+    (norm,) = normfuse.inspect(given).norms
+    assert norm.kind == "rms_norm"
+    onnx.save(given, tmp_path / "in.onnx")
+    report = normfuse.rewrite(tmp_path / "in.onnx", tmp_path / "out.onnx", normfuse.Config(verify="model"))
+    assert report.fused == 1 and any("merged" in note for note in report.notes)
+
+
+def test_a_model_without_norms_is_left_as_it_is(tmp_path: Path) -> None:
+    """Such as an average for each channel of two equal casts, byte for byte."""
+    lines = "a = Cast<to = 1>(x) b = Cast<to = 1>(x) m = ReduceMean<keepdims = 1>(a, axes) y = Sub(b, m)"
+    given = model(lines, "float16")
+    onnx.save(given, tmp_path / "in.onnx")
+    report = normfuse.rewrite(tmp_path / "in.onnx", tmp_path / "out.onnx")
+    assert not report.norms and not report.notes
+    assert (tmp_path / "in.onnx").read_bytes() == (tmp_path / "out.onnx").read_bytes()
+
+
+def test_results_that_are_left_out_are_not_read(tmp_path: Path) -> None:
+    """Of two that differ in that, neither is the other."""
+    given = onnx.parser.parse_model('''<ir_version: 8, opset_import: ["": 18]>
+        g (float[1, 2, 8, 8] x) => (float[1, 2, 4, 4] y, int64[1, 2, 4, 4] k) {
+            a, no = MaxPool<kernel_shape = [2, 2], strides = [2, 2]>(x)
+            b, i = MaxPool<kernel_shape = [2, 2], strides = [2, 2]>(x) q = Mul(a, a)
+            v = ReduceMean<keepdims = 1>(q, axes) e = Add(v, eps) r = Sqrt(e) y = Div(b, r) k = Identity(i) }''')
+    given.graph.node[0].output[1] = ""
+    arrays: dict[str, Any] = {"axes": np.array([-1]), "eps": np.float32(1e-5)}
+    given.graph.initializer.extend(numpy_helper.from_array(np.asarray(a), name) for name, a in arrays.items())
+    made, _ = normfuse.optimize(given)
+    assert equal(given, made)
 
 
 @pytest.mark.parametrize("ahead", [

@@ -163,11 +163,12 @@ def two(*ways: str) -> Callable[[], str]:
     return lambda: next(steps, ways[-1])
 
 
-STATISTICS_FIRST = two(*[FIRST] * 6, LAST)
+def statistics_first() -> Callable[[], str]:
+    return two(*[FIRST] * 6, LAST)
 
 
 def test_a_norm_in_two_layouts_is_one_operator() -> None:
-    net, result, layout = norm(STATISTICS_FIRST, "layer_norm")
+    net, result, layout = norm(statistics_first(), "layer_norm")
     given = net.model(result, layout)
     before = given.SerializeToString()
     read, _ = from_proto(given, Path("m"))
@@ -210,7 +211,7 @@ def test_rows_of_other_axes_are_not_mixed_up() -> None:
 
 def test_it_is_converted_as_any_other() -> None:
     """LayerNorm to RMSNorm: the request goes through the transpose to the convolution."""
-    net, result, layout = norm(STATISTICS_FIRST, "layer_norm")
+    net, result, layout = norm(statistics_first(), "layer_norm")
     given = net.model(result, layout)
     rng = np.random.default_rng(2)
     for name, shape in (("cw", (16, 16, 1, 1)), ("cb", (16,))):
@@ -252,3 +253,28 @@ def test_a_weight_along_an_inner_axis_is_not_seen_through_its_view(size: int, ta
     feeds = {"x": x} | ({"w": w} if given else {})
     a, b = (session(m.SerializeToString()).run(None, feeds)[0] for m in (model, made))
     assert np.abs(a - b).max() < 1e-5
+
+
+def test_names_are_those_of_no_other_graph() -> None:
+    """A branch may have what the norm's new nodes would be called."""
+    net, result, layout = norm(statistics_first(), "layer_norm")
+    given = net.model(result, layout)
+    lines = f"{result}_0 = Relu({result}) z = Neg({result}_0)"
+    body = onnx.parser.parse_graph(f"b () => (float[2, 3, 5, 16] z) {{ {lines} }}")
+    given.graph.node.append(onnx.helper.make_node("If", ["t"], ["more"], then_branch=body, else_branch=body))
+    given.graph.initializer.append(numpy_helper.from_array(np.array(True), "t"))
+    given.graph.output.append(onnx.helper.make_tensor_value_info("more", 1, [2, 3, 5, 16]))
+    onnx.checker.check_model(given, full_check=True)
+    made, report = normfuse.optimize(given)
+    assert any("another layout" in note for note in report.notes)
+    onnx.checker.check_model(made, full_check=True)
+    assert equal(given, made)
+
+
+def test_the_last_transpose_is_no_part_of_what_is_compared() -> None:
+    """A LayerNorm is not taken for the RMSNorm of what its mean was taken from, for a transpose behind it."""
+    net, result, layout = norm(two(FIRST, FIRST, LAST, LAST, LAST, LAST, FIRST), "layer_norm", affine=False)
+    net.at(result, LAST if layout == FIRST else FIRST)
+    given = net.model(result, LAST if layout == FIRST else FIRST)
+    made, report = normfuse.optimize(given)
+    assert [n.kind for n in report.norms] == ["layer_norm"] and equal(given, made)

@@ -75,6 +75,7 @@ class Lowering:
         self.path = path
         self.versions: dict[str, int] = outer.versions if outer is not None else dict(source.opset_imports)
         self.local: dict[ir.Node, dict[str, Facts]] = {}
+        self.others: dict[str, Any] = dict(outer.others) if outer is not None else {}  # the types of what is no tensor
         self.open: set[str] = outer.open if outer is not None else {
             d for v in source.inputs for d in shape_of(v.shape) or () if isinstance(d, str)}  # fmt: skip
         self.inner: list[Lowering] = []
@@ -134,7 +135,7 @@ class Lowering:
             self.local[node] = {}  # while it is asked for
             given = {v.name or "": self.value(v) for v in node.inputs if v is not None}
             arrays = {v.name or "": self.arrays[v] for v in node.inputs if v in self.arrays}
-            self.local[node] = infer_node(node, self.versions, given, arrays)
+            self.local[node] = infer_node(node, self.versions, given, arrays, self.others)
         name = value.name or ""
         shape, dtype = self.local[node].get(name, (None, None))
         if shape is not None:

@@ -1,4 +1,4 @@
-"""Shapes and types that a model does not state, by `onnx.shape_inference`."""
+"""Shapes and types that a model does not state, by `onnx.shape_inference` of one node by itself."""
 
 from __future__ import annotations
 
@@ -27,11 +27,15 @@ LIKE = {f"com.microsoft::{name}": "Conv" for name in ("FusedConv", *CHANNELS_LAS
 """Operators of ONNX Runtime, whose optimiser puts them, and the standard ones whose shapes theirs follow."""
 
 
-def infer_node(node: ir.Node, versions: Mapping[str, int], given: Mapping[str, Value],
-               arrays: Mapping[str, Any]) -> dict[str, Facts]:  # fmt: skip
-    """Shapes and types of the results of one node by `onnx.shape_inference`, from its operands and small constants."""
+def infer_node(node: ir.Node, versions: Mapping[str, int], given: Mapping[str, Value], arrays: Mapping[str, Any],
+               others: dict[str, onnx.TypeProto]) -> dict[str, Facts]:  # fmt: skip
+    """Shapes and types of the results of one node by `onnx.shape_inference`, from its operands and small constants.
+
+    `others` has the types of operands that are no tensors (sequences of them), and gets those of such results.
+    """
     op = node.op_type if node.domain in ("", "ai.onnx") else LIKE.get(f"{node.domain}::{node.op_type}", "")
     schema = _schema(op, versions.get("", versions.get("ai.onnx", 1)))
+    given = {name: v for name, v in given.items() if name not in others}
     if schema is None or any(v.dtype not in DTYPES for v in given.values()):
         return {}
     proto, shapes = ir.to_proto(node), {name: value.shape for name, value in given.items()}
@@ -46,6 +50,7 @@ def infer_node(node: ir.Node, versions: Mapping[str, int], given: Mapping[str, V
         shapes[proto.input[0]] = _moved(shapes[proto.input[0]], -1, 1)
     kinds = {name: DTYPES[v.dtype or ""].value for name, v in given.items()}
     types = {name: onnx.helper.make_tensor_type_proto(kinds[name], shape) for name, shape in shapes.items()}
+    types |= {name: others[name] for name in proto.input if name in others}
     data = {name: onnx.numpy_helper.from_array(array) for name, array in arrays.items() if array.size <= MANY}
     try:
         found = onnx.shape_inference.infer_node_outputs(schema, proto, types, data)
@@ -54,6 +59,9 @@ def infer_node(node: ir.Node, versions: Mapping[str, int], given: Mapping[str, V
     out: dict[str, Facts] = {}
     symbols = {d for shape in shapes.values() for d in shape or ()}
     for name, made in found.items():
+        if not made.HasField("tensor_type"):
+            others[name] = made
+            continue
         shape, dtype = _facts(made)
         sizes = None if shape is None else tuple(_kept(d, symbols) for d in shape)
         out[name] = _moved(sizes, 1, -1) if last else sizes, dtype

@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from normfuse.facts import ONE, ZERO, Fact, Refused, RootKey
 from normfuse.frontends.onnx import Lowering
-from normfuse.frontends.onnx_emit import discard, names_of, unique
+from normfuse.frontends.onnx_emit import discard, unique
 from normfuse.graph import Node, Value
 from normfuse.norm import VIEWS, Site, match, region
 from normfuse.passes.remove_dead import live
@@ -51,7 +51,8 @@ def turned(low: Lowering, found: Recognition) -> list[Turned]:
         assert value.producer is not None
         if _permuted(fact) and value.producer.kind not in COPIES:
             keys.setdefault(value, []).append(fact.root.key())
-    sites = [(site, set(region(site.value, site.norm))) for site in found.sites] if keys else []
+    sites = [(site, {node for node in region(site.value, site.norm) if node.kind not in COPIES})
+             for site in (found.sites if keys else ())]  # fmt: skip
     taken: set[Node] = set()
     out: list[Turned] = []
     for value in reversed(keys):
@@ -80,21 +81,34 @@ def _less(site: Site, own: set[Node], fact: Fact, kind: str, nodes: set[Node]) -
     return own <= nodes and inner and places == list(range(last, len(fact.layout)))
 
 
+class _Facts:
+    """The facts of values, by index, in one root."""
+
+    def __init__(self, found: Recognition, key: RootKey) -> None:
+        self.facts, self.key = found.facts, key
+
+    def __contains__(self, index: int) -> bool:
+        return self.key in self.facts.get(index, ())
+
+    def __getitem__(self, index: int) -> Fact:
+        return self.facts[index][self.key]
+
+
 def _permuted(fact: Fact) -> bool:
     """Whether a value has the axes of its root in another order."""
     return sorted(fact.layout) == sorted(identity_layout(fact.root.value))
 
 
-def _plain(fact: Fact | None) -> bool:
+def _plain(fact: Fact) -> bool:
     """Whether a value is its root, in any layout."""
-    if fact is None or fact.kappa or fact.trace or fact.absolute or fact.partial:
+    if fact.kappa or fact.trace or fact.absolute or fact.partial:
         return False
     return fact.alpha == {ONE: 1.0} and fact.beta == ZERO
 
 
 def _nodes(low: Lowering, found: Recognition, value: Value, key: RootKey) -> list[Node] | None:
     """The nodes between a root and its norm, if each is one of the model's and nobody else reads what they give."""
-    facts = {index: by[key] for index, by in found.facts.items() if key in by}
+    facts = _Facts(found, key)
     root = facts[value.index].root.value
     nodes: set[Node] = set()
     todo = [value]
@@ -110,8 +124,8 @@ def _nodes(low: Lowering, found: Recognition, value: Value, key: RootKey) -> lis
     natives = [node.native for node in nodes]
     if root.native is None or len(set(natives)) < len(natives):
         return None
-    for v in (v for node in nodes for v in node.outputs if v is not value and not _plain(facts.get(v.index))):
-        if v.kept or not nodes.issuperset(v.uses):
+    for v in (v for node in nodes for v in node.outputs if v is not value):
+        if (v.kept or not nodes.issuperset(v.uses)) and not (v.index in facts and _plain(facts[v.index])):
             return None
     return sorted(nodes, key=lambda node: node.index)
 
@@ -126,11 +140,10 @@ def _written(low: Lowering, node: Node) -> bool:
     return node.kind in COPIES or (node.kind in ELEMENTWISE and len(native.outputs) == 1)
 
 
-def lay(low: Lowering, found: Recognition, norms: Sequence[Turned], opset: int) -> int:
-    """Write norms in the layout of their results; how many could be."""
+def lay(low: Lowering, found: Recognition, norms: Sequence[Turned], opset: int, used: set[str | None]) -> int:
+    """Write norms in the layout of their results; how many could be. `used`: the names of the whole model."""
     if not norms:
         return 0
-    used = names_of([low.source]) | {node.name for node in low.source}
     inside = {node.native for norm in norms for node in norm.nodes}
     needed = {node.native for node in live(low.graph)} - inside
     count = 0
@@ -167,7 +180,7 @@ class _Writer:
 
     def __init__(self, low: Lowering, found: Recognition, norm: Turned, opset: int, used: set[str | None]) -> None:
         self.low, self.norm, self.opset, self.used = low, norm, opset, used
-        self.facts = {index: by[norm.key] for index, by in found.facts.items() if norm.key in by}
+        self.facts = _Facts(found, norm.key)
         fact = self.facts[norm.value.index]
         self.root, self.layout = fact.root, fact.layout
         self.nodes: list[ir.Node] = []

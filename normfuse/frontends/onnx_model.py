@@ -29,7 +29,7 @@ from normfuse.frontends.onnx_emit import (
 )
 from normfuse.frontends.onnx_fused import FusedEmitter, fused_already
 from normfuse.frontends.onnx_half import widen
-from normfuse.frontends.onnx_layout import lay, turned
+from normfuse.frontends.onnx_layout import Turned, lay, turned
 from normfuse.frontends.onnx_ops import GROUP_NORMS
 from normfuse.frontends.onnx_repair import repair
 from normfuse.frontends.onnx_skip import SkipEmitter, take_apart, with_sum
@@ -61,9 +61,9 @@ class OnnxModel:
 
     def __init__(self, model: ir.Model, config: Config, rewrite: bool, progress: Progress | None = None,
                  own: bool = True) -> None:  # fmt: skip
-        if not own and (model.functions or model.ir_version < FIRST_WITH_DEFAULTS or twins(model)):
+        if not own and (model.functions or model.ir_version < FIRST_WITH_DEFAULTS):
             model = model.clone()  # it is read in another form
-        self.model, self.config = model, config
+        self.model, self.config, self.own = model, config, own
         self.progress = progress or (lambda what, share: None)
         self.opset = model.graph.opset_imports.get("", model.graph.opset_imports.get("ai.onnx", 0))
         if not self.opset and any(node.domain in ("", "ai.onnx") for node in model.graph):
@@ -79,7 +79,6 @@ class OnnxModel:
         self.progress("reading", 0.0)
         self.operators_before = operators(self.model)
         self.nodes_before = sum(self.operators_before.values())
-        self.merged = merge(twins(model))
         self.lowerings = lower(model)
         self.repaired = repair(self.lowerings, self.opset) if rewrite else 0
         if self.repaired:
@@ -97,24 +96,56 @@ class OnnxModel:
         self.progress("recognising", 0.2)
         self.fused = (SkipEmitter(self.emitter, self.table) if config.target in PROVIDERS else
                       FusedEmitter(self.emitter, config.numerics == "exact"))  # fmt: skip
-        self.plans = [plan(low.graph, config, self._abilities(low), rewrite) for low in self.lowerings]
-        self.laid = self._lay(own)
-        if self.laid:
-            self.lowerings = lower(self.model)
-            self.plans = [plan(low.graph, config, self._abilities(low), rewrite) for low in self.lowerings]
+        self._plan(rewrite)
+        self.merged = self._merge(rewrite)
+        self.laid = self._lay(rewrite)
         self.checks: dict[Site, Check] = {}
         self.moved: dict[ir.Value, ir.Value] = {}
         self.written: dict[Site, tuple[ir.Function, list[Value]]] = {}
 
-    def _lay(self, own: bool) -> int:
+    def _plan(self, rewrite: bool) -> None:
+        self.plans = [plan(low.graph, self.config, self._abilities(low), rewrite) for low in self.lowerings]
+
+    def _read_again(self, rewrite: bool) -> None:
+        self.lowerings = lower(self.model)
+        self._plan(rewrite)
+
+    def _take(self) -> bool:
+        """Take a copy of a model that is not to be changed; True if it was."""
+        if self.own:
+            return False
+        self.model, self.own = self.model.clone(), True
+        self._read_again(rewrite=False)
+        return True
+
+    def _merge(self, rewrite: bool) -> int:
+        """Merge nodes that compute the same twice, where a norm may be missed for them; how many."""
+        found = twins(self.model) if any(one.found.refusals for one in self.plans) else {}
+        if found and self._take():
+            found = twins(self.model)
+        if count := merge(found):
+            self._read_again(rewrite)
+        return count
+
+    def _lay(self, rewrite: bool) -> int:
         """Write norms that are in two layouts in one; how many."""
-        found = [(low, one.found, turned(low, one.found)) for low, one in zip(self.lowerings, self.plans, strict=True)]
-        if not own and any(norms for _, _, norms in found):
-            self.model = self.model.clone()
-            self.lowerings = lower(self.model)
-            plans = [plan(low.graph, self.config, self._abilities(low), False) for low in self.lowerings]
-            found = [(low, one.found, turned(low, one.found)) for low, one in zip(self.lowerings, plans, strict=True)]
-        return sum(lay(low, recognition, norms, self.opset) for low, recognition, norms in found)
+        found = self._turned()
+        if found and self._take():
+            found = self._turned()
+        used = self._names() if found else set()
+        count = sum(lay(low, one.found, norms, self.opset, used) for low, one, norms in found)
+        if count:
+            self._read_again(rewrite)
+        return count
+
+    def _turned(self) -> list[tuple[Lowering, Plan, list[Turned]]]:
+        each = ((low, one, turned(low, one.found)) for low, one in zip(self.lowerings, self.plans, strict=True))
+        return [(low, one, norms) for low, one, norms in each if norms]
+
+    def _names(self) -> set[str | None]:
+        """All that has a name in the model, its sub-graphs included."""
+        used = names_of(low.source for low in self.lowerings) | set(self.model.graph.initializers)
+        return used | {node.name for low in self.lowerings for node in low.source}
 
     def _abilities(self, low: Lowering) -> Abilities:
         can = Abilities(self._expressible, functions=True, statistics=self.emitter.gives_statistics, leave=self._leave,
@@ -264,8 +295,7 @@ class OnnxModel:
                 self._again(low, one)
         if not any(one.edits() for one in self.plans):
             return bool(self.repaired or self.merged or self.laid or self.respelled or self.sorted)
-        used = names_of(low.source for low in self.lowerings) | set(self.model.graph.initializers)
-        used.update(node.name for low in self.lowerings for node in low.source)
+        used = self._names()
         for low, one in zip(self.lowerings, self.plans, strict=True):
             for edit in one.edits():
                 self._replace(low, edit, used)

@@ -66,7 +66,8 @@ def merge(found: dict[ir.Node, ir.Node]) -> int:
         for user, i, other in moved:
             user.replace_input_with(i, other)
         for value, other in zip(node.outputs, one.outputs, strict=True):
-            other.shape, other.type = other.shape or value.shape, other.type or value.type
+            other.shape = value.shape if other.shape is None else other.shape
+            other.type = other.type or value.type
         kept = any(v.is_graph_output() for v in node.outputs)
         if node.graph is not None and not kept:
             node.graph.remove(node, safe=True)
@@ -83,7 +84,8 @@ def _key(node: ir.Node, same: dict[ir.Value, ir.Value]) -> Hashable:
     values = ((a.name, a.type, tuple(a.value) if isinstance(a.value, (list, tuple)) else a.value)
               for a in node.attributes.values())  # fmt: skip
     inputs = tuple(None if v is None else same.get(v, v) for v in node.inputs)
-    return node.domain, node.op_type, node.overload, inputs, frozenset(values), len(node.outputs)
+    given = tuple(bool(v.name) for v in node.outputs)
+    return node.domain, node.op_type, node.overload, inputs, frozenset(values), given
 
 
 def _written(node: ir.Node) -> bool:
