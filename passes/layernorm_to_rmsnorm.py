@@ -596,9 +596,10 @@ class _Planner:
 
 
 def _blocks(want: Centre, value: Value) -> str:
-    n = len(want.blocks)
-    whole = want.whole(value) or (n == 1 and want.scales)
-    return "" if whole else f", in {_count(n, 'block')} of {want.blocks[0][1]}"
+    n, only = len(want.blocks), want.only
+    whole = replace(want, only=None).whole(value) or (n == 1 and want.scales)
+    part = "" if only is None else f", at {', '.join(map(str, only[1]))} of axis {only[0]}"
+    return part if whole else f"{part}, in {_count(n, 'block')} of {want.blocks[0][1]}"
 
 
 def _count(n: int | list[Value], what: str) -> str:

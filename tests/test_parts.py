@@ -197,6 +197,8 @@ def test_a_part_of_a_parameter() -> None:
     exact = normfuse.Config(layernorm_to_rmsnorm="exact")
     made, report = normfuse.optimize(module, exact, args=(torch.randn(2, 3, D),))
     assert report.converted == 2 and torch.equal(made.rows[2], module.rows[2])
+    told = [edit for norm in report.norms for edit in (norm.conversion or {})["edits"]]
+    assert told and told[0].endswith("mean taken away along axis 2, at 0, 1 of axis 0")
     assert made.rows[:2].mean(-1).abs().max() < 1e-6
 
 
