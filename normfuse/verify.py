@@ -177,8 +177,8 @@ def compare_models(path_a: str | Path, path_b: str | Path, *, seed: int = 0,
     `OPEN` with which the first model runs. An output agrees when no element differs by more than `roundings`
     of its type times the largest element. Returns {"equal", "outputs", "tolerance", "provider"}.
 
-    Raises `InputError` where a model does not load or run, the two have other inputs or outputs, or an output has
-    nothing to compare, and `UnsafeModelError` for external data that are outside a model's folder.
+    Raises `InputError` where a model does not load or run, the two have other inputs or outputs, or no output has
+    anything to compare, and `UnsafeModelError` for external data that are outside a model's folder.
     """
     _, names, first, second, provider = run_both(path_a, path_b, seed=seed, inputs=inputs)
     found = compare_outputs(names, first, second, roundings, provider)
