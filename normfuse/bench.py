@@ -26,9 +26,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from normfuse.errors import InputError, NormFuseError, first_line, path_of
-from normfuse.process import available, run_module, status
 from normfuse.ort_values import in_numpy, onnx_runtime
-from normfuse.verify import OPEN, Array, feeds_for, shapes_for
+from normfuse.ort_values import Array
+from normfuse.process import available, run_module, status
+from normfuse.sessions import OPEN, feeds_for, shapes_for
 
 if TYPE_CHECKING:
     import onnx_ir as ir

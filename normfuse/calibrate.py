@@ -20,8 +20,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from normfuse.convert import Array, largest, normwise
+from normfuse.convert import largest, normwise
 from normfuse.errors import InputError, VerificationError
+from normfuse.ort_values import Array
 
 Hook = Callable[[list[Array]], list[Array] | None]
 """Sees a value of all batches, and may give others in their place."""

@@ -12,6 +12,7 @@ import numpy as np
 from normfuse.centring import Centre, Channels
 from normfuse.graph import Graph, Node, Value
 from normfuse.norm import Expr, Norm, Site, region
+from normfuse.ort_values import Array
 from normfuse.passes.fold_affine import Contraction, Linear, Readers, constants, elements
 from normfuse.passes.layernorm_to_rmsnorm import Conversion, rms
 from normfuse.records import record_of
@@ -20,7 +21,6 @@ from normfuse.report import NormRecord, RefusalRecord, Report
 if TYPE_CHECKING:
     from normfuse.calibrate import Layer
 
-Array = np.ndarray[Any, Any]
 LIMIT = 1e-12
 """How far the re-randomised models may differ in float64, relative to the largest element of an output."""
 SEEN = 1e-6

@@ -24,7 +24,8 @@ from normfuse.errors import InputError, first_line
 from normfuse.first import OUT, Made, after
 from normfuse.frontends.onnx_contrib import head_sizes
 from normfuse.io.files import read_onnx
-from normfuse.verify import Array, longest
+from normfuse.ort_values import Array
+from normfuse.sessions import longest
 
 RESTARTS, SECONDS, ROUNDS = 7, 1.5, (3, 200)
 """How often with new sessions, and how long each time for each inputs, within these numbers of rounds. Of two files

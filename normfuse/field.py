@@ -22,8 +22,9 @@ import numpy as np
 
 from normfuse.graph import Dim, Node, Value
 from normfuse.norm import Expr, Site, region
+from normfuse.ort_values import Array
 from normfuse.plan import Edit, Replace
-from normfuse.verify import Array, Check
+from normfuse.verify import Check
 
 P = 4 * 446185740 - 1
 """Elements are int64 from 0 to P - 1, so that products fit."""

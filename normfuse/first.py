@@ -20,8 +20,10 @@ from normfuse.config import FASTEST, Config
 from normfuse.errors import InputError, NormFuseError, VerificationError, first_line
 from normfuse.frontends.onnx_contrib import head_sizes
 from normfuse.io import files
+from normfuse.ort_values import Array
 from normfuse.process import run_module
-from normfuse.verify import Array, demand_compared, difference, longest, session
+from normfuse.sessions import longest, session
+from normfuse.verify import demand_compared, difference
 
 if TYPE_CHECKING:
     from normfuse.bench import How

@@ -28,7 +28,8 @@ from normfuse.frontends.onnx_model import OnnxModel
 from normfuse.frontends.onnx_wide import compare_rewritten
 from normfuse.io import files
 from normfuse.norm import region
-from normfuse.verify import EPSILON, distance, roundings_for, run_random, session
+from normfuse.sessions import run_random, session
+from normfuse.verify import EPSILON, distance, roundings_for
 
 Progress = Callable[[str, float], None]
 HELD = 2.0**-30

@@ -13,7 +13,7 @@ from onnx.reference import ReferenceEvaluator
 import normfuse
 from normfuse.convert import Folder
 from normfuse.frontends.onnx_certify import OPERATORS
-from normfuse.verify import session
+from normfuse.sessions import session
 from tests.test_conversion_traps import D, check, model, numbers
 
 IDS = [{"i": np.array([[0, 3, 1]])}]

@@ -13,7 +13,7 @@ import pytest
 import normfuse
 from normfuse.frontends.onnx import lower
 from normfuse.io.files import from_proto
-from normfuse.verify import session
+from normfuse.sessions import session
 from tests.onnx_lines import N, rms
 
 Array = np.ndarray[Any, Any]

@@ -18,7 +18,7 @@ from torch.nn import functional as F  # noqa: N812
 
 import normfuse
 from normfuse.frontends.onnx_certify import OPERATORS, others
-from normfuse.verify import session
+from normfuse.sessions import session
 
 D = 8
 RNG = np.random.default_rng(0)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import normfuse
 import normfuse.ort
-from normfuse.verify import session
+from normfuse.sessions import session
 from tests.cli_tools import saved
 from tests.exporters import ARRAYS, NUMBERS, Array, N, flax, layer_norm, model, rows
 from tests.families import cached_export

@@ -11,7 +11,7 @@ import onnx
 import pytest
 
 import normfuse
-from normfuse.verify import session
+from normfuse.sessions import session
 from tests.cli_tools import saved
 from tests.exporters import NUMBERS, N, layer_norm, model, rows
 

@@ -20,11 +20,12 @@ import torch
 from onnxscript.rewriter.ort_fusions import optimize_for_ort
 
 import normfuse
-from normfuse import Config, first, verify
+from normfuse import Config, first, sessions
 from normfuse.errors import InputError, UnsupportedError, VerificationError
 from normfuse.io import files
 from normfuse.report import Report
-from normfuse.verify import compare_models, longest, session
+from normfuse.sessions import longest, session
+from normfuse.verify import compare_models
 from tests.cli_tools import fails, run
 from tests.families import FAMILIES, cached_export
 from tests.onnx_lines import model as lines_model
@@ -156,8 +157,8 @@ def test_longer_inputs_where_there_is_memory(free: int, most: int | None, tmp_pa
             left[0] = max(left[0], 100 * feeds["x"].shape[1])
             return []
 
-    monkeypatch.setattr(verify, "resident", lambda: left[0])
-    monkeypatch.setattr(verify, "available", lambda: free)
+    monkeypatch.setattr(sessions, "resident", lambda: left[0])
+    monkeypatch.setattr(sessions, "available", lambda: free)
     feeds = longest(Counted(), (33, 132, 512), 2)
     assert (feeds["x"].shape[1] if feeds else None) == most
 

@@ -12,7 +12,8 @@ import pytest
 import normfuse
 from normfuse.frontends.onnx_wide import compare_rewritten, widen_norms
 from normfuse.io.files import read_onnx, write_onnx
-from normfuse.verify import compare_models, session
+from normfuse.sessions import session
+from normfuse.verify import compare_models
 from tests.cli_tools import run, saved
 from tests.exporters import FLAX, NUMBERS, N, flax, layer_norm, model, rows
 

@@ -20,7 +20,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 import normfuse
 from normfuse import Config
 from normfuse.frontends import onnx_emit, onnx_model
-from normfuse.verify import session
+from normfuse.sessions import session
 
 C = 8
 INSTANCE = ("v = Reshape(x, rows) n = InstanceNormalization<epsilon = {eps}>(v, {one}, {zero}) "

@@ -21,7 +21,7 @@ import normfuse
 from normfuse.errors import InputError
 from normfuse.io import files
 from normfuse.io.write import copy
-from normfuse.verify import session
+from normfuse.sessions import session
 from tests.cli_tools import norm_model, saved
 from tests.test_certificates import IDS, OPERATOR, chain
 from tests.test_conversion_traps import model
@@ -140,7 +140,6 @@ def test_many_models_take_the_memory_of_few(tmp_path: Path) -> None:
     done = subprocess.run(f"{command}; exit $?", shell=True, capture_output=True, text=True, check=True)
     print(f"grown by {int(done.stdout) / GIB:.2f} GiB")
     assert int(done.stdout) < GIB / 2
-
 
 
 def test_a_reference_out_of_the_folder(tmp_path: Path) -> None:

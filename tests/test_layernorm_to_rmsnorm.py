@@ -24,7 +24,7 @@ from normfuse.frontends import fx_convert
 from normfuse.nn import RMSNorm
 from normfuse.passes.layernorm_to_rmsnorm import Conversion
 from normfuse.report import Report
-from normfuse.verify import session
+from normfuse.sessions import session
 from tests.families import cached
 from tests.layernorm_models import CASES, Case, to_onnx
 

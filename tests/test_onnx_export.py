@@ -19,7 +19,7 @@ import normfuse
 from normfuse import onnx_export
 from normfuse.errors import InputError, UnsupportedError, VerificationError
 from normfuse.io import files
-from normfuse.verify import session
+from normfuse.sessions import session
 from tests.families import FAMILIES
 
 

@@ -18,7 +18,8 @@ import normfuse
 import normfuse.ort
 from normfuse.frontends.onnx_check import Checker
 from normfuse.plan import Edit, Fused
-from normfuse.verify import Check, compare_models, session
+from normfuse.sessions import session
+from normfuse.verify import Check, compare_models
 from tests.families import (
     BIASED, FAMILIES, FUSED, LAYERS, MORE, OTHERS, cached, cached_export, digest, export_onnx,
 )  # fmt: skip

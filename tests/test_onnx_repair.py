@@ -11,7 +11,7 @@ import pytest
 
 import normfuse
 from normfuse.errors import InputError
-from normfuse.verify import session
+from normfuse.sessions import session
 from tests.families import FAMILIES, cached, digest, export_onnx
 from tests.share import share
 

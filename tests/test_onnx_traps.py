@@ -13,7 +13,7 @@ from onnx import numpy_helper
 
 import normfuse
 from normfuse.errors import InputError, UnsupportedError
-from normfuse.verify import session
+from normfuse.sessions import session
 
 RNG = np.random.default_rng(0)
 TARGETS = ("onnx", "normfuse", "ort-cpu")

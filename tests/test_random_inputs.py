@@ -19,17 +19,8 @@ from normfuse.errors import InputError
 from normfuse.frontends.onnx_contrib import head_sizes
 from normfuse.io.files import read_onnx
 from normfuse.reduce import _difference
-from normfuse.verify import (
-    compare_models,
-    compare_outputs,
-    demand_compared,
-    demand_equal,
-    longest,
-    run_both,
-    run_random,
-    session,
-    shapes_for,
-)
+from normfuse.sessions import longest, run_random, session, shapes_for
+from normfuse.verify import compare_models, compare_outputs, demand_compared, demand_equal, run_both
 from tests.cli_tools import run, saved
 
 WIDTH, HEADS, HEAD = 32, 4, 8

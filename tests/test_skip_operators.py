@@ -14,7 +14,7 @@ import pytest
 import normfuse
 import normfuse.ort
 from normfuse.errors import InputError
-from normfuse.verify import session
+from normfuse.sessions import session
 from tests.families import FAMILIES, cached_export
 from tests.onnx_lines import N
 from tests.targeted import SKIP_LAYER, operators, rewritten

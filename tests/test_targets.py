@@ -12,8 +12,8 @@ import onnx
 import pytest
 
 import normfuse
+from normfuse.sessions import session
 from normfuse.targets import WIDE
-from normfuse.verify import session
 from tests.onnx_lines import N, layer, model, rms
 from tests.targeted import ADD, ADD_LAYER, SKIP, SKIP_LAYER, operators, rewritten
 

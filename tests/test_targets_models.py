@@ -14,7 +14,7 @@ import pytest
 from onnx.reference import ReferenceEvaluator
 
 import normfuse
-from normfuse.verify import session
+from normfuse.sessions import session
 from tests.families import (
     FAMILIES, FUSED, LAYERS, MORE, OTHERS, cached, cached_export, digest, export_onnx,
 )  # fmt: skip

@@ -13,7 +13,7 @@ from onnx import numpy_helper
 import normfuse
 from normfuse.frontends.onnx_twins import twins
 from normfuse.io.files import from_proto
-from normfuse.verify import session
+from normfuse.sessions import session
 
 N = 16
 TAIL = "q = Mul(a, a) v = ReduceMean<keepdims = 1>(q, axes) e = Add(v, eps) s = Sqrt(e) n = Div(c, s) y = Mul(n, w)"

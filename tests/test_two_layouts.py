@@ -14,7 +14,7 @@ from onnx import numpy_helper
 
 import normfuse
 from normfuse.io.files import from_proto
-from normfuse.verify import session
+from normfuse.sessions import session
 
 SIZES = {"B": 2, "C": 16, "H": 3, "W": 5}
 FIRST, LAST = "BCHW", "BHWC"

@@ -22,8 +22,9 @@ from normfuse.frontends.fx_emit import Emitter
 from normfuse.frontends.fx_fused import FusedEmitter
 from normfuse.frontends.fx_meta import MISSING, is_tensor, meta_of, size_of
 from normfuse.graph import Value
+from normfuse.ort_values import Array
 from normfuse.plan import Edit, Fused
-from normfuse.verify import Array, Check, compare, representable
+from normfuse.verify import Check, compare, representable
 
 MAX_REGION = 400
 _FILLED = frozenset("full_like ones_like zeros_like new_full new_ones new_zeros".split())

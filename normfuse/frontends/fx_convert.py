@@ -28,17 +28,17 @@ from normfuse.convert import (
 from normfuse.errors import InputError
 from normfuse.frontends import fx_channels as table
 from normfuse.frontends.fx_certify import certify
-from normfuse.frontends.fx_emit import Emitter
 from normfuse.frontends.fx_effects import held
+from normfuse.frontends.fx_emit import Emitter
 from normfuse.frontends.fx_meta import dtype_of
 from normfuse.frontends.fx_model import _infer, _Module, _program, _state
 from normfuse.graph import Node, Value
 from normfuse.norm import Site
+from normfuse.ort_values import Array
 from normfuse.passes.fold_affine import Contraction
 from normfuse.passes.layernorm_to_rmsnorm import Conversion, Means, convert, operator_of, parts_of, rms
 from normfuse.passes.remove_dead import RemoveDead
 from normfuse.plan import Replace
-from normfuse.verify import Array
 
 
 Unfit = Callable[[Site, Site], "str | None"]

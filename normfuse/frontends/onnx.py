@@ -16,13 +16,14 @@ import onnx_ir as ir
 
 from normfuse.errors import InputError
 from normfuse.frontends.onnx_contrib import CONTRIB
-from normfuse.frontends.onnx_fold import FOLDS, MAX_ELEMENTS, Array, attribute, constant_of, fold
+from normfuse.frontends.onnx_fold import FOLDS, MAX_ELEMENTS, attribute, constant_of, fold
 from normfuse.frontends.onnx_functions import function_body
 from normfuse.frontends.onnx_infer import DTYPE_NAMES, Facts, infer_node
 from normfuse.frontends.onnx_ops import OPS, Row
 from normfuse.frontends.onnx_sizes import SIZES, rank_of, sizes_of
 from normfuse.frontends.onnx_views import product_shape
 from normfuse.graph import FLOATS, Dim, Graph, Shape, Value
+from normfuse.ort_values import Array
 
 NUMBERS = ("MatMul", "InstanceNormalization", "BatchNormalization")
 """The operators that may read a tensor of one number as that number."""

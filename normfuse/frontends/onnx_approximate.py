@@ -23,11 +23,11 @@ from normfuse.frontends.onnx_model import OnnxModel
 from normfuse.frontends.onnx_region import target_of
 from normfuse.graph import Value
 from normfuse.norm import Site
+from normfuse.ort_values import Array
 from normfuse.passes.fold_affine import constants, elements
 from normfuse.passes.layernorm_to_rmsnorm import operator_of, rms
 from normfuse.passes.remove_dead import RemoveDead
 from normfuse.plan import Replace
-from normfuse.verify import Array
 
 
 def approximate_model(one: OnnxModel, config: Config, given: Any,

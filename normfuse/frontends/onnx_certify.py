@@ -27,7 +27,7 @@ from normfuse.convert import LIMIT, SEEN, Certificate, Randomiser, normwise, wor
 from normfuse.frontends.onnx_check import DOUBLE, FLOAT_TYPES, MOST, OPS, _widen
 from normfuse.frontends.onnx_kernels import KERNELS
 from normfuse.frontends.onnx_unknown import StandIns
-from normfuse.verify import Array
+from normfuse.ort_values import Array
 
 if TYPE_CHECKING:
     from normfuse.frontends.onnx_convert import Editor

@@ -26,8 +26,10 @@ from normfuse.frontends.onnx_fused import FusedEmitter
 from normfuse.frontends.onnx_region import VIEWS, Region, as_function, region, rest_of, results_of
 from normfuse.graph import Dim, Value
 from normfuse.norm import Norm
+from normfuse.ort_values import Array
 from normfuse.plan import Edit, Fused, Replace
-from normfuse.verify import Array, Check, compare, numpy_dtype
+from normfuse.sessions import numpy_dtype
+from normfuse.verify import Check, compare
 
 Model = tuple[onnx.ModelProto, onnx.ModelProto]
 Shapes = list[tuple[int, ...]]

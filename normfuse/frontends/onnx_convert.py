@@ -32,11 +32,11 @@ from normfuse.frontends.onnx_model import OnnxModel
 from normfuse.frontends.onnx_skip import with_sum
 from normfuse.graph import FLOATS, Node, Value
 from normfuse.norm import Site
+from normfuse.ort_values import Array
 from normfuse.passes.layernorm_to_rmsnorm import Conversion, Means, convert, rms
 from normfuse.passes.remove_dead import RemoveDead
 from normfuse.plan import Replace
 from normfuse.targets import Table
-from normfuse.verify import Array
 
 AXES_INPUT = 18
 """From this opset on ReduceMean takes its axes as an input."""

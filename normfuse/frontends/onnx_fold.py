@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-MAX_ELEMENTS = 1024
+from normfuse.ort_values import Array
 
-Array = np.ndarray[Any, Any]
+MAX_ELEMENTS = 1024
 
 
 def attribute(node: ir.Node, name: str, default: Any = None) -> Any:

@@ -10,7 +10,7 @@ from onnx.reference.op_run import OpRun
 
 from normfuse.frontends.onnx_check import LayerNormalization
 from normfuse.frontends.onnx_contrib import SKIP_EPSILON
-from normfuse.verify import Array
+from normfuse.ort_values import Array
 
 
 class Conv(OpRun):

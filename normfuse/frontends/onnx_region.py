@@ -9,9 +9,9 @@ import numpy as np
 import onnx_ir as ir
 
 from normfuse.frontends.onnx import Lowering
-from normfuse.frontends.onnx_fold import Array
 from normfuse.graph import Dim, Node, Value
 from normfuse.norm import Site
+from normfuse.ort_values import Array
 from normfuse.plan import Edit, Replace
 
 VIEWS = frozenset({"Reshape", "Expand", "Flatten"})

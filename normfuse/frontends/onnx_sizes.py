@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
 
-from normfuse.frontends.onnx_fold import Array, attribute
+from normfuse.frontends.onnx_fold import attribute
 from normfuse.graph import Dim, Shape
+from normfuse.ort_values import Array
 
 Sizes = Shape | None
 Arrays = Sequence[Array | None]

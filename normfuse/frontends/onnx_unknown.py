@@ -14,7 +14,7 @@ import onnx
 from onnx.reference.op_run import OpRun
 
 from normfuse.graph import FLOATS, Value
-from normfuse.verify import Array
+from normfuse.ort_values import Array
 
 COMPUTED = ("", "ai.onnx", "ai.onnx.ml", "ai.onnx.preview.training")
 """The domains whose operators ONNX's reference evaluator has."""

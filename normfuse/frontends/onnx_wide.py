@@ -19,9 +19,11 @@ from normfuse.frontends.onnx_model import OnnxModel
 from normfuse.frontends.onnx_region import region, target_of
 from normfuse.frontends.onnx_skip import take_apart
 from normfuse.io.files import read_onnx, to_proto
+from normfuse.ort_values import Array
 from normfuse.plan import Replace
+from normfuse.sessions import session
 from normfuse.targets import Table
-from normfuse.verify import EPSILON, ROUNDINGS, Array, compare_outputs, run_both, session
+from normfuse.verify import EPSILON, ROUNDINGS, compare_outputs, run_both
 
 FLOATS = frozenset(DTYPES.values())
 FUSIONS = ("LayerNormFusion", "LayerNormFusionL1", "LayerNormFusionL2", "SimplifiedLayerNormFusion")

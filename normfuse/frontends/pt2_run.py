@@ -19,7 +19,8 @@ from normfuse.frontends.fx_certify import with_own_state
 from normfuse.frontends.fx_meta import dtype_of, is_tensor, meta_of, shape_of
 from normfuse.frontends.pt2_graph import Described, Unknown
 from normfuse.io.pt2 import Archive
-from normfuse.verify import ROUNDINGS, Array, compare_outputs
+from normfuse.ort_values import Array
+from normfuse.verify import ROUNDINGS, compare_outputs
 
 
 def demand_trust(source: Path, trust: bool) -> None:

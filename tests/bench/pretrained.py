@@ -26,7 +26,8 @@ import numpy.typing as npt
 import onnx
 
 import normfuse
-from normfuse.verify import compare_models, feeds_for, session
+from normfuse.sessions import feeds_for, session
+from normfuse.verify import compare_models
 from tests.bench.common import save, table
 from tests.bench.peers import NORMS, TOOLS, silence
 
