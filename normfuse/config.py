@@ -89,8 +89,8 @@ class Config:
             object.__setattr__(self, "tolerance", float(self.tolerance))  # of NumPy's types, too
         except OverflowError:
             raise InputError("tolerance is larger than any number of type float; give one such as 0.05") from None
-        if not self.tolerance > 0:
-            raise InputError(f"tolerance={self.tolerance!r} is not a positive number, such as 0.05")
+        if not 0 < self.tolerance < math.inf:
+            raise InputError(f"tolerance={self.tolerance!r} is no positive, finite number, such as 0.05")
         if self.ort_version and VERSION.match(self.ort_version) is None:
             such = repr(SUCH["ort_version"])
             raise InputError(f"ort_version={self.ort_version!r} is not a version; give one such as {such}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -90,3 +91,31 @@ def wrap(
     graph = helper.make_graph(nodes, "g", [x], [y], initializer=constants)
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid("acme", 1)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=8)
+
+
+RMS = "sq = Mul(x, x) ms = ReduceMean(sq, last) a = Add(ms, eps) r = Sqrt(a) n = Div(x, r) y = Mul(n, w)"
+
+
+def rms_file(path: Path, lines: str = RMS, outputs: str = "float[B,16] y") -> Path:
+    """Write a model of x of 16 columns, by its nodes."""
+    head = '<ir_version: 9, opset_import: ["": 18]>'
+    made = onnx.parser.parse_model(f"{head} g (float[B,16] x) => ({outputs}) {{ {lines} }}")
+    held = {"last": np.array([-1]), "eps": np.float32(1e-5), "w": np.ones(16, np.float32)}
+    made.graph.initializer.extend(numpy_helper.from_array(np.asarray(v), n) for n, v in held.items())
+    onnx.save(made, path)
+    return path
+
+
+def cli(*args: str | Path, **more: Any) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own."""
+    command = [sys.executable, "-m", "normfuse", *map(str, args)]
+    return subprocess.run(command, text=True, check=False, timeout=60, **({"capture_output": True} | more))
+
+
+def program(path: Path) -> Path:
+    """Write an exported program with a LayerNorm."""
+    import torch
+
+    module = torch.nn.Sequential(torch.nn.Linear(16, 256), torch.nn.LayerNorm(256)).eval()
+    torch.export.save(torch.export.export(module, (torch.randn(2, 16),)), path)
+    return path

@@ -74,9 +74,10 @@ def test_an_instance_normalization_of_rows(op: str, verify: str) -> None:
 @pytest.mark.parametrize("shape", ["1,3", "B,S", "2,2"])
 def test_query_and_key_straight_from_a_table(shape: str) -> None:
     """They tell nothing where all tokens of a row are the same."""
-    lines = f"""h = Gather(table, i) q = MatMul(h, w) k = MatMul(h, w2) v = MatMul(h, w3) {OPERATOR.format('q', 'qn')}
-{OPERATOR.format('k', 'kn')} t = Transpose<perm=[0, 2, 1]>(kn) s = MatMul(qn, t) d = Div(s, by) a = Softmax(d) o = MatMul(a, v)
-y = Neg(o)"""
+    lines = f"""h = Gather(table, i) q = MatMul(h, w) k = MatMul(h, w2) v = MatMul(h, w3)
+{OPERATOR.format('q', 'qn')}
+{OPERATOR.format('k', 'kn')} t = Transpose<perm=[0, 2, 1]>(kn) s = MatMul(qn, t) d = Div(s, by) a = Softmax(d)
+o = MatMul(a, v) y = Neg(o)"""
     held = {"w2": numbers(D, D), "w3": numbers(D, D), "by": np.float32(16)} | HELD
     feeds = [{"i": np.array([[0, 3, 1], [2, 1, 1]])[: 1 if shape == "1,3" else 2, : 2 if shape == "2,2" else 3]}]
     check(model(f"int64[{shape}] i", lines, **held), feeds, 2, verify="sites")
