@@ -275,9 +275,9 @@ def _widen_graph(graph: onnx.GraphProto) -> None:
 
 
 def inputs_for(model: ir.Model, size: int, attempt: int = 0) -> dict[str, Array]:
-    """Random inputs: each size that is left open is `size`, the first 2; floats are normal with mean 0.5; integers are 1
-    and 0 in every row, so that no softmax over equal tokens hides a query or key, and all 1 at the third attempt; masks
-    are all true, or 1."""
+    """Random inputs: each size that is left open is `size`, the first 2; floats are normal with mean 0.5; integers are
+    1 and 0 in every row, so that no softmax over equal tokens hides a query or key, and all 1 at the third attempt;
+    masks are all true, or 1."""
     rng = np.random.default_rng(attempt)
     feeds: dict[str, Array] = {}
     for value in model.graph.inputs:
