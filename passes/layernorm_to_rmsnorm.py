@@ -19,7 +19,7 @@ import heapq
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from normfuse.centring import PARTED, Block, Blocked, Centre, Channels, Links, Part, back, centred, joined, united
+from normfuse.centring import PARTED, Blocked, Centre, Channels, Links, Part, back, centred, joined, united
 from normfuse.facts import ONE
 from normfuse.graph import Graph, Node, Value
 from normfuse.norm import Expr, Norm, Refusal, Site, region
@@ -433,14 +433,8 @@ class _Planner:
 
     def _asked(self, node: Node, value: Value, want: Centre, out: Value) -> bool:
         """Whether a result of a node takes account of how an operand changes."""
-        blocks: tuple[Block, ...] | None = want.blocks
-        span = self.can.span(node, out, want.axis) if value is node.inputs[0] else None
-        if span is not None:
-            blocks = want.within(*span)
-        part = want.only and self._part(node, out, value, want)
-        only = want.only if part is None or want.only is None else (part[0], tuple(
-            i for i in want.only[1] if i in part[1] or part[0] != want.only[0]))  # fmt: skip
-        if blocks == () or (only is not None and not only[1]):
+        seen = self._seen(node, value, want, out)
+        if seen is None:
             return True
         if out not in self.state or out in self.raw:
             return False
@@ -450,7 +444,23 @@ class _Planner:
             return False  # it is read in a place that did not ask, too
         if want.only is None:  # all of it is centred, whatever part is asked for
             mine = [replace(c, only=None) for c in mine]
-        return bool(mine) and all(c == replace(want, blocks=blocks or (), only=only) for c in mine)
+        return bool(mine) and all(c == seen for c in mine)
+
+    def _seen(self, node: Node, value: Value, want: Centre, out: Value) -> Centre | None:
+        """What of the change of an operand a result shows, which may be a slice of it; None for nothing."""
+        for axis in range(value.rank or 0) if value is node.inputs[0] else ():
+            span = self.can.span(node, out, axis)
+            if span is not None and axis == want.axis:
+                inside = want.within(*span)
+                if inside == ():
+                    return None
+                want = replace(want, blocks=inside or ())  # one that is cut is asked for by nobody
+            elif span is not None and want.only is not None and axis == want.only[0]:
+                indices = tuple(i for i in want.only[1] if i in range(*span))
+                if not indices:
+                    return None
+                want = replace(want, only=(axis, indices))
+        return want
 
     def _public(self) -> bool:
         """Where an operator changes a value for all its readers, all have to be content; True if some are not."""

@@ -103,6 +103,17 @@ class Seen(Attention):
         return out
 
 
+class Last(Attention):
+    """The last position of all three is read as it is: a slice along an axis of which no part is asked for."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.qkv(x).view(2, 3, 3, HEADS, WIDTH).permute(2, 0, 3, 1, 4)
+        q, k, v = h.unbind(0)
+        mixed = F.softmax(self.norms["q"](q) @ self.norms["k"](k).transpose(-1, -2), -1) @ v + h[:, :, :, 2:].amax(0)
+        out: Tensor = self.out(mixed.transpose(1, 2).reshape(2, 3, D))
+        return out
+
+
 class Twice(Attention):
     """The query is read as it is, too."""
 
@@ -125,6 +136,7 @@ def across(h: Tensor) -> Any:
 
 @pytest.mark.parametrize(("module", "converted"), [
     (Bent(SIDE_BY_SIDE["unbind"], "qk"), 0), (Seen(SIDE_BY_SIDE["unbind"], "qk"), 0),
+    (Last(SIDE_BY_SIDE["unbind"], "qk"), 0),
     (Twice(SIDE_BY_SIDE["unbind"], "qk"), 1), (Attention(strided, "qk"), 0), (Attention(across, "qk"), 0)])  # fmt: skip
 @pytest.mark.parametrize("opset", [0, 17])
 def test_what_is_read_as_it_is(module: Attention, converted: int, opset: int) -> None:
