@@ -25,8 +25,12 @@ def numpy_dtype(dtype: str) -> Any:
 
 
 def void(x: Any) -> bool:
-    """Whether an output has elements, and these are floats of which none is finite."""
-    return isinstance(x, np.ndarray) and x.size > 0 and is_float(x) and not np.isfinite(x.astype(np.float64)).any()
+    """Whether an output has elements, and these are floats of which none is finite; of a sequence, in each part."""
+    if isinstance(x, (list, tuple)):
+        return len(x) > 0 and all(map(void, x))
+    if not isinstance(x, np.ndarray) or not x.size or not (is_float(x) or x.dtype.kind == "c"):
+        return False
+    return not np.isfinite(x if x.dtype.kind == "c" else x.astype(np.float64)).any()
 
 
 def is_float(x: Array) -> bool:

@@ -274,10 +274,12 @@ def _alike(x: Any, y: Any, roundings: float) -> bool:
 
 
 def _compare_output(name: str, x: Any, y: Any, roundings: float) -> tuple[dict[str, Any], bool]:
+    record: dict[str, Any]
     if not isinstance(x, np.ndarray) or not (x.dtype.kind in "iub" or is_float(x)):
         same = _alike(x, y, roundings)
-        return {"name": name, "max_abs": None, "max_rel": None, "shape": None, "dtype": type(x).__name__}, same
-    record: dict[str, Any] = {"name": name, "shape": list(x.shape), "dtype": str(x.dtype)}
+        record = {"name": name, "max_abs": None, "max_rel": None, "shape": None, "dtype": type(x).__name__}
+        return record | ({"not_compared": VOID} if same and void(x) else {}), same
+    record = {"name": name, "shape": list(x.shape), "dtype": str(x.dtype)}
     if x.shape != y.shape or x.dtype != y.dtype:
         other = {"shape": list(y.shape), "dtype": str(y.dtype)}
         return record | {"max_abs": None, "max_rel": None, "other": other}, False

@@ -156,6 +156,16 @@ def test_outputs_without_a_finite_element_are_not_called_equal(tmp_path: Path) -
     assert run("verify", a, a, "--inputs", tmp_path / "given.npz")[0] == 2  # the inputs given are the ones to take
 
 
+@pytest.mark.parametrize("none", [
+    [np.full(3, np.nan, np.float32)] * 2, [[np.full(2, np.inf, np.float16)]], np.full(3, np.nan, np.complex64),
+], ids=["sequence", "nested", "complex"])  # fmt: skip
+def test_outputs_of_other_kinds_without_a_finite_element(none: Any) -> None:
+    with pytest.raises(InputError, match="'out' has no finite element"):
+        demand_compared(compare_outputs(["out"], [none], [none], 64, "cpu"))
+    some = [*none, np.ones(1, np.float32)] if isinstance(none, list) else np.append(none, 1)
+    demand_compared(compare_outputs(["out"], [some], [some], 64, "cpu"))
+
+
 def test_what_was_not_compared_is_told() -> None:
     x = np.array([np.nan, 1.0, 2.0, 3.0], np.float32)
     none, empty = np.full(3, np.inf, np.float32), np.zeros((0, 3), np.float32)
