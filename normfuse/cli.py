@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from normfuse.cli_arguments import in_options, parser
-from normfuse.cli_process import Ended, ending, quiet
+from normfuse.cli_process import Ended, ending, quiet, waiting
 from normfuse.config import FASTEST, Config
 from normfuse.errors import InputError, NormFuseError, VerificationError, first_line, path_of
 from normfuse.process import demand_going
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if more:
             raise InputError(f"unrecognized arguments: {' '.join(more)}; see `{args.prog} --help`")
         args.typed = argv
-        with ending(), quiet(args.verbose):
+        with ending(), quiet(args.verbose), waiting():
             outcome = args.run(args)
             demand_going()
         _emit(outcome, as_json)

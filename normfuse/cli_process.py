@@ -1,4 +1,5 @@
-"""What the command line does to its process while a command runs: signals end it cleanly, and libraries are quiet."""
+"""What the command line does to its process while a command runs: signals end it cleanly, libraries are quiet, and one
+that is slow to load waits until it is needed."""
 
 from __future__ import annotations
 
@@ -8,7 +9,11 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from importlib.util import LazyLoader
+from types import ModuleType
 from typing import NoReturn
 
 from normfuse import process
@@ -57,3 +62,30 @@ def quiet(verbose: bool) -> Iterator[None]:
             yield
         finally:
             logging.disable(disabled)
+
+
+SLOW = frozenset({"sympy", "onnx_ir._symbolic_shapes"})
+"""onnx_ir computes with symbolic sizes by sympy, which hardly any model needs, and which takes as long to load as all
+else of a command together."""
+
+
+class _Waiting(MetaPathFinder):
+    """Python's own finder of modules, but that those of `SLOW` are loaded when something of them is first used."""
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None,
+                  ) -> ModuleSpec | None:  # fmt: skip
+        spec = PathFinder.find_spec(fullname, path, target) if fullname in SLOW else None
+        if spec is not None and spec.loader is not None:
+            spec.loader = LazyLoader(spec.loader)
+        return spec
+
+
+@contextlib.contextmanager
+def waiting() -> Iterator[None]:
+    """Let what is slow to load wait."""
+    finder = _Waiting()
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)

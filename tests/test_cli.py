@@ -311,6 +311,22 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.stderr.strip() == ""
 
 
+def test_sympy_waits_until_it_is_needed(tmp_path: Path) -> None:
+    """onnx_ir imports it, for sums and products of symbolic sizes."""
+    saved(norm_model(), tmp_path / "in.onnx")
+    script = (
+        "import sys, normfuse.cli\n"
+        "code = normfuse.cli.main(['rewrite', sys.argv[1], sys.argv[2], '-q'])\n"
+        "print(code, 'onnx_ir' in sys.modules, 'sympy.core' in sys.modules)\n"
+        "import onnx_ir\n"
+        "print((onnx_ir.SymbolicDim('n + 1') + 1).value, 'sympy.core' in sys.modules)"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "in.onnx"), str(tmp_path / "out.onnx")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    _, before, after = done.stdout.splitlines()
+    assert (before, after) == ("0 True False", "n + 2 True")
+
+
 def test_a_reader_that_leaves_early_is_no_error() -> None:
     with subprocess.Popen([*COMMAND, "explain"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None

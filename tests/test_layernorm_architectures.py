@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import normfuse
 from normfuse.convert import LIMIT, relative
+from normfuse.frontends import onnx_kernels
 from normfuse.frontends.onnx_kernels import KERNELS
 from tests.layernorm_architectures import ARCHITECTURES, CASES, EXACT, Outcome, converted, outcome_of
 from tests.layernorm_models import CASES as OTHERS
@@ -204,6 +205,17 @@ def test_operators_of_the_check_that_the_reference_lacks() -> None:
     want = session.run(None, {"x": x})
     got = ReferenceEvaluator(proto, new_ops=KERNELS).run(None, {"x": x})
     assert all(np.array_equal(a, b) for a, b in zip(want, got, strict=True))
+
+
+@pytest.mark.parametrize("few", [0, 100])
+def test_the_error_function_in_float64(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of few elements, and of as many as are given to torch."""
+    monkeypatch.setattr(onnx_kernels, "FEW", few)
+    x = np.array([[0.0, -1e-9], [0.5, -2.0], [30.0, np.nan]])
+    want = np.array([[0.0, -1.1283791670955126e-9], [0.5204998778130465, -0.9953222650189527], [1.0, np.nan]])
+    np.testing.assert_allclose(onnx_kernels.erf(x), want, rtol=3e-16)
+    np.testing.assert_allclose(onnx_kernels.erf(x.astype(np.float32).T), want.T, rtol=1e-7)
+    assert onnx_kernels.erf(np.zeros((2, 0, 4))).shape == (2, 0, 4)
 
 
 @pytest.mark.parametrize("line", [
