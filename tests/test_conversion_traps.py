@@ -377,6 +377,36 @@ def test_a_scaled_norm_in_torch(verify: Any) -> None:
         torch.testing.assert_close(run(x), module(x), rtol=1e-4, atol=1e-4)
 
 
+class Rotated(nn.Module):
+    """A stream whose angles are computed in a sub-graph, as rotary embeddings are: without gradients, in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.l, self.n, self.o = nn.Linear(D, D), nn.LayerNorm(D), nn.Linear(D, D)
+        self.register_buffer("speeds", torch.rand(D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The norm, turned."""
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            angles = self.speeds.float() * torch.arange(x.shape[0]).to(torch.float32)[:, None]
+            turn = angles.cos().to(x.dtype)
+        found: Tensor = self.o(self.n(self.l(x)) * turn)
+        return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gradients", [True, False])
+def test_a_sub_graph_that_asserts_its_types(gradients: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    module, x = Rotated().eval().to(dtype), torch.randn(3, D, dtype=dtype)
+    with torch.set_grad_enabled(gradients):
+        program = torch.export.export(module, (x,))
+    result, report = normfuse.optimize(program, normfuse.Config(layernorm_to_rmsnorm="exact"))
+    assert [n.action for n in report.norms] == ["converted"], report.refusals
+    tolerance = 1e-4 if dtype == torch.float32 else 0.1
+    torch.testing.assert_close(result.module()(x), module(x), rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("mode", ["off", "exact"])
 @pytest.mark.parametrize("kind", [nn.LayerNorm, nn.RMSNorm])
 def test_a_decomposed_norm_that_is_an_output(kind: type[nn.Module], mode: Any) -> None:

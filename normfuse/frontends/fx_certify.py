@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from normfuse.calibrate import Hook
 from normfuse.config import Config
 from normfuse.convert import LIMIT, SEEN, Certificate, Randomiser, normwise, worst
-from normfuse.frontends.fx_effects import name_of, tainted
+from normfuse.frontends.fx_effects import is_assert, name_of, tainted
 
 if TYPE_CHECKING:
     from normfuse.frontends.fx_convert import Editor, Weights
@@ -153,7 +153,7 @@ def run_all(module: fx.GraphModule, batches: Sequence[list[Any]], constants: Map
     def widen(v: Any) -> Any:
         if isinstance(v, torch.Tensor) and v.dtype in FLOATS and wide:
             return v.double()
-        return torch.float64 if wide and v in FLOATS and isinstance(v, torch.dtype) else v
+        return _wide_type(v) if wide else v
 
     def own(v: Any) -> Any:
         new = widen(v)
@@ -178,7 +178,7 @@ def run_all(module: fx.GraphModule, batches: Sequence[list[Any]], constants: Map
                 for part in str(node.target).split("."):
                     found = getattr(found, part, None)
                 if not isinstance(found, torch.Tensor):
-                    shared[node] = found
+                    shared[node] = _widened(found) if wide and isinstance(found, torch.nn.Module) else found
                 continue
             for operand in node.all_input_nodes:
                 if operand not in runs[0] and operand not in shared:
@@ -213,14 +213,34 @@ def _either(values: dict[fx.Node, Any], shared: dict[fx.Node, Any], node: fx.Nod
     return values[node] if node in values else shared[node]
 
 
+def _widened(module: torch.nn.Module) -> torch.nn.Module:
+    """A copy in float64: its tensors and the types that its graphs name, without what these assert of types."""
+    own = copy.deepcopy(module).double()
+    for part in own.modules():
+        if isinstance(part, fx.GraphModule):
+            for node in list(part.graph.nodes):
+                if is_assert(node):
+                    part.graph.erase_node(node)
+                    continue
+                node.args, node.kwargs = fx.node.map_aggregate((node.args, node.kwargs), _wide_type)
+                if node.op == "call_method":
+                    node.target = WIDENING.get(str(node.target), node.target)
+            part.recompile()
+    return own
+
+
+def _wide_type(v: Any) -> Any:
+    return torch.float64 if isinstance(v, torch.dtype) and v in FLOATS else v
+
+
 def _call(module: fx.GraphModule, node: fx.Node, args: list[Any], kwargs: dict[str, Any], wide: bool) -> Any:
     target: Any = node.target
     if node.op == "call_method":
         name = WIDENING.get(str(target), target) if wide else target
         return getattr(args[0], name)(*args[1:], **kwargs)
     if node.op == "call_module":
-        part = copy.deepcopy(module.get_submodule(str(target)))
-        return (part.double() if wide else part)(*args, **kwargs)
+        part = module.get_submodule(str(target))
+        return (_widened(part) if wide else copy.deepcopy(part))(*args, **kwargs)
     if (name_of(node) or "").startswith("_assert"):
         return None
     return target(*args, **kwargs)
