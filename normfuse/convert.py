@@ -98,12 +98,12 @@ class Overflow(Exception):
 class Folder:
     """Plans what of the norms goes into the constants behind them: the bias, with `scale` the weight too.
 
-    `linear`, `channels`, `twins`: as for the planner; `zero` tells of a constant whether it is zero all over.
+    `linear`, `channels`, `twins`: as for the planner; `full` tells of a constant whether it is a number all over.
     """
 
     def __init__(self, graph: Graph, plan: Conversion, linear: Linear, channels: Channels,
-                 twins: Callable[[Value], Hashable], zero: Callable[[Value], bool]) -> None:  # fmt: skip
-        self.plan, self.zero = plan, zero
+                 twins: Callable[[Value], Hashable], full: Callable[[Value, int], bool]) -> None:  # fmt: skip
+        self.plan, self.full = plan, full
         self.readers = Readers(graph, linear, channels, twins)
 
     def run(self, sites: Sequence[Site], scale: bool) -> None:
@@ -117,18 +117,22 @@ class Folder:
             bias, weight = constants(norm.bias), constants(norm.weight)
             if bias is not None:
                 values = [v for _, factors in bias for v, _ in factors]
-                if len(bias) == 1 and all(self.zero(v) for v in values):
+                if len(bias) == 1 and all(self.full(v, 0) for v in values):
                     self.plan.zero += values
                     norm = replace(norm, bias=None)
             found = self._readers(inner)
             if found and norm.bias is not None and bias is not None and all(one.bias is not None for one in found):
                 self.plan.folds.append(("bias", bias, found))
                 norm = replace(norm, bias=None)
-            if scale and found and norm.bias is None and weight is not None:
+            if scale and found and norm.bias is None and weight is not None and not self._ones(weight):
                 self.plan.folds.append(("scale", weight, found))
                 norm = replace(norm, weight=None)
             if (norm.bias, norm.weight) != (inner.norm.bias, inner.norm.weight):
                 self.plan.folded[site] = replace(inner, norm=norm)
+
+    def _ones(self, weight: Expr) -> bool:
+        """Whether a weight has nothing to fold: it was folded before, and the operator has to have one."""
+        return [c for c, _ in weight] == [1] and all(self.full(v, 1) for _, factors in weight for v, _ in factors)
 
     def _readers(self, site: Site) -> list[Contraction]:
         end = site.value

@@ -325,6 +325,23 @@ def test_the_weights_of_rms_norms_are_folded_on_request(tmp_path: Path) -> None:
         assert relative(program.module()(*args), folded.module()(*args)) < 1e-5
 
 
+def test_a_weight_that_was_folded_is_not_folded_again(tmp_path: Path) -> None:
+    text = """
+    <ir_version: 11, opset_import: ["" : 23]>
+    g (float[2, 4] x) => (float[2, 3] y) <float[4] w = {1.5, -2.0, 0.5, 3.0}, float[4, 3] k = {1.0, 2.0, 3.0, 4.0, 5.0,
+                                          6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0}> {
+      n = RMSNormalization <axis = -1, epsilon = 1e-6> (x, w)
+      y = MatMul(n, k)
+    }
+    """
+    source, first, second = tmp_path / "in.onnx", tmp_path / "first.onnx", tmp_path / "second.onnx"
+    onnx.save(onnx.parser.parse_model(text), source)
+    config = Config(fold_scale=True, verify="model")
+    assert normfuse.rewrite(source, first, config).fused == 1
+    assert normfuse.rewrite(first, second, config).fused == 0
+    assert first.read_bytes() == second.read_bytes()
+
+
 def program_of_llama() -> tuple[Any, tuple[torch.Tensor, ...]]:
     from tests.families import FAMILIES
 

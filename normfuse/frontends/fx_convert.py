@@ -122,10 +122,10 @@ class Numbers:
             self.known[value] = tensor is not None and tensor.numel() > 0 and bool((tensor == tensor.view(-1)[0]).all())
         return self.known[value]
 
-    def zero(self, value: Value) -> bool:
-        """Whether a constant is zero all over."""
+    def full(self, value: Value, number: int) -> bool:
+        """Whether a constant is this number all over."""
         tensor = self.weights.plain(value.native)
-        return tensor is not None and not bool(tensor.any())
+        return tensor is not None and bool((tensor == number).all())
 
     def locked(self, value: Value) -> str | None:
         tensor = self.weights.get(value.native)
@@ -192,7 +192,7 @@ def convert_graph(source: fx.GraphModule, config: Config, state: Mapping[str, to
         blind=lambda node, value, want: table.blind(low, node, value, want)))  # fmt: skip
     records += [refusals(s, r.code, r.message) for s, r in plan.kept.items()]
     if host is None:  # a module keeps its norms' parameters
-        folder = Folder(low.graph, plan, linear, channels, numbers.twins, numbers.zero)
+        folder = Folder(low.graph, plan, linear, channels, numbers.twins, numbers.full)
         folder.run(whole.plan.found.sites, config.fold_scale)
     if not plan.sites and not plan.folds:
         return Converted(source, records=records)

@@ -61,7 +61,7 @@ def convert_model(one: OnnxModel, config: Config) -> tuple[ir.Model, list[Record
     sites = plan.found.sites
     found = convert(low.graph, plan.found, asked) if config.layernorm_to_rmsnorm != "off" else Conversion()
     Folder(low.graph, found, lambda node, v, axis: table.linear(low, node, v, axis, asked.channels), asked.channels,
-           asked.twins, means.zero).run(sites, config.fold_scale)  # fmt: skip
+           asked.twins, means.full).run(sites, config.fold_scale)  # fmt: skip
     notes = folds_note(found)
     if found.sites or found.folds:
         for value in (*found.constants(), *found.numbers()):
@@ -119,10 +119,10 @@ class _Means:
             return np.asarray(node.attributes["value"].as_tensor().numpy())
         return self.low.arrays.get(native)
 
-    def zero(self, value: Value) -> bool:
-        """Whether a constant is zero all over."""
+    def full(self, value: Value, number: int) -> bool:
+        """Whether a constant is this number all over."""
         array = self.array(value)
-        return array is not None and not array.any()
+        return array is not None and bool((array == number).all())
 
     def settle(self, value: Value) -> None:
         """Make an initializer of a constant that nodes of the model compute, such as a class token that is repeated."""
