@@ -165,6 +165,29 @@ def test_encoder_and_decoder_are_two_stacks() -> None:
                      [pre("attention"), pre("cross-attention"), pre("feed-forward")]]  # fmt: skip
 
 
+@pytest.mark.parametrize(("read", "kind"), [
+    ("GroupQueryAttention<num_heads = 4, kv_num_heads = 2>(p, , , k, v, lens, total)", "attention"),
+    ("GroupQueryAttention<num_heads = 4, kv_num_heads = 2>(q, s, s, k, v, lens, total)", "attention"),
+    ("GroupQueryAttention<num_heads = 4, kv_num_heads = 2>(q, t, t, k, v, lens, total)", "cross-attention"),
+])
+def test_attention_on_packed_rows_is_of_the_rows_themselves(read: str, kind: str) -> None:
+    """What the operator has then behind its first operand is the cache."""
+    cache = "float[2, 2, past, 8]"
+    made = onnx.parser.parse_model(f"""<ir_version: 8, opset_import: ["": 17, "com.microsoft": 1]>
+        g (float[2, 4, 32] x, float[2, 4, 16] t, {cache} k, {cache} v, int32[2] lens, int32 total, float[32] w,
+           float[32, 64] P, float[32, 32] Q, float[32, 16] S, float[32, 32] O) => (float[2, 4, 32] y) {{
+            n = com.microsoft.SimplifiedLayerNormalization<axis = -1, epsilon = 0.01>(x, w)
+            p = MatMul(n, P) q = MatMul(n, Q) s = MatMul(n, S) a = com.microsoft.{read} o = MatMul(a, O)
+            y = Add(x, o) }}""")
+    rng = np.random.default_rng(0)
+    for value in [v for v in made.graph.input if v.name in "wPQSO"]:
+        made.graph.input.remove(value)
+        shape = [d.dim_value for d in value.type.tensor_type.shape.dim]
+        made.graph.initializer.append(onnx.numpy_helper.from_array(rng.random(shape, np.float32), value.name))
+    card = normfuse.inspect(made).card
+    assert card is not None and [formulas for _, formulas, _ in blocks(card)] == [[pre(kind)]]
+
+
 @pytest.mark.parametrize("target", ["onnx", "normfuse", "ort-cpu"])
 @pytest.mark.parametrize("name", ["gemma3", "olmo2", "deepseek_v3", "gpt2"])
 def test_a_rewritten_model_has_the_same_blocks(name: str, target: Target, tmp_path: Path) -> None:

@@ -113,6 +113,12 @@ def _heads_shape(node: ir.Node, slots: list[Value | None]) -> Shape | None:
     return (*query.shape[:2], width)
 
 
+def _unpacked(slots: list[Value | None]) -> list[Value | None]:
+    """Query, key, value and the rest, where the query holds all three and the next operand would seem to be the key."""
+    query, key, value = (*slots, None, None, None)[:3]
+    return slots if key is not None or value is not None else [query, query, query, *slots[3:]]
+
+
 def _head_size(node: ir.Node, query: Shape | None, key: Shape | None) -> int | None:
     """How wide a head of the key is; without a key, the query holds query, key and value one behind the other."""
     heads, shared = attribute(node, "num_heads", 0), attribute(node, "kv_num_heads")
@@ -204,8 +210,8 @@ CONTRIB: dict[str, Row] = {
     "com.microsoft::SkipLayerNormalization": skip_norm("layer_norm"),
     "com.microsoft::FusedMatMul": _fused_matmul,
     "com.microsoft::Attention": shaped("attention", _attention_shape),
-    "com.microsoft::MultiHeadAttention": shaped("attention", _heads_shape),
-    "com.microsoft::GroupQueryAttention": shaped("attention", _heads_shape),
+    "com.microsoft::MultiHeadAttention": shaped("attention", _heads_shape, reads=_unpacked),
+    "com.microsoft::GroupQueryAttention": shaped("attention", _heads_shape, reads=_unpacked),
     "com.microsoft::QAttention": shaped("attention", _attention_shape, 3),
     "com.microsoft::MatMulNBits": shaped("linear", _bits_shape),
     "com.microsoft::DynamicQuantizeMatMul": shaped("linear", _product_shape),

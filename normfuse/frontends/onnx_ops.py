@@ -177,13 +177,14 @@ def multiply(low: Lowering, node: ir.Node, a: Value, b: Value, out: Value) -> No
     low.emit("linear" if plain else "matmul", [a, b], out, node)
 
 
-def shaped(kind: str, shape: Callable[[ir.Node, list[Value | None]], Shape | None], typed: int | None = None) -> Row:
+def shaped(kind: str, shape: Callable[[ir.Node, list[Value | None]], Shape | None], typed: int | None = None,
+           reads: Callable[[list[Value | None]], list[Value | None]] = list) -> Row:  # fmt: skip
     """An operator that only matters for where a norm stands, and for the shape of its first output, which has the type
-    of the first input, or of the one that is `typed`."""
+    of the first input, or of the one that is `typed`; `reads` gives what it reads, in the order of other such."""
 
     def row(low: Lowering, node: ir.Node) -> None:
         slots = [None if v is None else low.value(v) for v in node.inputs]
-        inputs = [v for v in slots if v is not None]
+        inputs = [v for v in reads(slots) if v is not None]
         like = slots[typed] if typed is not None and typed < len(slots) else inputs[0] if inputs else None
         outputs = [low.output(node, shape(node, slots), None if like is None else like.dtype)]
         outputs += [low.bind(v, None, None) for v in node.outputs[1:]]
