@@ -37,15 +37,18 @@ def is_float(x: Array) -> bool:
     return x.dtype.kind == "f" or "float" in x.dtype.name
 
 
-def session(model: str | Path | bytes, data: str | Path = "", without: Sequence[str] = ()) -> Any:
-    """An ONNX Runtime session on the CPU, `without` some of its optimisers; of a file, or of a message, whose external
-    data is in the folder `data`.
+def session(model: str | Path | bytes, data: str | Path = "", without: Sequence[str] = (),
+            optimise: bool = True) -> Any:  # fmt: skip
+    """An ONNX Runtime session on the CPU, `without` some of its optimisers, or any where it is not to `optimise`; of a
+    file, or of a message, whose external data is in the folder `data`.
 
     Raises `UnsupportedError` without ONNX Runtime, `InputError` for a model that it does not load.
     """
     onnxruntime = onnx_runtime()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
+    if not optimise:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     if data:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(data))
     given = model if isinstance(model, bytes) else str(model)
