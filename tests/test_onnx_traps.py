@@ -14,6 +14,7 @@ from onnx import numpy_helper
 import normfuse
 from normfuse.errors import InputError, UnsupportedError
 from normfuse.sessions import session
+from tests.cli_tools import saved
 
 RNG = np.random.default_rng(0)
 TARGETS = ("onnx", "normfuse", "ort-cpu")
@@ -455,3 +456,20 @@ def test_the_size_of_a_row_that_only_the_inputs_leave_open(tmp_path: Path) -> No
     made.graph.value_info.append(onnx.helper.make_tensor_value_info("h", onnx.TensorProto.FLOAT, ["B", "S", 8]))
     check(made, [{"x": numbers(2, 3, 8)}], tmp_path, 1)
     assert normfuse.inspect(made).norms[0].size == 8
+
+
+@pytest.mark.parametrize(("opset", "kind", "fused"), [(18, "rms_norm", 0), (18, "layer_norm", 1), (23, "rms_norm", 1)])
+@pytest.mark.parametrize("target", ["onnx", "normfuse", "ort-cpu"])
+def test_no_function_inside_a_sequence_map(opset: int, kind: str, fused: int, target: Any, tmp_path: Path) -> None:
+    """ONNX Runtime (1.31) does not load calls of functions of several nodes there."""
+    centred = "c = ReduceMean(a, last) d = Sub(a, c)" if kind == "layer_norm" else "d = Identity(a)"
+    made = onnx.parser.parse_model(f"""<ir_version: 10, opset_import: ["" : {opset}]>
+        g (float[2, 6, 8] x, int64 n) => (float[2, 6, 8] y) <float eps = {{1e-5}}, int64[1] last = {{-1}}> {{
+            s = SplitToSequence<axis = 1, keepdims = 1>(x)
+            t = SequenceMap<body = b (float[2, 1, 8] a) => (float[2, 1, 8] o) {{
+                {centred} q = Mul(d, d) m = ReduceMean(q, last) e = Add(m, eps) r = Sqrt(e) o = Div(d, r) }}>(s)
+            y = ConcatFromSequence<axis = 1>(t) }}""")
+    source, out = saved(made, tmp_path / "in.onnx"), tmp_path / "out.onnx"
+    report = normfuse.rewrite(source, out, normfuse.Config(target=target, verify="model"))
+    assert [(n.kind, n.action) for n in report.norms] == [(kind, "fused" if fused else "refused")]
+    assert [r.code for r in report.refusals] == ["NF202"] * (1 - fused)

@@ -61,10 +61,11 @@ class Lowering:
 
     Shapes and types that the model does not state come of the operators' rows and, where these leave them open, of
     `onnx.shape_inference` of a node by itself. `outer` is the lowering of the graph around, for the captures of a
-    sub-graph, and `path` its place.
+    sub-graph, `path` its place, and `mapped` whether it is, or lies in, what a SequenceMap does.
     """
 
-    def __init__(self, source: ir.Graph, outer: Lowering | None = None, path: tuple[str, ...] = ()) -> None:
+    def __init__(self, source: ir.Graph, outer: Lowering | None = None, path: tuple[str, ...] = (),
+                 mapped: bool = False) -> None:  # fmt: skip
         self.source = source
         self.graph = Graph(source.name or "")
         self.outer = outer
@@ -73,7 +74,7 @@ class Lowering:
         self.stated: set[str] | None = None
         self.sizes: dict[ir.Value, Shape] = {}  # what is known of small integer vectors that hold sizes
         self.call: ir.Node | None = None
-        self.path = path
+        self.path, self.mapped = path, mapped
         self.versions: dict[str, int] = outer.versions if outer is not None else dict(source.opset_imports)
         self.local: dict[ir.Node, dict[str, Facts]] = {}
         self.others: dict[str, Any] = dict(outer.others) if outer is not None else {}  # the types of what is no tensor
@@ -323,7 +324,8 @@ class Lowering:
         output = node.outputs[0].name or "" if node.outputs else ""
         inner_graphs = [((*self.path, f"{output}.{a.name}.{i}"), g) for a in node.attributes.values()
                         for i, g in enumerate(_subgraphs(a))]  # fmt: skip
-        inner = [Lowering(graph, self, path) for path, graph in inner_graphs if len(path) <= MAX_DEPTH]
+        mapped = self.mapped or node.op_type == "SequenceMap"
+        inner = [Lowering(graph, self, path, mapped) for path, graph in inner_graphs if len(path) <= MAX_DEPTH]
         self.inner += inner
         if node.op_type == "If" and len(inner) == 2:
             truth = self.arrays.get(node.inputs[0]) if node.inputs[0] is not None else None

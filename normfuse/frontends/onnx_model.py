@@ -150,6 +150,8 @@ class OnnxModel:
     def _abilities(self, low: Lowering) -> Abilities:
         can = Abilities(self._expressible, functions=True, statistics=self.emitter.gives_statistics, leave=self._leave,
                         done=self._done)  # fmt: skip
+        if low.mapped:
+            return replace(can, expressible=self._expressible_mapped, functions=False)
         wide = self.config.target == "normfuse" or self.config.target in PROVIDERS
         return replace(can, operator=lambda edit: self.fused.unfit(low, edit)) if wide else can
 
@@ -161,6 +163,12 @@ class OnnxModel:
             return "NF203", (f"{self.table.name} has no {norm.kind} of its type ({row.evidence}); use target "
                              "'normfuse', whose library has one, or convert to float32 or float16")
         return self.emitter.expressible(norm, value)
+
+    def _expressible_mapped(self, norm: Norm, value: Value) -> Reason | None:
+        if not self.emitter.native(norm):
+            return "NF202", ("it would get a function, and ONNX Runtime does not load calls of functions inside a "
+                             "SequenceMap; ONNX has an operator since opset 17 (LayerNorm) and 23 (RMSNorm)")
+        return self._expressible(norm, value)
 
     def _done(self, site: Site) -> bool:
         """Whether a norm stands there already in the several nodes that it would get, behind a view or copy of x."""
