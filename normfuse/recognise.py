@@ -101,6 +101,8 @@ class _Recogniser:
             and (any(v.number is not None for v in node.inputs) or (out.shape is not None and out.shape[-1:] == (1,)))
         ):
             self.stat.add(out.index)
+        elif node.kind == "quantize" and out.fixed:  # a weight that is kept in fewer bits
+            self.light[out.index] = 0
 
     def _parameter(self, value: Value) -> bool:
         """Surely a parameter: made of constants, or of inputs of rank 1 at most."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import normfuse
 import normfuse.ort
-from normfuse.sessions import session
+from normfuse.sessions import feeds_for, session
 from tests.cli_tools import saved
 from tests.exporters import ARRAYS, NUMBERS, Array, N, flax, layer_norm, model, rows
 from tests.families import cached_export
@@ -296,6 +296,53 @@ def test_placements_are_read_through_quantisation() -> None:
     assert report.card is not None
     assert [report.card.formula(b) for b in report.card.stacks[0].blocks[0].branches] == [
         "x + feed-forward(LayerNorm(x))"]  # fmt: skip
+
+
+@pytest.mark.parametrize("target", ["onnx", "ort-cpu", "normfuse"])
+def test_a_weight_that_is_kept_in_eight_bits(target: Any, tmp_path: Path) -> None:
+    """ONNX Runtime's static quantisation leaves the weights of LayerNormalization so."""
+    lines = ("wf = DequantizeLinear(W8row, scale, point) h = Add(x, u) q = Mul(h, h) m = ReduceMean(q, last) "
+             "a = Add(m, eps) s = Sqrt(a) n = Div(h, s) y = Mul(n, wf)")  # fmt: skip
+    made = model(lines, f"float[B, 3, {N}] x, float[B, 3, {N}] u, int8[{N}] W8row", f"float[B, 3, {N}] y", 18)
+    row = np.arange(N, dtype=np.int8) - 3
+    made.graph.initializer.append(onnx.numpy_helper.from_array(row, "W8row"))
+    made.graph.input.remove(next(v for v in made.graph.input if v.name == "W8row"))
+    source, out = saved(made, tmp_path / "in.onnx"), tmp_path / "out.onnx"
+    report = normfuse.rewrite(source, out, normfuse.Config(target=target, verify="model"))
+    assert [(n.weight, n.action) for n in report.norms] == [("wf", "fused")]
+    assert "Mul" not in [n.op_type for n in onnx.load(out).graph.node]
+
+
+def test_a_model_that_was_quantised_statically_has_the_same_placements(tmp_path: Path) -> None:
+    from onnxruntime.quantization import CalibrationDataReader, quantize_static
+
+    class Once(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self, feeds: dict[str, Array]) -> None:
+            self.left = [feeds]
+
+        def get_next(self) -> dict[str, Array] | None:
+            return self.left.pop() if self.left else None
+
+    source, out = cached_export("bert", 18), tmp_path / "out.onnx"
+    quantize_static(source, out, Once(feeds_for(session(source))))
+    before, after = normfuse.inspect(source), normfuse.inspect(out)
+    assert "DequantizeLinear" in after.operators_before and after.recipe == before.recipe
+    assert [(n.kind, n.placement) for n in after.norms] == [(n.kind, n.placement) for n in before.norms]
+
+
+def test_a_product_with_weights_that_are_put_side_by_side_is_no_attention() -> None:
+    """onnxoptimizer makes one product of those of query, key and value."""
+    made = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["": 18]>
+        g (float[2, 3, 64] x, float[64] w, float[64, 64] W) => (float[2, 3, 64] y) {
+            n = LayerNormalization(x, w) K = Concat<axis = 1>(W, W, W) p = MatMul(n, K)
+            a, b, c = Split<num_outputs = 3, axis = -1>(p) t = Transpose<perm = [0, 2, 1]>(b) s = MatMul(a, t)
+            o = Softmax(s) r = MatMul(o, c) f = MatMul(r, W) y = Add(x, f) }""")
+    for name, shape in (("w", (64,)), ("W", (64, 64))):
+        made.graph.input.remove(next(v for v in made.graph.input if v.name == name))
+        made.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(shape, np.float32), name))
+    report = normfuse.inspect(made)
+    assert [n.placement for n in report.norms] == ["pre"] and report.card is not None
+    assert [report.card.formula(b) for b in report.card.stacks[0].blocks[0].branches] == ["x + attention(LayerNorm(x))"]
 
 
 @pytest.mark.parametrize("name", ["gemma3", "olmo2", "gpt2", "deepseek_v3"])
