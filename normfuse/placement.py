@@ -224,6 +224,8 @@ def weight(value: Value) -> bool:
         if value.fixed or value.number is not None:
             return True
         node = value.producer
+        if node is not None and node.kind == "concat":
+            return all(v.producer is None and v.fixed for v in node.inputs)
         if node is None or node.kind not in THROUGH | {"gather", "slice"}:
             return False
         value = node.inputs[0]
