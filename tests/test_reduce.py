@@ -120,3 +120,12 @@ def test_a_model_that_does_not_run_is_bad_input(tmp_path: Path) -> None:
     node = helper.make_node("Unknown", ["x"], ["y"], domain="acme")
     source = saved(wrap([node], [], [2, 5, 64]), tmp_path / "in.onnx")
     assert "does not run" in fails(run("reduce", source, tmp_path / "out.onnx"))
+
+
+def test_an_operator_that_only_the_runtime_knows_is_no_fault(tmp_path: Path) -> None:
+    """As the model builder of onnxruntime-genai writes it: in the domain of ONNX, which has none of that name."""
+    made = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["": 17]>
+        g (float[2, 8] x) => (float[2, 8] y) <float[8] w = {1., 2., 3., 4., 5., 6., 7., 8.}> {
+            y = SimplifiedLayerNormalization<axis = -1, epsilon = 1e-6>(x, w) }""")
+    code, text, _ = run("reduce", saved(made, tmp_path / "in.onnx"), tmp_path / "out.onnx")
+    assert code == 1 and "nothing goes wrong" in text
