@@ -383,6 +383,7 @@ class Rotated(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.l, self.n, self.o = nn.Linear(D, D), nn.LayerNorm(D), nn.Linear(D, D)
+        self.speeds: Tensor
         self.register_buffer("speeds", torch.rand(D))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -282,3 +282,26 @@ def test_a_norm_that_is_made_of_modules(form: Any, converted: str, hook: str) ->
     assert report.converted >= len(names) and not any(r.code == "NF304" for r in report.refusals)
     assert all(torch.equal(getattr(made, n), getattr(module, n)) for n in ("gamma", "beta"))
     torch.testing.assert_close(made.double()(x.double()), module.double()(x.double()), rtol=1e-6, atol=1e-6)
+
+
+class Otherwise(nn.Module):
+    """Its graph is off by a factor from the module itself, as where `torch.export` takes another order of steps."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor, self.l, self.n, self.o = factor, nn.Linear(D, D), nn.LayerNorm(D), nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.o(self.n(self.l(x)))
+        return found * self.factor if torch.compiler.is_exporting() else found
+
+
+@pytest.mark.parametrize(("factor", "edits"), [(1 + 1e-9, True), (1.001, True), (1 + 1e-9, False)])
+def test_a_graph_that_rounds_otherwise(factor: float, edits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The module that was converted is then compared with the module that was given."""
+    module, x = drawn(Otherwise(factor)).double(), torch.randn(2, D, dtype=torch.float64)
+    if not edits:
+        monkeypatch.setattr("normfuse.frontends.module_convert._edit", lambda out, *_: out.l.weight.data.mul_(1.001))
+    result, report = normfuse.optimize(module, normfuse.Config(layernorm_to_rmsnorm="exact"), args=(x,))
+    assert report.converted == edits and [r.code for r in report.refusals] == ([] if edits else ["NF304"])
+    torch.testing.assert_close(result(x), module(x), rtol=1e-12, atol=1e-12)
