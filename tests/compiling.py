@@ -14,7 +14,10 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
+import normfuse
 from tests.families import FAMILIES
+
+EPS = 1e-6
 
 
 @contextlib.contextmanager
@@ -93,3 +96,21 @@ class Stack(nn.Module):
             x = checkpoint(block, x, use_reentrant=False) if self.recompute else block(x)
         out: Tensor = self.norm(x)
         return out
+
+
+def rms(h: Tensor, v: Tensor | None = None) -> Tensor:
+    """The norm; `v` its mean square, if that was taken before."""
+    return h * torch.rsqrt((h.pow(2).mean(-1, keepdim=True) if v is None else v) + EPS)
+
+
+def compiled(f: Any, inner: str = "aot_eager") -> Any:
+    """With the backend, and nothing compiled before."""
+    torch._dynamo.reset()
+    return torch.compile(f, backend="normfuse", options={"inner": inner})
+
+
+def last() -> normfuse.Report:
+    """What became of the graph that was compiled last."""
+    report = normfuse.last_report()
+    assert report is not None
+    return report

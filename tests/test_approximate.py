@@ -23,7 +23,7 @@ from normfuse.errors import InputError, VerificationError
 from normfuse.nn import RMSNorm
 from tests.families import _silent, cached
 from tests.layernorm_models import Wrapped, to_onnx
-from tests.test_conversion_traps import drawn
+from tests.converted import drawn
 
 VOCABULARY, LENGTH = 500, 12
 LOOSE = Config(layernorm_to_rmsnorm="approximate", tolerance=0.5)

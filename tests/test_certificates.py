@@ -14,7 +14,7 @@ import normfuse
 from normfuse.convert import Folder
 from normfuse.frontends.onnx_certify import OPERATORS
 from normfuse.sessions import session
-from tests.test_conversion_traps import D, check, model, numbers
+from tests.converted import D, check, model, numbers
 
 IDS = [{"i": np.array([[0, 3, 1]])}]
 OPERATOR = "{1} = LayerNormalization<axis=-1>({0}, g, b)"

@@ -24,7 +24,7 @@ from normfuse.io.write import copy
 from normfuse.sessions import session
 from tests.cli_tools import norm_model, saved
 from tests.test_certificates import IDS, OPERATOR, chain
-from tests.test_conversion_traps import model
+from tests.converted import model
 
 GIB = 2**30
 WIDTH = 16384

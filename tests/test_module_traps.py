@@ -13,7 +13,7 @@ from torch.nn import functional as F  # noqa: N812
 
 import normfuse
 from normfuse.errors import InputError
-from tests.test_conversion_traps import D, drawn
+from tests.converted import D, drawn
 
 
 @pytest.mark.parametrize("register", [

@@ -14,7 +14,7 @@ from torch.nn import functional as F  # noqa: N812
 import normfuse
 from normfuse.centring import Blocked, Centre, joined, regrouped
 from normfuse.graph import Value
-from tests.test_conversion_traps import converted_all, drawn
+from tests.converted import converted_all, drawn
 
 HEADS, WIDTH = 2, 6
 D = HEADS * WIDTH
