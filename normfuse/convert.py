@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from normfuse.centring import Centre, Channels
+from normfuse.conversion import Conversion, rms
 from normfuse.graph import Graph, Node, Value
 from normfuse.norm import Expr, Norm, Site, region
 from normfuse.ort_values import Array
 from normfuse.passes.fold_affine import Contraction, Linear, Readers, constants, elements
-from normfuse.passes.layernorm_to_rmsnorm import Conversion, rms
 from normfuse.records import record_of
 from normfuse.report import NormRecord, RefusalRecord, Report
 

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from normfuse.centring import Blocked, Centre, Links
+from normfuse.conversion import Conversion, Means, rms
 from normfuse.graph import Node, Shape, Value
 from normfuse.norm import Site
-from normfuse.passes.layernorm_to_rmsnorm import Conversion, Means, convert, rms
+from normfuse.passes.layernorm_to_rmsnorm import convert
 from normfuse.recognise import recognise
 from tests.build import Build
 from tests.neutral import Evaluation, plain

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from normfuse.conversion import operator_of, rms
 from normfuse.graph import Value
-from normfuse.passes.layernorm_to_rmsnorm import convert, operator_of, rms
+from normfuse.passes.layernorm_to_rmsnorm import convert
 from normfuse.recognise import recognise
 from tests.conversion_tools import D, Net, can, convert_, counts, planned, reasons, stream, two_norms
 

@@ -19,10 +19,10 @@ from torch import nn
 
 import normfuse
 from normfuse.config import Config
+from normfuse.conversion import Conversion
 from normfuse.convert import LIMIT, Folder
 from normfuse.frontends import fx_convert
 from normfuse.nn import RMSNorm
-from normfuse.passes.layernorm_to_rmsnorm import Conversion
 from normfuse.report import Report
 from normfuse.sessions import session
 from tests.families import cached

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten
 
 from normfuse.calibrate import Approximation, Hook, Layer, calibrate, each, matching
 from normfuse.config import Config
+from normfuse.conversion import operator_of, rms
 from normfuse.convert import Record, refusals, still
 from normfuse.errors import InputError
 from normfuse.frontends import fx_channels as table
@@ -25,7 +26,6 @@ from normfuse.frontends.fx_meta import dtype_of, is_tensor, meta_of, shape_of
 from normfuse.frontends.fx_model import _Module, _state
 from normfuse.graph import Value
 from normfuse.norm import Site
-from normfuse.passes.layernorm_to_rmsnorm import operator_of, rms
 from normfuse.passes.remove_dead import RemoveDead
 from normfuse.plan import Replace
 

@@ -13,6 +13,7 @@ from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
 from normfuse.centring import Centre, Links
 from normfuse.config import Config
+from normfuse.conversion import Conversion, Means, operator_of, parts_of, rms
 from normfuse.convert import (
     Certificate,
     Edits,
@@ -36,7 +37,7 @@ from normfuse.graph import Node, Value
 from normfuse.norm import Site
 from normfuse.ort_values import Array
 from normfuse.passes.fold_affine import Contraction
-from normfuse.passes.layernorm_to_rmsnorm import Conversion, Means, convert, operator_of, parts_of, rms
+from normfuse.passes.layernorm_to_rmsnorm import convert
 from normfuse.passes.remove_dead import RemoveDead
 from normfuse.plan import Replace
 

@@ -17,6 +17,7 @@ import torch
 from torch import fx, nn
 
 from normfuse.config import Config
+from normfuse.conversion import Conversion
 from normfuse.convert import refusals, tell, worst
 from normfuse.errors import InputError, UnsupportedError, first_line
 from normfuse.frontends.fx_approximate import approximate_program
@@ -27,7 +28,6 @@ from normfuse.frontends.fx_emit import is_one
 from normfuse.graph import Node, Value
 from normfuse.nn import Centre, RMSNorm
 from normfuse.norm import Expr, Site
-from normfuse.passes.layernorm_to_rmsnorm import Conversion
 from normfuse.report import Report
 
 TOLERANCE = 64

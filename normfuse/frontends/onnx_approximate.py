@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from normfuse.calibrate import Approximation, Hook, Layer, calibrate, matching, named_batches
 from normfuse.config import Config
+from normfuse.conversion import operator_of, rms
 from normfuse.convert import Record, refusals, still
 from normfuse.errors import InputError, NormFuseError, first_line
 from normfuse.frontends import onnx_channels as table
@@ -25,7 +26,6 @@ from normfuse.graph import Value
 from normfuse.norm import Site
 from normfuse.ort_values import Array
 from normfuse.passes.fold_affine import constants, elements
-from normfuse.passes.layernorm_to_rmsnorm import operator_of, rms
 from normfuse.passes.remove_dead import RemoveDead
 from normfuse.plan import Replace
 

@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from normfuse.centring import Centre
 from normfuse.config import Config
+from normfuse.conversion import Conversion, Means, rms
 from normfuse.convert import (
     Certificate,
     Edits,
@@ -33,7 +34,7 @@ from normfuse.frontends.onnx_skip import with_sum
 from normfuse.graph import FLOATS, Node, Value
 from normfuse.norm import Site
 from normfuse.ort_values import Array
-from normfuse.passes.layernorm_to_rmsnorm import Conversion, Means, convert, rms
+from normfuse.passes.layernorm_to_rmsnorm import convert
 from normfuse.passes.remove_dead import RemoveDead
 from normfuse.plan import Replace
 from normfuse.targets import Table

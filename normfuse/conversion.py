@@ -1,0 +1,152 @@
+"""What a conversion of LayerNorms into RMSNorms is: what it has to know of a model, the plan, the proof of each norm.
+
+`normfuse.passes.layernorm_to_rmsnorm` makes the plan, the front ends carry it out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from normfuse.centring import Centre, Channels
+from normfuse.graph import Graph, Node, Value
+from normfuse.norm import Expr, Norm, Refusal, Site, region
+from normfuse.passes.fold_affine import Contraction
+from normfuse.recognise import Recognition
+from normfuse.sites import Chooser
+
+Reader = tuple[Node, Value] | Site
+"""Who asks: a node for one of its results, or a norm."""
+Operator = tuple[Value, Centre]
+
+
+@dataclass(frozen=True, slots=True)
+class Means:
+    """What a front end knows and can do.
+
+    `channels`: its table of native operators; `span`: (start, end) of a slice along an axis; `uniform`: whether a
+    constant is one number all over; `locked`: why a constant cannot be edited, or None; `place`: whether an
+    operator can stand behind a value; `blind`: whether a node gives the same for a value and for the centred value;
+    `fits`: the front end's veto, (code, message), on a norm as it was found and as its operator has it; `twins`:
+    what constants of the same storage have in common; `untie`: a constant with other readers is copied rather than
+    left, where those that ask can be given a copy (`copied`); `hooks`: an operator changes what every reader of the
+    value sees, not only those that asked; `partial`: of the norms that are to be converted, and what their operators
+    are, those that cannot be without others, and why.
+    """
+
+    channels: Channels
+    span: Callable[[Node, Value, int], tuple[int, int] | None]
+    uniform: Callable[[Value], bool]
+    locked: Callable[[Value], str | None]
+    place: Callable[[Value], bool]
+    blind: Callable[[Node, Value, Centre], bool]
+    fits: Callable[[Site, Site], tuple[str, str] | None]
+    twins: Callable[[Value], Hashable] = lambda value: value
+    untie: bool = False
+    copied: Callable[[Value, Sequence[Node]], bool] = lambda value, readers: True
+    hooks: bool = False
+    partial: Callable[[Mapping[Site, Site]], Mapping[Site, str]] = lambda norms: {}
+
+
+@dataclass(slots=True, eq=False)
+class Conversion:
+    """What is to be done: norms to convert, constants to edit, operators to put and who reads them.
+
+    `scaled` are multiplications by a constant per channel whose factor moves into the constants. `copies` are edited
+    constants with another reader, which keeps the old one. `uniform` are the constants whose being one number the plan
+    rests on. `kept` says of the other LayerNorms why. `inner` has the operator that a norm stands in, where views are
+    around that. `folds` are biases and weights of norms that go into the linear layers behind, `folded` the norms after
+    that, `zero` the biases that are dropped because they are zero.
+    """
+
+    sites: list[Site] = field(default_factory=list)
+    edits: dict[Value, Centre] = field(default_factory=dict)
+    operators: dict[Operator, list[Reader]] = field(default_factory=dict)
+    scaled: list[Node] = field(default_factory=list)
+    copies: dict[Value, list[Node]] = field(default_factory=dict)
+    uniform: list[Value] = field(default_factory=list)
+    kept: dict[Site, Refusal] = field(default_factory=dict)
+    inner: dict[Site, Site] = field(default_factory=dict)
+    values: dict[Value, Centre] = field(default_factory=dict)
+    seeds: dict[Value, str] = field(default_factory=dict)
+    zero: list[Value] = field(default_factory=list)
+    folds: list[tuple[str, Expr, list[Contraction]]] = field(default_factory=list)
+    folded: dict[Site, Site] = field(default_factory=dict)
+    proof: dict[Site, Proof] = field(default_factory=dict)
+
+    def changed(self) -> list[Site]:
+        """The norms that become others."""
+        return list(dict.fromkeys([*self.sites, *self.folded]))
+
+    def factor(self, node: Node) -> Value:
+        """The factor of a multiplication that is taken out."""
+        return next(v for v in node.inputs if v.fixed and v not in self.values)
+
+    def unscaled(self, value: Value) -> Value:
+        """What a value is once the multiplications are taken out."""
+        while (node := value.producer) is not None and node in self.scaled:
+            value = next(v for v in node.inputs if v is not self.factor(node))
+        return value
+
+    def witnesses(self) -> list[Value]:
+        """Values inside the graph that have to stay as they were: what layers give into which a bias or weight went.
+        The outputs may hide them: a softmax does not see the bias of the keys."""
+        found = dict.fromkeys(one.out for _, _, linears in self.folds for one in linears)
+        return [v for v in found if v.native is not None and v not in self.values]
+
+    def numbers(self) -> list[Value]:
+        """The tensors that a norm takes for one number: a product with a matrix of ones is a sum, of zeros zero."""
+        nodes = (node for site in self.changed() for node in region(site.value, site.norm))
+        read = dict.fromkeys(v for node in nodes for v in node.inputs)
+        held = (v for v in read if v.number is not None and v.leaf and v.fixed and v.native is not None)
+        return [v for v in held if any(d != 1 for d in v.shape or ())]
+
+    def constants(self) -> list[Value]:
+        """The constants that are edited, or that an edit reads."""
+        found = [*self.edits, *(g for want in self.edits.values() for g in want.scales), *self.zero, *self.uniform]
+        for _, expr, linears in self.folds:
+            found += [v for _, factors in expr for v, _ in factors]
+            found += [v for one in linears for v in (one.weight, one.bias) if v is not None]
+        return list(dict.fromkeys(found))
+
+
+@dataclass(slots=True)
+class Proof:
+    """Why one norm may be converted, in lines for people."""
+
+    derivation: list[str] = field(default_factory=list)
+    readers: list[str] = field(default_factory=list)
+    edits: list[str] = field(default_factory=list)
+    operators: list[str] = field(default_factory=list)
+    depends: list[str] = field(default_factory=list)
+
+
+def rms(norm: Norm, x: Value | None = None) -> Norm:
+    """The RMSNorm of a centred input that a LayerNorm is."""
+    return replace(norm, kind="rms_norm", x=x or norm.x)
+
+
+def operator_of(site: Site) -> Site:
+    """The norm as its operator has it, without the views around: its own input, axes and result; else the site."""
+    if not site.is_op:
+        return site
+    nodes = region(site.value, site.norm)
+    core = next((n for n in nodes if n.kind == site.norm.kind), None)
+    if core is None:
+        return site
+    stages = [n for n in nodes if n.native is core.native]
+    first, last = core, stages[0]
+    while (ahead := first.inputs[0].producer) is not None and ahead in stages:
+        first = ahead
+    norm = replace(site.norm, x=first.inputs[0], axes=core.attrs["axes"])
+    return replace(site, value=last.outputs[0], norm=norm) if norm.x is not site.norm.x else site
+
+
+def parts_of(found: Recognition, site: Site) -> list[Site]:
+    """The LayerNorms that the last node of one makes it of: that which it scales, or those of one x that it adds."""
+    nodes = [node for node in reversed(region(site.value, site.norm)) if site.value not in node.outputs]
+    key, operands = site.fact.root.key(), {v.index: v for node in nodes for v in node.inputs}
+    values = [site.norm.x, *(v for node in nodes for v in node.outputs)]
+    facts = {v.index: {key: found.facts[v.index][key]} for v in values if key in found.facts.get(v.index, ())}
+    chosen = Chooser(Graph(nodes=nodes), facts, operands, set(), {}).sites()
+    return [replace(s, placement=site.placement, attends=site.attends) for s in chosen if s.norm.kind == site.norm.kind]
