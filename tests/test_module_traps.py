@@ -305,3 +305,34 @@ def test_a_graph_that_rounds_otherwise(factor: float, edits: bool, monkeypatch: 
     result, report = normfuse.optimize(module, normfuse.Config(layernorm_to_rmsnorm="exact"), args=(x,))
     assert report.converted == edits and [r.code for r in report.refusals] == ([] if edits else ["NF304"])
     torch.testing.assert_close(result(x), module(x), rtol=1e-12, atol=1e-12)
+
+
+class PerHead(nn.Module):
+    """A weight for each head, as Cohere has it for query and key."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2, D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, (D,)) * self.weight
+
+
+class Heads(nn.Module):
+    def __init__(self, inside: bool) -> None:
+        super().__init__()
+        self.l, self.inside, self.o = nn.Linear(D, 2 * D), PerHead() if inside else None, nn.Linear(2 * D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.l(x).view(2, 2, D)
+        h = F.layer_norm(h, (D,)) if self.inside is None else self.inside(h)
+        out: Tensor = self.o(h.flatten(1))
+        return out
+
+
+@pytest.mark.parametrize(("inside", "said"), [(True, "inside, a PerHead"), (False, "the model, a Heads")])
+def test_a_norm_that_is_a_part_of_a_module_is_told_where(inside: bool, said: str) -> None:
+    given = (torch.randn(2, D),)
+    _, report = normfuse.optimize(drawn(Heads(inside)), normfuse.Config(layernorm_to_rmsnorm="exact"), args=given)
+    (refusal,) = report.refusals
+    assert refusal.code == "NF301" and refusal.message.endswith(f"a part of the forward function of {said}")

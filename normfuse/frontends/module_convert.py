@@ -277,7 +277,10 @@ class _Places:
         """Why a norm cannot be replaced in the module."""
         found = self.norm_module(site, inner)
         if found is None:
-            return "it is no module of its own, but a part of one's forward function"
+            native = inner.value.native
+            path = self.path(native) if isinstance(native, fx.Node) else ""
+            kind = type(self.module.get_submodule(path)).__name__
+            return f"it is no module of its own, but a part of the forward function of {path or 'the model'}, a {kind}"
         path = found[0]
         if hooked(self.module.get_submodule(path)):
             return f"its module {path} has hooks, or another forward function than its class"
