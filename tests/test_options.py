@@ -130,6 +130,23 @@ def test_options_that_mean_nothing(options: dict[str, Any], said: str, tmp_path:
     assert f"normfuse: {flag} " in done.stderr and f"{flag} True" not in done.stderr
 
 
+def test_no_arguments_are_none() -> None:
+    """As of `torch.export.export`, what `args` says is that there are none."""
+    class Own(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.x, self.n = torch.nn.Linear(1, 8), torch.nn.LayerNorm(8)
+
+        def forward(self, at: float = 1.0) -> torch.Tensor:
+            found: torch.Tensor = self.n(self.x(torch.full((2, 1), at)))
+            return found
+
+    _, report = normfuse.optimize(Own().eval(), normfuse.Config("exact"), args=None)
+    assert report.converted == 1
+    program = torch.export.export(torch.nn.LayerNorm(8), (torch.ones(2, 8),))
+    assert normfuse.optimize(program, args=None)[1].norms
+
+
 def test_numbers_of_numpy_are_numbers() -> None:
     half: Any = np.float32(0.5)
     assert normfuse.Config(tolerance=half) == normfuse.Config(tolerance=0.5)

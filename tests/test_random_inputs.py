@@ -136,6 +136,23 @@ def test_a_model_of_positive_inputs_is_compared_on_such(inner: str, tmp_path: Pa
     assert np.isfinite(longest(session(a), (3,), 1)["x"]).all()  # type: ignore[index]
 
 
+class Picky:
+    """A session that gives nothing finite, and does not run on positive numbers."""
+
+    def get_inputs(self) -> Any:
+        return [SimpleNamespace(name="x", shape=[3], type="tensor(float)")]
+
+    def run(self, wanted: Any, feeds: dict[str, Any]) -> Any:
+        if (feeds["x"] > 0).all():
+            raise RuntimeError("too large")
+        return [np.full(3, np.nan, np.float32)]
+
+
+def test_other_inputs_that_do_not_run_are_passed_over() -> None:
+    feeds, (output,) = run_random(Picky(), None, seed=3)
+    assert (feeds["x"] < 0).any() and np.isnan(output).all()
+
+
 def test_reduce_takes_positive_inputs_too(tmp_path: Path) -> None:
     a, b = (onnx.load(features(LOG, factor, tmp_path)) for factor in (1.0, -5.0))
     found = _difference(a, b, normfuse.Config(), tmp_path)
