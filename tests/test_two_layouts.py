@@ -3,6 +3,8 @@ tf2onnx and ONNX Runtime leave them."""
 
 from __future__ import annotations
 
+import gc
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -278,3 +280,26 @@ def test_the_last_transpose_is_no_part_of_what_is_compared() -> None:
     given = net.model(result, LAST if layout == FIRST else FIRST)
     made, report = normfuse.optimize(given)
     assert [n.kind for n in report.norms] == ["layer_norm"] and equal(given, made)
+
+
+def test_many_of_them_take_linear_time() -> None:
+    net, result, layout = norm(statistics_first(), "layer_norm")
+    one = net.model(result, layout)
+
+    def seconds(count: int) -> float:
+        made = onnx.compose.add_prefix(one, "p0_")
+        for i in range(1, count):
+            more = onnx.compose.add_prefix(one, f"p{i}_").graph
+            for part in ("node", "input", "output", "initializer"):
+                getattr(made.graph, part).extend(getattr(more, part))
+        began = time.process_time()
+        assert len(normfuse.optimize(made, normfuse.Config(verify="off"))[1].norms) == count
+        return time.process_time() - began
+
+    gc.disable()  # its full collections grow with all that other tests keep
+    try:
+        seconds(4)
+        few = min(seconds(20) for _ in range(3))
+        assert seconds(160) < 8 * few * 3
+    finally:
+        gc.enable()
