@@ -15,7 +15,6 @@ import os
 import re
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -25,28 +24,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from normfuse.errors import InputError, NormFuseError, first_line, path_of
-from normfuse.ort_values import in_numpy, onnx_runtime
-from normfuse.ort_values import Array
+from normfuse.bench_norms import profile
+from normfuse.errors import InputError, first_line, path_of
+from normfuse.ort_values import Array, onnx_runtime
 from normfuse.process import available, run_module, status
-from normfuse.sessions import OPEN, feeds_for, shapes_for
+from normfuse.sessions import OPEN, PROVIDERS, calls_ours, feeds_for, open_session, options_for, shapes_for
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
+    pass
 
 SCHEMA = 1
 WARM_UP, LEAST, MOST, SECONDS = 3, 11, 2000, 5.0
 """Rounds that do not count; without a given number, as many rounds as take so long, within these bounds."""
-PROFILED = 5
-"""Runs that the share of norms is taken from."""
 DRAWN = 12
 """Bytes that it takes to draw an element at random and to hold it."""
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-NORMS = frozenset(
-    """LayerNormalization RMSNormalization SimplifiedLayerNormalization SkipLayerNormalization
-    SkipSimplifiedLayerNormalization EmbedLayerNormalization""".split()
-)
-CONTROL = ("If", "Loop", "Scan")
 
 clock = time.perf_counter
 
@@ -99,7 +90,7 @@ def bench(paths: Sequence[str | os.PathLike[str]], how: How,
     """Measure one model, or two against each other, on each provider that this machine has.
 
     Returns {"schema", "onnxruntime", "threads", "inputs", "models", "ratio", "copy_gb_per_s", "notes"}; of each model
-    by provider milliseconds {"min", "q1", "median", "q3"}, `norm_share`, `norm_gb_per_s` (see `Norms`) and
+    by provider milliseconds {"min", "q1", "median", "q3"}, `norm_share`, `norm_gb_per_s` (see `bench_norms`) and
     `memory_bytes`, each None where it is not known. `copy_gb_per_s` is what one thread reaches that copies as many
     bytes as a norm moves. Raises `InputError` for models and inputs that do not go together, `UnsupportedError`
     without ONNX Runtime, and `UnsafeModelError`.
@@ -193,6 +184,20 @@ def compare(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
     return {"median": middle, "q1": low, "q3": high, "within_noise": low <= 1.0 <= high}
 
 
+def copy_rate(moved: int, seconds: float = 0.05) -> float:
+    """GB/s of one thread that reads half of so many bytes and writes the other half: the fastest of some copies."""
+    source = np.ones(max(moved // 2, 1), np.uint8)
+    target = np.zeros_like(source)
+    best, end = float("inf"), clock() + seconds
+    for _ in range(MOST):
+        begun = clock()
+        np.copyto(target, source)
+        best = min(best, clock() - begun)
+        if clock() > end:
+            break
+    return 2 * source.size / max(best, 1e-9) / 1e9
+
+
 # -- sessions and inputs -------------------------------------------------------------------------------------------
 
 
@@ -215,35 +220,6 @@ def check(path: str) -> None:
     other = foreign(Path(path))
     if other is not None:
         raise InputError(f"{path}: {other}")
-
-
-def calls_ours(path: str | Path) -> bool:
-    """Whether the model has functions that our library, which is there, has kernels for."""
-    from normfuse import ort
-
-    return not set(ort.names()).isdisjoint(ort.called(path))
-
-
-def options_for(path: str | Path, provider: str, threads: int, operators: bool) -> Any:
-    """Options of a session whose threads stop between runs; with `operators`, our library is loaded."""
-    from normfuse.ort import register
-
-    options = onnx_runtime().SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = threads, 4
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    if operators:
-        register(options, path, provider)
-    return options
-
-
-def open_session(path: str | Path, provider: str, threads: int, operators: bool, options: Any = None) -> Any:
-    """A session on a provider. Raises `InputError` for a model that ONNX Runtime does not load."""
-    options = options or options_for(path, provider, threads, operators)
-    wanted = dict.fromkeys([PROVIDERS[provider], PROVIDERS["cpu"]])
-    try:
-        return in_numpy(onnx_runtime().InferenceSession(str(path), options, providers=list(wanted)))
-    except Exception as why:
-        raise InputError(f"{path}: ONNX Runtime does not load it: {first_line(why)}") from why
 
 
 def _job(path: str, session: Any, feeds: dict[str, Array], given: Any = None) -> Callable[[], object]:
@@ -345,117 +321,6 @@ def _demand_sizes(dims: Sequence[Any], sizes: Mapping[str, int]) -> None:
     if absent:
         has = f"has {', '.join(symbols)}" if symbols else "has none that is open"
         raise InputError(f"no size of an input is named {absent[0]!r}; the model {has}")
-
-
-# -- the share of norms --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Norms:
-    """What norms cost on the CPU: their `share` of the time of all operators, their `rate` in GB/s, and how many bytes
-    one of them moves, 0 where that is not known. Each tensor that a norm has to read or to write counts once.
-    """
-
-    share: float | None = None
-    rate: float | None = None
-    moved: int = 0
-
-
-def profile(path: str, feeds: dict[str, Array], threads: int, operators: bool) -> Norms:
-    """What norms cost.
-
-    Norm operators count whole, those that take in an addition too, and so do calls of our functions. Of a decomposed
-    norm, the operators of its region count, by name: where ONNX Runtime runs none of them under its name, nobody knows.
-    """
-    options = options_for(path, "cpu", threads, operators)
-    with tempfile.TemporaryDirectory(prefix="normfuse-") as folder:
-        options.enable_profiling, options.profile_file_prefix = True, str(Path(folder) / "run")
-        events = _events(open_session(path, "cpu", threads, operators, options), feeds)
-    regions, functions = norms_of(path)
-    timed = [_Timed(e) for e in events if e.get("cat") == "Node" and e["name"].endswith("_kernel_time")]
-    timed = [e for e in timed if e.op not in CONTROL]
-    timed = timed[len(timed) // (PROFILED + 1) :]  # the first run allocates
-    seen = {e.name for e in timed}
-    if regions is None or not timed or any(seen.isdisjoint(region) for region in regions):
-        return Norms()
-    whole = [e for e in timed if e.op in NORMS or e.op in functions]
-    other = [e for e in timed if not (e.op in NORMS or e.op in functions)]
-    inlined = [e for e in other if e.name.startswith(tuple(f"_inlfunc_{function}" for function in functions))]
-    parts = frozenset().union(*regions)
-    rest = [e for e in other if e.name in parts]
-    took = sum(e.took for e in (*whole, *inlined, *rest))
-    share = took / max(sum(e.took for e in timed), 1.0)
-    fused = {e.name for e in whole}  # by ONNX Runtime, under the name of one of the operators
-    ends = {max((e for e in rest if e.name in region), key=lambda e: e.place).name
-            for region in regions if fused.isdisjoint(region)}  # fmt: skip
-    moved = [e.read + e.written for e in whole] + [2 * e.written for e in rest if e.name in ends]
-    if inlined or not took or not all(moved) or not moved:
-        return Norms(share)
-    return Norms(share, sum(moved) / took / 1e3, sum(moved) // len(moved))
-
-
-class _Timed:
-    """A run of an operator: how many microseconds it took, and the bytes of the tensors it reads and writes."""
-
-    def __init__(self, event: Mapping[str, Any]) -> None:
-        about = event["args"]
-        self.name = re.sub(r"(/+\w*Fusion\w*/)+$", "", re.sub(r"_kernel_time$", "", event["name"]))
-        self.op, self.took = str(about.get("op_name", "")), float(event["dur"])
-        self.place = int(about.get("node_index", 0))
-        self.read, self.written = int(about.get("activation_size", 0)), int(about.get("output_size", 0))
-
-
-def copy_rate(moved: int, seconds: float = 0.05) -> float:
-    """GB/s of one thread that reads half of so many bytes and writes the other half: the fastest of some copies."""
-    source = np.ones(max(moved // 2, 1), np.uint8)
-    target = np.zeros_like(source)
-    best, end = float("inf"), clock() + seconds
-    for _ in range(MOST):
-        begun = clock()
-        np.copyto(target, source)
-        best = min(best, clock() - begun)
-        if clock() > end:
-            break
-    return 2 * source.size / max(best, 1e-9) / 1e9
-
-
-def _events(session: Any, feeds: dict[str, Array]) -> list[dict[str, Any]]:
-    """The profile of some runs."""
-    for _ in range(PROFILED + 1):
-        session.run(None, feeds)
-    text = Path(session.end_profiling()).read_text("utf-8", "replace")
-    try:
-        found: list[dict[str, Any]] = json.loads(text, strict=False)
-    except ValueError:  # ONNX Runtime does not say when the disk is full
-        return []
-    return found
-
-
-def norms_of(path: str) -> tuple[list[frozenset[str]] | None, frozenset[str]]:
-    """What ONNX Runtime calls the operators of each decomposed norm (None: cannot be read), and our functions."""
-    from normfuse.config import Config
-    from normfuse.frontends.onnx_emit import DOMAIN
-    from normfuse.frontends.onnx_model import OnnxModel
-    from normfuse.io.files import read_onnx
-    from normfuse.norm import region
-
-    try:
-        model = read_onnx(path)[0]
-        one = OnnxModel(model, Config(), rewrite=False)
-    except NormFuseError:
-        return None, frozenset()
-    names = {node: node.name or f"{node.op_type}_{i}" for i, node in enumerate(model.graph)}
-
-    def called(node: ir.Node) -> str:
-        return names.get(node, node.name or "")
-
-    regions = []
-    for found in (p.found for p in one.plans):
-        for site in found.sites:
-            natives = {n.native for n in region(site.value, site.norm) if n.native is not None}
-            own = any(n.op_type in NORMS or n.domain == DOMAIN for n in natives)
-            regions += [] if own else [frozenset(map(called, natives))]
-    return regions, frozenset(f.name for f in model.functions.values() if f.domain == DOMAIN)
 
 
 # -- memory --------------------------------------------------------------------------------------------------------

@@ -18,14 +18,14 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from normfuse.bench import PROVIDERS, How, calls_ours, clock, make_feeds, open_session, turns
+from normfuse.bench import How, clock, make_feeds, turns
 from normfuse.config import FASTEST, OPTIMISERS, Config
 from normfuse.errors import InputError, first_line
 from normfuse.first import OUT, Made, after
 from normfuse.frontends.onnx_contrib import head_sizes
 from normfuse.io.files import read_onnx
 from normfuse.ort_values import Array
-from normfuse.sessions import longest
+from normfuse.sessions import PROVIDERS, calls_ours, longest, open_session
 
 RESTARTS, SECONDS, ROUNDS = 7, 1.5, (3, 200)
 """How often with new sessions, and how long each time for each inputs, within these numbers of rounds. Of two files

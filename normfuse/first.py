@@ -106,7 +106,8 @@ def after(tools: tuple[str, ...], made: dict[tuple[str, ...], Made], folder: Pat
 
 def cuda(path: Path) -> str | None:
     """Why ONNX Runtime does not run a model on CUDA, or nothing; None where it has no CUDA."""
-    from normfuse.bench import PROVIDERS, How, make_feeds, open_session
+    from normfuse.bench import How, make_feeds
+    from normfuse.sessions import PROVIDERS, open_session
     from normfuse.cli_env import sessions_have
 
     if PROVIDERS["cuda"] not in sessions_have():

@@ -1,4 +1,4 @@
-"""Models in sessions of ONNX Runtime on the CPU, and random inputs on which they run."""
+"""Models in sessions of ONNX Runtime, and random inputs on which they run."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import numpy as np
 from normfuse.errors import InputError, UnsupportedError, first_line
 from normfuse.ort_values import Array, in_numpy, onnx_runtime
 from normfuse.process import available, resident
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 def numpy_dtype(dtype: str) -> Any:
@@ -65,6 +67,35 @@ def session(model: str | Path | bytes, data: str | Path = "", without: Sequence[
 
 def _unicode(name: str) -> bool:
     return not any("\ud800" <= c <= "\udfff" for c in name)
+
+
+def calls_ours(path: str | Path) -> bool:
+    """Whether the model has functions that our library, which is there, has kernels for."""
+    from normfuse import ort
+
+    return not set(ort.names()).isdisjoint(ort.called(path))
+
+
+def options_for(path: str | Path, provider: str, threads: int, operators: bool) -> Any:
+    """Options of a session whose threads stop between runs; with `operators`, our library is loaded."""
+    from normfuse.ort import register
+
+    options = onnx_runtime().SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 4
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    if operators:
+        register(options, path, provider)
+    return options
+
+
+def open_session(path: str | Path, provider: str, threads: int, operators: bool, options: Any = None) -> Any:
+    """A session on a provider. Raises `InputError` for a model that ONNX Runtime does not load."""
+    options = options or options_for(path, provider, threads, operators)
+    wanted = dict.fromkeys([PROVIDERS[provider], PROVIDERS["cpu"]])
+    try:
+        return in_numpy(onnx_runtime().InferenceSession(str(path), options, providers=list(wanted)))
+    except Exception as why:
+        raise InputError(f"{path}: ONNX Runtime does not load it: {first_line(why)}") from why
 
 
 MOST = 2**22

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper
 
 import normfuse
 import normfuse.ort
-from normfuse import bench, cli_bench
+from normfuse import bench, bench_norms, cli_bench, sessions
 from tests.cli_tools import COMMAND, EVIL, fails, fails_json, norm_model, run, saved
 from tests.test_report_html import Page
 
@@ -83,7 +83,7 @@ def open_model(model: Path) -> Path:
 
 def replaced(monkeypatch: pytest.MonkeyPatch, clock: Clock, seconds: dict[Path, float]) -> None:
     """Make each run of a model take so long by the clock."""
-    opened = bench.open_session
+    opened = sessions.open_session
 
     class Slowed:
         def __init__(self, path: Any, *more: Any) -> None:
@@ -209,7 +209,7 @@ def test_share_of_norms_leaves_out_the_rest(tmp_path: Path, named: bool) -> None
         for node in proto.graph.node:
             node.name = ""
     path = saved(proto, tmp_path / "more.onnx")
-    regions, functions = bench.norms_of(str(path))
+    regions, functions = bench_norms.norms_of(str(path))
     mul, erf = ("Mul_y", "Erf_rest") if named else ("Mul_5", "Erf_7")
     assert regions is not None and len(regions) == 1 and not functions
     assert mul in regions[0] and erf not in regions[0]
@@ -226,15 +226,15 @@ def test_bytes_that_norms_move(model: Path, tmp_path: Path, monkeypatch: pytest.
     run = [event("Div_normed", "Div", 1, 3000, 2000, 7), event("Mul_y", "Mul", 2, 2000, 2000, 8),
            event("Mul_square", "Mul", 3, 2000, 2000, 3), event("other", "Gemm", 10, 1, 1, 9)]  # fmt: skip
     more = event("fused", "SkipLayerNormalization", 4, 4000, 4000, 12)
-    monkeypatch.setattr(bench, "_events", lambda *_: run * (bench.PROFILED + 1))
-    assert bench.profile(str(model), {}, 1, False) == bench.Norms(6 / 16, 4000 / 6 / 1e3, 4000)
-    monkeypatch.setattr(bench, "_events", lambda *_: [*run, more] * (bench.PROFILED + 1))
-    assert bench.profile(str(model), {}, 1, False) == bench.Norms(10 / 20, 12000 / 10 / 1e3, 6000)
+    monkeypatch.setattr(bench_norms, "_events", lambda *_: run * (bench_norms.PROFILED + 1))
+    assert bench_norms.profile(str(model), {}, 1, False) == bench_norms.Norms(6 / 16, 4000 / 6 / 1e3, 4000)
+    monkeypatch.setattr(bench_norms, "_events", lambda *_: [*run, more] * (bench_norms.PROFILED + 1))
+    assert bench_norms.profile(str(model), {}, 1, False) == bench_norms.Norms(10 / 20, 12000 / 10 / 1e3, 6000)
     run[1]["args"]["output_size"] = "0"
-    assert bench.profile(str(model), {}, 1, False) == bench.Norms(10 / 20)
+    assert bench_norms.profile(str(model), {}, 1, False) == bench_norms.Norms(10 / 20)
     taken = event("Mul_y/SimplifiedLayerNormFusion/", "SimplifiedLayerNormalization", 5, 2000, 2000, 8)
-    monkeypatch.setattr(bench, "_events", lambda *_: [taken, run[3]] * (bench.PROFILED + 1))
-    assert bench.profile(str(model), {}, 1, False) == bench.Norms(5 / 15, 4000 / 5 / 1e3, 4000)
+    monkeypatch.setattr(bench_norms, "_events", lambda *_: [taken, run[3]] * (bench_norms.PROFILED + 1))
+    assert bench_norms.profile(str(model), {}, 1, False) == bench_norms.Norms(5 / 15, 4000 / 5 / 1e3, 4000)
 
 
 def test_the_rate_of_a_copy(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,7 +243,7 @@ def test_the_rate_of_a_copy(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_share_is_not_known_where_names_are_lost(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "norms_of", lambda path: ([frozenset({"elsewhere"})], frozenset[str]()))
+    monkeypatch.setattr(bench_norms, "norms_of", lambda path: ([frozenset({"elsewhere"})], frozenset[str]()))
     assert "not known" in run("bench", model, *QUICK)[1]
 
 
@@ -290,8 +290,8 @@ def test_nothing_is_left_behind_when_interrupted(model: Path, tmp_path: Path, mo
         raise KeyboardInterrupt
 
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr(bench, "PROFILED", 1)
-    monkeypatch.setattr(bench, "_events", interrupt)
+    monkeypatch.setattr(bench_norms, "PROFILED", 1)
+    monkeypatch.setattr(bench_norms, "_events", interrupt)
     assert run("bench", model, *QUICK)[0] == 130
     assert not any(tmp_path.iterdir())
 
@@ -417,7 +417,7 @@ def test_bad_input(model: Path, open_model: Path, tmp_path: Path) -> None:
 
 def test_provider_that_no_session_gets_is_left_out(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("normfuse.cli_env.sessions_have", lambda: ["CPUExecutionProvider", "CUDAExecutionProvider"])
-    opened = bench.open_session
+    opened = sessions.open_session
     monkeypatch.setattr(bench, "open_session", lambda path, provider, *more: opened(path, "cpu", *more))
     data = json.loads(run("bench", model, *QUICK, "--json")[1])
     assert list(data["models"][0]["providers"]) == ["cpu"]

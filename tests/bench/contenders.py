@@ -15,7 +15,8 @@ import onnxruntime as ort
 
 import normfuse
 from normfuse import ort as library
-from normfuse.bench import PROVIDERS, How, open_session, options_for
+from normfuse.bench import How
+from normfuse.sessions import PROVIDERS, open_session, options_for
 from tests.bench.peers import onnxscript_ort, onnxsim
 from tests.node_cases import Arrays
 

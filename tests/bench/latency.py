@@ -46,7 +46,8 @@ import onnxruntime as ort
 import torch
 
 from normfuse import ort as library
-from normfuse.bench import PROVIDERS, spread, turns
+from normfuse.bench import spread, turns
+from normfuse.sessions import PROVIDERS
 from tests.bench.common import merged, save, table
 from tests.bench.contenders import FASTEST, Files, Job, contenders, fastest, files, operators, session
 from tests.bench.pretrained import MODELS, extract, inputs as sample

@@ -26,7 +26,7 @@ import torch
 from onnx import TensorProto, helper
 
 import normfuse.ort
-from normfuse.bench import PROVIDERS
+from normfuse.sessions import PROVIDERS
 from tests.bench.common import save, table
 
 LENGTH = 12
