@@ -31,8 +31,9 @@ from normfuse.frontends import fx_channels as table
 from normfuse.frontends.fx_certify import certify
 from normfuse.frontends.fx_effects import held
 from normfuse.frontends.fx_emit import Emitter
+from normfuse.frontends.fx_graph import infer
 from normfuse.frontends.fx_meta import dtype_of
-from normfuse.frontends.fx_model import _infer, _Module, _program, _state
+from normfuse.frontends.fx_model import _Module, _program, _state
 from normfuse.graph import Node, Value
 from normfuse.norm import Site
 from normfuse.ort_values import Array
@@ -311,7 +312,7 @@ class Editor:
                 out = cast(out, getattr(torch, str(value.dtype)))
         for node in nodes:
             node.meta = {k: v for k, v in native.meta.items() if k in ("nn_module_stack", "stack_trace")}
-            _infer(node, native)
+            infer(node, native)
         out.meta = native.meta | out.meta
         return out
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import heapq
-import itertools
 import operator
 import time
 import warnings
@@ -15,28 +13,26 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export.graph_signature import InputKind
-from torch.fx.passes.shape_prop import TensorMetadata, _extract_tensor_metadata
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from normfuse.config import Config
 from normfuse.convert import Record, names_of, tell
 from normfuse.errors import UnsupportedError
 from normfuse.facts import ONE
+from normfuse.field import Prover
 from normfuse.frontends import fx_effects, fx_inplace
 from normfuse.frontends.fx import Lowering
-from normfuse.field import Prover
 from normfuse.frontends.fx_check import Checker
 from normfuse.frontends.fx_emit import Emitter, emitted, level_of
 from normfuse.frontends.fx_fused import FusedEmitter
-from normfuse.frontends.fx_meta import is_tensor, meta_of, module_of, order_of
+from normfuse.frontends.fx_graph import alike, copied, gives_tuple, house, infer, operators, scattered, sort, take_out
+from normfuse.frontends.fx_meta import meta_of, module_of, order_of
 from normfuse.graph import Node, Value
+from normfuse.norm import Norm, Refusal, Site, region
 from normfuse.passes.remove_dead import live
 from normfuse.passmanager import fuse, plan
 from normfuse.plan import Abilities, Edit, Fused, Plan
-from normfuse.norm import Norm, Refusal, Site, region
 from normfuse.records import build_report
 from normfuse.report import NormRecord, Report
 from normfuse.transfer import identity_layout
@@ -48,7 +44,6 @@ MORE_ROUNDS = 4
 """How often a graph that was changed is read again."""
 _DONE = ("fact", "weight", "bias", "cast", "action", "emitted", "reason", "verified", "proved", "error_before",
          "error_after")  # fmt: skip
-_PLAIN = (torch.Tensor, torch.nn.Parameter, FakeTensor, TensorMetadata)
 
 
 def run(model: Any, config: Config, rewrite: bool, leave: Leave | None = None, calibration: Any = None,
@@ -200,7 +195,7 @@ class _Module:
         started = time.perf_counter()
         self.source, self.config, self.rewrite, self.compiling = source, config, rewrite, leave is not None
         self.exported = state is not None
-        self.graph = _copy(source) if rewrite or fx_inplace.writes(source.graph) else source.graph
+        self.graph = copied(source) if rewrite or fx_inplace.writes(source.graph) else source.graph
         self.operators_before = operators(source.graph)
         self.written = fx_inplace.read_as_pure(self.graph, self.exported)
         self.old = frozenset(self.graph.nodes if self.written else ())
@@ -263,7 +258,7 @@ class _Module:
             return news[value.native]
 
         made = self.emitter.emit(scratch, norm, operand(norm.x), operand, order_of(meta_of(value.native)))
-        return _alike(made[-1], value.native, olds)
+        return alike(made[-1], value.native, olds)
 
     def parts(self) -> list[_Module]:
         """This graph and those inside it, at any depth."""
@@ -311,10 +306,10 @@ class _Module:
         for edit in edits:
             self._replace(edit)
         if edits:
-            _sort(self.graph)
+            sort(self.graph)
             self._remove()
             if self.exported:
-                _leave(self.graph, _scattered(self.graph) - _scattered(self.source.graph))
+                take_out(self.graph, scattered(self.graph) - scattered(self.source.graph))
         fx_inplace.write_again(self.graph, self.written, self.exported, self.old)
         self.graph.lint()
         made = fx.GraphModule(self.source, self.graph, type(self.source).__name__)
@@ -349,12 +344,12 @@ class _Module:
         self.emitted |= dict.fromkeys(edit.sites, emitted(nodes))
         for node in nodes:
             node.meta = {k: v for k, v in olds[0].meta.items() if k not in _OWN_META}
-            if node not in news and not (len(news) == 2 and _tuple(node, news, olds)):
-                _infer(node, olds[0])
+            if node not in news and not (len(news) == 2 and gives_tuple(node, news, olds)):
+                infer(node, olds[0])
         for old, new in zip(olds, news, strict=True):
             new.meta = dict(old.meta)
         if len(olds) > 1:
-            _house(nodes, olds)
+            house(nodes, olds)
         for old, new in zip(olds, news, strict=True):
             old.replace_all_uses_with(new)
             self.moved[old] = new
@@ -408,126 +403,3 @@ class _Module:
         out.nodes_after = sum(out.operators_after.values())
         out.seconds = dict(self.seconds)
         return out
-
-
-def _copy(source: fx.GraphModule) -> fx.Graph:
-    """The graph again, node for node under the same names."""
-    out = copy.deepcopy(source.graph)
-    out.owning_module = source
-    for before, after in zip(source.graph.nodes, out.nodes, strict=True):
-        after.name = before.name
-        if hasattr(before, "_dynamo_source"):  # by which AOTAutograd knows parameters from inputs
-            after._dynamo_source = before._dynamo_source
-    return out
-
-
-def operators(graph: fx.Graph) -> Counter[str]:
-    """The operations of a graph by name; picking one result of several is none."""
-    calls = (n for n in graph.nodes if n.op in ("call_function", "call_method", "call_module"))
-    return Counter(fx_effects.name_of(n) or str(n.target) for n in calls
-                   if n.target is not operator.getitem or is_tensor(meta_of(n.args[0])))  # fmt: skip
-
-
-def _sort(graph: fx.Graph) -> None:
-    """Let each node wait for its inputs, otherwise keeping the order."""
-    place = {node: i for i, node in enumerate(graph.nodes)}
-    if all(place[n] < place[node] for node in place for n in node.all_input_nodes):
-        return
-    missing = {node: len(node.all_input_nodes) for node in place}
-    ready = [(i, node) for node, i in place.items() if not missing[node]]
-    last = graph._root
-    while ready:
-        _, node = heapq.heappop(ready)
-        last.append(node)
-        last = node
-        for user in node.users:
-            missing[user] -= 1
-            if not missing[user]:
-                heapq.heappush(ready, (place[user], user))
-
-
-def _alike(new: Any, old: Any, olds: dict[fx.Node, Any]) -> bool:
-    """Whether two nodes compute the same of the same operands, of which `olds` has the nodes or attributes' names."""
-    if isinstance(new, fx.Node) and isinstance(old, fx.Node):
-        if new in olds:
-            return olds[new] is old or (old.op == "get_attr" and olds[new] == old.target)
-        new, old = ((n.op, n.target, n.args, *n.kwargs.items()) for n in (new, old))
-    if isinstance(new, (tuple, list)) and isinstance(old, (tuple, list)):
-        return len(new) == len(old) and all(_alike(a, b, olds) for a, b in zip(new, old, strict=True))
-    return type(new) is type(old) and bool(new == old)
-
-
-def _tuple(node: fx.Node, parts: list[fx.Node], olds: list[fx.Node]) -> bool:
-    """Give the call of which the parts are the results their meta, which is known."""
-    key = next((k for k in ("val", "example_value") if k in olds[0].meta), None)
-    if key is None or any(part.args[:1] != (node,) for part in parts):
-        return False
-    node.meta[key] = tuple(old.meta.get(key) for old in olds)
-    return True
-
-
-Call = tuple[str, Any]
-"""A call of a module, as `nn_module_stack` has it: a key of its own, and (path, class)."""
-
-
-def _scattered(graph: fx.Graph) -> set[Call]:
-    """The calls of modules whose nodes are not side by side: `torch.export.unflatten` would make two of each."""
-    found, left, last = set[Call](), set[Call](), set[Call]()
-    for node in graph.nodes:
-        if node.op in ("call_function", "call_method", "call_module"):
-            now = {(key, entry[0]) for key, entry in (node.meta.get("nn_module_stack") or {}).items()}
-            found |= now & left
-            left |= last - now
-            last = now
-    return found
-
-
-def _leave(graph: fx.Graph, calls: set[Call]) -> None:
-    """Take nodes out of some calls of modules, into those around."""
-    for node in graph.nodes if calls else ():
-        stack = node.meta.get("nn_module_stack") or {}
-        if any((key, entry[0]) in calls for key, entry in stack.items()):
-            node.meta["nn_module_stack"] = dict(
-                itertools.takewhile(lambda item: (item[0], item[1][0]) not in calls, stack.items()))  # fmt: skip
-
-
-def _house(nodes: list[fx.Node], olds: list[fx.Node]) -> None:
-    """Say that nodes stand in the module that all of `olds` stand in: `torch.export.unflatten` takes tuples apart at
-    the borders of modules."""
-    stacks = [old.meta.get("nn_module_stack") for old in olds]
-    if all(isinstance(stack, dict) for stack in stacks):
-        rows = zip(*(stack.items() for stack in stacks if stack is not None), strict=False)
-        common = dict(row[0] for row in itertools.takewhile(lambda row: all(e == row[0] for e in row), rows))
-        for node in nodes:
-            node.meta["nn_module_stack"] = common
-
-
-def _infer(node: fx.Node, like: fx.Node) -> None:
-    """The meta of a new inner node, by running it on fake tensors of what its operands are."""
-    key = next((k for k in ("val", "example_value", "tensor_meta") if k in like.meta), None)
-    if key is None or any(key not in n.meta for n in node.all_input_nodes):
-        return
-    metas = [n.meta[key] for n in (like, *node.all_input_nodes)]
-    if type(metas[0]) not in _PLAIN or any(is_tensor(m) and type(m) not in _PLAIN for m in metas):
-        return  # a DTensor, or what a file says of a tensor
-    mode = getattr(like.meta[key], "fake_mode", None) or FakeTensorMode()
-
-    def fake(operand: fx.Node) -> Any:
-        meta = operand.meta[key]
-        if not is_tensor(meta) or getattr(meta, "fake_mode", None) is mode:
-            return meta
-        stride = meta.stride if isinstance(meta, TensorMetadata) else meta.stride()
-        return torch.empty_strided(meta.shape, stride, dtype=meta.dtype, device=getattr(meta, "device", None),
-                                   requires_grad=meta.requires_grad)  # fmt: skip
-
-    target: Any = node.target
-    with mode, torch.set_grad_enabled(bool(like.meta[key].requires_grad)):
-        args, kwargs = fx.map_arg((node.args, node.kwargs), fake)
-        if node.op == "call_method":
-            made = getattr(args[0], target)(*args[1:], **kwargs)
-        elif node.op == "call_function":
-            made = target(*args, **kwargs)
-        else:
-            return
-    node.meta[key] = made if key != "tensor_meta" else pytree.tree_map_only(
-        torch.Tensor, _extract_tensor_metadata, made)  # fmt: skip
