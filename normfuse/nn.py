@@ -48,8 +48,13 @@ class RMSNorm(nn.Module):
 
     def _plain(self, x: Tensor, weight: Tensor | None) -> Tensor:
         """The same in four steps, the bias included where there is a weight."""
-        root = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        scale = torch.rsqrt(root * root * (1 / self.normalized_shape[0]) + self.eps)
+        # a length has no second derivative at zero, which a row of padding may be; and a trace is of either mode
+        if torch.is_grad_enabled() or torch.jit.is_tracing():
+            square = (x * x).mean(-1, keepdim=True)
+        else:
+            root = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+            square = root * root * (1 / self.normalized_shape[0])
+        scale = torch.rsqrt(square + self.eps)
         if weight is None:
             return x * scale
         return x * scale * weight if self.bias is None else torch.addcmul(self.bias, x * scale, weight)

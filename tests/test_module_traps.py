@@ -336,3 +336,19 @@ def test_a_norm_that_is_a_part_of_a_module_is_told_where(inside: bool, said: str
     _, report = normfuse.optimize(drawn(Heads(inside)), normfuse.Config(layernorm_to_rmsnorm="exact"), args=given)
     (refusal,) = report.refusals
     assert refusal.code == "NF301" and refusal.message.endswith(f"a part of the forward function of {said}")
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+@pytest.mark.parametrize("affine", [True, False])
+def test_second_derivatives_at_a_row_of_zeros(affine: bool) -> None:
+    """As those of LayerNorm, they are finite there: padding is such a row, and a penalty on gradients takes them."""
+    weight, bias = (nn.Parameter(torch.randn(D)) if affine else None for _ in range(2))
+    norm = normfuse.nn.RMSNorm(D, 1e-5, weight, bias)
+    x = torch.randn(3, D).index_fill(0, torch.tensor(1), 0.0).requires_grad_()
+    (gradient,) = torch.autograd.grad(norm(x).square().sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(gradient.square().sum(), x)
+    assert gradient.isfinite().all() and second.isfinite().all() and second.count_nonzero()
+    with torch.no_grad():
+        torch.testing.assert_close(norm(x), norm(x.double()).float())
+    traced: Any = torch.jit.trace(norm, x.detach())  # type: ignore[no-untyped-call]  # which checks itself without gradients
+    torch.testing.assert_close(traced(x), norm(x))
