@@ -169,7 +169,13 @@ def test_calibration_inputs_of_another_shape_or_too_few(model: Path) -> None:
     with pytest.raises(InputError, match="at least two sets"):
         normfuse.optimize(model, LOOSE, calibration=feeds(model)[:1])
     program = torch.export.export(bert(), (torch.from_numpy(tokens()[0]),))
-    with pytest.raises(InputError, match="4x12 of int64"):
+    with pytest.raises(InputError, match="the model does not run on the calibration inputs: index out of range"):
+        normfuse.optimize(program, LOOSE, calibration=[(torch.full((4, 12), 10**6),)] * 2)
+    with pytest.raises(InputError, match="an iterable of tuples of tensors, or for a"):
+        normfuse.optimize(program, LOOSE, calibration=Path("inputs"))
+    with pytest.raises(InputError, match="is a int, the program takes 4x12 of int64"):
+        normfuse.optimize(program, LOOSE, calibration=[(1,)] * 2)
+    with pytest.raises(InputError, match="is 4x12 of float32, the program takes 4x12 of int64"):
         normfuse.optimize(program, LOOSE, calibration=[(torch.zeros(4, 12),)] * 2)
     with pytest.raises(InputError, match="takes 1"):
         normfuse.optimize(program, LOOSE, calibration=[()] * 2)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import compress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from normfuse.calibrate import Approximation, Hook, Layer, calibrate, each, matc
 from normfuse.config import Config
 from normfuse.conversion import operator_of, rms
 from normfuse.convert import Record, refusals, still
-from normfuse.errors import InputError
+from normfuse.errors import InputError, NormFuseError, first_line
 from normfuse.frontends import fx_channels as table
 from normfuse.frontends.fx_certify import run_all
 from normfuse.frontends.fx_convert import Converted, Numbers, Unfit, Weights, key_of, rebuilt, tensors_of
@@ -82,7 +83,12 @@ def approximate_program(program: Any, config: Config, given: Any, done: Sequence
 
     def runner(graph: fx.GraphModule, constants: Mapping[str, torch.Tensor], wide: bool) -> Any:
         def run(some: Sequence[Any], watch: Mapping[str, Hook]) -> list[list[Any]]:
-            got = run_all(graph, some, constants, lambda name: constants[name], wide, watch)
+            try:
+                got = run_all(graph, some, constants, lambda name: constants[name], wide, watch)
+            except NormFuseError:
+                raise
+            except Exception as why:  # operators raise anything
+                raise InputError(f"the model does not run on the calibration inputs: {first_line(why)}") from why
             return [[v.numpy() for v in outputs] for outputs in got]
 
         return run
@@ -113,7 +119,7 @@ def _bias(site: Site) -> Value | None:
 
 def _batches(given: Any, program: Any) -> list[list[Any]]:
     """The inputs of a program, flat, checked against its placeholders."""
-    if given is None or isinstance(given, str):
+    if given is None or isinstance(given, str | Path):
         raise InputError("layernorm_to_rmsnorm='approximate' needs calibration inputs: an iterable of tuples of "
                          "tensors, or for a .pt2 an .npz file or a folder of them")  # fmt: skip
     skip = tensors_of(program)
@@ -134,7 +140,9 @@ def _batches(given: Any, program: Any) -> list[list[Any]]:
             meta = meta_of(node)
             if is_tensor(meta) and not _fits(meta, value):
                 wanted = "x".join(map(str, shape_of(meta) or ()))
-                got = "x".join(map(str, value.shape)) if isinstance(value, torch.Tensor) else type(value).__name__
+                got = f"a {type(value).__name__}"
+                if isinstance(value, torch.Tensor):
+                    got = "x".join(map(str, value.shape)) + f" of {str(value.dtype).removeprefix('torch.')}"
                 raise InputError(f"calibration set {i}: input {node.name} is {got}, the program takes {wanted} of "
                                  f"{dtype_of(meta)}")  # fmt: skip
         out.append(flat)
