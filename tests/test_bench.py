@@ -237,6 +237,20 @@ def test_bytes_that_norms_move(model: Path, tmp_path: Path, monkeypatch: pytest.
     assert bench_norms.profile(str(model), {}, 1, False) == bench_norms.Norms(5 / 15, 4000 / 5 / 1e3, 4000)
 
 
+def test_an_operator_that_waits_once(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interruption takes a thousand times as long as a small operator; where runs differ all of them count."""
+    def event(name: str, took: float) -> dict[str, Any]:
+        sizes = {"op_name": name, "activation_size": "2000", "output_size": "2000"}
+        return {"cat": "Node", "name": f"{name}_kernel_time", "dur": took, "args": sizes}
+
+    runs = [[event("Mul_y", 2), event("other", 6)] for _ in range(bench_norms.PROFILED + 1)]
+    runs[2][0]["dur"], runs[4][1]["dur"] = 4000, 3000
+    monkeypatch.setattr(bench_norms, "_events", lambda *_: [e for run in runs for e in run])
+    assert bench_norms.profile(str(model), {}, 1, False) == bench_norms.Norms(2 / 8, 4000 / 2 / 1e3, 4000)
+    runs[3].append(event("other", 1000))
+    assert bench_norms.profile(str(model), {}, 1, False).share == pytest.approx(4008 / 8032)
+
+
 def test_the_rate_of_a_copy(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(np, "copyto", lambda *_: clock.takes(0.01)())
     assert bench.copy_rate(2_000_000) == pytest.approx(0.2)
