@@ -25,13 +25,13 @@ class Means:
     """What a front end knows and can do.
 
     `channels`: its table of native operators; `span`: (start, end) of a slice along an axis; `uniform`: whether a
-    constant is one number all over; `locked`: why a constant cannot be edited, or None; `place`: whether an
-    operator can stand behind a value; `blind`: whether a node gives the same for a value and for the centred value;
-    `fits`: the front end's veto, (code, message), on a norm as it was found and as its operator has it; `twins`:
-    what constants of the same storage have in common; `untie`: a constant with other readers is copied rather than
-    left, where those that ask can be given a copy (`copied`); `hooks`: an operator changes what every reader of the
-    value sees, not only those that asked; `partial`: of the norms that are to be converted, and what their operators
-    are, those that cannot be without others, and why.
+    constant is one number all over; `locked`: why a constant cannot be edited, or None; `place`: whether an operator
+    can stand behind a value; `blind`: whether a node gives the same for a value and for the centred value; `fits`: the
+    front end's veto, (code, message), on a norm as it was found and as its operator has it; `twins`: what constants of
+    the same storage have in common; `shared`: who else has a constant, unseen in the graph; `untie`: a constant with
+    other readers is copied rather than left, where those that ask can be given a copy (`copied`); `hooks`: an operator
+    changes what every reader of the value sees, not only those that asked; `partial`: of the norms that are to be
+    converted, and what their operators are, those that cannot be without others, and why.
     """
 
     channels: Channels
@@ -42,6 +42,7 @@ class Means:
     blind: Callable[[Node, Value, Centre], bool]
     fits: Callable[[Site, Site], tuple[str, str] | None]
     twins: Callable[[Value], Hashable] = lambda value: value
+    shared: Callable[[Value], str | None] = lambda value: None
     untie: bool = False
     copied: Callable[[Value, Sequence[Node]], bool] = lambda value, readers: True
     hooks: bool = False

@@ -49,7 +49,7 @@ class RMSNorm(nn.Module):
     def _plain(self, x: Tensor, weight: Tensor | None) -> Tensor:
         """The same in four steps, the bias included where there is a weight."""
         # a length has no second derivative at zero, which a row of padding may be; and a trace is of either mode
-        if torch.is_grad_enabled() or torch.jit.is_tracing():
+        if torch.is_grad_enabled() or torch._C._is_tracing():
             square = (x * x).mean(-1, keepdim=True)
         else:
             root = torch.linalg.vector_norm(x, dim=-1, keepdim=True)

@@ -226,6 +226,7 @@ class _Planner:
             why = self._reader(value, want)
             if why is None and value.producer is None:
                 others = [v for v in twins.get(self.can.twins(value), ()) if v is not value]
+                why = self.can.shared(value)
                 if any(v.kept or self.state.get(v) != want for v in others):
                     why = f"its storage is that of {others[0].name} too"
             if why is not None:

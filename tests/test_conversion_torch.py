@@ -236,6 +236,56 @@ def test_a_parameter_of_a_module_that_the_inputs_do_not_reach(tied: bool) -> Non
     torch.testing.assert_close(result(ids, True), module(ids, True), rtol=1e-4, atol=1e-4)
 
 
+class Beside(Tied):
+    """And a norm that does not depend on the weight that two share."""
+
+    def __init__(self) -> None:
+        super().__init__(0.0)
+        self.l, self.m = nn.Linear(D, D), nn.LayerNorm(D)
+        self.head.weight = self.e.weight
+
+    def forward(self, ids: Tensor, logits: bool = False) -> Tensor:
+        h: Tensor = self.m(self.l(self.n(self.e(ids))))
+        return self.head(h) if logits else h
+
+
+@pytest.mark.parametrize("untie", [False, True])
+def test_such_a_parameter_keeps_no_other_norm(untie: bool) -> None:
+    torch.manual_seed(0)
+    module, ids = Beside().eval(), torch.arange(9)[None]
+    result, report = proved(module, ids, untie=untie)
+    assert verdicts(report) == ["exact" if untie else "kept", "exact"]
+    assert untie or [(r.code, "head.weight, which these inputs do not reach" in r.message) for r in report.refusals] == [
+        ("NF303", True)]  # fmt: skip
+    assert torch.equal(result.head.weight, module.head.weight)
+    assert (result.e.weight is result.head.weight) is not untie
+    for logits in (False, True):
+        torch.testing.assert_close(result(ids, logits), module(ids, logits), rtol=1e-4, atol=1e-4)
+
+
+class Scale(nn.Module):
+    """A factor of channels, which a part that is not reached has too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.l, self.n, self.other = nn.Linear(D, D), nn.LayerNorm(D), nn.Module()
+        self.factor = nn.Parameter(torch.rand(D) + 1)
+        self.other.factor = self.factor
+        self.other.forward = lambda x: x * self.factor
+
+    def forward(self, x: Tensor, more: bool = False) -> Tensor:
+        h: Tensor = self.n(self.l(x) * self.factor)
+        return self.other(h) if more else h
+
+
+def test_a_factor_of_a_part_that_the_inputs_do_not_reach_stays() -> None:
+    torch.manual_seed(0)
+    module, x = Scale().eval(), torch.randn(2, D)
+    result, report = proved(module, x)
+    assert verdicts(report) == ["kept"] and torch.equal(result.factor, module.factor)
+    torch.testing.assert_close(result(x, True), module(x, True))
+
+
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_dropout_is_told_of(p: float) -> None:
     _, report = proved(Tied(p), torch.arange(9)[None])

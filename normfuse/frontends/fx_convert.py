@@ -56,6 +56,9 @@ class Host(Protocol):
     def can_copy(self, value: Value, readers: Sequence[Node]) -> bool:
         """Whether some readers of a constant can be given a copy of it."""
 
+    def shared(self, value: Value) -> str | None:
+        """Who else has a constant, unseen in the graph."""
+
     def unfit(self, site: Site, inner: Site) -> str | None:
         """`Unfit`."""
 
@@ -188,7 +191,8 @@ def convert_graph(source: fx.GraphModule, config: Config, state: Mapping[str, to
         channels=channels,
         span=lambda node, out, axis: table.span(low, node, out, axis),
         hooks=host is not None, uniform=numbers.uniform, locked=numbers.locked, fits=fits, twins=numbers.twins,
-        untie=config.untie, copied=host.can_copy if host is not None else lambda value, readers: True,
+        shared=host.shared if host is not None else lambda value: None, untie=config.untie,
+        copied=host.can_copy if host is not None else lambda value, readers: True,
         place=lambda value: table.floating(value) and (host is None or host.can_place(value)),
         partial=host.partial if host is not None else lambda norms: {},
         blind=lambda node, value, want: table.blind(low, node, value, want)))  # fmt: skip

@@ -227,6 +227,23 @@ class _Places:
         first = self.firsts().get(hook[0], (None, None))[0 if hook[1] else 1]
         return first is not None and value.shape == tuple(first.shape) and f"torch.{value.dtype}" == str(first.dtype)
 
+    def shared(self, value: Value) -> str | None:
+        """Who else has a parameter, unseen in the graph."""
+        name = self.targets.get(value.native.name)
+        return None if name is None else self.elsewhere(name)
+
+    def elsewhere(self, name: str) -> str | None:
+        """Of the modules that share a parameter one that the trace has not seen, which may be called another time."""
+        found = held(self.module, name)
+        names = [other for other, parameter in self.module.named_parameters(remove_duplicate=False)
+                 if parameter is found]  # fmt: skip
+        for other in names if len(names) > 1 else ():
+            owner = other.rpartition(".")[0]
+            if owner and self.known.get(owner) not in self.calls:
+                same = next(n for n in names if n != other)
+                return f"{other}, which these inputs do not reach, is the same parameter as {same}"
+        return None
+
     def owners(self, value: Value, readers: Iterable[fx.Node]) -> dict[str, str] | None:
         """The modules that readers of a parameter belong to, by path, with the name that it has in each; None where one
         of them does not have it, or by several names."""
@@ -345,10 +362,14 @@ def _edit(module: nn.Module, found: Converted, places: _Places) -> None:
               for v, nodes in plan.copies.items()}  # fmt: skip
     with torch.no_grad():
         factors = [_factor(node, plan, targets) for node in plan.scaled]
+        for factor in factors:
+            if why := places.elsewhere(factor):
+                raise _Unfit(why)
         for name, tensor in found.tensors.items():
             source = found.copies.get(name)
             if source is None:
-                _demand_alone(module, targets[name], places)
+                if why := places.elsewhere(targets[name]):
+                    raise _Unfit(why)
                 _get(module, targets[name]).copy_(tensor)
                 continue
             owners, old = copied[source]
@@ -379,17 +400,6 @@ def _edit(module: nn.Module, found: Converted, places: _Places) -> None:
             owner.register_forward_pre_hook(centre)
         else:
             owner.register_forward_hook(centre)
-
-
-def _demand_alone(module: nn.Module, name: str, places: _Places) -> None:
-    """Of the modules that share a parameter the trace has seen each: another one may be called another time."""
-    found = _get(module, name)
-    names = [other for other, parameter in module.named_parameters(remove_duplicate=False) if parameter is found]
-    for other in names if len(names) > 1 else ():
-        owner = other.rpartition(".")[0]
-        if owner and places.known.get(owner) not in places.calls:
-            same = next(n for n in names if n != other)
-            raise _Unfit(f"{other}, which these inputs do not reach, is the same parameter as {same}")
 
 
 def _factor(node: Node, plan: Conversion, targets: Mapping[str, str]) -> str:
