@@ -352,3 +352,43 @@ def test_second_derivatives_at_a_row_of_zeros(affine: bool) -> None:
         torch.testing.assert_close(norm(x), norm(x.double()).float())
     traced: Any = torch.jit.trace(norm, x.detach())  # type: ignore[no-untyped-call]  # which checks itself without gradients
     torch.testing.assert_close(traced(x), norm(x))
+
+
+class Encoder(nn.Module):
+    """torch's own layers, which it computes by one operator in evaluation without gradients."""
+
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(D, 2, 2 * D, batch_first=True, norm_first=first)
+        self.l, self.o = nn.Linear(D, D), nn.Linear(D, 3)
+        self.e = nn.TransformerEncoder(layer, 2, nn.LayerNorm(D), enable_nested_tensor=not first)
+
+    def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
+        out: Tensor = self.o(self.e(self.l(x), src_key_padding_mask=padding))
+        return out
+
+
+PADDING = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+
+
+def test_layers_that_torch_computes_by_an_operator_of_its_own_are_told_of() -> None:
+    module, x = drawn(Encoder(True)), torch.randn(2, 5, D)
+    result, report = normfuse.optimize(module, normfuse.Config(layernorm_to_rmsnorm="exact"), args=(x,))
+    assert report.converted == 5
+    assert any("computes 2 nn.TransformerEncoderLayer by an operator" in note for note in report.notes)
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            torch.testing.assert_close(result(x, PADDING), module(x, PADDING), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning")
+def test_approximated_layers_are_not_computed_by_an_operator_of_torch() -> None:
+    module, given = drawn(Encoder(False)), [(torch.randn(2, 5, D),) for _ in range(8)]
+    config = normfuse.Config(layernorm_to_rmsnorm="approximate", tolerance=9.0)
+    result, report = normfuse.optimize(module, config, args=given[0], calibration=given)
+    assert report.converted == 5 and not any("TransformerEncoderLayer" in note for note in report.notes)
+    for padding in (None, PADDING):
+        with torch.no_grad():
+            found, other = result(*given[0], padding), module(*given[0], padding)
+        torch.testing.assert_close(found, result(*given[0], padding))  # with gradients, part by part
+        assert (found - other)[:, :3].abs().max() > 1e-3

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -85,6 +85,10 @@ def convert_module(module: nn.Module, config: Config, args: Sequence[Any], kwarg
     if report.converted and any(_drops(m) for m in out.modules()):
         report.notes.append("values that dropout sets to zero give the rows a mean again: the converted module is "
                             "exact in evaluation mode, and in training with a dropout of 0")  # fmt: skip
+    if fast := len(_fast_layers(out)):
+        report.notes.append(f"in evaluation without gradients torch computes {fast} nn.TransformerEncoderLayer by an "
+                            "operator of its own, with LayerNorms, which gives the same; "
+                            "torch.backends.mha.set_fastpath_enabled(False) makes it take the RMSNorms")  # fmt: skip
     modes = {name: m.training for name, m in module.named_modules()}
     for name, m in out.named_modules():
         m.training = modes.get(name, module.training)
@@ -392,6 +396,7 @@ def _edit(module: nn.Module, found: Converted, places: _Places) -> None:
         for path in [path for path, part in module.named_modules(remove_duplicate=False) if part is old_norm]:
             above, _, last = path.rpartition(".")
             setattr(module.get_submodule(above), last, new)
+    _leave_fast_path(module, {places.norm_module(site, inner) for site, inner in found.approximated.items()})
     for value, want in plan.operators:
         hook = places.hook_of(value.native)
         assert hook is not None  # the plan asked for it
@@ -400,6 +405,26 @@ def _edit(module: nn.Module, found: Converted, places: _Places) -> None:
             owner.register_forward_pre_hook(centre)
         else:
             owner.register_forward_hook(centre)
+
+
+def _leave_fast_path(module: nn.Module, approximated: Collection[tuple[str, int] | None]) -> None:
+    """In evaluation without gradients torch computes an encoder layer by an operator of its own, from the parameters
+    of LayerNorms, which approximated ones are not. It does so where the layer says which activation it has."""
+    changed = {module.get_submodule(known[0]) for known in approximated if known is not None}
+    for layer in _fast_layers(module):
+        if not changed.isdisjoint((layer.norm1, layer.norm2)):
+            layer.activation_relu_or_gelu = 0
+    for encoder in module.modules():
+        if isinstance(encoder, nn.TransformerEncoder) and not all(
+                getattr(layer, "activation_relu_or_gelu", True) for layer in encoder.layers):
+            encoder.use_nested_tensor = False  # which only that operator takes
+
+
+def _fast_layers(module: nn.Module) -> list[Any]:
+    """The encoder layers of torch that may be computed so, and have norms that were replaced."""
+    layers: list[Any] = [part for part in module.modules() if isinstance(part, nn.TransformerEncoderLayer)]
+    return [layer for layer in layers if layer.activation_relu_or_gelu and
+            any(isinstance(norm, RMSNorm) for norm in (layer.norm1, layer.norm2))]  # fmt: skip
 
 
 def _factor(node: Node, plan: Conversion, targets: Mapping[str, str]) -> str:
