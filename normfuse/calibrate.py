@@ -228,6 +228,8 @@ def _cosine(want: Sequence[Array], got: Sequence[Array]) -> float:
 
 def read_batches(path: str | Path) -> list[dict[str, Array]]:
     """Calibration inputs from an .npz file, or from a folder of them in the order of their names."""
+    if not str(path):
+        raise InputError("calibration is an empty path; give the name of an .npz file, or of a folder of them")
     where = Path(path)
     if where.is_dir():
         files = sorted(where.glob("*.npz"))
@@ -284,7 +286,7 @@ def named_batches(given: Any, inputs: Mapping[str, tuple[Sequence[Any], Any]],
             if not fits:
                 wanted = "x".join(str(d) for d in shape)
                 got = "x".join(map(str, array.shape))
-                raise InputError(f"{what} {i}: input {name!r} has shape {got}, the model wants {wanted}")
+                raise InputError(f"{what} {i}: input {name!r} has shape {got or '()'}, the model wants {wanted}")
             real = array.dtype.kind in "biuf" or "float" in array.dtype.name
             if not real and array.dtype.kind != np.dtype(dtype).kind:
                 raise InputError(f"{what} {i}: input {name!r} holds {array.dtype}, the model wants {np.dtype(dtype)}")

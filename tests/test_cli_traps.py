@@ -13,7 +13,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from normfuse.calibrate import load
+from normfuse.calibrate import load, read_batches
 from normfuse.cli import main
 from normfuse.cli_print import Table, _print_rich
 from normfuse.errors import InputError
@@ -82,6 +82,12 @@ def test_inputs_that_are_no_file(tmp_path: Path) -> None:
     source = rms_file(tmp_path / "in.onnx")
     done = cli("verify", source, source, "--inputs", tmp_path / "f.npz")
     assert done.returncode == 2 and "f.npz is not a regular file" in done.stderr
+
+
+def test_calibration_inputs_that_are_no_file(tmp_path: Path) -> None:
+    for path, said in (("", "an empty path"), (tmp_path, "holds no .npz file"), (tmp_path / "gone.npz", "No such")):
+        with pytest.raises(InputError, match=said):
+            read_batches(path)
 
 
 def test_damaged_inputs(tmp_path: Path) -> None:
