@@ -296,7 +296,33 @@ class Otherwise(nn.Module):
         return found * self.factor if torch.compiler.is_exporting() else found
 
 
-@pytest.mark.parametrize(("factor", "edits"), [(1 + 1e-9, True), (1.001, True), (1 + 1e-9, False)])
+class Elsewhere(Otherwise):
+    """Its graph is another model's, which does not read the stream where that is large."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.l(x)
+        found: Tensor = self.o(self.n(h))
+        return found * 2 if torch.compiler.is_exporting() else found + (h - h.clamp(-9, 9)).sum(-1, keepdim=True)
+
+
+class Both(Otherwise):
+    """It gives more than its graph."""
+
+    def forward(self, x: Tensor) -> Any:
+        found: Tensor = self.o(self.n(self.l(x)))
+        return found if torch.compiler.is_exporting() else (found, found)
+
+
+@pytest.mark.parametrize("kind", [Elsewhere, Both])
+def test_a_graph_of_another_model(kind: Any) -> None:
+    """Of this nothing is proved, however equal the results are for the inputs that are given."""
+    module, x = drawn(kind(1.0)), torch.randn(2, D)
+    result, report = normfuse.optimize(module, normfuse.Config(layernorm_to_rmsnorm="exact"), args=(x,))
+    assert not report.converted and [r.code for r in report.refusals] == ["NF304"]
+    torch.testing.assert_close(result(99 * x), module(99 * x), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("factor", "edits"), [(1 + 1e-9, True), (1.00001, True), (1 + 1e-9, False)])
 def test_a_graph_that_rounds_otherwise(factor: float, edits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The module that was converted is then compared with the module that was given."""
     module, x = drawn(Otherwise(factor)).double(), torch.randn(2, D, dtype=torch.float64)
