@@ -71,6 +71,15 @@ def test_an_instance_normalization_of_rows(op: str, verify: str) -> None:
     check(model("int64[1,3] i", f"same = Identity(ones) {chain(norm)} y = Neg(n)", **held), IDS, 2, verify=verify)
 
 
+@pytest.mark.parametrize("shape", ["[B,S]", "[1]", ""])
+def test_a_table_of_one_row(shape: str) -> None:
+    """As RoBERTa's of kinds of tokens: of the numbers that are drawn none but 0 is a row of it."""
+    lines = f"""a = Gather(table, i) t = Gather(one, k) h = Add(a, t) {OPERATOR.format('h', 'n')} y = MatMul(n, w)"""
+    kinds: dict[str, tuple[int, ...]] = {"": (), "[1]": (1,), "[B,S]": (2, 3)}
+    feeds = [{"i": np.array([[0, 3, 1], [2, 1, 1]]), "k": np.zeros(kinds[shape], np.int64)}]
+    check(model(f"int64[B,S] i, int64{shape} k", lines, one=numbers(1, D), **HELD), feeds, 1, verify="sites")
+
+
 @pytest.mark.parametrize("shape", ["1,3", "B,S", "2,2"])
 def test_query_and_key_straight_from_a_table(shape: str) -> None:
     """They tell nothing where all tokens of a row are the same."""
