@@ -146,6 +146,48 @@ def test_a_half_model_with_outputs_of_float32_is_measured_against_itself(wrong: 
     assert code == wrong and (wrong or "without ONNX Runtime's optimisers" in text)
 
 
+CHAOS = "s0 = Sigmoid(g) " + " ".join(f"a{i} = Sub(c1, s{i}) b{i} = Mul(a{i}, s{i}) c{i}_ = Add(b{i}, b{i}) "
+                                     f"s{i + 1} = Add(c{i}_, c{i}_)" for i in range(40))  # fmt: skip
+"""Steps that make of one rounding any number from 0 to 1."""
+GELU = ("q = Constant<value_float=1.4142135>() h = Constant<value_float=0.5>() d = Div(x, q) e = Erf(d) f = Add(e, c1) "
+        "i = Mul(x, f) g = Mul(i, h) ")  # fmt: skip
+HALF = ("m = Cast<to=10>(x) V = Cast<to=10>(W) u = Cast<to=10>(v) h = MatMul(m, V) d = Add(h, u) e = MatMul(d, V) "
+        "g = Cast<to=1>(e) ")  # fmt: skip
+
+
+@pytest.mark.parametrize("steps", [GELU + CHAOS, HALF + CHAOS])
+def test_a_model_that_is_far_from_itself_excuses_nothing(steps: str, tmp_path: Path) -> None:
+    """What makes anything of a rounding tells nothing of its rewrite."""
+    made = model(steps + " y = LayerNormalization(s40, w, v)", f"float[A, {N}] x", f"float[A, {N}] y", 17)
+    source, wrong = saved(made, tmp_path / "in.onnx"), saved(heavier(made), tmp_path / "wrong.onnx")
+    feeds = {"x": np.random.default_rng(0).standard_normal((64, N)).astype("f4")}
+    plain, whole = (session(source, optimise=on).run(["y"], feeds)[0] for on in (False, True))
+    assert abs(plain - whole).max() > abs(whole).max() / 4
+    assert not compare_rewritten(source, wrong, inputs=feeds)["equal"]
+
+
+def test_a_model_that_runs_with_optimisers_only_is_told_from_its_rewrite(tmp_path: Path) -> None:
+    """They take away the branch that is never taken, for whose operator ONNX Runtime has no kernel."""
+    made = onnx.parser.parse_model(f'''<ir_version: 8, opset_import: ["": 17]> g (float[A, {N}] x) => (float[A, {N}] y)
+        <bool never = {{0}}, float16[{N}] b = {{{", ".join("0" * N)}}}, float[{N}] w = {{{", ".join("1" * N)}}}> {{
+        n = Cast<to=1>(b) t = Add(x, n)
+        u = If(never) <then_branch = yes () => (float[A, {N}] p) {{
+            i = Cast<to=11>(t) j = Tan(i) p = Cast<to=1>(j) }},
+            else_branch = no () => (float[A, {N}] q) {{ q = Identity(t) }}>
+        y = LayerNormalization(u, w) }}''')
+    source = saved(made, tmp_path / "in.onnx")
+    assert not compare_rewritten(source, saved(heavier(made), tmp_path / "wrong.onnx"))["equal"]
+
+
+def heavier(made: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with another weight of its norm."""
+    other = onnx.ModelProto()
+    other.CopyFrom(made)
+    weight = next(t for t in other.graph.initializer if t.name == "w")
+    weight.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight) * np.float32(1.5), "w"))
+    return other
+
+
 def test_norms_in_float64_are_the_same_model(tmp_path: Path) -> None:
     """Also where a result is an output of the graph and is read inside, and where sizes and casts are in between."""
     lines = FAR + FLAX.format(x="x1", floor="c0", spread="column") + " o = Neg(mean)"
