@@ -473,3 +473,23 @@ def test_no_function_inside_a_sequence_map(opset: int, kind: str, fused: int, ta
     report = normfuse.rewrite(source, out, normfuse.Config(target=target, verify="model"))
     assert [(n.kind, n.action) for n in report.norms] == [(kind, "fused" if fused else "refused")]
     assert [r.code for r in report.refusals] == ["NF202"] * (1 - fused)
+
+
+@pytest.mark.parametrize("body", [
+    "o = If(yes) <then_branch = t () => (float[2, 1, 8] p) { NORM }, "
+    "else_branch = e () => (float[2, 1, 8] n) { n = Neg(a) }>",
+    "f = Loop(two, yes) <body = l (int64 i, bool c) => (bool k, float[2, 1, 8] p) { k = Identity(c) NORM }> "
+    "o = ReduceSum<keepdims = 0>(f, first)",
+])  # fmt: skip
+def test_a_function_further_inside_a_sequence_map(body: str, tmp_path: Path) -> None:
+    """There ONNX Runtime loads it."""
+    body = body.replace("NORM", "q = Mul(a, a) m = ReduceMean(q, last) e = Add(m, eps) r = Sqrt(e) p = Div(a, r)")
+    made = onnx.parser.parse_model(f"""<ir_version: 10, opset_import: ["" : 18]>
+        g (float[2, 6, 8] x, bool yes) => (float[2, 6, 8] y)
+        <float eps = {{1e-5}}, int64[1] last = {{-1}}, int64 two = {{2}}, int64[1] first = {{0}}> {{
+            s = SplitToSequence<axis = 1, keepdims = 1>(x)
+            t = SequenceMap<body = b (float[2, 1, 8] a) => (float[2, 1, 8] o) {{ {body} }}>(s)
+            y = ConcatFromSequence<axis = 1>(t) }}""")
+    source, out = saved(made, tmp_path / "in.onnx"), tmp_path / "out.onnx"
+    report = normfuse.rewrite(source, out, normfuse.Config(verify="model"))
+    assert [n.action for n in report.norms] == ["fused"]

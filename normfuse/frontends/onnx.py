@@ -61,7 +61,7 @@ class Lowering:
 
     Shapes and types that the model does not state come of the operators' rows and, where these leave them open, of
     `onnx.shape_inference` of a node by itself. `outer` is the lowering of the graph around, for the captures of a
-    sub-graph, `path` its place, and `mapped` whether it is, or lies in, what a SequenceMap does.
+    sub-graph, `path` its place, and `mapped` whether it is the body of a SequenceMap.
     """
 
     def __init__(self, source: ir.Graph, outer: Lowering | None = None, path: tuple[str, ...] = (),
@@ -324,7 +324,7 @@ class Lowering:
         output = node.outputs[0].name or "" if node.outputs else ""
         inner_graphs = [((*self.path, f"{output}.{a.name}.{i}"), g) for a in node.attributes.values()
                         for i, g in enumerate(_subgraphs(a))]  # fmt: skip
-        mapped = self.mapped or node.op_type == "SequenceMap"
+        mapped = node.op_type == "SequenceMap"
         inner = [Lowering(graph, self, path, mapped) for path, graph in inner_graphs if len(path) <= MAX_DEPTH]
         self.inner += inner
         if node.op_type == "If" and len(inner) == 2:
