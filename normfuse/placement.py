@@ -225,7 +225,7 @@ def weight(value: Value) -> bool:
             return True
         node = value.producer
         if node is not None and node.kind == "concat":
-            return all(v.producer is None and v.fixed for v in node.inputs)
+            return all(v.fixed for v in node.inputs)
         if node is None or node.kind not in THROUGH | {"gather", "slice"}:
             return False
         value = node.inputs[0]

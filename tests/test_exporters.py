@@ -330,13 +330,17 @@ def test_a_model_that_was_quantised_statically_has_the_same_placements(tmp_path:
     assert [(n.kind, n.placement) for n in after.norms] == [(n.kind, n.placement) for n in before.norms]
 
 
-def test_a_product_with_weights_that_are_put_side_by_side_is_no_attention() -> None:
+@pytest.mark.parametrize("made_of", [
+    "V = Transpose(W)", "i = Cast<to = 3>(W) d = Constant<value_float = 0.1>() V = DequantizeLinear(i, d)",
+    "V = Identity(W)",
+])  # fmt: skip
+def test_a_product_with_weights_that_are_put_side_by_side_is_no_attention(made_of: str) -> None:
     """onnxoptimizer makes one product of those of query, key and value."""
     made = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["": 18]>
         g (float[2, 3, 64] x, float[64] w, float[64, 64] W) => (float[2, 3, 64] y) {
-            n = LayerNormalization(x, w) K = Concat<axis = 1>(W, W, W) p = MatMul(n, K)
+            n = LayerNormalization(x, w) V = NONE K = Concat<axis = 1>(W, W, V) p = MatMul(n, K)
             a, b, c = Split<num_outputs = 3, axis = -1>(p) t = Transpose<perm = [0, 2, 1]>(b) s = MatMul(a, t)
-            o = Softmax(s) r = MatMul(o, c) f = MatMul(r, W) y = Add(x, f) }""")
+            o = Softmax(s) r = MatMul(o, c) f = MatMul(r, W) y = Add(x, f) }""".replace("V = NONE", made_of))
     for name, shape in (("w", (64,)), ("W", (64, 64))):
         made.graph.input.remove(next(v for v in made.graph.input if v.name == name))
         made.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(shape, np.float32), name))
