@@ -303,3 +303,43 @@ def test_many_of_them_take_linear_time() -> None:
         assert seconds(160) < 8 * few * 3
     finally:
         gc.enable()
+
+
+SQUARE = """a = Transpose<perm = [1, 0]>(x) {weight} q = Mul(a, a) m = ReduceMean<axes = [0, 1], keepdims = 1>(q)
+e = Add(m, eps) r = Sqrt(e) i = Reciprocal(r) s = Mul(x, u) t = Transpose<perm = [1, 0]>(s) y = Mul(i, t)"""
+
+
+def square(weight: str, size: int) -> onnx.ModelProto:
+    """A norm over both axes, with a weight for each element that is applied in the other layout."""
+    made = onnx.parser.parse_model(f'''<ir_version: 8, opset_import: ["": 17]>
+        g (float[{size},{size}] x) => (float[{size},{size}] y) {{ {SQUARE.format(weight=weight)} }}''')
+    w = np.random.default_rng(0).standard_normal((size, size)).astype("f4")
+    held = {"w": w, "eps": np.float32(1e-5)} | ({} if weight else {"u": w})
+    made.graph.initializer.extend(numpy_helper.from_array(np.asarray(a), name) for name, a in held.items())
+    return made
+
+
+def same(one: onnx.ModelProto, other: onnx.ModelProto, size: int) -> bool:
+    x = np.random.default_rng(1).standard_normal((size, size)).astype("f4") + 2
+    a, b = (session(m.SerializeToString()).run(None, {"x": x})[0] for m in (one, other))
+    return bool(np.abs(a - b).max() <= 1e-5 * np.abs(a).max())
+
+
+@pytest.mark.parametrize("weight", ["", "u = Transpose<perm = [1, 0]>(w)", "u = Identity(w)"])
+@pytest.mark.parametrize("size", [6, 48])
+def test_a_weight_for_each_element_is_turned_with_them(weight: str, size: int) -> None:
+    """As many along both axes: its shape does not tell."""
+    given = square(weight, size)
+    made, report = normfuse.optimize(given)
+    assert report.fused == 1 and not report.refusals
+    assert same(given, made, size)
+
+
+@pytest.mark.parametrize("verify", ["off", "sites"])
+def test_what_is_written_anew_is_compared(verify: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("normfuse.frontends.onnx_layout._Writer.operand", lambda self, value, native, beside:
+                        self.of(value) if value.index in self.facts else native)  # fmt: skip
+    given = square("", 6)
+    made, report = normfuse.optimize(given, normfuse.Config(verify=verify))
+    assert report.fused == 0 and same(given, made, 6)
+    assert {t.name for t in made.graph.initializer} == {t.name for t in given.graph.initializer}

@@ -244,6 +244,11 @@ def _finish(nodes: list[onnx.NodeProto], inputs: list[str], outputs: list[str], 
     return own, wide
 
 
+def in_float64(nodes: list[onnx.NodeProto], inputs: list[str], outputs: list[str], opset: int) -> onnx.ModelProto:
+    """Some nodes as a model that computes in float64."""
+    return _finish(nodes, inputs, outputs, opset, [])[1]
+
+
 def _widen(node: onnx.NodeProto) -> list[onnx.NodeProto]:
     """A node retyped to float64."""
     for attr in node.attribute:

@@ -9,26 +9,36 @@ each operand in the other layout: nothing is rounded that was not. The facts tel
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from onnx.reference import ReferenceEvaluator
 
-from normfuse.facts import ONE, ZERO, Fact, Refused, RootKey
+from normfuse.facts import ONE, ZERO, Fact, Refused, Root, RootKey
 from normfuse.frontends.onnx import Lowering
+from normfuse.frontends.onnx_check import MOST, OPS, in_float64
 from normfuse.frontends.onnx_emit import discard, unique
-from normfuse.graph import Node, Value
+from normfuse.graph import FLOATS, Dim, Node, Value
 from normfuse.norm import VIEWS, Site, match, region
+from normfuse.ort_values import Array
 from normfuse.passes.remove_dead import live
 from normfuse.recognise import Recognition
+from normfuse.sessions import is_float
 from normfuse.transfer import SPREAD, align, identity_layout
+from normfuse.verify import distance
 
 AXES_INPUT = {"ReduceMean": 18, "ReduceSum": 13}
 """The reductions that are written anew, and from which opset on their axes are an input."""
 COPIES = frozenset({*VIEWS, "identity"})
 ELEMENTWISE = frozenset("add sub mul div neg abs square pow sqrt rsqrt reciprocal max cast".split())
 MAX_NODES = 64
+CLOSE = 1e-9
+"""How far the same numbers may be off in float64, where sums are taken in another order, in parts of the largest."""
 
 
 class _No(Exception):
@@ -151,21 +161,31 @@ def lay(low: Lowering, found: Recognition, norms: Sequence[Turned], opset: int, 
         writer = _Writer(low, found, norm, opset, used)
         try:
             result = writer.run()
+            _name(norm, writer.nodes, used)
+            _Equal(low, writer.root, opset).demand(norm, writer.nodes, result)
         except (_No, Refused):
+            for value in writer.held:
+                del low.source.initializers[value.name or ""]
             continue
-        _put(norm, writer.nodes, result, used, needed)
+        _put(norm, writer.nodes, result, needed)
         count += 1
     return count
 
 
-def _put(norm: Turned, nodes: list[ir.Node], result: ir.Value, used: set[str | None], needed: set[ir.Node]) -> None:
+def _name(norm: Turned, nodes: list[ir.Node], used: set[str | None]) -> None:
     old: ir.Value = norm.value.native
     last = old.producer()
-    assert last is not None and last.graph is not None
+    assert last is not None
     for i, node in enumerate(nodes):
         node.name = unique(f"{last.name or old.name}/{i}", used)
         node.outputs[0].name = unique(f"{old.name}_{i}", used)
         node.metadata_props.update(last.metadata_props)
+
+
+def _put(norm: Turned, nodes: list[ir.Node], result: ir.Value, needed: set[ir.Node]) -> None:
+    old: ir.Value = norm.value.native
+    last = old.producer()
+    assert last is not None and last.graph is not None
     last.graph.insert_before(last, nodes)
     new = result.producer()
     assert new is not None
@@ -173,6 +193,54 @@ def _put(norm: Turned, nodes: list[ir.Node], result: ir.Value, used: set[str | N
     result.name, result.shape, result.type = old.name, old.shape, old.type
     old.replace_all_uses_with(result, replace_graph_outputs=True)
     discard([node.native for node in reversed(norm.nodes)], needed)
+
+
+class _Equal:
+    """Compares the nodes of a norm with those that were made anew: all that is done later is checked against these."""
+
+    def __init__(self, low: Lowering, root: Root, opset: int) -> None:
+        self.low, self.root, self.opset = low, root, opset
+        self.sizes: dict[Dim, int] = {}
+
+    def demand(self, norm: Turned, nodes: list[ir.Node], result: ir.Value) -> None:
+        """Raise `_No` where they give something else in float64 on random numbers, or do not run. Rows are few where
+        nothing fixes their number."""
+        for few in (True, False):
+            try:
+                old = self._run([node.native for node in norm.nodes], norm.value.native, few)
+                new = self._run(nodes, result, few)
+            except Exception:  # the reference evaluator raises anything
+                continue
+            if old.shape != new.shape or distance(old, new) > CLOSE * float(np.max(np.abs(old), initial=0.0)):
+                raise _No
+            return
+        raise _No
+
+    def _run(self, nodes: list[ir.Node], out: ir.Value, few: bool) -> Array:
+        inside = {v for node in nodes for v in node.outputs}
+        read = dict.fromkeys(v for node in nodes for v in node.inputs if v is not None and v not in inside)
+        feeds = {v.name or "": self._numbers(v, few) for v in read}
+        model = in_float64([ir.to_proto(node) for node in nodes], list(feeds), [out.name or ""], self.opset)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found: Any = ReferenceEvaluator(model, new_ops=OPS).run(None, feeds)
+        return np.asarray(found[0])
+
+    def _numbers(self, native: ir.Value, few: bool) -> Array:
+        array = self.low.arrays.get(native)
+        if array is None and native.const_value is not None:
+            array = np.asarray(native.const_value.numpy())
+        if array is not None:
+            return array.astype(np.float64) if is_float(array) else array
+        value = self.low.value(native)
+        if value.shape is None or value.dtype not in FLOATS:
+            raise _No
+        cut = few and value is self.root.value
+        shape = [self.sizes.setdefault(d, 2 + len(self.sizes) % 3) if not isinstance(d, int) else
+                 min(d, 3) if cut and i not in self.root.axes else d for i, d in enumerate(value.shape)]  # fmt: skip
+        if math.prod(shape) > MOST:
+            raise _No
+        return np.random.default_rng(value.index).standard_normal(shape) + 1.0
 
 
 class _Writer:
@@ -185,6 +253,7 @@ class _Writer:
         self.root, self.layout = fact.root, fact.layout
         self.nodes: list[ir.Node] = []
         self.made: dict[int, ir.Value] = {}
+        self.held: list[ir.Value] = []
 
     def run(self) -> ir.Value:
         """The result, in its own layout as all that it is made of."""
@@ -256,16 +325,20 @@ class _Writer:
         target = [1] * len(self.layout)
         for (i, _), place in zip(long, places, strict=True):
             target[place] = sizes[i]
-        if sizes == target[len(target) - len(shape) :] and set(target[: len(target) - len(shape)]) <= {1}:
+        plain = sizes == target[len(target) - len(shape) :] and set(target[: len(target) - len(shape)]) <= {1}
+        if plain and places == sorted(places):
             return native
         turn = [i for i, d in enumerate(sizes) if d == 1 or not aligned[i]]
         turn += [i for _, i in sorted(zip(places, (i for i, _ in long), strict=True))]
         tensor = native.const_value if value.leaf and value.fixed and not value.overridable else None
         if tensor is None or isinstance(tensor, ir.ExternalTensor):
             moved = native if turn == sorted(turn) else self.node("Transpose", [native], [ir.AttrInt64s("perm", turn)])
+            if [sizes[i] for i in turn] == target:
+                return moved
             return self.node("Reshape", [moved, self.constant(target)])
         name = unique(f"{native.name}_{self.norm.value.name}", self.used)
         held = ir.Tensor(tensor.numpy().transpose(turn).reshape(target), dtype=tensor.dtype, name=name)
         made = ir.Value(name=name, shape=ir.Shape(target), type=ir.TensorType(tensor.dtype), const_value=held)
         self.low.source.register_initializer(made)
+        self.held.append(made)
         return made
