@@ -71,7 +71,7 @@ def turned(low: Lowering, found: Recognition) -> list[Turned]:
         kinds = {key: match(found.facts[value.index][key]).kind for key in keys[value]}
         for key in sorted(kinds, key=lambda key: (kinds[key] != "layer_norm", key)):
             nodes = _nodes(low, found, value, key)
-            if nodes is None or not taken.isdisjoint(nodes):
+            if nodes is None or not taken.isdisjoint(nodes) or not _mixed(found, value, key, nodes):
                 continue
             fact, inside = found.facts[value.index][key], set(nodes)
             if all(_less(site, own, fact, kinds[key], inside) for site, own in sites if not inside.isdisjoint(own)):
@@ -79,6 +79,14 @@ def turned(low: Lowering, found: Recognition) -> list[Turned]:
                 out.append(Turned(value, key, nodes))
                 break
     return out[::-1]
+
+
+def _mixed(found: Recognition, value: Value, key: RootKey, nodes: Sequence[Node]) -> bool:
+    """Whether some of its steps are in another layout than the result."""
+    facts = _Facts(found, key)
+    layout = facts[value.index].layout
+    steps = (facts[node.outputs[0].index].layout for node in nodes if node.kind not in COPIES)
+    return any(len(own) != len(layout) or any(a and a != b for a, b in zip(own, layout, strict=True)) for own in steps)
 
 
 def _less(site: Site, own: set[Node], fact: Fact, kind: str, nodes: set[Node]) -> bool:
