@@ -7,14 +7,19 @@ import gc
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from onnx import numpy_helper
 
 import normfuse
+from normfuse.frontends.onnx import lower
+from normfuse.frontends.onnx_emit import Emitter
+from normfuse.frontends.onnx_fused import FusedEmitter
 from normfuse.io.files import from_proto
 from normfuse.sessions import session
 
@@ -303,6 +308,38 @@ def test_many_of_them_take_linear_time() -> None:
         assert seconds(160) < 8 * few * 3
     finally:
         gc.enable()
+
+
+def test_an_operator_with_a_neighbour_is_planned_on_what_was_written_anew() -> None:
+    """Two norms with a sum behind them, one of them in two layouts, for a target that takes the sums in."""
+    lines = """q = Mul(x, x) m = ReduceMean<axes = [-1], keepdims = 1>(q) e = Add(m, eps) i = Sqrt(e) n = Div(x, i)
+    v = Mul(n, w) s = Add(v, r) t = Transpose<perm = [0, 2, 1]>(s) c = Tanh(t)
+    cm = ReduceMean<axes = [1], keepdims = 1>(c) d = Sub(c, cm) dq = Mul(d, d)
+    dm = ReduceMean<axes = [1], keepdims = 1>(dq) de = Add(dm, eps) dr = Sqrt(de) dt = Transpose<perm = [0, 2, 1]>(d)
+    rt = Transpose<perm = [0, 2, 1]>(dr) dn = Div(dt, rt) u = Mul(dn, w) y = Add(u, s)"""
+    made = onnx.parser.parse_model(f'''<ir_version: 8, opset_import: ["": 17]>
+        g (float[2,3,16] x, float[2,3,16] r) => (float[2,3,16] y) {{ {lines} }}''')
+    held = {"w": np.random.default_rng(0).standard_normal(16).astype("f4"), "eps": np.float32(1e-5)}
+    made.graph.initializer.extend(numpy_helper.from_array(np.asarray(a), name) for name, a in held.items())
+    result, report = normfuse.optimize(made, normfuse.Config(target="normfuse"))
+    assert report.fused == 2 and any("another layout" in note for note in report.notes)
+    assert [n.op_type for n in result.graph.node if "norm" in n.op_type] == ["norm_add", "norm_add_layer_norm_scale"]
+    given = {name: np.random.default_rng(1).standard_normal((2, 3, 16)).astype("f4") for name in ("x", "r")}
+    a, b = (session(m.SerializeToString()).run(None, given)[0] for m in (made, result))
+    np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-5)
+
+
+def test_nodes_have_their_places_in_the_graph_as_it_was_read_last() -> None:
+    """What comes first is asked of a graph before and after norms are written anew."""
+    model, _ = from_proto(onnx.parser.parse_model('''<ir_version: 8, opset_import: ["": 17]>
+        g (float[2] x) => (float[2] y) { y = Neg(x) }'''), Path("m"))
+    fused = FusedEmitter(Emitter(17))
+    for node in (model.graph[0], ir.Node("", "Abs", [model.graph[0].outputs[0]])):
+        if node.graph is None:
+            model.graph.append(node)
+        edit: Any = SimpleNamespace(results=[SimpleNamespace(native=node.outputs[0])])
+        (low,) = lower(model)
+        assert fused._reaches(low, edit, node.outputs[0]) and not fused._reaches(low, edit, model.graph.inputs[0])
 
 
 SQUARE = """a = Transpose<perm = [1, 0]>(x) {weight} q = Mul(a, a) m = ReduceMean<axes = [0, 1], keepdims = 1>(q)

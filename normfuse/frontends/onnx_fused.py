@@ -34,7 +34,7 @@ class FusedEmitter:
 
     def __init__(self, emitter: Emitter, exact: bool = True) -> None:
         self.emitter, self.exact = emitter, exact
-        self.places: dict[ir.Graph, dict[ir.Node, int]] = {}
+        self.places: dict[Lowering, dict[ir.Node, int]] = {}  # a graph that is changed is read again
 
     def unfit(self, low: Lowering, edit: Fused) -> Reason | None:
         """Why an edit has no operator here, as (code, message), or None."""
@@ -79,9 +79,9 @@ class FusedEmitter:
 
     def _reaches(self, low: Lowering, edit: Fused, value: ir.Value) -> bool:
         """Whether a value depends on a result of an edit."""
-        if low.source not in self.places:
-            self.places[low.source] = {node: i for i, node in enumerate(low.source)}
-        place = self.places[low.source]
+        if low not in self.places:
+            self.places[low] = {node: i for i, node in enumerate(low.source)}
+        place = self.places[low]
         results = {v.native.producer() for v in edit.results}
         start = min(place[node] for node in results)
         todo, seen = [value], set()
