@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from normfuse.facts import ONE, ZERO, Fact, Refused, Root, RootKey
 from normfuse.frontends.onnx import Lowering
 from normfuse.frontends.onnx_check import MOST, OPS, in_float64
 from normfuse.frontends.onnx_emit import discard, unique
+from normfuse.frontends.onnx_fold import attribute
 from normfuse.graph import FLOATS, Dim, Node, Value
 from normfuse.norm import VIEWS, Site, match, region
 from normfuse.ort_values import Array
@@ -164,13 +165,14 @@ def lay(low: Lowering, found: Recognition, norms: Sequence[Turned], opset: int, 
         return 0
     inside = {node.native for norm in norms for node in norm.nodes}
     needed = {node.native for node in live(low.graph)} - inside
+    places = {node: i for i, node in enumerate(low.source)}
     count = 0
     for norm in norms:
-        writer = _Writer(low, found, norm, opset, used)
+        writer = _Writer(low, found, norm, opset, used, places)
         try:
             result = writer.run()
             _name(norm, writer.nodes, used)
-            _Equal(low, writer.root, opset).demand(norm, writer.nodes, result)
+            _Equal(low, writer.root, opset).demand(norm, [*writer.reused, *writer.nodes], result)
         except (_No, Refused):
             for value in writer.held:
                 del low.source.initializers[value.name or ""]
@@ -254,14 +256,16 @@ class _Equal:
 class _Writer:
     """Makes the nodes of one norm anew."""
 
-    def __init__(self, low: Lowering, found: Recognition, norm: Turned, opset: int, used: set[str | None]) -> None:
-        self.low, self.norm, self.opset, self.used = low, norm, opset, used
+    def __init__(self, low: Lowering, found: Recognition, norm: Turned, opset: int, used: set[str | None],
+                 places: Mapping[ir.Node, int]) -> None:  # fmt: skip
+        self.low, self.norm, self.opset, self.used, self.places = low, norm, opset, used, places
         self.facts = _Facts(found, norm.key)
         fact = self.facts[norm.value.index]
         self.root, self.layout = fact.root, fact.layout
         self.nodes: list[ir.Node] = []
         self.made: dict[int, ir.Value] = {}
         self.held: list[ir.Value] = []
+        self.reused: list[ir.Node] = []
 
     def run(self) -> ir.Value:
         """The result, in its own layout as all that it is made of."""
@@ -294,8 +298,18 @@ class _Writer:
             axes = [entry[0] if entry else None for entry in self.layout]
             rest = iter(a for a in range(len(axes)) if a not in axes)  # of one element: any of them
             perm = [next(rest) if a is None else a for a in axes]
-            self.made[index] = self.node("Transpose", [self.root.value.native], [ir.AttrInt64s("perm", perm)])
+            self.made[index] = self.turned(self.root.value.native, perm)
         return self.made[index]
+
+    def turned(self, native: ir.Value, perm: list[int]) -> ir.Value:
+        """A transpose of a value: one that stands ahead of the norm already, or a new one."""
+        before = self.places[self.norm.value.native.producer()]
+        for node in native.consumers():
+            if node.op_type == "Transpose" and node.domain == "" and self.places.get(node, before) < before:
+                if list(attribute(node, "perm", ())) == perm:
+                    self.reused.append(node)
+                    return node.outputs[0]
+        return self.node("Transpose", [native], [ir.AttrInt64s("perm", perm)])
 
     def of(self, value: Value) -> ir.Value:
         return self.x() if value is self.root.value else self.made[value.index]
