@@ -66,8 +66,11 @@ def turned(low: Lowering, found: Recognition) -> list[Turned]:
              for site in (found.sites if keys else ())]  # fmt: skip
     taken: set[Node] = set()
     out: list[Turned] = []
+    alive = live(low.graph) if keys else set[Node]()
     for value in reversed(keys):
-        if value.native is None or any(v in keys for node in value.uses for v in node.outputs):
+        if value.native is None or value.producer not in alive:
+            continue
+        if any(v in keys for node in value.uses for v in node.outputs):
             continue  # a step towards another
         kinds = {key: match(found.facts[value.index][key]).kind for key in keys[value]}
         for key in sorted(kinds, key=lambda key: (kinds[key] != "layer_norm", key)):
