@@ -177,8 +177,7 @@ def lay(low: Lowering, found: Recognition, norms: Sequence[Turned], opset: int, 
             _name(norm, writer.nodes, used)
             _Equal(low, writer.root, opset).demand(norm, [*writer.reused, *writer.nodes], result)
         except (_No, Refused):
-            for value in writer.held:
-                del low.source.initializers[value.name or ""]
+            writer.undo()
             continue
         _put(norm, writer.nodes, result, needed)
         count += 1
@@ -286,6 +285,14 @@ class _Writer:
         if found.producer() not in self.nodes:
             raise _No
         return found
+
+    def undo(self) -> None:
+        """Leave no node that still counts as a reader, and no constant."""
+        for node in self.nodes:
+            for i in range(len(node.inputs)):
+                node.replace_input_with(i, None)
+        for value in self.held:
+            del self.low.source.initializers[value.name or ""]
 
     def node(self, op: str, inputs: Sequence[ir.Value | None], attrs: Sequence[ir.Attr] = ()) -> ir.Value:
         self.nodes.append(ir.Node("", op, inputs, attrs))
