@@ -388,3 +388,32 @@ def test_what_is_written_anew_is_compared(verify: Any, monkeypatch: pytest.Monke
     made, report = normfuse.optimize(given, normfuse.Config(verify=verify))
     assert report.fused == 0 and same(given, made, 6)
     assert {t.name for t in made.graph.initializer} == {t.name for t in given.graph.initializer}
+
+
+ONE = """{0}q = Mul({1}, {1}) {0}v = ReduceMean<axes = [{2}], keepdims = 1>({0}q) {0}e = Add({0}v, eps)
+{0}r = Sqrt({0}e) {0}x = Transpose<perm = [0, 2, 1]>({1}) {0}t = {3}({0}r{4}) {0}n = Div({0}x, {0}t) """
+
+
+def turns(shape: str, lines: str, **held: Any) -> onnx.ModelProto:
+    made = onnx.parser.parse_model(f'''<ir_version: 8, opset_import: ["": 17]>
+        g (float[{shape}] x) => (float[a, b, c] {lines.split()[-1]}) {{ {" ".join(lines.split()[:-1])} }}''')
+    held["eps"] = np.float32(1e-5)
+    made.graph.initializer.extend(numpy_helper.from_array(np.asarray(a), name) for name, a in held.items())
+    return made
+
+
+def test_a_norm_in_two_layouts_of_another_one() -> None:
+    """It reads the result that was written anew."""
+    turn = "Transpose<perm = [0, 2, 1]>"
+    given = turns("2, 16, 5", ONE.format("a", "x", 1, turn, "") + ONE.format("b", "an", 2, turn, "") + "bn")
+    made, report = normfuse.optimize(given)
+    assert report.fused == 2 and not report.refusals
+    x = np.random.default_rng(1).standard_normal((2, 16, 5)).astype("f4") + 2
+    a, b = (session(m.SerializeToString()).run(None, {"x": x})[0] for m in (given, made))
+    assert np.abs(a - b).max() < 1e-5
+
+
+def test_many_rows_are_compared_by_few_where_a_reshape_has_their_number() -> None:
+    given = turns("1, 64, 400000", ONE.format("a", "x", 1, "Reshape", ", to") + "an", to=np.array([0, 400000, 1]))
+    report = normfuse.optimize(given, normfuse.Config(verify="off"))[1]
+    assert report.fused == 1 and not report.refusals

@@ -175,11 +175,12 @@ def lay(low: Lowering, found: Recognition, norms: Sequence[Turned], opset: int, 
         try:
             result = writer.run()
             _name(norm, writer.nodes, used)
-            _Equal(low, writer.root, opset).demand(norm, [*writer.reused, *writer.nodes], result)
+            _Equal(low, writer.facts, writer.root, opset).demand(norm, [*writer.reused, *writer.nodes], result)
         except (_No, Refused):
             writer.undo()
             continue
         _put(norm, writer.nodes, result, needed)
+        low.values[result], norm.value.native = norm.value, result  # which the next norm may read
         count += 1
     return count
 
@@ -210,15 +211,17 @@ def _put(norm: Turned, nodes: list[ir.Node], result: ir.Value, needed: set[ir.No
 class _Equal:
     """Compares the nodes of a norm with those that were made anew: all that is done later is checked against these."""
 
-    def __init__(self, low: Lowering, root: Root, opset: int) -> None:
-        self.low, self.root, self.opset = low, root, opset
+    def __init__(self, low: Lowering, facts: _Facts, root: Root, opset: int) -> None:
+        self.low, self.facts, self.root, self.opset = low, facts, root, opset
         self.sizes: dict[Dim, int] = {}
+        self.targets: dict[ir.Value, Array] = {}
 
     def demand(self, norm: Turned, nodes: list[ir.Node], result: ir.Value) -> None:
         """Raise `_No` where they give something else in float64 on random numbers, or do not run. Rows are few where
         nothing fixes their number."""
         for few in (True, False):
             try:
+                self.targets = self._fewer(norm) if few else {}
                 old = self._run([node.native for node in norm.nodes], norm.value.native, few)
                 new = self._run(nodes, result, few)
             except Exception:  # the reference evaluator raises anything
@@ -238,18 +241,40 @@ class _Equal:
             found: Any = ReferenceEvaluator(model, new_ops=OPS).run(None, feeds)
         return np.asarray(found[0])
 
-    def _numbers(self, native: ir.Value, few: bool) -> Array:
+    def _fewer(self, norm: Turned) -> dict[ir.Value, Array]:
+        """The targets of Reshapes, where rows are few."""
+        sizes = [self._size(i, d, True) for i, d in enumerate(self.root.value.shape or ())]
+        out: dict[ir.Value, Array] = {}
+        for node in norm.nodes:
+            target = node.native.inputs[1] if node.native.op_type == "Reshape" else None
+            array, layout = self._known(target), self.facts[node.outputs[0].index].layout
+            if target is None or array is None or len(array) != len(layout):
+                continue
+            wanted = [math.prod(sizes[a] for a in entry) if d > 1 and entry != SPREAD else d
+                      for d, entry in zip(array.tolist(), layout, strict=True)]
+            out[target] = np.array(wanted, np.int64)
+        return out
+
+    def _size(self, axis: int, dim: Dim, few: bool) -> int:
+        size = dim if isinstance(dim, int) else self.sizes.setdefault(dim, 2 + len(self.sizes) % 3)
+        return min(size, 3) if few and isinstance(dim, int) and axis not in self.root.axes else size
+
+    def _known(self, native: ir.Value | None) -> Array | None:
+        if native is None:
+            return None
         array = self.low.arrays.get(native)
         if array is None and native.const_value is not None:
             array = np.asarray(native.const_value.numpy())
+        return array
+
+    def _numbers(self, native: ir.Value, few: bool) -> Array:
+        array = self.targets.get(native, self._known(native))
         if array is not None:
             return array.astype(np.float64) if is_float(array) else array
         value = self.low.value(native)
         if value.shape is None or value.dtype not in FLOATS:
             raise _No
-        cut = few and value is self.root.value
-        shape = [self.sizes.setdefault(d, 2 + len(self.sizes) % 3) if not isinstance(d, int) else
-                 min(d, 3) if cut and i not in self.root.axes else d for i, d in enumerate(value.shape)]  # fmt: skip
+        shape = [self._size(i, d, few and value is self.root.value) for i, d in enumerate(value.shape)]
         if math.prod(shape) > MOST:
             raise _No
         return np.random.default_rng(value.index).standard_normal(shape) + 1.0
