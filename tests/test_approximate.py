@@ -318,3 +318,28 @@ def test_a_converted_model_is_read_as_what_it_is(tmp_path: Path) -> None:
     made, _ = normfuse.optimize(torch.export.export(module, (ids,)), Config(layernorm_to_rmsnorm="exact"))
     assert {n.kind for n in normfuse.inspect(made).norms} == {"rms_norm"}
     assert not normfuse.optimize(made)[1].refusals
+
+
+class Shared(nn.Module):
+    """Two norms, of which a part that the inputs do not reach shares the bias of the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.n = nn.Embedding(9, 16), nn.LayerNorm(16)
+        self.m, self.other = nn.LayerNorm(16), nn.LayerNorm(16)
+        self.l, self.other.bias = nn.Linear(16, 16), self.n.bias
+
+    def forward(self, ids: Tensor, more: bool = False) -> Tensor:
+        h: Tensor = self.first(ids)
+        y: Tensor = self.other(torch.relu(h)) if more else self.m(torch.relu(self.l(self.n(torch.relu(h)))))
+        return y
+
+
+def test_a_bias_that_a_part_shares_which_is_not_reached_keeps_its_own_norm_only() -> None:
+    torch.manual_seed(0)
+    module, sets = Shared().eval(), [(torch.randint(9, (4, 8)),) for _ in range(4)]
+    result, report = normfuse.optimize(module, LOOSE, args=sets[0], calibration=sets)
+    assert [(r.code, "other.bias, which these inputs do not reach" in r.message) for r in report.refusals] == [
+        ("NF301", True)]  # fmt: skip
+    assert report.converted == 1 and isinstance(result.m, RMSNorm) and isinstance(result.n, nn.LayerNorm)
+    torch.testing.assert_close(result(*sets[0], True), module(*sets[0], True))

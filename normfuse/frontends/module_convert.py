@@ -60,7 +60,8 @@ def convert_module(module: nn.Module, config: Config, args: Sequence[Any], kwarg
     cost = None
     if config.layernorm_to_rmsnorm == "approximate":
         exact = [r for r in found.records if r.verdict != "kept"]
-        new_program, more, cost = approximate_program(new_program, config, calibration, exact, places.unfit)
+        new_program, more, cost = approximate_program(new_program, config, calibration, exact,
+                                                       places.unfit_approximated)
         found.records = exact + more.records
         found.approximated, found.tensors = more.approximated, found.tensors | more.tensors
     if found.plan is not None or found.approximated:
@@ -317,6 +318,13 @@ class _Places:
             return f"its module {path} has other parameters than a weight and a bias"
         plain = _offset(norm.weight) is not None and _offset(norm.bias) == 0.0
         return None if plain else f"its module {path} computes its weight"
+
+    def unfit_approximated(self, site: Site, inner: Site) -> str | None:
+        """The same where its bias is edited."""
+        bias = inner.norm.bias
+        native = bias[0][1][0][0].native if bias is not None and is_one(bias) else None
+        name = self.targets.get(native.name) if isinstance(native, fx.Node) else None
+        return self.unfit(site, inner) or (None if name is None else self.elsewhere(name))
 
     def partial(self, norms: Mapping[Site, Site]) -> dict[Site, str]:
         """Of the norms that are to be converted (and what their operators are), those of a module that is called for
