@@ -168,7 +168,8 @@ class _Planner:
         if node is None:
             fixed = value.fixed or value.overridable
             why = f"{value.name} is an input of the graph" if not fixed else next(
-                (why for v in (value, *want.scales) if (why := self.can.locked(v)) is not None), None)
+                (why for v in (value, *want.scales)
+                 if (why := self.can.locked(v) or (None if v is value else self.can.shared(v))) is not None), None)
             if why is not None:
                 raise Blocked(why)
             links = []

@@ -286,6 +286,26 @@ def test_a_factor_of_a_part_that_the_inputs_do_not_reach_stays() -> None:
     torch.testing.assert_close(result(x, True), module(x, True))
 
 
+class ScaleBeside(Scale):
+    """And a norm that does not depend on the factor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.k, self.m = nn.Linear(D, D), nn.LayerNorm(D)
+
+    def forward(self, x: Tensor, more: bool = False) -> Tensor:
+        y: Tensor = self.m(self.k(super().forward(x, more)))
+        return y
+
+
+def test_such_a_factor_keeps_no_other_norm() -> None:
+    torch.manual_seed(0)
+    module, x = ScaleBeside().eval(), torch.randn(2, D)
+    result, report = proved(module, x)
+    assert verdicts(report) == ["kept", "exact"] and torch.equal(result.factor, module.factor)
+    torch.testing.assert_close(result(x, True), module(x, True), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_dropout_is_told_of(p: float) -> None:
     _, report = proved(Tied(p), torch.arange(9)[None])
