@@ -417,3 +417,15 @@ def test_many_rows_are_compared_by_few_where_a_reshape_has_their_number() -> Non
     given = turns("1, 64, 400000", ONE.format("a", "x", 1, "Reshape", ", to") + "an", to=np.array([0, 400000, 1]))
     report = normfuse.optimize(given, normfuse.Config(verify="off"))[1]
     assert report.fused == 1 and not report.refusals
+
+
+def test_two_of_them_that_share_a_transpose_are_both_written_anew() -> None:
+    turn = "Transpose<perm = [0, 2, 1]>"
+    other = f"""m = ReduceMean<axes = [1], keepdims = 1>(x) d = Sub(x, m) bq = Mul(d, d) tm = {turn}(m) bd = Sub(ax, tm)
+    bv = ReduceMean<axes = [1], keepdims = 1>(bq) be = Add(bv, eps) br = Sqrt(be) bt = {turn}(br) bn = Div(bd, bt) """
+    given = turns("2, 16, 5", ONE.format("a", "x", 1, turn, "") + other + "y = Mul(an, bn) y")
+    made, report = normfuse.optimize(given)
+    assert report.fused == 2 and not report.refusals
+    x = np.random.default_rng(1).standard_normal((2, 16, 5)).astype("f4") + 2
+    a, b = (session(m.SerializeToString()).run(None, {"x": x})[0] for m in (given, made))
+    assert np.abs(a - b).max() < 1e-5

@@ -136,7 +136,7 @@ class OnnxModel:
         count = sum(lay(low, one.found, norms, self.opset, used) for low, one, norms in found)
         if count:
             self._read_again(rewrite)
-        return count
+        return count + self._lay(rewrite) if count else 0
 
     def _turned(self) -> list[tuple[Lowering, Plan, list[Turned]]]:
         each = ((low, one, turned(low, one.found)) for low, one in zip(self.lowerings, self.plans, strict=True))
