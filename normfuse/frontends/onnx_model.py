@@ -50,6 +50,8 @@ SLIM = 2**15
 """How many elements a row may have for its weight by channel to be spread over it in exchange for an
 InstanceNormalization, which is nearly as fast."""
 SIMPLIFIED = "SimplifiedLayerNormalization"
+ROUNDS = 8
+"""How often at most a graph is read again for norms in two layouts."""
 Progress = Callable[[str, float], None]
 
 
@@ -128,15 +130,19 @@ class OnnxModel:
         return count
 
     def _lay(self, rewrite: bool) -> int:
-        """Write norms that are in two layouts in one; how many."""
-        found = self._turned()
-        if found and self._take():
+        """Write norms that are in two layouts in one, until there are none: two may share a node; how many."""
+        count = 0
+        for _ in range(ROUNDS):
             found = self._turned()
-        used = self._names() if found else set()
-        count = sum(lay(low, one.found, norms, self.opset, used) for low, one, norms in found)
-        if count:
+            if found and self._take():
+                found = self._turned()
+            used = self._names() if found else set()
+            laid = sum(lay(low, one.found, norms, self.opset, used) for low, one, norms in found)
+            if not laid:
+                break
+            count += laid
             self._read_again(rewrite)
-        return count + self._lay(rewrite) if count else 0
+        return count
 
     def _turned(self) -> list[tuple[Lowering, Plan, list[Turned]]]:
         each = ((low, one, turned(low, one.found)) for low, one in zip(self.lowerings, self.plans, strict=True))
