@@ -3,13 +3,13 @@
 Plain torch: they train, save, load, export and compile as any other module.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
+
+_is_tracing: Any = torch.jit.is_tracing  # type: ignore[attr-defined]
 
 
 class RMSNorm(nn.Module):
@@ -20,9 +20,10 @@ class RMSNorm(nn.Module):
     that it replaces.
     """
 
-    weight: nn.Parameter | None
-    bias: nn.Parameter | None
-    offset: float = 0.0
+    __constants__ = ("normalized_shape", "axis", "offset")  # for TorchScript
+    weight: Tensor | None
+    bias: Tensor | None
+    offset: float
 
     def __init__(self, size: int, eps: float, weight: nn.Parameter | None = None, bias: nn.Parameter | None = None,
                  axis: int = -1, offset: float = 0.0) -> None:  # fmt: skip
@@ -32,32 +33,37 @@ class RMSNorm(nn.Module):
         self.register_parameter("bias", bias)
 
     @staticmethod
-    def of(norm: nn.Module, size: int, eps: float, axis: int = -1, offset: float = 0.0) -> RMSNorm:
+    def of(norm: nn.Module, size: int, eps: float, axis: int = -1, offset: float = 0.0) -> "RMSNorm":
         """With the parameters of a LayerNorm module; they are shared, not copied."""
         return RMSNorm(size, eps, getattr(norm, "weight", None), getattr(norm, "bias", None), axis, offset)
 
     def forward(self, x: Tensor) -> Tensor:
         """The norm of each row."""
-        weight = self.weight if self.weight is None or not self.offset else self.weight + self.offset
+        weight, bias = self.weight, self.bias
+        if weight is not None and self.offset != 0.0:
+            weight = weight + self.offset
         if self.axis != -1:
             x = x.movedim(self.axis, -1)
-        y = self._plain(x, weight) if _slow(x) else F.rms_norm(x, self.normalized_shape, weight, self.eps)
-        if self.bias is not None and not (_slow(x) and weight is not None):
-            y = (y + self.bias).to(y.dtype)  # as a LayerNorm gives it, though weights may be wider than x
+        if _slow(x):
+            y = self._plain(x, weight, bias)
+        else:
+            y = F.rms_norm(x, self.normalized_shape, weight, self.eps)
+            if bias is not None:
+                y = (y + bias).to(y.dtype)  # as a LayerNorm gives it, though weights may be wider than x
         return y if self.axis == -1 else y.movedim(-1, self.axis)
 
-    def _plain(self, x: Tensor, weight: Tensor | None) -> Tensor:
-        """The same in four steps, the bias included where there is a weight."""
+    def _plain(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """The same in four steps."""
         # a length has no second derivative at zero, which a row of padding may be; and a trace is of either mode
-        if torch.is_grad_enabled() or torch._C._is_tracing():
+        if torch.is_grad_enabled() or _is_tracing():
             square = (x * x).mean(-1, keepdim=True)
         else:
             root = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
             square = root * root * (1 / self.normalized_shape[0])
         scale = torch.rsqrt(square + self.eps)
         if weight is None:
-            return x * scale
-        return x * scale * weight if self.bias is None else torch.addcmul(self.bias, x * scale, weight)
+            return x * scale if bias is None else x * scale + bias
+        return x * scale * weight if bias is None else torch.addcmul(bias, x * scale, weight)
 
     def extra_repr(self) -> str:
         """Size and eps."""

@@ -197,6 +197,11 @@ def shapes_for(runtime: Any, known: Mapping[str, int], open_sizes: tuple[int, in
     return {i.name: tuple(size(dim, axis) for axis, dim in enumerate(i.shape)) for i in runtime.get_inputs()}
 
 
+def names_mask(name: str) -> bool:
+    """Whether an input of integers is a mask by its name, and not tokens of which some were masked."""
+    return "mask" in name.replace("masked", "")
+
+
 def feeds_for(runtime: Any, seed: int = 0, sizes: Mapping[str, int] | None = None,
               given: Mapping[str, Array] | None = None,
               open_sizes: tuple[int, int, int] = OPEN[0], floats: int = 0) -> dict[str, Array]:  # fmt: skip
@@ -215,7 +220,7 @@ def feeds_for(runtime: Any, seed: int = 0, sizes: Mapping[str, int] | None = Non
         if kind in ("float", "double", "float16", "bfloat16"):
             dtype = numpy_dtype({"float": "float32", "double": "float64"}.get(kind, kind))
             feeds[info.name] = np.asarray(FLOATS[floats](rng.standard_normal(shape))).astype(dtype)
-        elif kind == "bool" or ("int" in kind and "mask" in info.name):
+        elif kind == "bool" or ("int" in kind and names_mask(info.name)):
             feeds[info.name] = np.ones(shape, kind)
         elif "int" in kind:
             feeds[info.name] = np.asarray(rng.integers(0, 2, shape)).astype(kind)

@@ -380,6 +380,20 @@ def test_second_derivatives_at_a_row_of_zeros(affine: bool) -> None:
     torch.testing.assert_close(traced(x), norm(x))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+@pytest.mark.parametrize("axis", [-1, -2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("weight", "bias"), [(True, True), (True, False), (False, False)])
+def test_it_can_be_scripted(axis: int, dtype: torch.dtype, weight: bool, bias: bool) -> None:
+    w, b = (nn.Parameter(torch.randn(D, dtype=dtype)) if on else None for on in (weight, bias))
+    norm = normfuse.nn.RMSNorm(D, 1e-5, w, b, axis=axis, offset=1.0)
+    scripted: Any = torch.jit.script(norm)
+    x = torch.randn(2, D, D, dtype=dtype)
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            torch.testing.assert_close(scripted(x), norm(x))
+
+
 class Encoder(nn.Module):
     """torch's own layers, which it computes by one operator in evaluation without gradients."""
 

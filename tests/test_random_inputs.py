@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir
 import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
@@ -16,10 +17,11 @@ import normfuse
 from normfuse.bench import How, bench
 from normfuse.cli_report import comparison_blocks
 from normfuse.errors import InputError
+from normfuse.frontends.onnx_certify import inputs_for
 from normfuse.frontends.onnx_contrib import head_sizes
 from normfuse.io.files import read_onnx
 from normfuse.reduce import _difference
-from normfuse.sessions import longest, run_random, session, shapes_for
+from normfuse.sessions import feeds_for, longest, run_random, session, shapes_for
 from normfuse.verify import compare_models, compare_outputs, demand_compared, demand_equal, run_both
 from tests.cli_tools import run, saved
 
@@ -282,3 +284,14 @@ def test_inputs_that_numpy_or_random_numbers_have_no_plain_form_of(inputs: str, 
     assert bench([str(tmp_path / "a.onnx")], How(rounds=3))["models"]
     wide = {name: a.astype(np.float32) if a.dtype.name == "bfloat16" else a for name, a in feeds.items()}
     np.testing.assert_array_equal(session(tmp_path / "a.onnx").run(None, wide)[0], got)
+
+
+def test_an_input_is_a_mask_by_its_name() -> None:
+    """Tokens of which some were masked are none: all of them 1, they would hide what differs between rows."""
+    names = ("attention_mask", "mask_1", "masked_input_ids", "unmasked", "masked_mask")
+    infos = [SimpleNamespace(name=name, shape=[8, 16], type="tensor(int64)") for name in names]
+    given = ", ".join(f"int64[8, 16] {name}" for name in names)
+    made = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["": 17]> g ({given}) => (int64[8, 16] y) '
+                                   f"{{ y = Concat<axis = 0>({', '.join(names)}) }}")  # fmt: skip
+    for feeds in (feeds_for(SimpleNamespace(get_inputs=lambda: infos)), inputs_for(onnx_ir.from_proto(made), 8)):
+        assert [name for name, array in feeds.items() if array.min() < 1] == ["masked_input_ids", "unmasked"]

@@ -6,16 +6,15 @@ an operator has to stand, the module whose output it follows has a forward hook.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 import time
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from normfuse.config import Config
 from normfuse.conversion import Conversion
@@ -24,11 +23,9 @@ from normfuse.errors import InputError, UnsupportedError, first_line
 from normfuse.frontends.fx_approximate import approximate_program
 from normfuse.frontends.fx_certify import with_own_state
 from normfuse.frontends.fx_convert import Converted, convert_program
-from normfuse.frontends.fx_effects import held, hooked, is_assert
-from normfuse.frontends.fx_emit import is_one
-from normfuse.graph import Node, Value
+from normfuse.frontends.module_places import Places, first_tensors, offset_of, own_inputs
+from normfuse.graph import Node
 from normfuse.nn import Centre, RMSNorm
-from normfuse.norm import Expr, Site
 from normfuse.report import Report
 
 TOLERANCE = 64
@@ -54,8 +51,8 @@ def convert_module(module: nn.Module, config: Config, args: Sequence[Any], kwarg
         traced = with_own_state(module).eval()
     except Exception as why:  # what a module holds raises anything: old weight norms, once called, keep such a tensor
         raise InputError(f"{type(module).__name__} cannot be copied: {first_line(why)}") from why
-    program = _trace(traced, *_own(args, kwargs))
-    places = _Places(program, out, cache(lambda: _first_tensors(module, args, kwargs)))
+    program = _trace(traced, *own_inputs(args, kwargs))
+    places = Places(program, out, cache(lambda: first_tensors(module, args, kwargs)))
     new_program, found = convert_program(program, config, places)
     cost = None
     if config.layernorm_to_rmsnorm == "approximate":
@@ -124,44 +121,12 @@ def _trace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         raise InputError(f"{type(module).__name__} cannot be traced with these inputs: {text[:300]}") from why
 
 
-def _own(args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Inputs again, which a module may write."""
-    return copy.deepcopy((tuple(args), dict(kwargs or {})))
-
-
 def _run(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> list[torch.Tensor]:
-    own, (args, kwargs) = with_own_state(module), _own(args, kwargs)
+    own, (args, kwargs) = with_own_state(module), own_inputs(args, kwargs)
     for part in own.modules():  # an unlifted program refuses `eval`
         part.training = False
     with torch.no_grad():
         return _outputs(own(*args, **kwargs))
-
-
-Firsts = tuple[torch.Tensor | None, torch.Tensor | None]
-
-
-def _first_tensors(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> dict[str, Firsts]:
-    """For each module by path what a hook of it sees first of its inputs and of its output, without elements; none for
-    a module that runs when it is traced only."""
-    own, found = with_own_state(module).eval(), dict[str, Firsts]()
-
-    def watch(path: str) -> Any:
-        def hook(_: nn.Module, given: Any, output: Any) -> None:
-            first, last = (v[0] if isinstance(v, tuple) and v else v for v in (given, output))
-            found[path] = _bare(first), _bare(last)
-
-        return hook
-
-    for path, part in own.named_modules(remove_duplicate=False):
-        part.register_forward_hook(watch(path))
-    args, kwargs = _own(args, kwargs)
-    with torch.no_grad(), contextlib.suppress(Exception):
-        own(*args, **kwargs)
-    return found
-
-
-def _bare(value: Any) -> torch.Tensor | None:
-    return value.to("meta") if isinstance(value, torch.Tensor) else None
 
 
 def _outputs(out: Any) -> list[torch.Tensor]:
@@ -190,190 +155,7 @@ def _report(before: Any, program: Any, config: Config, found: Converted) -> Repo
     return report
 
 
-class _Places:
-    """Where the values of a traced graph stand in the module."""
-
-    def __init__(self, program: Any, module: nn.Module, firsts: Callable[[], Mapping[str, Firsts]]) -> None:
-        self.module, self.firsts = module, firsts
-        self.nodes: dict[str, fx.Node] = {node.name: node for node in program.graph.nodes}
-        self.targets = {spec.arg.name: str(spec.target) for spec in program.graph_signature.input_specs if spec.target}
-        self.known = {path: id(part) for path, part in module.named_modules(remove_duplicate=False)}
-        self.calls: dict[int | None, set[str]] = {}  # of a module, which may have several names
-        for node in self.nodes.values():
-            for key, (path, _) in (node.meta.get("nn_module_stack") or {}).items():
-                self.calls.setdefault(self.known.get(_clean(path)), set()).add(f"{path} {key}")
-
-    def path(self, node: fx.Node) -> str:
-        """The innermost module that a node belongs to."""
-        stack = self.nodes.get(node.name, node).meta.get("nn_module_stack") or {}
-        return _clean(next(reversed(stack.values()))[0]) if stack else ""
-
-    def inside(self, node: fx.Node, path: str) -> bool:
-        """Whether a node belongs to a module."""
-        stack = self.nodes.get(node.name, node).meta.get("nn_module_stack") or {}
-        return any(_clean(p) == path for p, _ in stack.values())
-
-    def hook_of(self, node: fx.Node) -> tuple[str, bool] | None:
-        """(module, whether it is what goes in): the module, called once, that a node is the output of, or else into
-        which alone it goes; None for a value inside of one."""
-        node = self.nodes.get(node.name, node)
-        if node.op == "placeholder" or not node.users:
-            return None
-        path = self.path(node)
-        if self._once(path) and not any(self.inside(user, path) for user in node.users):
-            return path, False
-        stacks = [[_clean(p) for p, _ in (u.meta.get("nn_module_stack") or {}).values()] for u in node.users]
-        shared = [p for p in stacks[0] if all(p in stack for stack in stacks) and not self.inside(node, p)]
-        return (shared[0], True) if shared and self._once(shared[0]) else None
-
-    def _once(self, path: str) -> bool:
-        return bool(path) and len(self.calls.get(self.known.get(path), ())) == 1
-
-    def can_place(self, value: Value) -> bool:
-        """Whether a hook can put an operator behind a value: a hook centres the first of what it is given."""
-        hook = self.hook_of(value.native) if isinstance(value.native, fx.Node) else None
-        if hook is None:
-            return False
-        first = self.firsts().get(hook[0], (None, None))[0 if hook[1] else 1]
-        return first is not None and value.shape == tuple(first.shape) and f"torch.{value.dtype}" == str(first.dtype)
-
-    def shared(self, value: Value) -> str | None:
-        """Who else has a parameter, unseen in the graph."""
-        name = self.targets.get(value.native.name)
-        return None if name is None else self.elsewhere(name)
-
-    def elsewhere(self, name: str) -> str | None:
-        """Of the modules that share a parameter one that the trace has not seen, which may be called another time."""
-        found = held(self.module, name)
-        names = [other for other, parameter in self.module.named_parameters(remove_duplicate=False)
-                 if parameter is found]  # fmt: skip
-        for other in names if len(names) > 1 else ():
-            owner = other.rpartition(".")[0]
-            if owner and self.known.get(owner) not in self.calls:
-                same = next(n for n in names if n != other)
-                return f"{other}, which these inputs do not reach, is the same parameter as {same}"
-        return None
-
-    def owners(self, value: Value, readers: Iterable[fx.Node]) -> dict[str, str] | None:
-        """The modules that readers of a parameter belong to, by path, with the name that it has in each; None where one
-        of them does not have it, or by several names."""
-        out, old = dict[str, str](), held(self.module, self.targets[value.native.name])
-        for path in dict.fromkeys(map(self.path, readers)):
-            own = self.module.get_submodule(path).named_parameters(recurse=False, remove_duplicate=False)
-            names = [name for name, parameter in own if parameter is old]
-            if len(names) != 1:
-                return None
-            out[path] = names[0]
-        return out
-
-    def can_copy(self, value: Value, readers: Sequence[Node]) -> bool:
-        """Whether some readers of a parameter can be given a copy of it: an attribute changes for all that read it. So
-        each of the others has to belong to a module that has the parameter too, and has none of theirs in it."""
-        old, asked = held(self.module, self.targets[value.native.name]), {reader.native.name for reader in readers}
-        same = [self.nodes[name] for name, path in self.targets.items() if held(self.module, path) is old]
-        mine = self.owners(value, [reader.native for reader in readers])
-        others = self.owners(value, [user for node in same for user in node.users if user.name not in asked])
-        if mine is None or others is None:
-            return False
-        changed = {self.known[path] for path in mine}
-        names = [f".{name}." for name, module in self.known.items() if module in changed]
-        return not any(name.startswith(f".{path}.".replace("..", ".")) for path in others for name in names)
-
-    def norm_module(self, site: Site, inner: Site) -> tuple[str, int] | None:
-        """The module that is a norm and nothing else, and its axis from the end."""
-        for s in (inner, site):
-            ends = ((s.norm.x, y, s.norm.axes[0]) for y in _ends(s))
-            for x, y, axis in (*ends, *_turned(s)):
-                path = self.path(y.native) if isinstance(y.native, fx.Node) else ""
-                outside = isinstance(x.native, fx.Node) and not self.inside(x.native, path)
-                if path and outside and not self._read_in(y, path):
-                    return path, axis - (x.rank or 0)
-        return None
-
-    def _read_in(self, value: Value, path: str) -> bool:
-        """Whether a module reads a value, other than to give it out as it is."""
-        for user in self.nodes.get(value.native.name, value.native).users:
-            if self.inside(user, path) and not is_assert(user):
-                copies = [n.outputs[0] for n in value.uses if n.native is not None and n.native.name == user.name and
-                          n.kind in ("cast", "identity") and n.outputs[0].dtype == value.dtype]  # fmt: skip
-                if not copies or self._read_in(copies[0], path):
-                    return True
-        return False
-
-    def unfit(self, site: Site, inner: Site) -> str | None:
-        """Why a norm cannot be replaced in the module."""
-        found = self.norm_module(site, inner)
-        if found is None:
-            native = inner.value.native
-            path = self.path(native) if isinstance(native, fx.Node) else ""
-            kind = type(self.module.get_submodule(path)).__name__
-            return f"it is no module of its own, but a part of the forward function of {path or 'the model'}, a {kind}"
-        path = found[0]
-        if hooked(self.module.get_submodule(path)):
-            return f"its module {path} has hooks, or another forward function than its class"
-        norm = inner.norm
-        expected = {n for n in ("weight", "bias") if getattr(self.module.get_submodule(path), n, None) is not None}
-        own = {n for n, _ in self.module.get_submodule(path).named_parameters()}
-        if own != expected or {n for n, e in (("weight", norm.weight), ("bias", norm.bias)) if e} != expected:
-            return f"its module {path} has other parameters than a weight and a bias"
-        plain = _offset(norm.weight) is not None and _offset(norm.bias) == 0.0
-        return None if plain else f"its module {path} computes its weight"
-
-    def unfit_approximated(self, site: Site, inner: Site) -> str | None:
-        """The same where its bias is edited."""
-        bias = inner.norm.bias
-        native = bias[0][1][0][0].native if bias is not None and is_one(bias) else None
-        name = self.targets.get(native.name) if isinstance(native, fx.Node) else None
-        return self.unfit(site, inner) or (None if name is None else self.elsewhere(name))
-
-    def partial(self, norms: Mapping[Site, Site]) -> dict[Site, str]:
-        """Of the norms that are to be converted (and what their operators are), those of a module that is called for
-        others as well, or in several ways, and why it stays."""
-        called: dict[int | None, dict[Site, Hashable]] = {}
-        paths: dict[int | None, str] = {}
-        for site, inner in norms.items():
-            found = self.norm_module(site, inner)
-            assert found is not None  # `unfit` has seen to it
-            key = self.known.get(found[0])
-            paths[key] = found[0]
-            called.setdefault(key, {})[site] = (found[1], inner.norm.size, inner.norm.eps, _offset(inner.norm.weight))
-        out: dict[Site, str] = {}
-        for key, ways in called.items():
-            times = len(self.calls[key])
-            if len(ways) != times or len(set(ways.values())) > 1:
-                why = f"its module {paths[key]} is called {times} times, and not all of them are converted"
-                out |= dict.fromkeys(ways, why)
-        return out
-
-
-def _offset(expr: Expr | None) -> float | None:
-    """The number that is added to the parameter of a module that a weight or bias is, in its own type and before casts;
-    None where it is something else."""
-    if expr is None:
-        return 0.0
-    if not is_one(expr):
-        return None
-    node = (value := _uncast(expr[0][1][0][0])).producer
-    if node is None:
-        return 0.0
-    parts = sorted(node.inputs, key=lambda v: v.number is None) if node.kind == "add" else []
-    if len(parts) != 2 or parts[0].number is None or parts[1].producer is not None or parts[1].dtype != value.dtype:
-        return None
-    return parts[0].number
-
-
-def _uncast(value: Value) -> Value:
-    while value.producer is not None and value.producer.kind in ("cast", "identity"):
-        value = value.producer.inputs[0]
-    return value
-
-
-def _clean(path: str) -> str:
-    """The path of a module as `get_submodule` takes it."""
-    return path.removeprefix("L['self']").lstrip(".").split("@")[0]
-
-
-def _edit(module: nn.Module, found: Converted, places: _Places) -> None:
+def _edit(module: nn.Module, found: Converted, places: Places) -> None:
     plan, targets = found.plan or Conversion(), places.targets
     copied = {v.native.name: (places.owners(v, [n.native for n in nodes]), _get(module, targets[v.native.name]))
               for v, nodes in plan.copies.items()}  # fmt: skip
@@ -399,7 +181,7 @@ def _edit(module: nn.Module, found: Converted, places: _Places) -> None:
     norms = {site: plan.inner.get(site, site) for site in plan.sites} | found.approximated
     made = set[nn.Module]()
     for site, inner in norms.items():
-        known, offset = places.norm_module(site, inner), _offset(inner.norm.weight)
+        known, offset = places.norm_module(site, inner), offset_of(inner.norm.weight)
         assert known is not None and offset is not None and isinstance(inner.norm.size, int)  # `unfit` has seen to it
         old_norm = module.get_submodule(known[0])
         if old_norm in made:  # by the first of its calls
@@ -457,23 +239,3 @@ def _get(module: nn.Module, path: str) -> torch.Tensor:
     found = getattr(module.get_submodule(owner), name)
     assert isinstance(found, torch.Tensor)
     return found
-
-
-def _ends(site: Site) -> Iterator[Value]:
-    """The value of a norm, and what it was before it was multiplied by a mask of ones."""
-    value: Value | None = site.value
-    while value is not None:
-        yield value
-        node = value.producer
-        rest = [v for v in node.inputs if v.number != 1] if node is not None and node.kind == "mul" else []
-        value = rest[0] if len(rest) == 1 else None
-
-
-def _turned(site: Site) -> Iterator[tuple[Value, Value, int]]:
-    """x, the norm and its axis outside of transposes, where the one before the norm and the one behind it cancel."""
-    before, behind = site.norm.x.producer, site.value.uses
-    if before is None or before.kind != "transpose" or [node.kind for node in behind] != ["transpose"]:
-        return
-    there, back = before.attrs["perm"], behind[0].attrs["perm"]
-    if [there[i] for i in back] == sorted(there):
-        yield before.inputs[0], behind[0].outputs[0], there[site.norm.axes[0]]

@@ -28,6 +28,7 @@ from normfuse.frontends.onnx_check import DOUBLE, FLOAT_TYPES, MOST, OPS, _widen
 from normfuse.frontends.onnx_kernels import KERNELS
 from normfuse.frontends.onnx_unknown import StandIns
 from normfuse.ort_values import Array
+from normfuse.sessions import names_mask
 
 if TYPE_CHECKING:
     from normfuse.frontends.onnx_convert import Editor
@@ -297,7 +298,7 @@ def inputs_for(model: ir.Model, size: int, attempt: int = 0) -> dict[str, Array]
         dtype = value.dtype or ir.DataType.FLOAT
         if dtype in FLOAT_TYPES:
             feeds[value.name or ""] = (rng.standard_normal(shape) + 0.5).astype(dtype.numpy())
-        elif dtype == ir.DataType.BOOL or attempt == 2 or "mask" in (value.name or ""):
+        elif dtype == ir.DataType.BOOL or attempt == 2 or names_mask(value.name or ""):
             feeds[value.name or ""] = np.ones(shape, dtype.numpy())
         elif attempt == 3 or not shape:
             feeds[value.name or ""] = np.full(shape, attempt != 3, dtype.numpy())
