@@ -178,10 +178,10 @@ def run_both(path_a: str | Path, path_b: str | Path, *, seed: int, inputs: Mappi
              ) -> tuple[dict[str, Array], list[str], list[Any], list[Any], str]:  # fmt: skip
     """The inputs on which `compare_models` runs two models, the names of the outputs, the outputs of both, and the
     provider. It raises what that does."""
-    from normfuse.frontends.onnx_contrib import head_sizes
+    from normfuse.frontends.onnx_contrib import cache_sizes
     from normfuse.io.files import read_onnx
 
-    sizes = head_sizes(read_onnx(path_a)[0])
+    sizes = cache_sizes(read_onnx(path_a)[0])
     read_onnx(path_b)
     a, b = session(path_a), session(path_b)
     names = [i.name for i in a.get_inputs()]

@@ -18,7 +18,7 @@ from normfuse.bench import How, bench
 from normfuse.cli_report import comparison_blocks
 from normfuse.errors import InputError
 from normfuse.frontends.onnx_certify import inputs_for
-from normfuse.frontends.onnx_contrib import head_sizes
+from normfuse.frontends.onnx_contrib import cache_sizes
 from normfuse.io.files import read_onnx
 from normfuse.reduce import _difference
 from normfuse.sessions import feeds_for, longest, run_random, session, shapes_for
@@ -53,7 +53,7 @@ def decoder(layout: dict[str, str], cache: str = CACHE) -> onnx.ModelProto:
 @pytest.mark.parametrize("layout", [PACKED, APART], ids=["packed", "apart"])
 def test_a_decoder_with_a_cache_runs_on_random_inputs(layout: dict[str, str], tmp_path: Path) -> None:
     source, out = saved(decoder(layout), tmp_path / "in.onnx"), tmp_path / "out.onnx"
-    sizes = head_sizes(read_onnx(source)[0])
+    sizes = cache_sizes(read_onnx(source)[0])
     assert sizes == {"head": HEAD}
     feeds = run_random(session(source), None, sizes=sizes)[0]
     assert {name: array.shape for name, array in feeds.items()} == {
@@ -72,7 +72,24 @@ def test_a_decoder_with_a_cache_runs_on_random_inputs(layout: dict[str, str], tm
     CACHE.replace("2, past_sequence_length, head", "past_sequence_length, 2, 8"),  # a name, but no head's
 ], ids=["stated", "elsewhere"])  # fmt: skip
 def test_only_open_sizes_of_heads_are_read_off_the_key(cache: str, tmp_path: Path) -> None:
-    assert head_sizes(read_onnx(saved(decoder(PACKED, cache), tmp_path / "in.onnx"))[0]) == {}
+    assert cache_sizes(read_onnx(saved(decoder(PACKED, cache), tmp_path / "in.onnx"))[0]) == {}
+
+
+@pytest.mark.parametrize(("attributes", "room"), [
+    ("sliding_window_cache = 1, local_window_size = 5", 5), ("local_window_size = 5", 0),
+    ("sliding_window_cache = 1", 0)])  # fmt: skip
+def test_a_cache_for_a_sliding_window_has_room_for_it(attributes: str, room: int, tmp_path: Path) -> None:
+    """As onnxruntime-genai builds Gemma 2: ONNX Runtime takes no cache of fewer tokens than the window has."""
+    made = decoder(PACKED, CACHE.replace("past_sequence_length", "past_sliding_length"))
+    (attention,) = (n for n in made.graph.node if n.op_type == "GroupQueryAttention")
+    for name, value in (pair.split(" = ") for pair in attributes.split(", ")):
+        attention.attribute.append(onnx.helper.make_attribute(name, int(value)))
+    source = saved(made, tmp_path / "in.onnx")
+    sizes = cache_sizes(read_onnx(source)[0])
+    assert sizes == {"head": HEAD} | ({"past_sliding_length": room} if room else {})
+    if "local" in attributes:
+        assert run_random(session(source), None, sizes=sizes)[0]["k"].shape == (2, 2, room, HEAD)
+        assert compare_models(source, source)["equal"]
 
 
 def test_an_output_that_differs_is_told_with_a_cache(tmp_path: Path) -> None:

@@ -239,9 +239,9 @@ CACHES = {"MultiHeadAttention": (6, 7), "GroupQueryAttention": (3, 4)}
 """The inputs that hold the keys and values of what is past, of shape (batch, heads, tokens, size of a head)."""
 
 
-def head_sizes(model: ir.Model) -> dict[str, int]:
-    """The open sizes of a model's inputs that are those of a head, by name: a cache may leave open what only the width
-    of the key that is added to it says."""
+def cache_sizes(model: ir.Model) -> dict[str, int]:
+    """The open sizes of a model's inputs that its operators say, by name: that of a head, which the width of the key
+    that is added to a cache does, and the least tokens that a cache for a sliding window has room for."""
     from normfuse.frontends.onnx import lower
 
     found: dict[str, int] = {}
@@ -251,7 +251,10 @@ def head_sizes(model: ir.Model) -> dict[str, int]:
         for past in (node.inputs[i] for i in slots if i < len(node.inputs)):
             if past is None or past.shape is None or len(past.shape) != 4 or not past.is_graph_input():
                 continue
-            name = getattr(past.shape[3], "value", None)
+            room, name = (getattr(dim, "value", None) for dim in past.shape[2:])
+            window = node.attributes.get_int("local_window_size", -1)
+            if isinstance(room, str) and window > 0 and node.attributes.get_int("sliding_window_cache", 0) == 1:
+                found[room] = max(window, found.get(room, 0))
             if not isinstance(name, str) or name in found:
                 continue
             low = low or lower(model)[0]
