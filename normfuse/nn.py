@@ -16,8 +16,8 @@ class RMSNorm(nn.Module):
     """``x / sqrt(mean(x**2) + eps) * (offset + weight) + bias`` over one axis: a LayerNorm of rows of mean zero.
 
     x: [..., size], or with the size at `axis` (counted from the end), any float type; statistics in float32 for half
-    types. `weight` and `bias`: [size] or None. Zhang & Sennrich 2019 (arXiv 1910.07467), with the bias of the LayerNorm
-    that it replaces.
+    types. `weight` and `bias`: [size], [heads, size] or None. Zhang & Sennrich 2019 (arXiv 1910.07467), with the
+    bias of the LayerNorm that it replaces.
     """
 
     __constants__ = ("normalized_shape", "axis", "offset")  # for TorchScript
@@ -46,6 +46,9 @@ class RMSNorm(nn.Module):
             x = x.movedim(self.axis, -1)
         if _slow(x):
             y = self._plain(x, weight, bias)
+        elif weight is not None and weight.dim() > 1:  # which F.rms_norm does not take
+            wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+            y = self._plain(wide, weight, bias).to(x.dtype)
         else:
             y = F.rms_norm(x, self.normalized_shape, weight, self.eps)
             if bias is not None:
@@ -68,7 +71,8 @@ class RMSNorm(nn.Module):
     def extra_repr(self) -> str:
         """Size and eps."""
         offset = f", offset={self.offset}" if self.offset else ""
-        return f"{self.normalized_shape[0]}, eps={self.eps}, bias={self.bias is not None}{offset}"
+        size = self.normalized_shape if self.weight is None else self.weight.shape
+        return f"{'x'.join(map(str, size))}, eps={self.eps}, bias={self.bias is not None}{offset}"
 
 
 def _slow(x: Tensor) -> bool:

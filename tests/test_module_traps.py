@@ -333,35 +333,70 @@ def test_a_graph_that_rounds_otherwise(factor: float, edits: bool, monkeypatch: 
     torch.testing.assert_close(result(x), module(x), rtol=1e-12, atol=1e-12)
 
 
-class PerHead(nn.Module):
-    """A weight for each head, as Cohere has it for query and key."""
+class ByHeads(nn.Module):
+    """A norm of each head and a weight for each, as Cohere's of query and key."""
 
-    def __init__(self) -> None:
+    def __init__(self, form: str) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(2, D))
+        self.form, turned = form, form == "turned"
+        self.weight = nn.Parameter(torch.randn((D, 2) if turned else (1, D) if form == "one" else (2, D)))
+        self.bias = nn.Parameter(torch.randn(2, D)) if form in ("biased", "widened") else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, (D,)) * self.weight
+        if self.form == "wide":
+            wide = x.float()
+            centred = wide - wide.mean(-1, keepdim=True)
+            scaled = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + 1e-5)
+            return (self.weight.float() * scaled).to(x.dtype)
+        h = F.layer_norm(x, (D,))
+        if self.form == "read twice":
+            return h * self.weight + h.relu()
+        if self.form == "widened":  # more than x has
+            return (h * self.weight)[..., None, :, :] + self.bias[:, None]  # type: ignore[index]
+        h = h * (self.weight.t() if self.form == "turned" else self.weight)
+        return h if self.bias is None else h + self.bias
 
 
 class Heads(nn.Module):
-    def __init__(self, inside: bool) -> None:
+    def __init__(self, form: str) -> None:
         super().__init__()
-        self.l, self.inside, self.o = nn.Linear(D, 2 * D), PerHead() if inside else None, nn.Linear(2 * D, D)
+        self.l, self.inside, self.o = nn.Linear(D, 2 * D), ByHeads(form) if form else None, nn.LazyLinear(D)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.l(x).view(2, 2, D)
+        h = self.l(x).view(*x.shape[:-1], 2, D)
         h = F.layer_norm(h, (D,)) if self.inside is None else self.inside(h)
         out: Tensor = self.o(h.flatten(1))
         return out
 
 
-@pytest.mark.parametrize(("inside", "said"), [(True, "inside, a PerHead"), (False, "the model, a Heads")])
-def test_a_norm_that_is_a_part_of_a_module_is_told_where(inside: bool, said: str) -> None:
-    given = (torch.randn(2, D),)
-    _, report = normfuse.optimize(drawn(Heads(inside)), normfuse.Config(layernorm_to_rmsnorm="exact"), args=given)
-    (refusal,) = report.refusals
-    assert refusal.code == "NF301" and refusal.message.endswith(f"a part of the forward function of {said}")
+@pytest.mark.filterwarnings("ignore:Lazy modules:UserWarning")
+@pytest.mark.parametrize(("form", "converted", "said"), [
+    ("plain", 1, ""), ("biased", 1, ""), ("wide", 1, ""), ("one", 1, ""),
+    ("read twice", 0, "inside, a ByHeads"), ("widened", 0, "inside, a ByHeads"), ("turned", 0, "inside, a ByHeads"),
+    ("", 0, "the model, a Heads")])  # fmt: skip
+def test_a_norm_with_a_weight_for_each_head(form: str, converted: int, said: str) -> None:
+    """Which its module computes; a norm that is only a part of a module is told where it stands."""
+    x, module = torch.randn(3, D) + 2, Heads(form)
+    module(x)
+    result, report = normfuse.optimize(drawn(module), normfuse.Config(layernorm_to_rmsnorm="exact"), args=(x,))
+    assert report.converted == converted
+    assert [(r.code, r.message.partition("function of ")[2]) for r in report.refusals] == [("NF301", said)] * bool(said)
+    assert isinstance(result.inside, normfuse.nn.RMSNorm) == bool(converted)
+    torch.testing.assert_close(result(x), module(x))
+    with torch.no_grad():
+        torch.testing.assert_close(result.double()(x.double()).float(), module(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_of_heads_in_half_types(dtype: torch.dtype) -> None:
+    """They are taken in float32, and rounded once, as the norm that was replaced did."""
+    norm = ByHeads("wide").to(dtype)
+    x = torch.randn(64, 2, D, dtype=torch.float64)
+    x = (x - x.mean(-1, keepdim=True)).to(dtype)
+    new = normfuse.nn.RMSNorm.of(norm, D, 1e-5)
+    exact = normfuse.nn.RMSNorm(D, 1e-5, nn.Parameter(norm.weight.double()))(x.double())
+    assert new(x).dtype == dtype and repr(new) == "RMSNorm(2x8, eps=1e-05, bias=False)"
+    assert (new(x) - exact).abs().max() <= 1.01 * (exact.to(dtype) - exact).abs().max()
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")

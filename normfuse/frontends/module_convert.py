@@ -23,7 +23,7 @@ from normfuse.errors import InputError, UnsupportedError, first_line
 from normfuse.frontends.fx_approximate import approximate_program
 from normfuse.frontends.fx_certify import with_own_state
 from normfuse.frontends.fx_convert import Converted, convert_program
-from normfuse.frontends.module_places import Places, first_tensors, offset_of, own_inputs
+from normfuse.frontends.module_places import NormModule, Places, first_tensors, offset_of, own_inputs
 from normfuse.graph import Node
 from normfuse.nn import Centre, RMSNorm
 from normfuse.report import Report
@@ -181,12 +181,14 @@ def _edit(module: nn.Module, found: Converted, places: Places) -> None:
     norms = {site: plan.inner.get(site, site) for site in plan.sites} | found.approximated
     made = set[nn.Module]()
     for site, inner in norms.items():
-        known, offset = places.norm_module(site, inner), offset_of(inner.norm.weight)
-        assert known is not None and offset is not None and isinstance(inner.norm.size, int)  # `unfit` has seen to it
-        old_norm = module.get_submodule(known[0])
+        known = places.norm_module(site, inner)
+        assert known is not None and isinstance(inner.norm.size, int)  # `unfit` has seen to it
+        offset = offset_of(known.weight)
+        assert offset is not None
+        old_norm = module.get_submodule(known.path)
         if old_norm in made:  # by the first of its calls
             continue
-        new = RMSNorm.of(old_norm, inner.norm.size, inner.norm.eps, known[1], offset)
+        new = RMSNorm.of(old_norm, inner.norm.size, inner.norm.eps, known.axis, offset)
         made.add(new)
         for path in [path for path, part in module.named_modules(remove_duplicate=False) if part is old_norm]:
             above, _, last = path.rpartition(".")
@@ -202,10 +204,10 @@ def _edit(module: nn.Module, found: Converted, places: Places) -> None:
             owner.register_forward_hook(centre)
 
 
-def _leave_fast_path(module: nn.Module, approximated: Collection[tuple[str, int] | None]) -> None:
+def _leave_fast_path(module: nn.Module, approximated: Collection[NormModule | None]) -> None:
     """In evaluation without gradients torch computes an encoder layer by an operator of its own, from the parameters
     of LayerNorms, which approximated ones are not. It does so where the layer says which activation it has."""
-    changed = {module.get_submodule(known[0]) for known in approximated if known is not None}
+    changed = {module.get_submodule(known.path) for known in approximated if known is not None}
     for layer in _fast_layers(module):
         if not changed.isdisjoint((layer.norm1, layer.norm2)):
             layer.activation_relu_or_gelu = 0

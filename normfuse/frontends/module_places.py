@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -46,6 +46,15 @@ def first_tensors(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, A
 
 def _bare(value: Any) -> torch.Tensor | None:
     return value.to("meta") if isinstance(value, torch.Tensor) else None
+
+
+class NormModule(NamedTuple):
+    """A module that is a norm: its path, its axis from the end, and the weight and bias that it has."""
+
+    path: str
+    axis: int
+    weight: Expr | None
+    bias: Expr | None
 
 
 class Places:
@@ -137,15 +146,17 @@ class Places:
         names = [f".{name}." for name, module in self.known.items() if module in changed]
         return not any(name.startswith(f".{path}.".replace("..", ".")) for path in others for name in names)
 
-    def norm_module(self, site: Site, inner: Site) -> tuple[str, int] | None:
-        """The module that is a norm and nothing else, and its axis from the end."""
+    def norm_module(self, site: Site, inner: Site) -> NormModule | None:
+        """The module that is a norm and nothing else."""
         for s in (inner, site):
-            ends = ((s.norm.x, y, s.norm.axes[0]) for y in _ends(s))
-            for x, y, axis in (*ends, *_turned(s)):
+            own = s.norm.weight, s.norm.bias
+            ends = ((s.norm.x, y, s.norm.axes[0], *own) for y in _ends(s))
+            turned = ((*found, *own) for found in _turned(s))
+            for x, y, axis, weight, bias in (*ends, *turned, *_by_heads(s)):
                 path = self.path(y.native) if isinstance(y.native, fx.Node) else ""
                 outside = isinstance(x.native, fx.Node) and not self.inside(x.native, path)
                 if path and outside and not self._read_in(y, path):
-                    return path, axis - (x.rank or 0)
+                    return NormModule(path, axis - (x.rank or 0), weight, bias)
         return None
 
     def _read_in(self, value: Value, path: str) -> bool:
@@ -166,15 +177,14 @@ class Places:
             path = self.path(native) if isinstance(native, fx.Node) else ""
             kind = type(self.module.get_submodule(path)).__name__
             return f"it is no module of its own, but a part of the forward function of {path or 'the model'}, a {kind}"
-        path = found[0]
+        path = found.path
         if hooked(self.module.get_submodule(path)):
             return f"its module {path} has hooks, or another forward function than its class"
-        norm = inner.norm
         expected = {n for n in ("weight", "bias") if getattr(self.module.get_submodule(path), n, None) is not None}
         own = {n for n, _ in self.module.get_submodule(path).named_parameters()}
-        if own != expected or {n for n, e in (("weight", norm.weight), ("bias", norm.bias)) if e} != expected:
+        if own != expected or {n for n, e in (("weight", found.weight), ("bias", found.bias)) if e} != expected:
             return f"its module {path} has other parameters than a weight and a bias"
-        plain = offset_of(norm.weight) is not None and offset_of(norm.bias) == 0.0
+        plain = offset_of(found.weight) is not None and offset_of(found.bias) == 0.0
         return None if plain else f"its module {path} computes its weight"
 
     def unfit_approximated(self, site: Site, inner: Site) -> str | None:
@@ -192,9 +202,9 @@ class Places:
         for site, inner in norms.items():
             found = self.norm_module(site, inner)
             assert found is not None  # `unfit` has seen to it
-            key = self.known.get(found[0])
-            paths[key] = found[0]
-            called.setdefault(key, {})[site] = (found[1], inner.norm.size, inner.norm.eps, offset_of(inner.norm.weight))
+            key = self.known.get(found.path)
+            paths[key] = found.path
+            called.setdefault(key, {})[site] = found.axis, inner.norm.size, inner.norm.eps, offset_of(found.weight)
         out: dict[Site, str] = {}
         for key, ways in called.items():
             times = len(self.calls[key])
@@ -249,3 +259,36 @@ def _turned(site: Site) -> Iterator[tuple[Value, Value, int]]:
     there, back = before.attrs["perm"], behind[0].attrs["perm"]
     if [there[i] for i in back] == sorted(there):
         yield before.inputs[0], behind[0].outputs[0], there[site.norm.axes[0]]
+
+
+def _by_heads(site: Site) -> Iterator[tuple[Value, Value, int, Expr, Expr | None]]:
+    """A norm of each head, times a weight for each, and plus a bias for each: (x, the result, axis, weight, bias)."""
+    x, axis = site.norm.x, site.norm.axes[0]
+    if site.norm.weight is not None or site.norm.bias is not None or axis - (x.rank or 0) != -1:
+        return
+    scaled = _with_parameter(site.value, "mul")
+    if scaled is None:
+        return
+    if added := _with_parameter(scaled[0], "add"):
+        yield x, _narrowed(added[0], x), axis, scaled[1], added[1]
+    yield x, _narrowed(scaled[0], x), axis, scaled[1], None
+
+
+def _with_parameter(value: Value, kind: str) -> tuple[Value, Expr] | None:
+    """What a value is, casts aside, times a parameter that has its last axes, or plus one, and this."""
+    while len(value.uses) == 1 and value.uses[0].kind in ("cast", "identity"):
+        value = value.uses[0].outputs[0]
+    node = value.uses[0] if len(value.uses) == 1 and value.uses[0].kind == kind else None
+    rest = [v for v in node.inputs if v is not value] if node is not None else []
+    if node is None or len(rest) != 1:
+        return None
+    parameter, out = _uncast(rest[0]), node.outputs[0]
+    shape = parameter.shape
+    fits = out.shape is not None and out.shape == value.shape and shape == out.shape[-len(shape or out.shape):]
+    return (out, ((1.0, ((rest[0], 1),)),)) if fits and parameter.producer is None else None
+
+
+def _narrowed(value: Value, x: Value) -> Value:
+    """A value, or the cast of it to the type that x had outside."""
+    cast = value.uses[0] if len(value.uses) == 1 and value.uses[0].kind == "cast" else None
+    return cast.outputs[0] if cast is not None and cast.outputs[0].dtype == _uncast(x).dtype else value
