@@ -144,6 +144,10 @@ class _Proof:
             raise Unsuited
         if not all(isinstance(x.shape[a], int) for a in self.norm.axes):
             raise Unsuited
+        for v in self.norm.parameters():  # in the layout of x, or the formula would spread it over the rows
+            sizes = enumerate(v.shape or (), len(x.shape) - len(v.shape or ()))
+            if any(d != 1 and axis not in self.norm.axes for axis, d in sizes):
+                raise Unsuited
         shaped = any(node.kind in ("reshape", "expand") for node in self.nodes)
         self.sizes: dict[Dim, int] = {x.shape[a]: int(x.shape[a] or 0) for a in self.norm.axes}
         for i, d in enumerate(x.shape):

@@ -53,10 +53,10 @@ class Chooser:
                         self.misses.setdefault(key, []).append(miss)
                     continue
                 groups.setdefault(value.index, set()).add(key)
-                if not whole:
-                    self.turned.append((value, fact))
                 used = {(key, atom[1]) for p in (found.weight, found.bias) for term in p for atom, _ in term}
-                if whole and self.askew.isdisjoint(used):  # else the norm is that of a transposed tensor
+                if not whole or not self.askew.isdisjoint(used):  # a norm of a transposed tensor
+                    self.turned.append((value, fact))
+                else:
                     matches.setdefault(value.index, []).append((fact, found))
         read: set[int] = set()
         for _ in range(MAX_ROUNDS):  # what a norm reads whole stands for itself, and that may change what it reads

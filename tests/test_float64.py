@@ -11,7 +11,7 @@ import pytest
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
 import normfuse
-from normfuse.frontends.onnx_wide import compare_rewritten, widen_norms
+from normfuse.frontends.onnx_wide import _has_half, compare_rewritten, widen_norms
 from normfuse.io.files import read_onnx, write_onnx
 from normfuse.sessions import session
 from normfuse.verify import compare_models
@@ -177,6 +177,28 @@ def test_a_model_that_runs_with_optimisers_only_is_told_from_its_rewrite(tmp_pat
         y = LayerNormalization(u, w) }}''')
     source = saved(made, tmp_path / "in.onnx")
     assert not compare_rewritten(source, saved(heavier(made), tmp_path / "wrong.onnx"))["equal"]
+
+
+@pytest.mark.parametrize("to", ["2.5", "99"])
+def test_an_attribute_of_another_operator_names_no_type(to: str, tmp_path: Path) -> None:
+    kind, paths = "float" if "." in to else "int", []
+    for factor in (1, 2):
+        made = onnx.parser.parse_model(f'''<ir_version: 8, opset_import: ["": 17, "my": 1]>
+            g (float[2, 4] x) => (float[2, 4] y) {{ y = my.Clip<to = {to}>(x) }}
+            <domain: "my", opset_import: ["": 17]> Clip<to>(a) => (b) {{
+                c = Constant<value_float = {factor}.0>() t = Constant<value_{kind}: {kind} = @to>()
+                f = Cast<to = 1>(t) d = Mul(a, c) b = Add(d, f) }}''')
+        paths.append(saved(made, tmp_path / f"{factor}.onnx"))
+    assert not compare_rewritten(*paths)["equal"] and compare_rewritten(paths[0], paths[0])["equal"]
+    assert normfuse.inspect(paths[0]).norms == []
+
+
+@pytest.mark.parametrize(("body", "half"), [("f = Cast<to = 10>(a) b = Cast<to = 1>(f)", True), ("b = Neg(a)", False)])
+def test_a_cast_in_a_function_is_seen(body: str, half: bool) -> None:
+    made = onnx.parser.parse_model(f'''<ir_version: 8, opset_import: ["": 17, "my": 1]>
+        g (float[2, 4] x) => (float[2, 4] y) {{ y = my.F(x) }}
+        <domain: "my", opset_import: ["": 17]> F(a) => (b) {{ {body} }}''')
+    assert _has_half(ir.from_proto(made)) == half
 
 
 def heavier(made: onnx.ModelProto) -> onnx.ModelProto:

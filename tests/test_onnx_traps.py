@@ -475,6 +475,19 @@ def test_no_function_inside_a_sequence_map(opset: int, kind: str, fused: int, ta
     assert [r.code for r in report.refusals] == ["NF202"] * (1 - fused)
 
 
+def test_the_arithmetic_of_a_norm_inside_a_sequence_map_is_no_function_either(tmp_path: Path) -> None:
+    """Which a norm of float64 is written as, of which ONNX Runtime's operator computes less."""
+    made = onnx.parser.parse_model("""<ir_version: 10, opset_import: ["" : 18]>
+        g (double[2, 6, 8] x) => (double[2, 6, 8] y) <double eps = {1e-5}, int64[1] last = {-1}> {
+            s = SplitToSequence<axis = 1, keepdims = 1>(x)
+            t = SequenceMap<body = b (double[2, 1, 8] a) => (double[2, 1, 8] o) { c = ReduceMean(a, last) d = Sub(a, c)
+                q = Mul(d, d) m = ReduceMean(q, last) e = Add(m, eps) r = Sqrt(e) o = Div(d, r) }>(s)
+            y = ConcatFromSequence<axis = 1>(t) }""")
+    source = saved(made, tmp_path / "in.onnx")
+    report = normfuse.rewrite(source, tmp_path / "out.onnx", normfuse.Config(verify="model"))
+    assert [r.code for r in report.refusals] == ["NF201"] and report.fused == 0
+
+
 @pytest.mark.parametrize("body", [
     "o = If(yes) <then_branch = t () => (float[2, 1, 8] p) { NORM }, "
     "else_branch = e () => (float[2, 1, 8] n) { n = Neg(a) }>",

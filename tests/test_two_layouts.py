@@ -402,15 +402,18 @@ def turns(shape: str, lines: str, **held: Any) -> onnx.ModelProto:
     return made
 
 
+def equal_on(one: onnx.ModelProto, other: onnx.ModelProto, *shape: int) -> bool:
+    x = np.random.default_rng(1).standard_normal(shape).astype("f4") + 2
+    a, b = (session(m.SerializeToString()).run(None, {"x": x})[0] for m in (one, other))
+    return bool(np.abs(a - b).max() < 1e-5)
+
+
 def test_a_norm_in_two_layouts_of_another_one() -> None:
     """It reads the result that was written anew."""
     turn = "Transpose<perm = [0, 2, 1]>"
     given = turns("2, 16, 5", ONE.format("a", "x", 1, turn, "") + ONE.format("b", "an", 2, turn, "") + "bn")
     made, report = normfuse.optimize(given)
-    assert report.fused == 2 and not report.refusals
-    x = np.random.default_rng(1).standard_normal((2, 16, 5)).astype("f4") + 2
-    a, b = (session(m.SerializeToString()).run(None, {"x": x})[0] for m in (given, made))
-    assert np.abs(a - b).max() < 1e-5
+    assert report.fused == 2 and not report.refusals and equal_on(given, made, 2, 16, 5)
 
 
 def test_many_rows_are_compared_by_few_where_a_reshape_has_their_number() -> None:
@@ -425,7 +428,29 @@ def test_two_of_them_that_share_a_transpose_are_both_written_anew() -> None:
     bv = ReduceMean<axes = [1], keepdims = 1>(bq) be = Add(bv, eps) br = Sqrt(be) bt = {turn}(br) bn = Div(bd, bt) """
     given = turns("2, 16, 5", ONE.format("a", "x", 1, turn, "") + other + "y = Mul(an, bn) y")
     made, report = normfuse.optimize(given)
-    assert report.fused == 2 and not report.refusals
-    x = np.random.default_rng(1).standard_normal((2, 16, 5)).astype("f4") + 2
-    a, b = (session(m.SerializeToString()).run(None, {"x": x})[0] for m in (given, made))
-    assert np.abs(a - b).max() < 1e-5
+    assert report.fused == 2 and not report.refusals and equal_on(given, made, 2, 16, 5)
+
+
+@pytest.mark.parametrize("size", [3, 8])
+def test_a_weight_in_the_other_layout_of_a_square(size: int) -> None:
+    """Broadcast in the layout of x it would be one for each row: another formula, of which nothing is proved."""
+    given = turns(f"1, {size}, {size}", """q = Mul(x, x) v = ReduceMean<axes = [2]>(q) vv = Reshape(v, to)
+        e = Add(vv, eps) r = Sqrt(e) n = Div(x, r) t = Transpose<perm = [0, 2, 1]>(n) s = Mul(t, w)
+        y = Transpose<perm = [0, 2, 1]>(s) y""", to=np.array([1, size, 1]), w=np.arange(size, dtype="f4")[:, None])
+    made, report = normfuse.optimize(given)
+    assert report.fused == 1 and not report.refusals and equal_on(given, made, 1, size, size)
+
+
+@pytest.mark.parametrize("lines", [
+    "t = L(d) s = Mul(t, w) u = F(s) y = Div(u, r) y", "t = L(d) s = Mul(t, w) u = F(s) o = Div(u, r) y = Add(o, b) y",
+    "i = Reciprocal(r) t = L(i) s = Mul(t, w) u = F(s) y = Mul(d, u) y",
+    "t = L(d) s = Mul(t, w) u = F(s) o = Div(u, r) y = L(o) y"])  # fmt: skip
+@pytest.mark.parametrize("axis", [1, 2])
+def test_a_weight_in_the_other_layout_before_the_division(lines: str, axis: int) -> None:
+    lines = lines.replace("L(", "Transpose<perm = [0, 2, 1]>(").replace("F(", "Transpose<perm = [0, 2, 1]>(")
+    held = {"w": np.arange(6, dtype="f4")} if axis == 1 else {"w": np.arange(5, dtype="f4")[:, None]}
+    held |= {"b": np.ones((6, 1) if axis == 1 else (5,), "f4")} if "b)" in lines else {}
+    given = turns("2, 6, 5", f"""m = ReduceMean<axes = [{axis}]>(x) d = Sub(x, m) q = Mul(d, d)
+        v = ReduceMean<axes = [{axis}]>(q) e = Add(v, eps) r = Sqrt(e) {lines}""", **held)
+    made, report = normfuse.optimize(given)
+    assert report.fused == 1 and not report.refusals and equal_on(given, made, 2, 6, 5)

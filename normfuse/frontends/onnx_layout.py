@@ -333,7 +333,8 @@ class _Writer:
             axes = [entry[0] if entry else None for entry in self.layout]
             rest = iter(a for a in range(len(axes)) if a not in axes)  # of one element: any of them
             perm = [next(rest) if a is None else a for a in axes]
-            self.made[index] = self.turned(self.root.value.native, perm)
+            native = self.root.value.native
+            self.made[index] = native if perm == sorted(perm) else self.turned(native, perm)
         return self.made[index]
 
     def turned(self, native: ir.Value, perm: list[int]) -> ir.Value:

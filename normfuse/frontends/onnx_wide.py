@@ -74,9 +74,11 @@ def _by_itself(found: dict[str, Any], source: str | Path, feeds: dict[str, Array
 
 def _has_half(model: ir.Model) -> bool:
     """Whether some of a model is computed in a half type: that is cast to, or a parameter has it."""
-    graphs = [model.graph, *model.graph.subgraphs(), *(f.graph for f in model.functions.values())]
+    bodies = [model.graph, *(f.graph for f in model.functions.values())]
+    graphs = [graph for body in bodies for graph in (body, *body.subgraphs())]
     types = {v.dtype for graph in graphs for v in (*graph.inputs, *graph.initializers.values())}
-    casts = [node.attributes["to"] for node in model.graph.all_nodes() if "to" in node.attributes]
+    nodes = [node for graph in graphs for node in graph if node.op_type == "Cast" and node.domain in ("", "ai.onnx")]
+    casts = [node.attributes["to"] for node in nodes]
     return bool(HALVES & (types | {ir.DataType(to.as_int()) for to in casts if not to.is_ref()}))
 
 

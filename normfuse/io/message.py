@@ -172,7 +172,7 @@ def _wrong_operands(node: onnx.NodeProto, op: str, inputs: list[str], outputs: l
         name, kind = attr.name, attr.type
         if not name or not isinstance(name, str) or not kind:
             return "has an attribute without a name or a type"
-        if name in TYPES and kind == onnx.AttributeProto.INT and attr.i not in _known_types():
+        if schema is not None and name in TYPES and kind == onnx.AttributeProto.INT and attr.i not in _known_types():
             return f"says that something is of type {attr.i}, and there is no such type"
         if schema is not None and schema[3].get(name, kind) != kind:
             return f"has an attribute {name[:50]!r} of another type than is said of it"
