@@ -175,7 +175,8 @@ class Towers(nn.Module):
 
 @pytest.mark.parametrize(("form", "back", "converted"), [
     (lambda x: x, lambda h: h, 3), (lambda x: (x, None), lambda h: h[0], 3),
-    (lambda x: (x[..., 0], x), lambda h: h[1], 1), (lambda x: {"x": x}, lambda h: h["x"], 1),
+    (lambda x: (x[..., 0], x), lambda h: h[1], 1), (lambda x: (x.relu(), x), lambda h: h[1], 1),
+    (lambda x: (x.detach(), x), lambda h: h[1], 1), (lambda x: {"x": x}, lambda h: h["x"], 1),
     (lambda x: [x], lambda h: h[0], 1)])  # fmt: skip
 def test_a_value_that_a_hook_does_not_see_first(form: Any, back: Any, converted: int) -> None:
     """No operator can stand there, and the rest is converted."""
@@ -184,6 +185,51 @@ def test_a_value_that_a_hook_does_not_see_first(form: Any, back: Any, converted:
     assert report.converted == converted and all(r.code != "NF304" for r in report.refusals)
     assert any("the way through the module" in note for note in report.notes)
     torch.testing.assert_close(made(i), module(i), rtol=1e-4, atol=1e-5)
+
+
+class Pair(nn.Module):
+    """Two tensors of one shape, of which the second is given out, or left behind."""
+
+    def __init__(self, kept: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.kept = nn.Linear(D, D, bias=False), nn.Linear(D, D, bias=False), kept
+        self.left: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Any:
+        a, b = self.a(x).relu(), self.b(x).relu()
+        if not self.kept:
+            return a, b
+        self.left[:] = [b]
+        return a
+
+
+class OfAPair(nn.Module):
+    def __init__(self, which: int, kept: bool = False, branch: float = 1.0) -> None:
+        super().__init__()
+        self.pair, self.which, self.kept = Pair(kept), which, kept
+        self.n = nn.ModuleList(nn.LayerNorm(D) for _ in range(3))
+        self.branch = nn.Parameter(torch.full((D,), branch))
+
+    def forward(self, x: Tensor) -> Tensor:
+        got = self.pair(x)
+        pair = (got, self.pair.left[0]) if self.kept else got
+        h = pair[self.which]
+        out: Tensor = (self.n[0](h) + self.n[1](h).tanh() + self.n[2](h).exp()) * self.branch + pair[1 - self.which]
+        return out
+
+
+@pytest.mark.filterwarnings("ignore:The tensor attribute:UserWarning")
+@pytest.mark.parametrize("example", [torch.zeros, torch.randn])
+@pytest.mark.parametrize(("which", "kept", "branch", "converted"), [
+    (0, False, 1.0, 3), (1, False, 1.0, 0), (0, True, 1.0, 3), (1, True, 1.0, 0), (0, False, 0.0, 3)])
+def test_the_first_of_two_tensors_of_one_shape(which: int, kept: bool, branch: float, converted: int,
+                                               example: Callable[[int, int], Tensor]) -> None:  # fmt: skip
+    """Neither inputs nor parameters that are zeros hide which of them a hook sees first."""
+    module = OfAPair(which, kept, branch).eval()
+    made, report = normfuse.optimize(module, normfuse.Config(layernorm_to_rmsnorm="exact"), args=(example(3, D),))
+    assert report.converted == converted and all(r.code == "NF302" for r in report.refusals)
+    x = torch.randn(3, D)
+    torch.testing.assert_close(made(x), module(x), rtol=1e-4, atol=1e-5)
 
 
 class Head(nn.Module):

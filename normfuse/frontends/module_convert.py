@@ -7,10 +7,8 @@ an operator has to stand, the module whose output it follows has a forward hook.
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Collection, Mapping, Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -18,12 +16,12 @@ from torch import nn
 
 from normfuse.config import Config
 from normfuse.conversion import Conversion
-from normfuse.convert import refusals, tell, worst
+from normfuse.convert import refusals, tell
 from normfuse.errors import InputError, UnsupportedError, first_line
 from normfuse.frontends.fx_approximate import approximate_program
 from normfuse.frontends.fx_certify import with_own_state
 from normfuse.frontends.fx_convert import Converted, convert_program
-from normfuse.frontends.module_places import NormModule, Places, first_tensors, offset_of, own_inputs
+from normfuse.frontends.module_places import NormModule, Places, Trial, apart, float_outputs, offset_of, own_inputs
 from normfuse.graph import Node
 from normfuse.nn import Centre, RMSNorm
 from normfuse.report import Report
@@ -52,7 +50,7 @@ def convert_module(module: nn.Module, config: Config, args: Sequence[Any], kwarg
     except Exception as why:  # what a module holds raises anything: old weight norms, once called, keep such a tensor
         raise InputError(f"{type(module).__name__} cannot be copied: {first_line(why)}") from why
     program = _trace(traced, *own_inputs(args, kwargs))
-    places = Places(program, out, cache(lambda: first_tensors(module, args, kwargs)))
+    places = Places(program, out, Trial(module, program, args, kwargs))
     new_program, found = convert_program(program, config, places)
     cost = None
     if config.layernorm_to_rmsnorm == "approximate":
@@ -68,9 +66,9 @@ def convert_module(module: nn.Module, config: Config, args: Sequence[Any], kwarg
                 got, want = (_run(m, args, kwargs) for m in (out, new_program.module()))
             except Exception as why:
                 raise _Unfit(f"the converted module does not run: {first_line(why)}") from why
-            gap = _gap(want, got)
+            gap = apart(want, got)
             allowed = TOLERANCE * max((torch.finfo(v.dtype).eps for v in want), default=0.0)
-            if not gap <= allowed and not (gap <= OTHERWISE and _gap(_run(traced, args, kwargs), got) <= allowed):
+            if not gap <= allowed and not (gap <= OTHERWISE and apart(_run(traced, args, kwargs), got) <= allowed):
                 raise _Unfit(f"the converted module differs from the converted graph by {gap:.2g}")
             failed = ""
         except _Unfit as why:
@@ -97,12 +95,6 @@ def convert_module(module: nn.Module, config: Config, args: Sequence[Any], kwarg
     return out, report
 
 
-def _gap(want: Sequence[torch.Tensor], got: Sequence[torch.Tensor]) -> float:
-    if len(want) != len(got):
-        return math.inf
-    return worst([v.double().numpy() for v in want], [v.double().numpy() for v in got])
-
-
 def _drops(module: nn.Module) -> bool:
     p = getattr(module, "p" if isinstance(module, nn.modules.dropout._DropoutNd) else "dropout", 0.0)
     return isinstance(p, float) and p > 0
@@ -126,15 +118,7 @@ def _run(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | Non
     for part in own.modules():  # an unlifted program refuses `eval`
         part.training = False
     with torch.no_grad():
-        return _outputs(own(*args, **kwargs))
-
-
-def _outputs(out: Any) -> list[torch.Tensor]:
-    from torch.utils._pytree import tree_flatten
-
-    if hasattr(out, "to_tuple"):
-        out = out.to_tuple()
-    return [v for v in tree_flatten(out)[0] if isinstance(v, torch.Tensor) and v.is_floating_point()]
+        return float_outputs(own(*args, **kwargs))
 
 
 def _report(before: Any, program: Any, config: Config, found: Converted) -> Report:

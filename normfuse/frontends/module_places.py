@@ -2,50 +2,112 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import fx, nn
+from torch.utils._pytree import tree_flatten
 
-from normfuse.frontends.fx_certify import with_own_state
+from normfuse.calibrate import Hook
+from normfuse.convert import worst
+from normfuse.frontends.fx_certify import run_all, with_own_state
+from normfuse.frontends.fx_convert import tensors_of
 from normfuse.frontends.fx_effects import held, hooked, is_assert
 from normfuse.frontends.fx_emit import is_one
 from normfuse.graph import Node, Value
 from normfuse.norm import Expr, Site
+from normfuse.ort_values import Array
 
 def own_inputs(args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Inputs again, which a module may write."""
     return copy.deepcopy((tuple(args), dict(kwargs or {})))
 
 
-Firsts = tuple[torch.Tensor | None, torch.Tensor | None]
+def float_outputs(out: Any) -> list[torch.Tensor]:
+    """The tensors of floats that a module gives, in order."""
+    if hasattr(out, "to_tuple"):
+        out = out.to_tuple()
+    return [v for v in tree_flatten(out)[0] if isinstance(v, torch.Tensor) and v.is_floating_point()]
 
 
-def first_tensors(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> dict[str, Firsts]:
-    """For each module by path what a hook of it sees first of its inputs and of its output, without elements; none for
-    a module that runs when it is traced only."""
-    own, found = with_own_state(module).eval(), dict[str, Firsts]()
-
-    def watch(path: str) -> Any:
-        def hook(_: nn.Module, given: Any, output: Any) -> None:
-            first, last = (v[0] if isinstance(v, tuple) and v else v for v in (given, output))
-            found[path] = _bare(first), _bare(last)
-
-        return hook
-
-    for path, part in own.named_modules(remove_duplicate=False):
-        part.register_forward_hook(watch(path))
-    args, kwargs = own_inputs(args, kwargs)
-    with torch.no_grad(), contextlib.suppress(Exception):
-        own(*args, **kwargs)
-    return found
+def apart(want: Sequence[torch.Tensor], got: Sequence[torch.Tensor]) -> float:
+    """The largest difference of two lists of outputs, each relative to its largest element."""
+    if len(want) != len(got):
+        return math.inf
+    return worst([v.double().numpy() for v in want], [v.double().numpy() for v in got])
 
 
-def _bare(value: Any) -> torch.Tensor | None:
-    return value.to("meta") if isinstance(value, torch.Tensor) else None
+class Trial:
+    """A module and the graph that was traced from it, which run side by side on the example inputs: what a hook sees
+    first is a value of the graph if to change the one does to the outputs what it does to change the other.
+
+    Parameters that are zeros, as those of a branch that is not trained yet, would hide that, and are drawn at random.
+    """
+
+    FAR = 1e-3
+    """How far a change has to move an output, and all that two runs may differ by."""
+
+    def __init__(self, module: nn.Module, program: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> None:
+        self.module, self.program, self.given = module, program, (args, kwargs)
+
+    @cached_property
+    def _own(self) -> Any:
+        random = torch.Generator().manual_seed(0)
+        memo = {id(p): p if p.any() else nn.Parameter(torch.randn(p.shape, generator=random).to(p), p.requires_grad)
+                for p in self.module.parameters() if p.is_floating_point()}  # fmt: skip
+        own = copy.deepcopy(self.module, memo)
+        for part in own.modules():
+            part.training = False
+        return own
+
+    @cached_property
+    def _constants(self) -> dict[str, torch.Tensor]:
+        drawn = dict(self._own.named_parameters(remove_duplicate=False))
+        targets = {spec.arg.name: spec.target for spec in self.program.graph_signature.input_specs}
+        return {name: drawn.get(targets[name], held) for name, held in tensors_of(self.program).items()}
+
+    def _traced(self, watch: Mapping[str, Hook]) -> list[torch.Tensor]:
+        """The outputs of floats, behind those that are written to buffers."""
+        feeds = tree_flatten(own_inputs(*self.given))[0]
+        return float_outputs(run_all(self.program.graph_module, [feeds], self._constants, self._constants.__getitem__,
+                                     wide=False, watch=watch)[0])  # fmt: skip
+
+    @cached_property
+    def _unchanged(self) -> list[torch.Tensor]:
+        return self._traced({})
+
+    def same(self, value: Value, path: str, before: bool) -> bool:
+        """Whether a value is the first of what goes into a module (`before`) or comes out of it."""
+
+        def change(array: Array) -> Array:
+            noise = np.random.default_rng(0).standard_normal(array.shape)
+            return array + noise * max(1.0, float(np.abs(array).max(initial=0.0)))
+
+        def first(given: Any) -> Any:
+            x = given[0] if isinstance(given, tuple) and given else given
+            if not isinstance(x, torch.Tensor) or x.shape != value.shape or f"torch.{value.dtype}" != str(x.dtype):
+                raise TypeError("it is another tensor")
+            changed = torch.from_numpy(change(x.double().numpy())).to(x)
+            return (changed, *given[1:]) if isinstance(given, tuple) else changed
+
+        part = self._own.get_submodule(path)
+        hook = part.register_forward_pre_hook(lambda _, given: first(given)) if before else (
+            part.register_forward_hook(lambda _, given, output: first(output)))
+        args, kwargs = own_inputs(*self.given)
+        try:
+            with torch.no_grad():
+                got = float_outputs(with_own_state(self._own)(*args, **kwargs))
+            want = self._traced({value.native.name: lambda values: [change(v) for v in values]})[-len(got):]
+            return apart(want, got) <= self.FAR / 10 and apart(self._unchanged[-len(got):], want) > self.FAR
+        except Exception:  # a module that runs when it is traced only, say
+            return False
+        finally:
+            hook.remove()
 
 
 class NormModule(NamedTuple):
@@ -60,8 +122,8 @@ class NormModule(NamedTuple):
 class Places:
     """Where the values of a traced graph stand in the module."""
 
-    def __init__(self, program: Any, module: nn.Module, firsts: Callable[[], Mapping[str, Firsts]]) -> None:
-        self.module, self.firsts = module, firsts
+    def __init__(self, program: Any, module: nn.Module, trial: Trial) -> None:
+        self.module, self.same_first = module, cache(trial.same)
         self.nodes: dict[str, fx.Node] = {node.name: node for node in program.graph.nodes}
         self.targets = {spec.arg.name: str(spec.target) for spec in program.graph_signature.input_specs if spec.target}
         self.known = {path: id(part) for path, part in module.named_modules(remove_duplicate=False)}
@@ -99,10 +161,7 @@ class Places:
     def can_place(self, value: Value) -> bool:
         """Whether a hook can put an operator behind a value: a hook centres the first of what it is given."""
         hook = self.hook_of(value.native) if isinstance(value.native, fx.Node) else None
-        if hook is None:
-            return False
-        first = self.firsts().get(hook[0], (None, None))[0 if hook[1] else 1]
-        return first is not None and value.shape == tuple(first.shape) and f"torch.{value.dtype}" == str(first.dtype)
+        return hook is not None and self.same_first(value, *hook)
 
     def shared(self, value: Value) -> str | None:
         """Who else has a parameter, unseen in the graph."""
