@@ -81,7 +81,8 @@ class Conversion:
 
     def factor(self, node: Node) -> Value:
         """The factor of a multiplication that is taken out."""
-        return next(v for v in node.inputs if v.fixed and v not in self.values)
+        return next(v for v in node.inputs if v.fixed and (
+            v not in self.values or (v in self.copies and node not in self.copies[v])))
 
     def unscaled(self, value: Value) -> Value:
         """What a value is once the multiplications are taken out."""

@@ -103,12 +103,14 @@ def _view(node: Node, value: Value, axis: int, channels: Channels) -> tuple[Valu
 
 
 def leaf_of(value: Value, axes: tuple[int, ...], channels: Channels) -> tuple[Value, tuple[int, ...]] | None:
-    """The constant that a weight is a view of, and where its axes are in it."""
+    """The constant that a weight is a view of that nothing else reads, and where its axes are in it."""
     for _ in range(MAX_WALK):
         node = value.producer
         if node is None:
             return (value, axes) if value.fixed and value.native is not None and not value.overridable else None
         if node.kind not in ("identity", "reshape", "transpose", "unsqueeze", "squeeze") or value.shape is None:
+            return None
+        if len(value.uses) > 1 or value.kept:
             return None
         found = []
         for axis in axes:
@@ -132,9 +134,10 @@ def contraction(node: Node, weight: Value, over: int, gives: int, bias: Value | 
         return None
     (leaf, (over, gives)), out = found, out or node.outputs[0]
     if bias is not None:
-        settled = bias.fixed and not bias.overridable and bias.native is not None
+        settled = bias.producer is None and bias.fixed and not bias.overridable and bias.native is not None
         assert leaf.shape is not None
-        if not settled or bias.shape is None or bias.shape[-1:] != (leaf.shape[gives],):
+        if not settled or bias.shape is None or bias.shape[-1:] != (leaf.shape[gives],) or any(
+                d != 1 for d in bias.shape[:-1]):
             bias = None
     return Contraction(node, leaf, over, gives, bias, out)
 

@@ -113,7 +113,7 @@ class _Planner:
                 self._keep(site, "NF301", why)
             self.sites = [site for site in self.sites if site not in self.out.kept]
             self._ask()
-            if self.again or self._unread() or self._torn() or self._sink() or self._public() or self._drop():
+            if self.again or self._unread() or self._torn() or self._stepped() or self._sink() or self._public() or self._drop():
                 continue
             break
         self._result()
@@ -287,6 +287,16 @@ class _Planner:
                 if rest and not isinstance(by, Site):
                     self._stop(by[1], f"{by[0].op} {by[0].name} also gives {rest[0].name}, which is read as it is")
                     return True
+        return False
+
+    def _stepped(self) -> bool:
+        """Find a multiplication that would be taken out and is a step of another operator; True if there is one."""
+        for value, want in self.state.items():
+            node = value.producer
+            if node is not None and None in [v.native for v in (value, *node.inputs)] and any(
+                    c.scales != want.scales and None in (v.native, value.native) for v, c in self._links(value)):
+                self._stop(value, f"{node.op} {node.name} scales the channels as a step of its own")
+                return True
         return False
 
     def _blind(self, node: Node, value: Value, want: Centre) -> bool:

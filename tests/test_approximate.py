@@ -21,6 +21,7 @@ from normfuse.cli_report import bar
 from normfuse.config import Config
 from normfuse.errors import InputError, VerificationError
 from normfuse.nn import RMSNorm
+from normfuse.sessions import session
 from tests.families import _silent, cached
 from tests.layernorm_models import Wrapped, to_onnx
 from tests.converted import drawn
@@ -343,3 +344,18 @@ def test_a_bias_that_a_part_shares_which_is_not_reached_keeps_its_own_norm_only(
         ("NF301", True)]  # fmt: skip
     assert report.converted == 1 and isinstance(result.m, RMSNorm) and isinstance(result.n, nn.LayerNorm)
     torch.testing.assert_close(result(*sets[0], True), module(*sets[0], True))
+
+
+def test_a_norm_that_no_output_reads_is_left() -> None:
+    made = onnx.parser.parse_model('''<ir_version: 8, opset_import: ["": 17]>
+        g (float[B, S, 16] x) => (float[B, S, 16] y) {
+        y = LayerNormalization(x, w, b) dead = LayerNormalization(x, w, b) }''')
+    rng = np.random.default_rng(0)
+    made.graph.initializer.extend(
+        onnx.numpy_helper.from_array(rng.standard_normal(16).astype("f4"), name) for name in "wb")
+    feeds = [{"x": rng.standard_normal((2, 3, 16)).astype("f4")} for _ in range(6)]
+    config = normfuse.Config(layernorm_to_rmsnorm="approximate", tolerance=9.0)
+    result, report = normfuse.optimize(made, config, calibration=feeds)
+    assert report.approximation is not None
+    assert [n.action for n in report.norms] == ["converted", "left"] and len(report.approximation.layers) == 1
+    assert session(result.SerializeToString()).run(None, feeds[0])[0].shape == (2, 3, 16)

@@ -92,6 +92,35 @@ o = MatMul(a, v) y = Neg(o)"""
     check(model(f"int64[{shape}] i", lines, **held), feeds, 2, verify="sites")
 
 
+PADDED = f"""h = Gather(table, i) {OPERATOR.format('h', 'n')} q = MatMul(n, w) k = MatMul(n, w2) v = MatMul(n, w3)
+t = Transpose<perm=[0, 2, 1]>(k) s = MatMul(q, t) {{mask}} a = Softmax(m) o = MatMul(a, v) h1 = Add(h, o)
+{OPERATOR.format('h1', 'n1')} y = MatMul(n1, w)"""
+
+
+@pytest.mark.parametrize(("kind", "mask"), [
+    ("bool", "u = Unsqueeze(padding_mask, one) m = Where(u, low, s)"),
+    ("bool", "u = Unsqueeze(padding_mask, one) m = Where(u, s, low)"),
+    ("int64", "c = Cast<to=9>(padding_mask) u = Unsqueeze(c, one) m = Where(u, low, s)"),
+    ("int64", "c = Cast<to=9>(padding_mask) u = Unsqueeze(c, one) m = Where(u, s, low)")])
+def test_a_mask_of_what_is_left_out_or_of_what_is_kept(kind: str, mask: str) -> None:
+    """Of one of the two all true leaves no number."""
+    held = {"w2": numbers(D, D), "w3": numbers(D, D), "low": np.float32(-np.inf), "one": np.array([1])} | HELD
+    given = np.array([[0, 0, 1], [1, 0, 0]]).astype(bool if kind == "bool" else np.int64)
+    feeds = [{"i": np.array([[0, 3, 1], [2, 1, 1]]), "padding_mask": given}]
+    lines = PADDED.replace("{mask}", mask)
+    check(model(f"int64[B,S] i, {kind}[B,S] padding_mask", lines, **held), feeds, 2, verify="sites")
+
+
+@pytest.mark.parametrize("bias", ["zeros", "own"])
+def test_the_only_edit_is_of_a_bias_of_zeros(bias: str) -> None:
+    """As a model has it before it is trained."""
+    lines = f"""n = LayerNormalization<axis=-1>(x, ones, {bias}) {OPERATOR.format('n', 'n2')}
+    n3 = LayerNormalization<axis=-1>(x, g, b2) y = Add(n2, n3)"""
+    made = model(f"float[B,S,{D}] x", lines, zeros=np.zeros(D, np.float32), own=numbers(D), ones=np.ones(D, np.float32),
+                 b2=numbers(D))  # fmt: skip
+    check(made, [{"x": numbers(2, 3, D)}], 3, verify="sites")
+
+
 # -- operators that nothing here computes ------------------------------------------------------------------------------
 
 

@@ -13,6 +13,8 @@ from torch.nn import functional as F  # noqa: N812
 import normfuse
 from tests.converted import D, proved, verdicts
 
+EXACT = normfuse.Config(layernorm_to_rmsnorm="exact")
+
 # -- torch ------------------------------------------------------------------------------------------------------------
 
 
@@ -361,3 +363,85 @@ def test_a_module_that_is_called_under_two_names() -> None:
     result, report = proved(module, x, force=True)
     assert verdicts(report) == ["kept"] and "NF304" not in str(report.to_dict())
     torch.testing.assert_close(result(x), module(x))
+
+
+class Ahead(nn.Module):
+    """A norm of what is made of a table of tokens."""
+
+    def __init__(self, made: Callable[[Ahead, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.e, self.other, self.n, self.made = nn.Embedding(9, D), nn.Embedding(9, D), nn.LayerNorm(D), made
+        self.w = nn.Parameter(torch.randn(D))
+
+    def forward(self, i: Tensor) -> Tensor:
+        """The norm."""
+        found: Tensor = self.n(self.made(self, i))
+        return found
+
+
+FIRST = torch.tensor([0, 2])[None, :, None]
+
+
+@pytest.mark.parametrize(("made", "converted"), [
+    (lambda m, i: F.pad(m.e(i), (0, 0, 1, 1)), 1), (lambda m, i: F.pad(m.e(i), (0, 0, 1, 1), mode="reflect"), 1),
+    (lambda m, i: F.pad(m.e(i), (0, 0, 0, 0, 1, 0)), 1), (lambda m, i: F.pad(m.e(i)[..., 1:], (1, 0, 1, 1)), 0),
+    (lambda m, i: m.e(i).tile(2, 1), 1), (lambda m, i: m.e(i)[..., :4].tile(2), 0),
+    (lambda m, i: m.e(i).repeat_interleave(2, 1), 1), (lambda m, i: m.e(i)[..., :4].repeat_interleave(2, -1), 0),
+    (lambda m, i: torch.take_along_dim(m.e(i), FIRST, 1), 1),
+    (lambda m, i: torch.take_along_dim(m.e(i), FIRST.expand(2, -1, D), 1), 1),
+    (lambda m, i: torch.take_along_dim(m.e(i), torch.arange(2 * D).reshape(1, 2, D) % 3, 1), 0),
+    (lambda m, i: torch.take_along_dim(m.e(i), torch.arange(D)[None, None], 2), 0),
+    (lambda m, i: torch.addcmul(m.e(i), m.other(i), m.w), 0),  # of one operator nothing is taken out
+    (lambda m, i: m.e(i) + m.other(i) * m.w, 1),
+])  # fmt: skip
+def test_rows_that_are_moved_and_channels_that_are(made: Callable[[Ahead, Tensor], Tensor], converted: int) -> None:
+    torch.manual_seed(0)
+    module, i = Ahead(made).eval(), torch.tensor([[1, 2, 3], [4, 5, 6]])
+    result, report = normfuse.optimize(torch.export.export(module, (i,)), EXACT)
+    assert [(n.conversion or {})["verdict"] for n in report.norms] == ["exact" if converted else "kept"]
+    torch.testing.assert_close(result.module()(i), module(i), rtol=1e-4, atol=1e-5)
+
+
+def test_a_factor_that_is_added_too() -> None:
+    """Its copy is edited, and the other is taken out."""
+    module, i = Ahead(lambda m, i: m.e(i) + m.other(i) * m.w + m.w).eval(), torch.tensor([[1, 2, 3]])
+    for untie in (False, True):
+        config = normfuse.Config(layernorm_to_rmsnorm="exact", untie=untie)
+        result, report = normfuse.optimize(torch.export.export(module, (i,)), config)
+        assert [(n.conversion or {})["verdict"] for n in report.norms] == ["exact" if untie else "kept"]
+        torch.testing.assert_close(result.module()(i), module(i), rtol=1e-4, atol=1e-5)
+
+
+class Read(nn.Module):
+    """A norm of embeddings, and what reads it."""
+
+    def __init__(self, read: Callable[[Read, Tensor], Tensor], rows: int = 6) -> None:
+        super().__init__()
+        self.e, self.n, self.read = nn.Embedding(9, D), nn.LayerNorm(D), read
+        self.c, self.v, self.w = nn.Conv1d(rows, 5, 3), nn.Parameter(torch.randn(D)), nn.Parameter(torch.randn(5, D))
+        self.b, self.other, self.each = (nn.Parameter(torch.randn(n)) for n in ((5,), (5,), (rows, 5)))
+        nn.init.normal_(self.n.weight)
+        nn.init.normal_(self.n.bias)
+
+    def forward(self, i: Tensor) -> Tensor:
+        """What was read."""
+        return self.read(self, self.n(self.e(i)))
+
+
+@pytest.mark.parametrize("fold_scale", [False, True])
+@pytest.mark.parametrize("read", [
+    lambda m, y: F.linear(y, m.w, m.b + m.other), lambda m, y: F.linear(y, m.w, m.b.view(5)),
+    lambda m, y: F.linear(y, m.w, m.b * 2), lambda m, y: F.linear(y, m.w, m.b.repeat(1)),
+    lambda m, y: torch.addmm(m.each, y, m.w.t()), lambda m, y: torch.addmm(m.each[:1], y, m.w.t()),
+    lambda m, y: F.linear(y, m.w, m.each), lambda m, y: F.linear(y, m.v), lambda m, y: y @ m.v, lambda m, y: m.c(y),
+    lambda m, y: (y @ m.w.t()) + m.w.t().sum(0),
+    lambda m, y: (lambda t: y @ t + (m.v @ t).exp())(m.w.t())])  # fmt: skip
+@pytest.mark.parametrize("rows", [6, D])
+def test_layers_into_which_a_bias_or_weight_does_not_go(read: Any, fold_scale: bool, rows: int) -> None:
+    """Biases that are computed or differ by row, weights of one axis, channels that are the rows, shared views."""
+    torch.manual_seed(0)
+    module, i = Read(read, rows).eval(), torch.arange(rows) % 9
+    config = normfuse.Config(layernorm_to_rmsnorm="exact", fold_scale=fold_scale)
+    result, report = normfuse.optimize(torch.export.export(module, (i,)), config)
+    assert [(n.conversion or {})["verdict"] for n in report.norms] == ["exact"]
+    torch.testing.assert_close(result.module()(i), module(i), rtol=1e-4, atol=1e-4)

@@ -140,7 +140,7 @@ def linear(low: Lowering, node: Node, value: Value, axis: int, channels: Channel
     try:
         if name == "linear":
             x, weight, bias = at.tensor(0, "input"), at.tensor(1, "weight"), _optional(at, 2, "bias")
-            over, gives, fits = 1, 0, axis == rank - 1
+            over, gives, fits = 1, 0, axis == rank - 1 and weight.rank == 2
         elif name == "addmm":
             plain = at.get(-1, "alpha", default=1) == 1 and at.get(-1, "beta", default=1) == 1
             x, weight, bias = at.tensor(1, "mat1"), at.tensor(2, "mat2"), at.tensor(0, "input", "self")
@@ -151,7 +151,8 @@ def linear(low: Lowering, node: Node, value: Value, axis: int, channels: Channel
             groups, pad = at.get(8 if general else 6, "groups", default=1), at.get(4, "padding", default=0)
             unpadded = pad == "valid" or not any(pad if isinstance(pad, (tuple, list)) else [pad])
             over, gives = 1, 0
-            fits = axis == 1 and groups == 1 and unpadded and not (general and at.get(6, "transposed"))
+            fits = axis == 1 and rank == weight.rank and groups == 1 and unpadded and not (
+                general and at.get(6, "transposed"))
         else:
             x, weight, bias, over, gives = at.tensor(0, "input", "self"), at.tensor(1, "other", "mat2"), None, 0, 1
             fits = axis == rank - 1 and weight.rank == 2
@@ -234,7 +235,7 @@ def _embedding(at: At, want: Centre) -> Links:
     return [(table, want.moved(1))]
 
 
-def _same_but(*names: str, at_index: int, default: int = 0) -> Row:
+def _same_but(*names: str, at_index: int, default: int | None = 0) -> Row:
     """An operator that moves or adds up positions along one axis, or several, and keeps the others."""
     def row(at: At, want: Centre) -> Links:
         x = at.tensor(0, "input", "self")
@@ -415,7 +416,8 @@ def _pad(at: At, want: Centre) -> Links:
     plain = name_of(at.node) == "constant_pad_nd"
     mode = "constant" if plain else at.get(2, "mode", default="constant")
     fill = at.get(2 if plain else 3, "value", default=0)
-    if not isinstance(pads, (tuple, list)) or want.axis >= at.rank - len(pads) // 2:
+    behind = 2 * (at.rank - 1 - want.axis)  # the last axis comes first
+    if not isinstance(pads, (tuple, list)) or any(p != 0 for p in pads[behind : behind + 2]):
         raise at.blocked("pads the channels")
     if mode == "constant" and fill not in (0, None):
         raise at.blocked("pads with another number than 0")
@@ -453,8 +455,11 @@ def _index_select(at: At, want: Centre) -> Links:
 
 def _gather(at: At, want: Centre) -> Links:
     """Picks along one axis, the same for all channels: the index is one that was spread over them."""
-    x, index = at.tensor(0, "input", "self"), at.get(2, "index", "indices")
-    if at.axis(1, "dim", rank=x.rank or 0) == want.axis or not _spread(index, at.rank - want.axis):
+    x, taken = at.tensor(0, "input", "self"), name_of(at.node) == "take_along_dim"
+    index, axis = at.get(*((1, "indices") if taken else (2, "index"))), at.axis(2 if taken else 1, "dim", rank=at.rank)
+    shape = at.value(index).shape if taken else None
+    broadcast = shape is not None and len(shape) == x.rank == at.rank and shape[want.axis] == 1
+    if axis == want.axis or not (broadcast or _spread(index, at.rank - want.axis)):
         raise at.blocked("picks channel by channel")
     return [(x, want)]
 
@@ -479,7 +484,8 @@ def _index_add(at: At, want: Centre) -> Links:
 def _repeat(at: At, want: Centre) -> Links:
     x, given = at.tensor(0, "input", "self"), at.get(1, "repeats", "dims", "sizes")
     repeats = list(given) if isinstance(given, (tuple, list)) else list(at.node.args[1:])
-    if len(repeats) != at.rank or repeats[want.axis] != 1:
+    repeats = [1] * (at.rank - len(repeats)) + repeats  # which `tile` may leave out
+    if repeats[want.axis] != 1:
         raise at.blocked("repeats the channels")
     axis = want.axis - at.rank + (x.rank or 0)
     if axis < 0:
@@ -533,6 +539,7 @@ ROWS: dict[str, Row] = _table(
         "roll": _roll,
         "flip": _same_but("dims", at_index=1),
         "cumsum": _same_but("dim", at_index=1),
+        "repeat_interleave": _same_but("dim", at_index=2, default=None),
         "repeat tile": _repeat,
         "pad constant_pad_nd": _pad,
         "avg_pool1d adaptive_avg_pool1d": _pool(1),

@@ -323,8 +323,7 @@ class Editor:
     def _bypass(self, node: Node) -> None:
         """Take a multiplication out whose factor is in the constants now."""
         a, b = node.inputs
-        factor = next(v for v in (a, b) if v.fixed and v not in self.plan.values)
-        node.outputs[0].native.replace_all_uses_with((b if factor is a else a).native)
+        node.outputs[0].native.replace_all_uses_with((b if self.plan.factor(node) is a else a).native)
 
 
 def _last_placeholder(node: fx.Node) -> fx.Node:

@@ -26,7 +26,7 @@ from normfuse.graph import Value
 from normfuse.norm import Site
 from normfuse.ort_values import Array
 from normfuse.passes.fold_affine import constants, elements
-from normfuse.passes.remove_dead import RemoveDead
+from normfuse.passes.remove_dead import RemoveDead, live
 from normfuse.plan import Replace
 
 
@@ -46,10 +46,10 @@ def approximate_model(one: OnnxModel, config: Config, given: Any,
         return [refusals(site, "NF305", why) for site in sites], None
     on = matching([s.label for s in sites], config.norms, [record.site.label for record in done])
     taken = list(compress(sites, on))
-    records, editor = [], _Editor(one)
+    records, editor, alive = [], _Editor(one), live(low.graph)
     for site in taken:
         inner = operator_of(site)
-        why = editor.unfit(inner)
+        why = editor.unfit(inner) if site.value.producer in alive else "no output of the graph depends on it"
         if why is not None:
             records.append(refusals(site, "NF301", why))
         else:
