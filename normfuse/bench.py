@@ -282,7 +282,7 @@ def make_feeds(session: Any, path: str | Path, how: How) -> dict[str, Array]:
     Raises `InputError` for a name that the model lacks, for a size of what the file has, and where memory has no room.
     """
     from normfuse.calibrate import load
-    from normfuse.frontends.onnx_contrib import cache_sizes
+    from normfuse.frontends.onnx_open import stated_sizes
     from normfuse.io.files import read_onnx
 
     _demand_sizes([d for i in session.get_inputs() for d in i.shape], how.sizes)
@@ -296,7 +296,7 @@ def make_feeds(session: Any, path: str | Path, how: How) -> dict[str, Array]:
     if both := [name for name, n in how.sizes.items() if name in held and held[name][1] != n]:
         raise InputError(f"the size {both[0]!r} is that of input {held[both[0]][0]!r} in {how.inputs}; leave out "
                          f"--size {both[0]}={how.sizes[both[0]]}, or --inputs")  # fmt: skip
-    sizes = cache_sizes(read_onnx(path)[0]) | dict(how.sizes)
+    sizes = stated_sizes(read_onnx(path)[0]) | dict(how.sizes)
     shapes = {name: shape for name, shape in shapes_for(session, sizes, OPEN[0]).items() if name not in given}
     if (needed := DRAWN * sum(map(math.prod, shapes.values()))) > available():
         name = max(shapes, key=lambda n: math.prod(shapes[n]))
@@ -339,12 +339,12 @@ def memory(path: str, how: How) -> int | None:
 def _child(asked: Mapping[str, Any]) -> None:
     """Load and run a model, and print the growth."""
     from normfuse.cli_env import sessions_have
-    from normfuse.frontends.onnx_contrib import cache_sizes
+    from normfuse.frontends.onnx_open import stated_sizes
     from normfuse.io.files import read_onnx
 
     how = How(**asked["how"])
     sessions_have()  # the code of ONNX Runtime itself does not count, nor what reads the model for its inputs below
-    cache_sizes(read_onnx(asked["path"])[0])
+    stated_sizes(read_onnx(asked["path"])[0])
     options = options_for(asked["path"], "cpu", how.threads, how.library)
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts anew

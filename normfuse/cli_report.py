@@ -198,6 +198,8 @@ def comparison_blocks(result: dict[str, Any], quiet: bool) -> list[Block]:
         for o in result["outputs"]
     ]
     notes = [f"note: output {o['name']!r} {_unsaid(o)}" for o in result["outputs"] if _unsaid(o)]
+    if result["equal"]:
+        notes += [f"note: compared with {name} true, and false" for name in result.get("flags", ())]
     return [Table(("output", "type", "shape", "max abs diff", "max rel diff"), rows), *notes, _verdict(result)]
 
 

@@ -340,14 +340,16 @@ def tell(report: Report, sites: Sequence[Site], records: Sequence[Record]) -> No
     """
     from normfuse.placement import recipe
 
-    found: dict[str | None, tuple[Site, NormRecord]] = {}
+    found: dict[str | None, list[tuple[Site, NormRecord]]] = {}  # two branches of an If may share names
     now, told = {site: site for site in sites}, set[Site]()
     for site, norm in zip(sites, report.norms, strict=True):
-        found |= dict.fromkeys(names_of(site), (site, norm))
+        for name in names_of(site):
+            found.setdefault(name, []).append((site, norm))
     for record in records:
         was = record_of(record.site)
         names = [record.result] if record.result else names_of(record.site)
-        known = next((found[name] for name in names if name in found), None)
+        same = next((found[name] for name in names if name in found), [])
+        known = next((one for one in same if one[0] not in told), same[-1] if same else None)
         if known is None and record.verdict == "kept":
             continue
         if known is None or known[0] in told:  # it is not recognised as a norm again, or as one with another

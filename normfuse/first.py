@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from normfuse.config import FASTEST, Config
 from normfuse.errors import InputError, NormFuseError, VerificationError, first_line
-from normfuse.frontends.onnx_contrib import cache_sizes
+from normfuse.frontends.onnx_open import stated_sizes
 from normfuse.io import files
 from normfuse.ort_values import Array
 from normfuse.process import run_module
@@ -162,7 +162,7 @@ def _longer(source: Path) -> list[dict[str, Array]]:
     runtime = session(source)
     if all(isinstance(d, int) for i in runtime.get_inputs() for d in i.shape):
         return []
-    feeds = longest(runtime, LENGTHS, SESSIONS, cache_sizes(files.read_onnx(source)[0]))
+    feeds = longest(runtime, LENGTHS, SESSIONS, stated_sizes(files.read_onnx(source)[0]))
     return [] if feeds is None else [feeds]
 
 

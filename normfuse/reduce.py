@@ -23,7 +23,7 @@ import onnx_ir as ir
 from normfuse.api import optimize
 from normfuse.config import Config, config_of, demand_use
 from normfuse.errors import InputError, NormFuseError, UnsupportedError, first_line, path_of
-from normfuse.frontends.onnx_contrib import cache_sizes
+from normfuse.frontends.onnx_open import stated_sizes
 from normfuse.frontends.onnx_model import OnnxModel
 from normfuse.frontends.onnx_wide import compare_rewritten
 from normfuse.io import files
@@ -140,7 +140,7 @@ def _difference(model: onnx.ModelProto, made: onnx.ModelProto, config: Config, f
         text = (str(why).strip() or type(why).__name__).splitlines()[0]
         return Failure("invalid", "", f"the rewritten model does not load: {text}")
     try:
-        heads = cache_sizes(files.read_onnx(paths[0])[0])
+        heads = stated_sizes(files.read_onnx(paths[0])[0])
         feeds, tops = run_random(before, None, sizes=heads)[0], dict[int, float]()
         bound = roundings_for(config.converts)
     except Exception as why:

@@ -178,11 +178,18 @@ def longest(runtime: Any, sizes: Sequence[int], sessions: int,
 
 
 def shapes_for(runtime: Any, known: Mapping[str, int], open_sizes: tuple[int, int, int]) -> dict[str, tuple[int, ...]]:
-    """The shapes of a session's inputs, by name: a symbolic size is `known`, the sum of two where it is named "a + b",
-    or else of `open_sizes`. What is past is counted by that name, or by the third axis of a tensor of that name."""
-    first = {i.shape[0] for i in runtime.get_inputs() if i.shape} - {None}
-    past = {dim for i in runtime.get_inputs() if len(i.shape) == 4 for axis, dim in enumerate(i.shape)
-            if isinstance(dim, str) and ("past" in dim or (axis == 2 and "past" in i.name))}  # fmt: skip
+    """The shapes of a session's inputs, by name, as `open_shapes` has them."""
+    return open_shapes({i.name: i.shape for i in runtime.get_inputs()}, known, open_sizes)
+
+
+def open_shapes(dims: Mapping[str, Sequence[Any]], known: Mapping[str, int],
+                open_sizes: tuple[int, int, int]) -> dict[str, tuple[int, ...]]:  # fmt: skip
+    """The shapes of inputs by name, of the sizes that they state: a symbolic one is `known`, the sum of two where it is
+    named "a + b", or else of `open_sizes`. What is past is counted by that name, or by the third axis of a tensor of
+    that name."""
+    first = {shape[0] for shape in dims.values() if shape} - {None}
+    past = {dim for name, shape in dims.items() if len(shape) == 4 for axis, dim in enumerate(shape)
+            if isinstance(dim, str) and ("past" in dim or (axis == 2 and "past" in name))}  # fmt: skip
 
     def size(dim: Any, axis: int) -> int:
         if isinstance(dim, int) and dim >= 0:
@@ -194,7 +201,7 @@ def shapes_for(runtime: Any, known: Mapping[str, int], open_sizes: tuple[int, in
             return sum(int(part) if part.isdigit() else size(part, 1) for part in parts)
         return open_sizes[2 if dim in past else axis > 0 and dim not in first]
 
-    return {i.name: tuple(size(dim, axis) for axis, dim in enumerate(i.shape)) for i in runtime.get_inputs()}
+    return {name: tuple(size(dim, axis) for axis, dim in enumerate(shape)) for name, shape in dims.items()}
 
 
 def names_mask(name: str) -> bool:

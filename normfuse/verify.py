@@ -163,25 +163,52 @@ def compare_models(path_a: str | Path, path_b: str | Path, *, seed: int = 0,
     `inputs` by name; those not given are drawn from the seed: floats as the first of `FLOATS` with which each output of
     floats has a finite element, integers small and not negative, masks all one; sizes that are open are the first of
     `OPEN` with which the first model runs. An output agrees when no element differs by more than `roundings`
-    of its type times the largest element. Returns {"equal", "outputs", "tolerance", "provider"}.
+    of its type times the largest element. Returns {"equal", "outputs", "tolerance", "provider"}, and "flags" where
+    there are some: see `either_way`.
 
     Raises `InputError` where a model does not load or run, the two have other inputs or outputs, or no output has
     anything to compare, and `UnsafeModelError` for external data that are outside a model's folder.
     """
-    _, names, first, second, provider = run_both(path_a, path_b, seed=seed, inputs=inputs)
-    found = compare_outputs(names, first, second, roundings, provider)
+    def compare(given: Mapping[str, Array] | None) -> tuple[dict[str, Array], dict[str, Any]]:
+        feeds, names, first, second, provider = run_both(path_a, path_b, seed=seed, inputs=given)
+        return feeds, compare_outputs(names, first, second, roundings, provider)
+
+    found = either_way(compare, inputs)
     demand_compared(found)
     return found
+
+
+class DoesNotRun(InputError):
+    """The first of two models does not run on its inputs."""
+
+
+def either_way(compare: Callable[[Mapping[str, Array] | None], tuple[dict[str, Array], dict[str, Any]]],
+               inputs: Mapping[str, Array] | None) -> dict[str, Any]:  # fmt: skip
+    """The verdict on inputs, those not given drawn, and on others in which the flags, single bools that are drawn true,
+    are false: nothing is seen of a branch that is not taken. Of each output what is further apart; "flags" names them.
+    """
+    feeds, found = compare(inputs)
+    drawn = {name: v for name, v in feeds.items() if name not in (inputs or {})}
+    flags = {name: ~v for name, v in drawn.items() if v.dtype == bool and v.size == 1}
+    if not flags or not found["equal"]:
+        return found
+    try:
+        other = compare({**(inputs or {}), **flags})[1]
+    except DoesNotRun:
+        return found
+    pairs = zip(found["outputs"], other["outputs"], strict=True)
+    outputs = [max(pair, key=lambda o: ("not_compared" not in o, o["max_rel"] or 0.0)) for pair in pairs]
+    return (other if not other["equal"] else found | {"outputs": outputs}) | {"flags": sorted(flags)}
 
 
 def run_both(path_a: str | Path, path_b: str | Path, *, seed: int, inputs: Mapping[str, Array] | None,
              ) -> tuple[dict[str, Array], list[str], list[Any], list[Any], str]:  # fmt: skip
     """The inputs on which `compare_models` runs two models, the names of the outputs, the outputs of both, and the
     provider. It raises what that does."""
-    from normfuse.frontends.onnx_contrib import cache_sizes
+    from normfuse.frontends.onnx_open import stated_sizes
     from normfuse.io.files import read_onnx
 
-    sizes = cache_sizes(read_onnx(path_a)[0])
+    sizes = stated_sizes(read_onnx(path_a)[0])
     read_onnx(path_b)
     a, b = session(path_a), session(path_b)
     names = [i.name for i in a.get_inputs()]
@@ -193,13 +220,15 @@ def run_both(path_a: str | Path, path_b: str | Path, *, seed: int, inputs: Mappi
     unknown = sorted(set(inputs or ()) - set(names))
     if unknown:
         raise InputError(f"no input is named {unknown[0]!r}; the models have {', '.join(names)}")
+    kind: type[InputError] = DoesNotRun
     try:
         feeds, first = run_random(a, wanted, seed, inputs, sizes)
+        kind = InputError
         second = b.run(wanted, feeds)
     except UnsupportedError:
         raise
     except Exception as why:
-        raise InputError(f"the models do not run on these inputs: {first_line(why)}") from why
+        raise kind(f"the models do not run on these inputs: {first_line(why)}") from why
     return feeds, wanted, first, second, a.get_providers()[0]
 
 
@@ -222,6 +251,10 @@ def difference(found: dict[str, Any]) -> str:
     """What `compare_models` found to differ, in words; empty where nothing does."""
     if found["equal"]:
         return ""
+    return _difference(found) + "".join(f", with {name} false" for name in found.get("flags", ()))
+
+
+def _difference(found: dict[str, Any]) -> str:
     worst = max(found["outputs"], key=lambda o: o["max_rel"] or 0.0)
     kinds = [o["name"] for o in found["outputs"] if o["max_rel"] is None]
     name, gap = worst["name"], worst["max_rel"]

@@ -3,6 +3,7 @@ to know what the numbers were that a rewrite rounds."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,10 @@ from onnx.reference import ReferenceEvaluator
 import normfuse
 from normfuse.convert import Folder
 from normfuse.frontends.onnx_certify import OPERATORS
+from normfuse.frontends.onnx_kernels import KERNELS
 from normfuse.sessions import session
+from normfuse.verify import compare_models
+from tests.cli_tools import saved
 from tests.converted import D, check, model, numbers
 
 IDS = [{"i": np.array([[0, 3, 1]])}]
@@ -119,6 +123,32 @@ def test_the_only_edit_is_of_a_bias_of_zeros(bias: str) -> None:
     made = model(f"float[B,S,{D}] x", lines, zeros=np.zeros(D, np.float32), own=numbers(D), ones=np.ones(D, np.float32),
                  b2=numbers(D))  # fmt: skip
     check(made, [{"x": numbers(2, 3, D)}], 3, verify="sites")
+
+
+@pytest.mark.parametrize("total", ["past + S", "S + past", "total"])
+def test_a_mask_of_so_many_tokens_as_are_past_and_new(total: str) -> None:
+    """As decoders have it: an open size may be the sum of two."""
+    lines = f"""h = MatMul(x, w) {OPERATOR.format('h', 'n')} all = Concat<axis=1>(cache, n) u = Unsqueeze(mask, last)
+    masked = Mul(all, u) mean = ReduceMean<axes=[1]>(masked) y = Add(n, mean)"""
+    made = model(f"float[B,S,{D}] x, float[B,past,{D}] cache, float[B,total] mask", lines, opset=17,
+                 last=np.array([-1]), **HELD)  # fmt: skip
+    made.graph.input[2].type.tensor_type.shape.dim[1].dim_param = total
+    check(made, [{"x": numbers(2, 3, D), "cache": numbers(2, 4, D), "mask": numbers(2, 7)}], int(total != "total"),
+          verify="sites")  # fmt: skip
+
+
+@pytest.mark.parametrize(("ahead", "group", "channels"), [
+    ("i = Identity(x)", 1, 3), ("f = Cast<to=1>(x) s = Div(f, far) i = Sub(s, by)", 1, 3), ("i = Identity(x)", 2, 6)])
+def test_the_channels_of_an_image_are_those_of_the_convolution(ahead: str, group: int, channels: int,
+                                                               tmp_path: Path) -> None:  # fmt: skip
+    kernel = numbers(D, 3, 4, 4)
+    lines = f"""{ahead} c = Conv<strides=[4,4], group={group}>(i, kernel) t = Transpose<perm=[0,2,3,1]>(c)
+    {OPERATOR.format('t', 'y')}"""
+    made = model("float[batch,num_channels,height,width] x", lines, kernel=kernel, far=np.float32(255),
+                 by=numbers(1, 3, 1, 1))  # fmt: skip
+    check(made, [{"x": numbers(2, channels, 8, 8)}], int(group == 1), verify="sites")
+    path = saved(made, tmp_path / "image.onnx")
+    assert compare_models(path, path)["equal"]
 
 
 # -- operators that nothing here computes ------------------------------------------------------------------------------
@@ -238,3 +268,34 @@ def test_skip_operators_are_computed_as_onnx_runtime_does() -> None:
         got = ReferenceEvaluator(made, new_ops=OPERATORS).rt_nodes_[0].run(*(feeds[n] for n in node.input))
         for a, b in zip(want, (got[0], got[3]), strict=True):
             np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("more", [
+    "", ', activation = "Relu"', ', activation = "Tanh"', ', activation = "Sigmoid"',
+    ', activation = "LeakyRelu", activation_params = [0.125]', ', activation = "Clip", activation_params = [-0.5, 0.5]',
+    ', activation = "HardSigmoid", activation_params = [0.25, 0.5]'])  # fmt: skip
+@pytest.mark.parametrize("given", ["x, w", "x, w, b", "x, w, b, z"])
+def test_convolutions_of_onnx_runtime_in_the_check(more: str, given: str) -> None:
+    made = onnx.parser.parse_model(f'''<ir_version: 8, opset_import: ["": 17, "com.microsoft": 1]>
+        g (float[2, 4, 6, 6] x, float[6, 2, 3, 3] w, float[6] b, float[2, 6, 3, 3] z) => (float[2, 6, 3, 3] y) {{
+        y = com.microsoft.FusedConv<group = 2, strides = [2, 2], pads = [1, 1, 1, 1], kernel_shape = [3, 3] {more}>
+            ({given}) }}''')
+    rng = np.random.default_rng(0)
+    sizes = {i.name: [d.dim_value for d in i.type.tensor_type.shape.dim] for i in made.graph.input}
+    feeds = {name: rng.standard_normal(size).astype("f4") for name, size in sizes.items()}
+    (want,) = session(made.SerializeToString()).run(None, feeds)
+    got: Any = next(iter(ReferenceEvaluator(made, new_ops=KERNELS).run(None, feeds)))
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("depth", ["int64[1]", "int64"])
+@pytest.mark.parametrize("axis", [-1, 0, 1])
+def test_one_hot_in_the_check(depth: str, axis: int) -> None:
+    """The depth may be of shape [1], and an index count from the end."""
+    made = onnx.parser.parse_model(f'''<ir_version: 8, opset_import: ["": 17]>
+        g (int64[2, 3] i, {depth} n, float[2] v) => (float[a, b, c] y) {{ y = OneHot<axis = {axis}>(i, n, v) }}''')
+    n, v = np.full((1,) if "[" in depth else (), 5), np.array([2, 7], np.float32)
+    feeds = {"i": np.array([[0, -1, 3], [5, 4, -5]]), "n": n, "v": v}
+    (want,) = session(made.SerializeToString()).run(None, feeds)
+    got: Any = next(iter(ReferenceEvaluator(made, new_ops=KERNELS).run(None, feeds)))
+    assert np.array_equal(got, want) and got.dtype == want.dtype

@@ -506,3 +506,33 @@ def test_a_function_further_inside_a_sequence_map(body: str, tmp_path: Path) -> 
     source, out = saved(made, tmp_path / "in.onnx"), tmp_path / "out.onnx"
     report = normfuse.rewrite(source, out, normfuse.Config(verify="model"))
     assert [n.action for n in report.norms] == ["fused"]
+
+
+@pytest.mark.parametrize("heads", [2, 16])
+def test_the_shape_of_a_constant(heads: int, tmp_path: Path) -> None:
+    """Small or large, as keras_hub's einsum layers have it in the target of a Reshape."""
+    lines = """f = Reshape(x, flat) h = MatMul(f, product) sx = Shape<end=2>(x) sw = Shape<start=1>(big)
+    to = Concat<axis=0>(sx, sw) q = Reshape(h, to) """ + ROOT.format("q") + "n = Div(q, r) y = Mul(n, w)"
+    made = model("float[B,S,16] x", lines, "float[A,B,C,D] y", big=numbers(16, heads, 8), w=numbers(8),
+                 product=numbers(16, heads * 8), flat=np.array([-1, 16]))  # fmt: skip
+    check(made, [{"x": numbers(2, 3, 16)}], tmp_path, 1)
+
+
+def test_an_initializer_has_the_shape_that_it_has(tmp_path: Path) -> None:
+    """Not the open one that a value_info states."""
+    lines = """sq = Mul(x, x) ms = ReduceMean(sq, last) z = Where(yes, ms, rest) a = Add(z, eps) r = Sqrt(a)
+    n = Div(x, r) y = Mul(n, w)"""
+    made = model("float[2,8] x", lines, yes=np.array(True), rest=np.full((2, 1), np.nan, np.float32), w=numbers(8))
+    made.graph.value_info.append(onnx.helper.make_tensor_value_info("rest", onnx.TensorProto.FLOAT, [None, None]))
+    check(made, [{"x": numbers(2, 8)}], tmp_path, 1)
+
+
+def test_two_branches_that_share_their_names() -> None:
+    """As those of merged decoders do: each norm is told once."""
+    made = onnx.parser.parse_model('''<ir_version: 8, opset_import: ["": 17]> g (float[2,4] x, bool c) => (float[2,4] y)
+        <float[4] w = {1,2,3,4}, float[4] b = {1,2,3,4}> {
+        y = If (c) <then_branch = t () => (float[2,4] n) { h = Relu(x) n = LayerNormalization(h, w, b) },
+                    else_branch = e () => (float[2,4] n) { h = Tanh(x) n = LayerNormalization(h, w, b) }> }''')
+    for mode in ("off", "exact"):
+        report = normfuse.optimize(made, normfuse.Config(layernorm_to_rmsnorm=mode))[1]
+        assert [n.action for n in report.norms] == ["kept", "kept"] and report.totals()["found"] == 2

@@ -18,11 +18,12 @@ from normfuse.bench import How, bench
 from normfuse.cli_report import comparison_blocks
 from normfuse.errors import InputError
 from normfuse.frontends.onnx_certify import inputs_for
-from normfuse.frontends.onnx_contrib import cache_sizes
+from normfuse.frontends.onnx_open import stated_sizes
+from normfuse.frontends.onnx_wide import compare_rewritten
 from normfuse.io.files import read_onnx
 from normfuse.reduce import _difference
 from normfuse.sessions import feeds_for, longest, run_random, session, shapes_for
-from normfuse.verify import compare_models, compare_outputs, demand_compared, demand_equal, run_both
+from normfuse.verify import compare_models, compare_outputs, demand_compared, demand_equal, difference, run_both
 from tests.cli_tools import run, saved
 
 WIDTH, HEADS, HEAD = 32, 4, 8
@@ -53,7 +54,7 @@ def decoder(layout: dict[str, str], cache: str = CACHE) -> onnx.ModelProto:
 @pytest.mark.parametrize("layout", [PACKED, APART], ids=["packed", "apart"])
 def test_a_decoder_with_a_cache_runs_on_random_inputs(layout: dict[str, str], tmp_path: Path) -> None:
     source, out = saved(decoder(layout), tmp_path / "in.onnx"), tmp_path / "out.onnx"
-    sizes = cache_sizes(read_onnx(source)[0])
+    sizes = stated_sizes(read_onnx(source)[0])
     assert sizes == {"head": HEAD}
     feeds = run_random(session(source), None, sizes=sizes)[0]
     assert {name: array.shape for name, array in feeds.items()} == {
@@ -72,7 +73,7 @@ def test_a_decoder_with_a_cache_runs_on_random_inputs(layout: dict[str, str], tm
     CACHE.replace("2, past_sequence_length, head", "past_sequence_length, 2, 8"),  # a name, but no head's
 ], ids=["stated", "elsewhere"])  # fmt: skip
 def test_only_open_sizes_of_heads_are_read_off_the_key(cache: str, tmp_path: Path) -> None:
-    assert cache_sizes(read_onnx(saved(decoder(PACKED, cache), tmp_path / "in.onnx"))[0]) == {}
+    assert stated_sizes(read_onnx(saved(decoder(PACKED, cache), tmp_path / "in.onnx"))[0]) == {}
 
 
 @pytest.mark.parametrize(("attributes", "room"), [
@@ -85,7 +86,7 @@ def test_a_cache_for_a_sliding_window_has_room_for_it(attributes: str, room: int
     for name, value in (pair.split(" = ") for pair in attributes.split(", ")):
         attention.attribute.append(onnx.helper.make_attribute(name, int(value)))
     source = saved(made, tmp_path / "in.onnx")
-    sizes = cache_sizes(read_onnx(source)[0])
+    sizes = stated_sizes(read_onnx(source)[0])
     assert sizes == {"head": HEAD} | ({"past_sliding_length": room} if room else {})
     if "local" in attributes:
         assert run_random(session(source), None, sizes=sizes)[0]["k"].shape == (2, 2, room, HEAD)
@@ -312,3 +313,28 @@ def test_an_input_is_a_mask_by_its_name() -> None:
                                    f"{{ y = Concat<axis = 0>({', '.join(names)}) }}")  # fmt: skip
     for feeds in (feeds_for(SimpleNamespace(get_inputs=lambda: infos)), inputs_for(onnx_ir.from_proto(made), 8)):
         assert [name for name, array in feeds.items() if array.min() < 1] == ["masked_input_ids", "unmasked"]
+
+
+def flagged(other: str, path: Path) -> Path:
+    """A model of two branches, of which a flag takes one."""
+    return saved(onnx.parser.parse_model(f"""<ir_version: 8, opset_import: ["": 17]>
+        g (float[2, 8] x, bool[1] use_cache) => (float[2, 8] y) <int64[2] bad = {{3, 7}}> {{
+        y = If (use_cache) <then_branch = t () => (float[2, 8] a) {{ a = Tanh(x) }},
+                            else_branch = e () => (float[2, 8] b) {{ b = {other} }}> }}"""), path)
+
+
+@pytest.mark.parametrize("compare", [compare_models, compare_rewritten])
+def test_a_branch_that_a_flag_takes_is_compared_either_way(compare: Any, tmp_path: Path) -> None:
+    """As merged decoders have them; not where the flag is given, nor where the model itself does not run so."""
+    steps = ("Relu(x)", "Neg(x)", "Relu(x)", "Reshape(x, bad)")
+    one, two, same, broken = (flagged(other, tmp_path / f"{i}.onnx") for i, other in enumerate(steps))
+    assert (found := compare(one, same))["equal"] and found["flags"] == ["use_cache"]
+    assert not (found := compare(one, two))["equal"]
+    assert difference(found).endswith("of its largest element, with use_cache false")
+    assert compare(one, two, inputs={"use_cache": np.array([True])})["equal"]
+    assert not compare(one, two, inputs={"use_cache": np.array([False])})["equal"]
+    assert (found := compare(broken, one))["equal"] and "flags" not in found
+    with pytest.raises(InputError, match="do not run on these inputs"):
+        compare(one, broken)
+    code, printed, _ = run("verify", one, same)
+    assert code == 0 and "note: compared with use_cache true, and false" in printed

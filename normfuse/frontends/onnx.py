@@ -161,7 +161,9 @@ class Lowering:
                 number = _number(array, self._may_be_number(value, array))
             elif not external and size <= 2**20 and self._may_be_number(value, tensor):
                 number = _number(np.asarray(tensor.numpy()), True)
-        self._leaf(value, fixed=True, number=number)
+        found = self._leaf(value, fixed=True, number=number)
+        if tensor is not None:  # it is what it is, whatever a value_info says of it
+            found.shape = tuple(int(d) for d in tensor.shape.numpy())
 
     @staticmethod
     def _may_be_number(value: ir.Value, tensor: Any) -> bool:

@@ -26,9 +26,10 @@ from normfuse.config import Config
 from normfuse.convert import LIMIT, SEEN, Certificate, Randomiser, normwise, worst
 from normfuse.frontends.onnx_check import DOUBLE, FLOAT_TYPES, MOST, OPS, _widen
 from normfuse.frontends.onnx_kernels import KERNELS
+from normfuse.frontends.onnx_open import channels
 from normfuse.frontends.onnx_unknown import StandIns
 from normfuse.ort_values import Array
-from normfuse.sessions import names_mask
+from normfuse.sessions import names_mask, open_shapes
 
 if TYPE_CHECKING:
     from normfuse.frontends.onnx_convert import Editor
@@ -283,16 +284,17 @@ def _widen_graph(graph: onnx.GraphProto) -> None:
 
 
 def inputs_for(model: ir.Model, size: int, attempt: int = 0) -> dict[str, Array]:
-    """Random inputs: each size that is left open is `size`, the first 2; floats are normal with mean 0.5; integers are
-    1 and 0 in every row, so that no softmax over equal tokens hides a query or key, all 1 at the third attempt and
-    all 0 at the fourth; masks are all true, or 1, and at the second attempt false, as some mark what is left out."""
+    """Random inputs: sizes that are left open are those of a convolution's channels, sums, or else `size`, the first 2;
+    floats are normal with mean 0.5; integers are 1 and 0 in every row, so that no softmax over equal tokens hides a
+    query or key, all 1 at the third attempt and all 0 at the fourth; masks are all true, or 1, and at the second
+    attempt false, as some mark what is left out."""
     rng = np.random.default_rng(attempt)
     feeds: dict[str, Array] = {}
-    for value in model.graph.inputs:
-        if value.name in model.graph.initializers:
-            continue
-        dims = value.shape.dims if value.shape else ()
-        shape = [d if isinstance(d, int) and d > 0 else size if i else 2 for i, d in enumerate(dims)]
+    given = [value for value in model.graph.inputs if value.name not in model.graph.initializers]
+    dims = {v.name or "": [getattr(d, "value", d) or None for d in v.shape or ()] for v in given}
+    shapes = open_shapes(dims, channels(model), (2, size, size))
+    for value in given:
+        shape = shapes[value.name or ""]
         if math.prod(shape) > MOST:
             raise ValueError(f"input {value.name!r} is too large: {shape}")
         dtype = value.dtype or ir.DataType.FLOAT

@@ -103,7 +103,7 @@ def _heads_shape(node: ir.Node, slots: list[Value | None]) -> Shape | None:
     if node.op_type != "MultiHeadAttention":  # of grouped queries, the heads of value are fewer
         if key is not None:
             return query.shape
-        size = _head_size(node, query.shape, None)
+        size = head_size(node, query.shape, None)
         return (*query.shape[:2], None if size is None else size * attribute(node, "num_heads"))
     if key is None or value is None or value.rank not in (3, 4) or value.shape is None:
         return None
@@ -119,7 +119,7 @@ def _unpacked(slots: list[Value | None]) -> list[Value | None]:
     return slots if key is not None or value is not None else [query, query, query, *slots[3:]]
 
 
-def _head_size(node: ir.Node, query: Shape | None, key: Shape | None) -> int | None:
+def head_size(node: ir.Node, query: Shape | None, key: Shape | None) -> int | None:
     """How wide a head of the key is; without a key, the query holds query, key and value one behind the other."""
     heads, shared = attribute(node, "num_heads", 0), attribute(node, "kv_num_heads")
     shared = heads if shared is None else shared
@@ -233,33 +233,3 @@ CONTRIB: dict[str, Row] = {
     "com.microsoft::DequantizeLinear": quantize,
 }
 """As `onnx_ops.OPS`: operator with its domain -> how to lower it."""
-
-
-CACHES = {"MultiHeadAttention": (6, 7), "GroupQueryAttention": (3, 4)}
-"""The inputs that hold the keys and values of what is past, of shape (batch, heads, tokens, size of a head)."""
-
-
-def cache_sizes(model: ir.Model) -> dict[str, int]:
-    """The open sizes of a model's inputs that its operators say, by name: that of a head, which the width of the key
-    that is added to a cache does, and the least tokens that a cache for a sliding window has room for."""
-    from normfuse.frontends.onnx import lower
-
-    found: dict[str, int] = {}
-    low: Lowering | None = None
-    for node in list(model.graph):  # which may be sorted on the way
-        slots = CACHES.get(node.op_type, ()) if node.domain == "com.microsoft" else ()
-        for past in (node.inputs[i] for i in slots if i < len(node.inputs)):
-            if past is None or past.shape is None or len(past.shape) != 4 or not past.is_graph_input():
-                continue
-            room, name = (getattr(dim, "value", None) for dim in past.shape[2:])
-            window = node.attributes.get_int("local_window_size", -1)
-            if isinstance(room, str) and window > 0 and node.attributes.get_int("sliding_window_cache", 0) == 1:
-                found[room] = max(window, found.get(room, 0))
-            if not isinstance(name, str) or name in found:
-                continue
-            low = low or lower(model)[0]
-            query, key = (None if v is None else low.value(v).shape for v in node.inputs[:2])
-            size = _head_size(node, query, key) if key or node.inputs[1] is None else None
-            if size is not None:
-                found[name] = size
-    return found

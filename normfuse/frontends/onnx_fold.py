@@ -150,6 +150,7 @@ FOLDS: dict[str, Callable[[ir.Node, Sequence[Array]], Array]] = {
     "Range": lambda node, args: _range(*(a.item() for a in args)).astype(args[0].dtype),
     "Where": lambda node, args: np.where(args[0], args[1], args[2]),
     "ReduceProd": _prod,
+    "Shape": lambda node, args: np.array(args[0].shape[attribute(node, "start", 0) : attribute(node, "end")], np.int64),
     "Size": lambda node, args: np.array(args[0].size, np.int64),
 }
 """Operators that are evaluated when all their inputs are small constants."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,39 @@ class Conv(OpRun):
             parts.append(np.tensordot(part, kernel, axes=(over, [1, *range(2, 2 + n)])))
         out = np.moveaxis(np.concatenate(parts, axis=-1), -1, 1)
         return (out if b is None else out + b.reshape(-1, *[1] * n),)
+
+
+class FusedConv(Conv):
+    """ONNX Runtime's convolution, what is added to it and an activation."""
+
+    op_domain = "com.microsoft"
+
+    def _run(self, x: Array, w: Array, b: Array | None = None, z: Array | None = None,  # type: ignore[override]
+             activation: str = "", activation_params: Iterable[float] | None = None,
+             **more: Any) -> tuple[Array]:  # fmt: skip
+        (y,) = super()._run(x, w, b, **more)
+        y = y if z is None else y + z
+        return (ACTIVATIONS[activation](y, *(activation_params or ())).astype(x.dtype),)
+
+
+ACTIVATIONS: dict[str, Callable[..., Array]] = {
+    "": lambda y: y, "Relu": lambda y: np.maximum(y, 0), "Tanh": np.tanh, "Sigmoid": lambda y: 1 / (1 + np.exp(-y)),
+    "LeakyRelu": lambda y, alpha: np.where(y < 0, alpha * y, y), "Clip": np.clip,
+    "HardSigmoid": lambda y, alpha, beta: np.clip(alpha * y + beta, 0, 1),
+}  # fmt: skip
+"""What ONNX Runtime fuses into a convolution, with its parameters."""
+
+
+class OneHot(OpRun):
+    """One value where an index points, another elsewhere; the reference takes no depth of shape [1]."""
+
+    op_domain = ""
+
+    def _run(self, indices: Array, depth: Array, values: Array, axis: int = -1) -> tuple[Array]:
+        n, rank = int(depth.reshape(-1)[0]), indices.ndim + 1
+        index = np.expand_dims(np.where(indices < 0, indices + n, indices), axis)
+        places = np.arange(n).reshape([-1 if a == axis % rank else 1 for a in range(rank)])
+        return (np.where(index == places, values[1], values[0]),)
 
 
 class GatherElements(OpRun):
@@ -211,6 +244,6 @@ class EmbedLayerNormalization(LayerNormalization):
         return (y, np.zeros(len(ids), np.int32), total)[: len(self.onnx_node.output)]
 
 
-KERNELS: list[Any] = [Conv, GatherElements, Pad, Erf, Softmax, LogSoftmax, FusedMatMul, FastGelu, QuickGelu, Gelu,
-                      BiasGelu, EmbedLayerNormalization, SkipLayerNormalization,
+KERNELS: list[Any] = [Conv, FusedConv, OneHot, GatherElements, Pad, Erf, Softmax, LogSoftmax, FusedMatMul, FastGelu,
+                      QuickGelu, Gelu, BiasGelu, EmbedLayerNormalization, SkipLayerNormalization,
                       SkipSimplifiedLayerNormalization]  # fmt: skip

@@ -7,6 +7,7 @@ where the mean is large (Flax computes it so). Its rewrite is then nearer to the
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from normfuse.ort_values import Array
 from normfuse.plan import Replace
 from normfuse.sessions import session
 from normfuse.targets import Table
-from normfuse.verify import EPSILON, ROUNDINGS, compare_outputs, run_both
+from normfuse.verify import EPSILON, ROUNDINGS, compare_outputs, either_way, run_both
 
 FLOATS = frozenset(DTYPES.values())
 HALVES = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
@@ -43,11 +44,14 @@ def compare_rewritten(source: str | Path, result: str | Path, *, roundings: floa
     and "after", the rewrite's. By the second, where the model's norms are exact, no output of the rewrite may be
     further from the model's than twice as far as what the model gives without these optimisers: "unoptimised".
     """
-    feeds, names, first, second, provider = run_both(source, result, seed=seed, inputs=inputs)
-    found = compare_outputs(names, first, second, roundings, provider)
-    if not found["equal"]:
-        found = _by_float64(found, source, feeds, names, first, second)
-    return found if found["equal"] else _by_itself(found, source, feeds, names, first)
+    def compare(given: Mapping[str, Array] | None) -> tuple[dict[str, Array], dict[str, Any]]:
+        feeds, names, first, second, provider = run_both(source, result, seed=seed, inputs=given)
+        found = compare_outputs(names, first, second, roundings, provider)
+        if not found["equal"]:
+            found = _by_float64(found, source, feeds, names, first, second)
+        return feeds, found if found["equal"] else _by_itself(found, source, feeds, names, first)
+
+    return either_way(compare, inputs)
 
 
 def _by_itself(found: dict[str, Any], source: str | Path, feeds: dict[str, Array], names: list[str],

@@ -1,0 +1,60 @@
+"""Sizes that the inputs of a model leave open, and that its operators say all the same."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from normfuse.frontends.onnx import Lowering, lower
+from normfuse.frontends.onnx_contrib import head_size
+
+CACHES = {"MultiHeadAttention": (6, 7), "GroupQueryAttention": (3, 4)}
+"""The inputs that hold the keys and values of what is past, of shape (batch, heads, tokens, size of a head)."""
+SCALED = frozenset("Cast Identity Add Sub Mul Div QuantizeLinear DequantizeLinear".split())
+"""What is done to an image or a weight ahead of a convolution, and leaves the shape of its first operand."""
+
+
+def stated_sizes(model: ir.Model) -> dict[str, int]:
+    """The open sizes of a model's inputs by name that its operators say: that of a head, which the width of the key
+    that is added to a cache does, the least tokens that a cache for a sliding window has room for, and the channels of
+    an image, which the weight of a convolution does."""
+    found = channels(model)
+    low: Lowering | None = None
+    for node in list(model.graph):  # which may be sorted on the way
+        slots = CACHES.get(node.op_type, ()) if node.domain == "com.microsoft" else ()
+        for past in (node.inputs[i] for i in slots if i < len(node.inputs)):
+            if past is None or past.shape is None or len(past.shape) != 4 or not past.is_graph_input():
+                continue
+            room, name = (getattr(dim, "value", None) for dim in past.shape[2:])
+            window = node.attributes.get_int("local_window_size", -1)
+            if isinstance(room, str) and window > 0 and node.attributes.get_int("sliding_window_cache", 0) == 1:
+                found[room] = max(window, found.get(room, 0))
+            if not isinstance(name, str) or name in found:
+                continue
+            low = low or lower(model)[0]
+            query, key = (None if v is None else low.value(v).shape for v in node.inputs[:2])
+            size = head_size(node, query, key) if key or node.inputs[1] is None else None
+            if size is not None:
+                found[name] = size
+    return found
+
+
+def channels(model: ir.Model) -> dict[str, int]:
+    """The open sizes that are the channels of an image, which a convolution reads as it is or scaled."""
+    found: dict[str, int] = {}
+    for node in model.graph:
+        if node.op_type != "Conv" or node.domain not in ("", "ai.onnx"):
+            continue
+        value, weight = (_behind(v) for v in node.inputs[:2])
+        shape = None if weight is None or weight.const_value is None else weight.const_value.shape.numpy()
+        if shape is None or value is None or not value.is_graph_input() or len(value.shape or ()) != len(shape):
+            continue
+        name = getattr(value.shape[1], "value", None) if value.shape is not None else None
+        if isinstance(name, str):
+            found[name] = int(shape[1]) * node.attributes.get_int("group", 1)
+    return found
+
+
+def _behind(value: ir.Value | None) -> ir.Value | None:
+    while value is not None and (maker := value.producer()) is not None and maker.op_type in SCALED:
+        value = maker.inputs[0]
+    return value
