@@ -331,7 +331,10 @@ def _check_file(source: Path, report: Report, config: Config, candidate: Path) -
     from normfuse.frontends.onnx_wide import compare_rewritten
     from normfuse.verify import demand_equal, roundings_for
 
-    found = compare_rewritten(source, candidate, roundings=roundings_for(config.converts))
+    try:
+        found = compare_rewritten(source, candidate, roundings=roundings_for(config.converts))
+    except UnsupportedError as why:
+        raise UnsupportedError(f"{source}: verify='model': {why}; use verify='sites'") from why
     demand_equal(found, source)
     report.model_check = found
 

@@ -54,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args, more = parser(COMMANDS).parse_known_args(argv)
         if more:
-            raise InputError(f"unrecognized arguments: {' '.join(more)}; see `{args.prog} --help`")
+            early = "" if more[0] != argv[0] else "options stand behind the command; "
+            raise InputError(f"unrecognized arguments: {' '.join(more)}; {early}see `{args.prog} --help`")
         args.typed = argv
         with ending(), quiet(args.verbose), waiting():
             outcome = args.run(args)
@@ -101,7 +102,7 @@ def _rewrite(args: argparse.Namespace) -> Outcome:
         raise InputError("no output is given; name a file to write, or use --in-place or --dry-run")
     output, in_place = args.output or args.model, args.in_place or args.output is None
     config = replace(_config(args), norms=args.norms, tolerance=args.tolerance, first=args.first)
-    before = _before(args, output) if args.report else None
+    before = _before(args, output) if args.report is not None else None
     how = _timing(args, output)
     started = time.perf_counter()
     with progress(not args.quiet) as advance:
@@ -180,7 +181,7 @@ def _before(args: argparse.Namespace, output: str) -> Before:
     """What the report on a rewrite tells of the input, which may not be there any more afterwards."""
     from normfuse.html import page, rewrite_page
 
-    page.check(Path(args.report), [Path(args.model), Path(output)], args.overwrite)
+    page.check(path_of(args.report, "--report"), [Path(args.model), Path(output)], args.overwrite)
     return rewrite_page.prepare(args.model)
 
 
@@ -199,7 +200,7 @@ def _verify(args: argparse.Namespace) -> Outcome:
         path_of(path, "a model").stat()  # a file that is missing is that, and not of another kind
         if (other := foreign(path)) is not None:
             raise InputError(f"{path}: {other}")
-    inputs = load(args.inputs) if args.inputs else None
+    inputs = load(path_of(args.inputs, "--inputs")) if args.inputs is not None else None
     programs = [is_zip(path) for path in (args.a, args.b)]
     if all(programs):
         from normfuse.frontends import pt2_run

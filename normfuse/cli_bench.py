@@ -9,7 +9,7 @@ from typing import Any
 from normfuse.bench import How, bench
 from normfuse.cli import DONE, Outcome
 from normfuse.cli_print import Block, Table, progress
-from normfuse.errors import InputError
+from normfuse.errors import InputError, path_of
 from normfuse.html import page
 
 HEADERS = ("", "model", "provider", "median ms", "half of the rounds", "least", "rounds", "in norms", "norms move",
@@ -20,11 +20,11 @@ def bench_models(args: argparse.Namespace) -> Outcome:
     """Measure, and write the report if asked. Raises `InputError` for options that mean nothing."""
     paths = [path for path in (args.a, args.b) if path is not None]
     how = How(args.threads, args.rounds, sizes(args.size), args.inputs, not args.no_library)
-    if args.report:
-        page.check(Path(args.report), [Path(path) for path in paths], args.overwrite)
+    if args.report is not None:
+        page.check(path_of(args.report, "--report"), [Path(path) for path in paths], args.overwrite)
     found = measure(paths, how, args.quiet)
     blocks = bench_blocks(found, args.quiet)
-    if args.report:
+    if args.report is not None:
         from normfuse.html.bench_page import bench_page
 
         page.write(bench_page(found), Path(args.report), [Path(path) for path in paths], args.overwrite)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,12 +58,23 @@ def session(model: str | Path | bytes, data: str | Path = "", without: Sequence[
     if isinstance(given, str) and not _unicode(given):
         raise InputError(f"{given}: ONNX Runtime opens only files whose names are UTF-8; rename it")
     try:
-        made = onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"],
-                                            disabled_optimizers=list(without))  # fmt: skip
+        made = _opened(given, lambda path: onnxruntime.InferenceSession(
+            path, options, providers=["CPUExecutionProvider"], disabled_optimizers=list(without)))
     except Exception as why:
         name = "a model" if isinstance(model, bytes) else model
         raise InputError(f"{name}: ONNX Runtime does not load it: {first_line(why)}") from why
     return in_numpy(made)
+
+
+def _opened(given: str | bytes, make: Callable[[Any], Any]) -> Any:
+    """A session of a file, or of what it leads to where it is a link beside which its data is not: ONNX Runtime looks
+    for that beside the link alone."""
+    try:
+        return make(given)
+    except Exception:
+        if isinstance(given, bytes) or not os.path.islink(given):
+            raise
+        return make(os.path.realpath(given))
 
 
 def _unicode(name: str) -> bool:
@@ -93,7 +105,8 @@ def open_session(path: str | Path, provider: str, threads: int, operators: bool,
     options = options or options_for(path, provider, threads, operators)
     wanted = dict.fromkeys([PROVIDERS[provider], PROVIDERS["cpu"]])
     try:
-        return in_numpy(onnx_runtime().InferenceSession(str(path), options, providers=list(wanted)))
+        return in_numpy(_opened(str(path), lambda path: onnx_runtime().InferenceSession(
+            path, options, providers=list(wanted))))
     except Exception as why:
         raise InputError(f"{path}: ONNX Runtime does not load it: {first_line(why)}") from why
 
@@ -231,6 +244,8 @@ def feeds_for(runtime: Any, seed: int = 0, sizes: Mapping[str, int] | None = Non
             feeds[info.name] = np.ones(shape, kind)
         elif "int" in kind:
             feeds[info.name] = np.asarray(rng.integers(0, 2, shape)).astype(kind)
+        elif kind == "string":
+            feeds[info.name] = rng.choice(np.array(["a", "b"], object), shape)
         else:
-            raise UnsupportedError(f"input {info.name!r} has type {info.type}; give it with inputs")
+            raise UnsupportedError(f"input {info.name!r} has type {info.type}; only tensors can be given or drawn")
     return feeds

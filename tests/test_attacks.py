@@ -194,6 +194,13 @@ def test_what_the_library_between_forgets(tmp_path: Path) -> None:
     model.training_info.add().algorithm.name = "step"
     with pytest.raises(UnsupportedError, match="holds training graphs"):
         normfuse.optimize(model)
+    model = norm_model()
+    model.opset_import.add(domain="ai.onnx.preview.training", version=1)
+    normfuse.optimize(model)
+    model.graph.node.append(onnx.helper.make_node("Gradient", ["x"], ["g"], domain="ai.onnx.preview.training", xs=["x"],
+                                                  y="square"))  # fmt: skip
+    with pytest.raises(UnsupportedError, match="holds a Gradient operator"):
+        normfuse.optimize(model)
     values = numpy_helper.from_array(np.ones(1, "f4"), "sparse")
     model = norm_model()
     model.graph.sparse_initializer.append(

@@ -85,6 +85,25 @@ def test_a_link_to_a_model_with_weights_beside_it(tmp_path: Path) -> None:
     assert (tmp_path / "blobs" / "near.onnx").is_symlink() and source.read_bytes() != before[source]
 
 
+def test_a_link_beside_which_the_weights_are_not(tmp_path: Path) -> None:
+    """ONNX Runtime looks for them there alone."""
+    (tmp_path / "blobs").mkdir()
+    source = rms_file(tmp_path / "blobs" / "m.onnx")
+    onnx.save(onnx.load(source), source, save_as_external_data=True, location="w.bin", size_threshold=100)
+    (tmp_path / "link.onnx").symlink_to("blobs/m.onnx")
+    for args in (("rewrite", "link.onnx", "out.onnx", "--verify", "model"), ("verify", "link.onnx", "out.onnx"),
+                 ("bench", "link.onnx", "out.onnx", "--rounds", "3")):  # fmt: skip
+        assert (done := cli(*args, cwd=tmp_path)).returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="it parts folders there")
+def test_a_backslash_in_a_name(tmp_path: Path) -> None:
+    source = rms_file(tmp_path / "in.onnx")
+    onnx.save(onnx.load(source), source, save_as_external_data=True, location="w.bin", size_threshold=100)
+    normfuse.rewrite(source, tmp_path / "a\\b.onnx", normfuse.Config(verify="model"))
+    assert len(normfuse.inspect(tmp_path / "a\\b.onnx").norms) == 1
+
+
 def test_permissions_stay(tmp_path: Path) -> None:
     source = rms_file(tmp_path / "in.onnx")
     source.chmod(0o600)

@@ -211,6 +211,8 @@ def test_quiet_lines_have_names(tmp_path: Path) -> None:
 
 def test_names_and_places(tmp_path: Path) -> None:
     rms_file(tmp_path / "in.onnx")
+    old = onnx.parser.parse_model('<ir_version: 8, opset_import: ["": 1]> g (float[2] x) => (float[2] y) { y = Neg(x) }')
+    onnx.save(old, tmp_path / "old.onnx")
     odd = os.fsencode(tmp_path) + b"/\xff.onnx"
     Path(os.fsdecode(odd)).write_bytes((tmp_path / "in.onnx").read_bytes())
     for args, said in (
@@ -220,6 +222,12 @@ def test_names_and_places(tmp_path: Path) -> None:
         (("rewrite", "in.onnx", ""), "no output is given"),
         (("rewrite", "in.onnx", "", "--in-place"), "no output is given"),
         (("inspect", "in.onnx", "--report", "page.onnx"), "give a name that ends in .html"),
+        (("inspect", "in.onnx", "--report", ""), "empty path"),
+        (("rewrite", "in.onnx", "--dry-run", "--report", ""), "empty path"),
+        (("bench", "in.onnx", "--report", ""), "empty path"),
+        (("verify", "in.onnx", "in.onnx", "--inputs", ""), "empty path"),
+        (("-q", "inspect", "in.onnx"), "options stand behind the command"),
+        (("inspect", "in.onnx", "old.onnx"), "old.onnx: opset 1 is older"),
         (("verify", "in.onnx", "some.zip"), "some.zip is a .pt2 or another zip archive, and in.onnx is none"),
     ):  # fmt: skip
         (tmp_path / "some.zip").write_bytes(b"PK\3\4")

@@ -536,3 +536,19 @@ def test_two_branches_that_share_their_names() -> None:
     for mode in ("off", "exact"):
         report = normfuse.optimize(made, normfuse.Config(layernorm_to_rmsnorm=mode))[1]
         assert [n.action for n in report.norms] == ["kept", "kept"] and report.totals()["found"] == 2
+
+
+@pytest.mark.parametrize(("kind", "taken"), [
+    ("seq(float[b, 8, 16])", "SequenceAt(s, zero)"), ("optional(float[b, 8, 16])", "OptionalGetElement(s)")])
+def test_what_is_taken_from_a_sequence_or_may_be_missing(kind: str, taken: str) -> None:
+    made = model(f"{kind} s", f"x = {taken} " + ROOT.format("x") + "n = Div(x, r) y = Mul(n, w)", "float[b, 8, 16] y",
+                 zero=np.array(0), w=numbers(16))  # fmt: skip
+    assert normfuse.inspect(made).norms[0].size == 16
+
+
+def test_elements_of_a_sequence_have_sizes_of_their_own(tmp_path: Path) -> None:
+    """Though of one symbol: to add two of them may spread one over the other."""
+    lines = "h = SequenceAt(s, zero) z = SequenceAt(s, one) x = Add(h, z) " + ROOT.format("x") + "y = Div(x, r)"
+    made = model("seq(float[b, 16]) s", lines, zero=np.array(0), one=np.array(1))
+    done = check(made, [{"s": [numbers(3, 16), numbers(3, 16)]}], tmp_path, 1, "normfuse")
+    assert not any(node.op_type.startswith("add_rms_norm") for node in done.graph.node)

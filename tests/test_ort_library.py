@@ -398,6 +398,9 @@ def test_another_layout_is_refused() -> None:
 
 
 def test_errors_of_register(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = 5
+    with pytest.raises(InputError, match="a int is no model"):
+        normfuse.ort.register(ort.SessionOptions(), model)
     monkeypatch.setattr(ort, "__version__", "1.16.3")
     with pytest.raises(UnsupportedError, match=r"need ONNX Runtime 1\.17 or newer, and this is 1\.16\.3"):
         normfuse.ort.register(ort.SessionOptions())

@@ -16,7 +16,7 @@ from onnx.reference import ReferenceEvaluator
 import normfuse
 from normfuse.bench import How, bench
 from normfuse.cli_report import comparison_blocks
-from normfuse.errors import InputError
+from normfuse.errors import InputError, UnsupportedError
 from normfuse.frontends.onnx_certify import inputs_for
 from normfuse.frontends.onnx_open import stated_sizes
 from normfuse.frontends.onnx_wide import compare_rewritten
@@ -338,3 +338,19 @@ def test_a_branch_that_a_flag_takes_is_compared_either_way(compare: Any, tmp_pat
         compare(one, broken)
     code, printed, _ = run("verify", one, same)
     assert code == 0 and "note: compared with use_cache true, and false" in printed
+
+
+def test_strings_are_drawn_and_sequences_are_not(tmp_path: Path) -> None:
+    made = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["": 19]>
+        g (string[B, 2] s, float[B, 8] x) => (bool[B, 2] e, float[B, 8] y) { e = Equal(s, s)
+        q = Mul(x, x) m = ReduceMean(q, last) a = Add(m, eps) r = Sqrt(a) y = Div(x, r) }""")
+    made.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in (
+        ("last", np.array([-1])), ("eps", np.array(1e-5, np.float32))))
+    path = saved(made, tmp_path / "in.onnx")
+    assert compare_models(path, path)["equal"]
+    made.graph.input.append(onnx.helper.make_tensor_sequence_value_info("t", onnx.TensorProto.FLOAT, ["B", 8]))
+    path = saved(made, tmp_path / "seq.onnx")
+    with pytest.raises(UnsupportedError, match="only tensors can be given or drawn"):
+        compare_models(path, path)
+    with pytest.raises(UnsupportedError, match=r"seq.onnx: verify='model': .*use verify='sites'"):
+        normfuse.rewrite(path, tmp_path / "out.onnx", normfuse.Config(verify="model"))

@@ -347,7 +347,8 @@ def _named(target: Path, data: Path) -> str:
                 chunk, after = f.read(CHUNK), i + 1
                 if chunk != zeros[: len(chunk)]:
                     digest.update(b"@%d:" % i + chunk)
-    return f"{target.stem}-{digest.hexdigest()}.data"
+    stem = target.stem.replace("\\", "_")  # in a location it would part folders
+    return f"{stem}-{digest.hexdigest()}.data"
 
 
 def _name_data(data: Path, target: Path, made: list[Path]) -> str:

@@ -125,6 +125,8 @@ def called(model: str | Path | onnx.ModelProto, provider: str = "cpu") -> list[s
 
     if isinstance(model, str | Path):
         model = read_proto(Path(model))
+    if not isinstance(model, onnx.ModelProto):
+        raise InputError(f"a {type(model).__name__} is no model: give the path of one, or an onnx.ModelProto")
     wanted = {f.name for f in model.functions if f.domain == _DOMAIN and "offset" not in f.attribute}
     defined = {f.name for f in model.functions if f.domain == _DOMAIN}
     graphs, bodies = [model.graph], set[str]()
