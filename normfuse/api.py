@@ -176,7 +176,7 @@ def optimize(model: Any, config: Config | None = None, *, args: Sequence[Any] | 
     if kind == "module":
         from normfuse.frontends.module_convert import convert_module
 
-        return convert_module(model, config, args or (), kwargs, calibration)
+        return convert_module(model, config, () if args is None else args, kwargs, calibration)
     if not (kwargs is None or kwargs == {}) or not (args is None or (isinstance(args, (tuple, list)) and not args)):
         raise InputError("args and kwargs are to trace an nn.Module with, and this is none; leave them out")
     if config.first:

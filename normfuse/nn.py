@@ -20,7 +20,7 @@ class RMSNorm(nn.Module):
     bias of the LayerNorm that it replaces.
     """
 
-    __constants__ = ("normalized_shape", "axis", "offset")  # for TorchScript
+    __constants__ = ("normalized_shape", "axis", "offset", "heads")  # for TorchScript
     weight: Tensor | None
     bias: Tensor | None
     offset: float
@@ -29,6 +29,7 @@ class RMSNorm(nn.Module):
                  axis: int = -1, offset: float = 0.0) -> None:  # fmt: skip
         super().__init__()
         self.normalized_shape, self.eps, self.axis, self.offset = (size,), eps, axis, offset
+        self.heads = weight is not None and weight.dim() > 1
         self.register_parameter("weight", weight)
         self.register_parameter("bias", bias)
 
@@ -46,7 +47,7 @@ class RMSNorm(nn.Module):
             x = x.movedim(self.axis, -1)
         if _slow(x):
             y = self._plain(x, weight, bias)
-        elif weight is not None and weight.dim() > 1:  # which F.rms_norm does not take
+        elif self.heads:  # which F.rms_norm does not take
             wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
             y = self._plain(wide, weight, bias).to(x.dtype)
         else:
@@ -77,6 +78,9 @@ class RMSNorm(nn.Module):
 
 def _slow(x: Tensor) -> bool:
     """Where F.rms_norm takes twice as long as these steps: eager torch on a CPU, which has no kernel for it."""
+    given: Any = x
+    if not isinstance(given, Tensor) or given.is_nested:  # a proxy of torch.fx; or one that has not all of these steps
+        return False
     wide = x.dtype in (torch.float32, torch.float64)
     return wide and x.device.type == "cpu" and not torch.compiler.is_compiling()
 

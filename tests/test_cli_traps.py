@@ -211,8 +211,8 @@ def test_quiet_lines_have_names(tmp_path: Path) -> None:
 
 def test_names_and_places(tmp_path: Path) -> None:
     rms_file(tmp_path / "in.onnx")
-    old = onnx.parser.parse_model('<ir_version: 8, opset_import: ["": 1]> g (float[2] x) => (float[2] y) { y = Neg(x) }')
-    onnx.save(old, tmp_path / "old.onnx")
+    old = '<ir_version: 8, opset_import: ["": 1]> g (float[2] x) => (float[2] y) { y = Neg(x) }'
+    onnx.save(onnx.parser.parse_model(old), tmp_path / "old.onnx")
     odd = os.fsencode(tmp_path) + b"/\xff.onnx"
     Path(os.fsdecode(odd)).write_bytes((tmp_path / "in.onnx").read_bytes())
     for args, said in (

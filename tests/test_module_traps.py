@@ -28,6 +28,67 @@ def test_a_norm_module_with_hooks_stays(register: Callable[[nn.Module, Any], Any
     torch.testing.assert_close(result(x), module(x))
 
 
+class Counting(nn.LayerNorm):
+    """It counts its calls."""
+
+    calls: Tensor
+
+    def __init__(self) -> None:
+        super().__init__(D)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.add_(1)
+        return super().forward(x)
+
+
+class Ended(nn.LayerNorm):
+    """It has a part."""
+
+    def __init__(self, seen: list[int]) -> None:
+        super().__init__(D)
+        self.end = nn.Identity()
+        self.end.register_forward_hook(lambda *_: seen.append(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.end(super().forward(x))
+        return y
+
+
+def test_a_norm_module_with_a_state_or_a_part_with_hooks_stays() -> None:
+    seen: list[int] = []
+    module = nn.Sequential(nn.Linear(D, D), Counting(), nn.Linear(D, D), Ended(seen), nn.Linear(D, D), nn.LayerNorm(D))
+    x = torch.randn(2, D)
+    result, report = normfuse.optimize(module.eval(), normfuse.Config(layernorm_to_rmsnorm="exact"), args=(x,))
+    assert report.converted == 1 and [type(m) for m in result][1::2] == [Counting, Ended, normfuse.nn.RMSNorm]
+    calls, runs = result.state_dict()["1.calls"].clone(), len(seen)
+    torch.testing.assert_close(result(x), module(x))
+    assert result.state_dict()["1.calls"] == calls + 1 and len(seen) == runs + 2
+
+
+def test_a_converted_module_does_what_others_do() -> None:
+    """It is traced by torch.fx, and takes nested tensors."""
+    module, x = drawn(nn.Sequential(nn.Linear(D, D), nn.LayerNorm(D), nn.Linear(D, 3))), torch.randn(2, D)
+    result, _ = normfuse.optimize(module, normfuse.Config(layernorm_to_rmsnorm="exact"), args=(x,))
+    torch.testing.assert_close(torch.fx.symbolic_trace(result)(x), module(x))
+    rows: Any = torch.nested.nested_tensor([torch.randn(3, D), torch.randn(2, D)], layout=torch.jagged)
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            torch.testing.assert_close(result(rows).values(), module(rows).values())
+
+
+def test_what_cannot_be_traced() -> None:
+    module, config = nn.Sequential(nn.Linear(D, D), nn.LayerNorm(D)), normfuse.Config(layernorm_to_rmsnorm="exact")
+    x: Any = torch.randn(2, D)
+    with pytest.raises(InputError, match="args is a Tensor; give the positional arguments"):
+        normfuse.optimize(module, config, args=x)
+    module, x = module.to("meta"), x.to("meta")
+    with pytest.raises(InputError, match="is on the meta device and holds no numbers"):
+        normfuse.optimize(module, config, args=(x,))
+    with pytest.raises(InputError, match="is on the meta device and holds no numbers"):
+        normfuse.optimize(torch.export.export(module, (x,)), config)
+
+
 def test_a_module_that_cannot_be_copied() -> None:
     first = nn.Linear(D, D)
     module = nn.Sequential(first, nn.LayerNorm(D)).eval()

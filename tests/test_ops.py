@@ -148,6 +148,18 @@ def test_derivatives_where_one_result_is_not_read(name: str, used: int) -> None:
     assert torch.autograd.gradgradcheck(fn, args)
 
 
+@pytest.mark.parametrize(("name", "used", "none"), [
+    ("qk_norm", 0, {1, 4, 5}), ("qk_norm", 1, {0, 2, 3}), ("norm_add_norm", 0, set()), ("norm_add_norm", 1, {4, 5})])
+def test_who_is_not_read_has_no_gradient(name: str, used: int, none: set[int]) -> None:
+    """None as in torch, and not zero: an optimiser's weight decay changes parameters whose gradient is zero."""
+    args = leaves(name, (3, 4), FP32)
+    op(name)(*args, 0.1)[used].sum().backward()
+    plain = leaves(name, (3, 4), FP32)
+    definition(name, plain, 0.1)[used].sum().backward()
+    found, wanted = ({i for i, v in enumerate(given) if v.grad is None} for given in (args, plain))
+    assert found == wanted == none
+
+
 def definition(name: str, args: list[Any], eps: float, **how: Any) -> Any:
     """The definition of a forward operator."""
     if name in FORWARD[:4]:
@@ -368,6 +380,9 @@ WRONG: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
         for op_, argument in (("rms_norm", "x"), ("norm_add", "x"), ("qk_norm", "k"))
         for shape in ((), (2, 0), (0,))
     ),
+    *((op_, argument, f"{argument} is sparse_coo; call to_dense() first",
+       {argument: lambda s: zeros(*s).to_sparse()})
+      for op_, argument in (("rms_norm", "x"), ("layer_norm", "weight"), ("norm_add", "residual"), ("qk_norm", "k"))),
     *((op_, "eps", f"eps is {eps}; it has to be greater than 0", {"eps": eps})
       for op_ in FORWARD for eps in (0.0, -1e-6, float("nan"), float("inf"))),
     *((op_, "dtype", "dtype is int32, expected float16, bfloat16", {"dtype": torch.int32}) for op_ in FORWARD),

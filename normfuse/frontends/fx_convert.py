@@ -340,6 +340,9 @@ def _last_placeholder(node: fx.Node) -> fx.Node:
 def convert_program(program: Any, config: Config, host: Host | None = None) -> tuple[Any, Converted]:
     """Convert an exported program: a new program with edited weights, and what was done."""
     tensors = tensors_of(program)
+    empty = next((name for name, tensor in tensors.items() if tensor.is_meta), None)
+    if empty is not None:
+        raise InputError(f"{empty} is on the meta device and holds no numbers; give the model with its weights")
     level = {"ATEN": "core", "TRAINING": "aten"}.get(program.dialect)
     source = program.graph_module
     found = convert_graph(source, config, _state(program), Weights(source, tensors), lambda: user_inputs(program),

@@ -41,6 +41,8 @@ def convert_module(module: nn.Module, config: Config, args: Sequence[Any], kwarg
     `InputError` where it cannot be traced with these, or where a weight to be edited holds NaN or infinity.
     """
     started = time.perf_counter()
+    if not isinstance(args, (tuple, list)):
+        raise InputError(f"args is a {type(args).__name__}; give the positional arguments of the module as a tuple")
     if config.layernorm_to_rmsnorm == "off":
         raise UnsupportedError("an nn.Module is taken for layernorm_to_rmsnorm='exact' only; to fuse its norms, use "
                                "torch.compile(module, backend='normfuse'), or give an exported program")  # fmt: skip

@@ -236,11 +236,13 @@ class Places:
             path = self.path(native) if isinstance(native, fx.Node) else ""
             kind = type(self.module.get_submodule(path)).__name__
             return f"it is no module of its own, but a part of the forward function of {path or 'the model'}, a {kind}"
-        path = found.path
-        if hooked(self.module.get_submodule(path)):
+        path, module = found.path, self.module.get_submodule(found.path)
+        if any(map(hooked, module.modules())):
             return f"its module {path} has hooks, or another forward function than its class"
-        expected = {n for n in ("weight", "bias") if getattr(self.module.get_submodule(path), n, None) is not None}
-        own = {n for n, _ in self.module.get_submodule(path).named_parameters()}
+        if next(module.buffers(), None) is not None:
+            return f"its module {path} keeps a state of its own"
+        expected = {n for n in ("weight", "bias") if getattr(module, n, None) is not None}
+        own = {n for n, _ in module.named_parameters()}
         if own != expected or {n for n, e in (("weight", found.weight), ("bias", found.bias)) if e} != expected:
             return f"its module {path} has other parameters than a weight and a bias"
         plain = offset_of(found.weight) is not None and offset_of(found.bias) == 0.0

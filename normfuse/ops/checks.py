@@ -49,6 +49,8 @@ def check_beside(op: str, name: str, other: Tensor, x: Tensor) -> None:
 def _check_float(op: str, name: str, x: Tensor) -> None:
     if x.dtype not in FLOATS:
         raise InputError(f"normfuse::{op}: {name} is {_name(x.dtype)}, expected {_EXPECTED}")
+    if x.layout not in (torch.strided, torch.jagged):
+        raise InputError(f"normfuse::{op}: {name} is {_name(x.layout)}; call to_dense() first")
 
 
 def check_device(op: str, name: str, tensor: Tensor, first: str, x: Tensor) -> None:
@@ -57,8 +59,8 @@ def check_device(op: str, name: str, tensor: Tensor, first: str, x: Tensor) -> N
         raise InputError(f"normfuse::{op}: {name} is on {tensor.device} and {first} on {x.device}; expected one device")
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _name(kind: torch.dtype | torch.layout) -> str:
+    return str(kind).removeprefix("torch.")
 
 
 def _shape(x: Tensor) -> str:

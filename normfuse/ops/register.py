@@ -13,7 +13,7 @@ another shape than x raise `InputError`.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from types import ModuleType
 from typing import Any
@@ -188,9 +188,11 @@ def _save_norm_add_norm(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _norm_add_norm_gradients(ctx: Any, dy: Tensor | None, ds: Tensor | None) -> Gradients:
     x, s, *parameters = ctx.saved_tensors
-    need, dy, ds = list(ctx.needs_input_grad[2:6]), _or_zeros(dy, s), _or_zeros(ds, s)
+    need = _read(ctx, (True, True, dy is not None, dy is not None))
+    dy, ds = _or_zeros(dy, s), _or_zeros(ds, s)
     dx, dr, *rest = _back("norm_add_norm_backward", dy, ds, x, s, *parameters, ctx.eps, ctx.offset, ctx.kind, need)
-    return _wanted(ctx, (0, dx), (1, _cast(dr, ctx.dtype)), *enumerate(rest, 2))
+    found = [g if n else None for g, n in zip(rest, need, strict=True)]
+    return _wanted(ctx, (0, dx), (1, _cast(dr, ctx.dtype)), *enumerate(found, 2))
 
 
 def _save_qk_norm(ctx: Any, inputs: Any, output: Any) -> None:
@@ -202,9 +204,16 @@ def _save_qk_norm(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _qk_norm_gradients(ctx: Any, dq: Tensor | None, dk: Tensor | None) -> Gradients:
     q, k, *parameters = ctx.saved_tensors
-    need, dq, dk = list(ctx.needs_input_grad[2:6]), _or_zeros(dq, q), _or_zeros(dk, k)
+    sides = [dq is not None, dk is not None]
+    need = _read(ctx, [side for side in sides for _ in range(2)])
+    dq, dk = _or_zeros(dq, q), _or_zeros(dk, k)
     found = _back("qk_norm_backward", dq, dk, q, k, *parameters, ctx.eps, ctx.offset, ctx.kind, need)
-    return _wanted(ctx, *enumerate(found))
+    return _wanted(ctx, *((i, g if n else None) for i, (g, n) in enumerate(zip(found, sides + need, strict=True))))
+
+
+def _read(ctx: Any, read: Sequence[bool]) -> list[bool]:
+    """Which of the four parameters need a gradient: those of a norm that nobody `read` get none, as in torch."""
+    return [wanted and norm for wanted, norm in zip(ctx.needs_input_grad[2:6], read, strict=True)]
 
 
 # -- registration ------------------------------------------------------------------------------------------------------
