@@ -445,3 +445,57 @@ def test_layers_into_which_a_bias_or_weight_does_not_go(read: Any, fold_scale: b
     result, report = normfuse.optimize(torch.export.export(module, (i,)), config)
     assert [(n.conversion or {})["verdict"] for n in report.norms] == ["exact"]
     torch.testing.assert_close(result.module()(i), module(i), rtol=1e-4, atol=1e-4)
+
+
+class Placed(nn.Module):
+    """Positions that are counted on a device, in a branch too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.e, self.p, self.n, self.o = nn.Embedding(9, D), nn.Embedding(9, D), nn.LayerNorm(D), nn.Linear(D, 3)
+
+    def forward(self, i: Tensor) -> Tensor:
+        """The last layer."""
+        at = torch.arange(i.shape[1], device=i.device)
+        h = self.n(self.e(i) + self.p(at))
+        more: Tensor = torch.cond(i.sum() > 3, self._ones, torch.neg, (h,))
+        found: Tensor = self.o(h + more)
+        return found
+
+    @staticmethod
+    def _ones(h: Tensor) -> Tensor:
+        return h * torch.ones(D, device=h.device)
+
+
+def test_a_program_for_a_gpu_is_certified_on_the_cpu() -> None:
+    """Wherever its nodes say that they are computed."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        program = torch.export.export(Placed().eval(), (torch.tensor([[1, 2, 3]]),))
+    placed = 0
+    for part in program.graph_module.modules():
+        for node in part.graph.nodes if isinstance(part, torch.fx.GraphModule) else ():
+            if any(isinstance(v, torch.device) for v in node.kwargs.values()):
+                node.kwargs = {k: torch.device("cuda") if k == "device" else v for k, v in node.kwargs.items()}
+                placed += 1
+    assert placed == 2
+    _, report = normfuse.optimize(program, EXACT)
+    assert [(n.conversion or {})["verdict"] for n in report.norms] == ["exact"] and not report.refusals
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["exact", "approximate"])
+def test_on_a_gpu(mode: Any) -> None:
+    """A module and a program whose tensors are there: so are those of the result."""
+    torch.manual_seed(0)
+    norms = nn.LayerNorm(D), nn.LayerNorm(D)
+    module = nn.Sequential(nn.Embedding(9, D), norms[0], nn.GELU(), norms[1], nn.Linear(D, 3)).eval().cuda()
+    given = [(torch.randint(0, 9, (2, 5), device="cuda"),) for _ in range(8)]
+    measured = given if mode == "approximate" else None
+    config = normfuse.Config(layernorm_to_rmsnorm="approximate", tolerance=9.0) if measured else EXACT
+    made, report = normfuse.optimize(module, config, args=given[0], calibration=measured)
+    program, other = normfuse.optimize(torch.export.export(module, given[0]), config, calibration=measured)
+    assert report.converted == other.converted == (2 if measured else 1)
+    for result in (made, program.module()):
+        found = result(*given[1])
+        assert found.is_cuda and (measured or torch.allclose(found, module(*given[1]), atol=1e-4))

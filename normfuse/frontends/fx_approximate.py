@@ -101,7 +101,7 @@ def approximate_program(program: Any, config: Config, given: Any, done: Sequence
     for site, (layer, bias) in layers.items():
         old_bias = tensors[key_of(bias.native)]
         new = torch.from_numpy(np.ascontiguousarray(layer.bias)).reshape(old_bias.shape)
-        found.tensors[key_of(bias.native)] = new.to(old_bias.dtype)
+        found.tensors[key_of(bias.native)] = new.to(old_bias)
         found.records.append(Record.approximated(site, layer, whole.emitted[edits[site].site]))
         found.approximated[site] = operator_of(site)
     found.module = module

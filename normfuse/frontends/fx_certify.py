@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from normfuse.frontends.fx_convert import Editor, Weights
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+DEVICES = frozenset("cuda xpu mps hpu".split())
 WIDENING = {"float": "double", "half": "double", "bfloat16": "double"}
 MAX_ERROR_SIZE = 2**28
 """Elements of weights up to which the graphs are also run with their own weights."""
@@ -139,8 +140,9 @@ def see(module: fx.GraphModule, feeds: list[Any], constants: Mapping[str, torch.
 
 def run_all(module: fx.GraphModule, batches: Sequence[list[Any]], constants: Mapping[str, torch.Tensor], give: Give,
             wide: bool = True, watch: Mapping[str, Hook] | None = None) -> list[list[torch.Tensor]]:  # fmt: skip
-    """The outputs for each of several inputs, which go through the nodes side by side; `watch` has hooks by the name of
-    a node, which see its result for all of them. What the graph writes is its own copy of what it is given."""
+    """The outputs for each of several inputs, which go through the nodes side by side on the CPU; `watch` has hooks by
+    the name of a node, which see its result for all of them. What the graph writes is its own copy of what it is given.
+    """
     hooks, writes = watch or {}, bool(tainted(module.graph))
     last: dict[fx.Node, fx.Node] = {}
     for node in module.graph.nodes:
@@ -151,9 +153,10 @@ def run_all(module: fx.GraphModule, batches: Sequence[list[Any]], constants: Map
     waiting = [list(feeds) for feeds in batches]
 
     def widen(v: Any) -> Any:
-        if isinstance(v, torch.Tensor) and v.dtype in FLOATS and wide:
-            return v.double()
-        return _wide_type(v) if wide else v
+        if isinstance(v, torch.Tensor):
+            v = v.cpu()
+            return v.double() if v.dtype in FLOATS and wide else v
+        return _here(v, wide)
 
     def own(v: Any) -> Any:
         new = widen(v)
@@ -178,7 +181,7 @@ def run_all(module: fx.GraphModule, batches: Sequence[list[Any]], constants: Map
                 for part in str(node.target).split("."):
                     found = getattr(found, part, None)
                 if not isinstance(found, torch.Tensor):
-                    shared[node] = _widened(found) if wide and isinstance(found, torch.nn.Module) else found
+                    shared[node] = _brought(found, wide) if isinstance(found, torch.nn.Module) else found
                 continue
             for operand in node.all_input_nodes:
                 if operand not in runs[0] and operand not in shared:
@@ -213,34 +216,41 @@ def _either(values: dict[fx.Node, Any], shared: dict[fx.Node, Any], node: fx.Nod
     return values[node] if node in values else shared[node]
 
 
-def _widened(module: torch.nn.Module) -> torch.nn.Module:
-    """A copy in float64: its tensors and the types that its graphs name, without what these assert of types."""
-    own = copy.deepcopy(module).double()
+def _brought(module: torch.nn.Module, wide: bool) -> torch.nn.Module:
+    """A copy on the CPU, `wide` in float64: its tensors, and the devices and types that its graphs name, without what
+    these assert of types."""
+    own = copy.deepcopy(module).cpu()
+    own = own.double() if wide else own
     for part in own.modules():
         if isinstance(part, fx.GraphModule):
             for node in list(part.graph.nodes):
                 if is_assert(node):
                     part.graph.erase_node(node)
                     continue
-                node.args, node.kwargs = fx.node.map_aggregate((node.args, node.kwargs), _wide_type)
+                node.args, node.kwargs = fx.node.map_aggregate((node.args, node.kwargs), partial(_here, wide=wide))
                 if node.op == "call_method":
-                    node.target = WIDENING.get(str(node.target), node.target)
+                    node.target = _method(str(node.target), wide)
             part.recompile()
     return own
 
 
-def _wide_type(v: Any) -> Any:
-    return torch.float64 if isinstance(v, torch.dtype) and v in FLOATS else v
+def _here(v: Any, wide: bool) -> Any:
+    """An argument that names a device or, in float64, a type."""
+    if isinstance(v, torch.device) or (isinstance(v, str) and v.partition(":")[0] in DEVICES):
+        return torch.device("cpu")
+    return torch.float64 if wide and isinstance(v, torch.dtype) and v in FLOATS else v
+
+
+def _method(name: str, wide: bool) -> str:
+    return "cpu" if name in DEVICES else WIDENING.get(name, name) if wide else name
 
 
 def _call(module: fx.GraphModule, node: fx.Node, args: list[Any], kwargs: dict[str, Any], wide: bool) -> Any:
     target: Any = node.target
     if node.op == "call_method":
-        name = WIDENING.get(str(target), target) if wide else target
-        return getattr(args[0], name)(*args[1:], **kwargs)
+        return getattr(args[0], _method(str(target), wide))(*args[1:], **kwargs)
     if node.op == "call_module":
-        part = module.get_submodule(str(target))
-        return (_widened(part) if wide else copy.deepcopy(part))(*args, **kwargs)
+        return _brought(module.get_submodule(str(target)), wide)(*args, **kwargs)
     if (name_of(node) or "").startswith("_assert"):
         return None
     return target(*args, **kwargs)
