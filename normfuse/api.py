@@ -101,6 +101,9 @@ def rewrite(src_path: str | Path, dst_path: str | Path, config: Config | None = 
                                    refer=refer, calibration=calibration, progress=progress, trust=trust)  # fmt: skip
     if target.suffix == ".pt2":
         raise InputError(f"{target}: an ONNX model cannot become a .pt2; give an output that ends in .onnx")
+    if target.suffix == ".ort":
+        raise InputError(f"{target}: ONNX Runtime takes such a name for its own format, which this is not; give an "
+                         "output that ends in .onnx")  # fmt: skip
     if config.first and refer:
         raise InputError(f"first={config.first!r} writes the weights anew; leave external_data='reference' out")
     started = time.perf_counter()

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from normfuse.convert import largest, normwise
+from normfuse.convert import alike, largest, normwise
 from normfuse.errors import InputError, VerificationError
 from normfuse.ort_values import Array
 
@@ -214,9 +214,9 @@ def _cosine(want: Sequence[Array], got: Sequence[Array]) -> float:
     """The largest mean of 1 - cos over the rows of an output."""
     out = 0.0
     for a, b in zip(want, got, strict=True):
-        if a.dtype.kind != "f" or a.ndim == 0:
+        if a.dtype.kind != "f" or a.ndim == 0 or not a.size:
             continue
-        p, q = (_wide(v).reshape(-1, v.shape[-1]) for v in (a, b))
+        p, q = (_wide(v).reshape(-1, v.shape[-1]) for v in alike(a, b))
         scale = np.linalg.norm(p, axis=1) * np.linalg.norm(q, axis=1)
         cos = np.where(scale > 0, (p * q).sum(axis=1) / np.where(scale > 0, scale, 1), 1.0)
         out = largest([out, float(np.mean(1 - cos))]) if cos.size else out
@@ -262,9 +262,10 @@ def load(path: str | Path) -> dict[str, Array]:
         raise InputError(f"{path} is not a readable .npz file ({text}); {advice}") from why
 
 
-def named_batches(given: Any, inputs: Mapping[str, tuple[Sequence[Any], Any]],
+def named_batches(given: Any, inputs: Mapping[str, tuple[Sequence[Any] | None, Any]],
                   what: str = "calibration set") -> list[dict[str, Array]]:  # fmt: skip
-    """Calibration inputs by name, checked against a model's: {name: (shape, numpy dtype)}; `what` messages call them.
+    """Calibration inputs by name, checked against a model's: {name: (shape, numpy dtype)}, a shape None where
+    its rank is not known; `what` messages call them.
 
     `given`: a path, or dicts of arrays. A single set is split along its first axis, where the model leaves that open.
     """
@@ -281,10 +282,10 @@ def named_batches(given: Any, inputs: Mapping[str, tuple[Sequence[Any], Any]],
             if name not in batch:
                 raise InputError(f"{what} {i}: input {name!r} is missing; the model has {known}")
             array = np.asarray(batch[name])
-            fits = array.ndim == len(shape) and all(not isinstance(d, int) or d == n for d, n in
-                                                    zip(shape, array.shape, strict=True))  # fmt: skip
+            fits = shape is None or (array.ndim == len(shape) and all(not isinstance(d, int) or d == n for d, n in
+                                                    zip(shape, array.shape, strict=True)))  # fmt: skip
             if not fits:
-                wanted = "x".join(str(d) for d in shape)
+                wanted = "x".join(str(d) for d in shape or ())
                 got = "x".join(map(str, array.shape))
                 raise InputError(f"{what} {i}: input {name!r} has shape {got or '()'}, the model wants {wanted}")
             real = array.dtype.kind in "biuf" or "float" in array.dtype.name
@@ -311,7 +312,8 @@ def each(given: Any, kinds: Any, words: str = "dicts of arrays by the names of i
     return found
 
 
-def _split(batches: list[dict[str, Array]], inputs: Mapping[str, tuple[Sequence[Any], Any]]) -> list[dict[str, Array]]:
+def _split(batches: list[dict[str, Array]],
+           inputs: Mapping[str, tuple[Sequence[Any] | None, Any]]) -> list[dict[str, Array]]:  # fmt: skip
     (batch,) = batches
     sizes = {a.shape[0] for a in batch.values() if a.ndim}
     free = all(shape and not isinstance(shape[0], int) for shape, _ in inputs.values())

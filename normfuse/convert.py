@@ -286,9 +286,23 @@ def worst(want: Sequence[Any], got: Sequence[Any]) -> float:
 def normwise(want: Sequence[Any], got: Sequence[Any]) -> float:
     """The largest distance of two outputs, each as the norm of the difference relative to the norm: steadier than the
     largest element where outputs are few."""
-    pairs = [(np.asarray(a), np.asarray(b)) for a, b in zip(want, got, strict=True)]
+    pairs = [alike(np.asarray(a), np.asarray(b)) for a, b in zip(want, got, strict=True)]
     floats = [(a, b) for a, b in pairs if a.dtype.kind == "f" and a.size]
     return largest(float(np.linalg.norm(a - b) / (np.linalg.norm(a) or 1.0)) for a, b in floats)
+
+
+def alike(a: Array, b: Array) -> tuple[Array, Array]:
+    """Two outputs without the infinities that are the same in both, such as what a mask hides."""
+    if a.dtype.kind != "f" or a.shape != b.shape or not (same := np.isinf(a) & (a == b)).any():
+        return a, b
+    return np.where(same, 0, a), np.where(same, 0, b)
+
+
+def tells(output: Array) -> bool:
+    """Whether something can be seen in an output: it holds no NaN, and not infinities alone, as of a mask."""
+    if output.dtype.kind not in "fc":
+        return True
+    return not np.isnan(output).any() and (not output.size or bool(np.isfinite(output).any()))
 
 
 def largest(errors: Iterable[float]) -> float:
@@ -297,12 +311,14 @@ def largest(errors: Iterable[float]) -> float:
 
 
 def relative(want: Array, got: Array) -> float:
-    """The largest difference relative to the largest element; infinite where shapes, integers or NaNs differ."""
+    """The largest difference relative to the largest element; infinite where shapes, integers or what is not finite differ.
+    """
     if want.shape != got.shape or want.dtype.kind not in "fc":
         return 0.0 if want.shape == got.shape and (want == got).all() else float("inf")
-    top = float(np.max(np.abs(want), initial=0.0))
-    if (np.isnan(want) != np.isnan(got)).any():
+    want, got = alike(want, got)
+    if (np.isnan(want) != np.isnan(got)).any() or np.isinf(want).any() or np.isinf(got).any():
         return float("inf")
+    top = float(np.nanmax(np.abs(want), initial=0.0))
     return float(np.nanmax(np.abs(want - got), initial=0.0)) / top if top else float(np.abs(got).max(initial=0.0))
 
 

@@ -24,6 +24,7 @@ class RMSNorm(nn.Module):
     weight: Tensor | None
     bias: Tensor | None
     offset: float
+    heads: bool = False
 
     def __init__(self, size: int, eps: float, weight: nn.Parameter | None = None, bias: nn.Parameter | None = None,
                  axis: int = -1, offset: float = 0.0) -> None:  # fmt: skip
@@ -48,8 +49,7 @@ class RMSNorm(nn.Module):
         if _slow(x):
             y = self._plain(x, weight, bias)
         elif self.heads:  # which F.rms_norm does not take
-            wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-            y = self._plain(wide, weight, bias).to(x.dtype)
+            y = self._plain(x.to(torch.promote_types(x.dtype, torch.float32)), weight, bias).to(x.dtype)
         else:
             y = F.rms_norm(x, self.normalized_shape, weight, self.eps)
             if bias is not None:

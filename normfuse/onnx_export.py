@@ -71,7 +71,7 @@ def export(module: Any, args: tuple[Any, ...] | None, path: str | Path, config: 
 
     config, target, started = config_of(config), path_of(path, "the output"), time.perf_counter()
     demand_use(config, calibration)
-    if target.suffix == ".pt2":
+    if target.suffix in (".pt2", ".ort"):
         raise InputError(f"{target}: normfuse.export writes ONNX; give an output that ends in .onnx")
     for name, why in OURS.items():
         if options.pop(name, USUAL.get(name)) is not USUAL.get(name):

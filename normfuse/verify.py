@@ -189,7 +189,7 @@ def either_way(compare: Callable[[Mapping[str, Array] | None], tuple[dict[str, A
     """
     feeds, found = compare(inputs)
     drawn = {name: v for name, v in feeds.items() if name not in (inputs or {})}
-    flags = {name: ~v for name, v in drawn.items() if v.dtype == bool and v.size == 1}
+    flags = {name: np.asarray(~v) for name, v in drawn.items() if v.dtype == bool and v.size == 1}
     if not flags or not found["equal"]:
         return found
     try:

@@ -113,9 +113,9 @@ class _Planner:
                 self._keep(site, "NF301", why)
             self.sites = [site for site in self.sites if site not in self.out.kept]
             self._ask()
-            if self.again or self._unread() or self._torn() or self._stepped() or self._sink() or self._public() or self._drop():
-                continue
-            break
+            steps = self._unread, self._torn, self._stepped, self._sink, self._public, self._drop
+            if not self.again and not any(step() for step in steps):
+                break
         self._result()
         return self.out
 
@@ -221,10 +221,11 @@ class _Planner:
                 twins.setdefault(self.can.twins(value), []).append(value)
         bad = []
         self.raw, self.copies = set(), set()
+        same = self._unchanged()
         # the last first: a value that stays as it is makes those it is read from stay in the same round
         for value in sorted(self.state, key=lambda v: -1 if v.producer is None else v.producer.index, reverse=True):
             want = self.state[value]
-            why = self._reader(value, want)
+            why = None if value in same else self._reader(value, want)
             if why is None and value.producer is None:
                 others = [v for v in twins.get(self.can.twins(value), ()) if v is not value]
                 why = self.can.shared(value)
@@ -248,6 +249,17 @@ class _Planner:
             else:
                 self._stop(value, f"{value.name}: {why}")
         return any(value not in self.copies for value, _ in bad)
+
+    def _unchanged(self) -> set[Value]:
+        """The values that are made, without a factor taken out, of what has mean zero already."""
+        same: set[Value] = set()
+        made = [(v.producer.index, v) for v in self.state if v.producer is not None]
+        for _, value in sorted(made, key=lambda pair: pair[0]):
+            links, want = self._links(value), self.state[value]
+            if links and all(c.scales == want.scales and v not in self.seeds and (v in same or v not in self.state)
+                             for v, c in links):  # fmt: skip
+                same.add(value)
+        return same
 
     def _nodes(self, value: Value) -> list[Node]:
         """The nodes that ask for a value."""

@@ -359,3 +359,86 @@ def test_a_norm_that_no_output_reads_is_left() -> None:
     assert report.approximation is not None
     assert [n.action for n in report.norms] == ["converted", "left"] and len(report.approximation.layers) == 1
     assert session(result.SerializeToString()).run(None, feeds[0])[0].shape == (2, 3, 16)
+
+
+SAVED = """e = Gather(table, ids) n, mean, inv = LayerNormalization<epsilon = 1e-5>(e, w, b) d = MatMul(n, k)
+f = Add(d, e) y = LayerNormalization(f, w, b)"""
+
+
+def given(lines: str, inputs: str, outputs: str) -> onnx.ModelProto:
+    """A graph with a table, a matrix, a weight and a bias."""
+    made = onnx.parser.parse_model(f'''<ir_version: 8, opset_import: ["": 17, "com.microsoft": 1]>
+        g ({inputs}) => ({outputs}) {{ {lines} }}''')
+    rng = np.random.default_rng(0)
+    held = {"table": rng.normal(0.5, 1, (20, 16)), "k": rng.normal(0.3, 1, (16, 16)), "w": rng.random(16) + 0.5,
+            "b": rng.random(16)}  # fmt: skip
+    made.graph.initializer.extend(
+        onnx.numpy_helper.from_array(array.astype("f4"), name) for name, array in held.items() if name in lines)
+    return made
+
+
+@pytest.mark.parametrize("mode", ["exact", "approximate"])
+@pytest.mark.parametrize("read", ["mean", "inv"])
+def test_an_operator_whose_statistics_are_read_stays(mode: str, read: str, tmp_path: Path) -> None:
+    """It would be there twice, with two results of one name."""
+    source = tmp_path / "in.onnx"
+    onnx.save(given(SAVED, "int64[2, 3] ids", f"float[2, 3, 16] y, float[2, 3, 1] {read}"), source)
+    feeds = [{"ids": np.random.default_rng(i).integers(0, 20, (2, 3))} for i in range(8)]
+    config = (normfuse.Config(layernorm_to_rmsnorm="exact") if mode == "exact" else
+              normfuse.Config(layernorm_to_rmsnorm="approximate", tolerance=9.0))
+    report = normfuse.rewrite(source, tmp_path / "out.onnx", config, calibration=None if mode == "exact" else feeds)
+    assert any("has other results that are read" in r.message for r in report.refusals) and len(report.norms) == 2
+    before, after = (session(tmp_path / name).run(None, feeds[0]) for name in ("in.onnx", "out.onnx"))
+    np.testing.assert_allclose(after[1], before[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("lines", [
+    """r = Relu(x) n, , , s = com.microsoft.SkipLayerNormalization(r, x, w, b) d = MatMul(n, k) y = Add(d, s)""",
+    """i = Cast<to = 6>(ids) n, , s = com.microsoft.EmbedLayerNormalization(i, , table, table, , w, b)
+    d = MatMul(n, k) y = Add(d, s)"""])
+def test_an_operator_that_gives_its_sum_is_left(lines: str) -> None:
+    words, rng = "ids" in lines, np.random.default_rng(1)
+    made = given(lines, "int64[2, 3] ids" if words else "float[2, 3, 16] x", "float[2, 3, 16] y")
+    feeds: list[dict[str, Any]] = [{"ids": rng.integers(0, 20, (2, 3))} if words else
+                                   {"x": rng.standard_normal((2, 3, 16)).astype("f4")} for _ in range(8)]  # fmt: skip
+    config = normfuse.Config(layernorm_to_rmsnorm="approximate", tolerance=9.0)
+    report = normfuse.optimize(made, config, calibration=feeds)[1]
+    assert [n.action for n in report.norms] == ["kept"] and [r.code for r in report.refusals] == ["NF301"]
+
+
+class Hidden(nn.Module):
+    """A mask hides some outputs behind infinities; another output is empty."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n, self.o = nn.LayerNorm(16), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.o(self.n(x.relu()))
+        return h.masked_fill(torch.arange(5) > 2, -torch.inf), h[..., :0]
+
+
+@pytest.mark.parametrize("door", ["module", "program", "onnx"])
+def test_infinities_that_stay_and_empty_outputs(door: str) -> None:
+    torch.manual_seed(0)
+    module, sets = Hidden().eval(), [(torch.randn(4, 16),) for _ in range(8)]
+    config = normfuse.Config(layernorm_to_rmsnorm="approximate", tolerance=9.0)
+    if door == "module":
+        report = normfuse.optimize(module, config, args=sets[0], calibration=sets)[1]
+    elif door == "program":
+        report = normfuse.optimize(torch.export.export(module, sets[0]), config, calibration=sets)[1]
+    else:
+        source = to_onnx(module, sets[0]).model_proto
+        named = [{source.graph.input[0].name: x.numpy()} for (x,) in sets]
+        report = normfuse.optimize(source, config, calibration=named)[1]
+    assert report.converted == 1 and report.approximation is not None
+    assert 0.001 < report.approximation.error < 1
+
+
+def test_an_input_whose_rank_is_not_known() -> None:
+    made = given("n = LayerNormalization(x, w, b) y = Mul(n, m)", "float[2, 3, 16] x, float m", "float[2, 3, 16] y")
+    made.graph.input[1].type.tensor_type.ClearField("shape")
+    rng = np.random.default_rng(1)
+    feeds = [{"x": rng.standard_normal((2, 3, 16)).astype("f4"), "m": np.ones(16, "f4")} for _ in range(8)]
+    config = normfuse.Config(layernorm_to_rmsnorm="approximate", tolerance=9.0)
+    assert normfuse.optimize(made, config, calibration=feeds)[1].converted == 1

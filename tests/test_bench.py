@@ -397,14 +397,14 @@ def test_numbers_and_paths_of_other_types(open_model: Path, tmp_path: Path) -> N
         normfuse.rewrite(open_model, tmp_path / "o.onnx", normfuse.Config(first="fastest"), how={})  # type: ignore[arg-type]
 
 
-def test_inputs_that_cannot_be_drawn_can_be_given(tmp_path: Path) -> None:
+def test_strings_are_drawn_or_given(tmp_path: Path) -> None:
     x, y = (helper.make_tensor_value_info(v, TensorProto.STRING, [2]) for v in "xy")
     graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "g", [x], [y])
     made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     path = saved(made, tmp_path / "words.onnx")
     np.savez(tmp_path / "words.npz", x=np.array(["a", "b"]))
     for argv in (["bench", path, *QUICK], ["verify", path, path]):
-        assert "'x'" in fails(run(*argv)) and run(*argv, "--inputs", tmp_path / "words.npz")[0] == 0
+        assert run(*argv)[0] == run(*argv, "--inputs", tmp_path / "words.npz")[0] == 0
 
 
 def test_bad_input(model: Path, open_model: Path, tmp_path: Path) -> None:

@@ -138,14 +138,16 @@ def test_a_mask_of_so_many_tokens_as_are_past_and_new(total: str) -> None:
 
 
 @pytest.mark.parametrize(("ahead", "group", "channels"), [
-    ("i = Identity(x)", 1, 3), ("f = Cast<to=1>(x) s = Div(f, far) i = Sub(s, by)", 1, 3), ("i = Identity(x)", 2, 6)])
+    ("i = Identity(x)", 1, 3), ("f = Cast<to=1>(x) s = Div(f, far) i = Sub(s, by)", 1, 3), ("i = Identity(x)", 2, 6),
+    ("i = Mul(by, x)", 1, 3), ("i = Identity(x) scaled = Mul(each, kernel)", 1, 3)])
 def test_the_channels_of_an_image_are_those_of_the_convolution(ahead: str, group: int, channels: int,
                                                                tmp_path: Path) -> None:  # fmt: skip
     kernel = numbers(D, 3, 4, 4)
-    lines = f"""{ahead} c = Conv<strides=[4,4], group={group}>(i, kernel) t = Transpose<perm=[0,2,3,1]>(c)
+    weight = "scaled" if "scaled" in ahead else "kernel"
+    lines = f"""{ahead} c = Conv<strides=[4,4], group={group}>(i, {weight}) t = Transpose<perm=[0,2,3,1]>(c)
     {OPERATOR.format('t', 'y')}"""
     made = model("float[batch,num_channels,height,width] x", lines, kernel=kernel, far=np.float32(255),
-                 by=numbers(1, 3, 1, 1))  # fmt: skip
+                 by=numbers(1, 3, 1, 1), each=numbers(D, 1, 1, 1))  # fmt: skip
     check(made, [{"x": numbers(2, channels, 8, 8)}], int(group == 1), verify="sites")
     path = saved(made, tmp_path / "image.onnx")
     assert compare_models(path, path)["equal"]

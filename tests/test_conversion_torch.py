@@ -371,7 +371,7 @@ class Ahead(nn.Module):
     def __init__(self, made: Callable[[Ahead, Tensor], Tensor]) -> None:
         super().__init__()
         self.e, self.other, self.n, self.made = nn.Embedding(9, D), nn.Embedding(9, D), nn.LayerNorm(D), made
-        self.w = nn.Parameter(torch.randn(D))
+        self.w, self.square = nn.Parameter(torch.randn(D)), nn.Parameter(torch.randn(D, D))
 
     def forward(self, i: Tensor) -> Tensor:
         """The norm."""
@@ -391,14 +391,31 @@ FIRST = torch.tensor([0, 2])[None, :, None]
     (lambda m, i: torch.take_along_dim(m.e(i), FIRST.expand(2, -1, D), 1), 1),
     (lambda m, i: torch.take_along_dim(m.e(i), torch.arange(2 * D).reshape(1, 2, D) % 3, 1), 0),
     (lambda m, i: torch.take_along_dim(m.e(i), torch.arange(D)[None, None], 2), 0),
+    (lambda m, i: torch.lerp(m.e(i), m.other(i), 0.3), 1),
+    (lambda m, i: torch.lerp(m.e(i), m.other(i), m.w), 0),
+    (lambda m, i: m.e(i).index_copy(1, torch.tensor([2, 0]), m.other(i)[:, :2]), 1),
+    (lambda m, i: m.e(i).index_copy(2, torch.arange(4), m.other(i)[..., :4]), 0),
+    (lambda m, i: m.e(i).scatter(1, FIRST.expand(2, -1, D), m.other(i)), 1),
+    (lambda m, i: m.e(i).scatter_add(1, FIRST.expand(2, -1, D), m.other(i)), 1),
+    (lambda m, i: m.e(i).scatter_add(1, FIRST.expand(2, -1, 4), m.other(i)), 0),
+    (lambda m, i: m.e(i).scatter(2, FIRST.expand(2, -1, D) * 0, m.other(i)), 0),
+    (lambda m, i: torch.cat([h := m.e(i), h], 1), 1), (lambda m, i: torch.stack([h := m.e(i), h], 1), 1),
+    (lambda m, i: torch.baddbmm(h := m.e(i), h, m.square.expand(2, D, D)), 0),
+    (lambda m, i: torch.addmm(h := m.e(i[0]), h, m.square), 0),
+    (lambda m, i: torch.einsum("btd,bse->bsd", h := m.e(i), h), 0),
+    (lambda m, i: F.scaled_dot_product_attention(h := m.e(i), h, h), 0),
     (lambda m, i: torch.addcmul(m.e(i), m.other(i), m.w), 0),  # of one operator nothing is taken out
     (lambda m, i: m.e(i) + m.other(i) * m.w, 1),
 ])  # fmt: skip
-def test_rows_that_are_moved_and_channels_that_are(made: Callable[[Ahead, Tensor], Tensor], converted: int) -> None:
+@pytest.mark.parametrize("verify", ["off", "sites"])
+def test_rows_that_are_moved_and_channels_that_are(made: Callable[[Ahead, Tensor], Tensor], converted: int,
+                                                   verify: Any) -> None:  # fmt: skip
     torch.manual_seed(0)
     module, i = Ahead(made).eval(), torch.tensor([[1, 2, 3], [4, 5, 6]])
-    result, report = normfuse.optimize(torch.export.export(module, (i,)), EXACT)
+    config = normfuse.Config(layernorm_to_rmsnorm="exact", verify=verify)
+    result, report = normfuse.optimize(torch.export.export(module, (i,)), config)
     assert [(n.conversion or {})["verdict"] for n in report.norms] == ["exact" if converted else "kept"]
+    assert all(r.code == "NF303" for r in report.refusals)
     torch.testing.assert_close(result.module()(i), module(i), rtol=1e-4, atol=1e-5)
 
 

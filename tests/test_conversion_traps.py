@@ -267,3 +267,34 @@ def test_a_factor_of_a_part_of_the_channels(part: Callable[[Tensor], Tensor], op
             return out
 
     converted_all(drawn(Scaled()), 0, opset)
+
+
+@pytest.mark.parametrize(("lines", "converted"), [
+    ("h = CumSum(e, one)", 1), ("h = CumSum(e, two)", 0),
+    ("i = Expand(rows, sizes) h = ScatterElements<axis=1>(e, i, f)", 1),
+    ("i = Expand(rows, sizes) h = ScatterElements<axis=1, reduction=\"add\">(e, i, f)", 1),
+    ("i = Expand(rows, sizes) h = ScatterElements<axis=1, reduction=\"mul\">(e, i, f)", 0),
+    ("i = Expand(rows, half) g4 = Slice(f, z, four, two) h = ScatterElements<axis=1>(e, i, g4)", 0),
+    ("h = ScatterElements<axis=1>(e, each, f)", 0),
+])  # fmt: skip
+def test_rows_that_are_added_up_or_written(lines: str, converted: int) -> None:
+    held: dict[str, Any] = {
+        "one": np.array(1), "two": np.array([2]), "rows": np.array([0, 2])[None, :, None], "z": np.array([0]),
+        "sizes": np.array([2, 2, D]), "half": np.array([2, 2, 4]), "four": np.array([4]),
+        "each": np.arange(2 * 2 * D).reshape(2, 2, D) % 3}  # fmt: skip
+    if "two)" in lines and "Cum" in lines:
+        held["two"] = np.array(2)
+    made = model("float[2,3,4] x, float[2,2,4] u", f"e = MatMul(x, w) f = MatMul(u, k) {lines} {NORM.format('h')}",
+                 w=numbers(4, D), k=numbers(4, D), **held)  # fmt: skip
+    check(made, [{"x": numbers(2, 3, 4), "u": numbers(2, 2, 4)}], converted)
+
+
+@pytest.mark.parametrize("verify", ["off", "sites"])
+def test_a_norm_without_a_weight_is_not_changed_by_the_next(verify: str) -> None:
+    """What reads it reads the same: it comes with mean zero."""
+    lines = "h0 = MatMul(x, w) " + " ".join(
+        f"a{i} = MatMul({h}, k) r{i} = Relu(a{i}) c{i} = MatMul(r{i}, w{i}) s{i} = Add({h}, c{i}) "
+        f"n{i} = LayerNormalization<axis=-1>(s{i}, ones)" for i, h in enumerate(("h0", "n0", "n1")))
+    held: dict[str, Any] = {name: numbers(4, D) for name in ("w", "w0", "w1", "w2")}
+    made = model("float[2,3,4] x", f"{lines} y = MatMul(n2, k)", k=numbers(D, 4), ones=np.ones(D, np.float32), **held)
+    check(made, [{"x": ROWS}], 2, verify=verify)

@@ -203,6 +203,10 @@ class ByHeads(nn.Module):
             scaled = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + 1e-5)
             return (self.weight.float() * scaled).to(x.dtype)
         h = F.layer_norm(x, (D,))
+        if self.form == "whole":
+            return h.to(torch.int32) * self.weight
+        if self.form == "narrow":
+            return h.half() * self.weight
         if self.form == "read twice":
             return h * self.weight + h.relu()
         if self.form == "widened":  # more than x has
@@ -227,6 +231,7 @@ class Heads(nn.Module):
 @pytest.mark.parametrize(("form", "converted", "said"), [
     ("plain", 1, ""), ("biased", 1, ""), ("wide", 1, ""), ("one", 1, ""),
     ("read twice", 0, "inside, a ByHeads"), ("widened", 0, "inside, a ByHeads"), ("turned", 0, "inside, a ByHeads"),
+    ("whole", 0, "inside, a ByHeads"), ("narrow", 0, "inside, a ByHeads"),
     ("", 0, "the model, a Heads")])  # fmt: skip
 def test_a_norm_with_a_weight_for_each_head(form: str, converted: int, said: str) -> None:
     """Which its module computes; a norm that is only a part of a module is told where it stands."""
@@ -321,3 +326,35 @@ def test_approximated_layers_are_not_computed_by_an_operator_of_torch() -> None:
             found, other = result(*given[0], padding), module(*given[0], padding)
         torch.testing.assert_close(found, result(*given[0], padding))  # with gradients, part by part
         assert (found - other)[:, :3].abs().max() > 1e-3
+
+
+class AlsoPlain(nn.Module):
+    """It gives out the norm of each head with and without its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2, D))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = F.layer_norm(x, (D,))
+        return h * self.weight, h
+
+
+def test_a_module_that_gives_out_the_norm_without_its_weight_stays() -> None:
+    module = nn.Sequential(nn.Linear(D, D), nn.LayerNorm(D), nn.Linear(D, 2 * D), nn.Unflatten(1, (2, D)), AlsoPlain())
+    x = torch.randn(3, D)
+    result, report = normfuse.optimize(module.eval(), normfuse.Config(layernorm_to_rmsnorm="exact"), args=(x,))
+    assert report.converted == 1 and [r.code for r in report.refusals] == ["NF301"]
+    torch.testing.assert_close(result(x), module(x))
+
+
+def test_weights_of_heads_are_traced() -> None:
+    norm, x = normfuse.nn.RMSNorm(D, 1e-5, nn.Parameter(torch.randn(2, D))), torch.randn(3, 2, D)
+    torch.testing.assert_close(torch.fx.symbolic_trace(norm)(x), norm(x))
+
+
+def test_a_buffer_that_is_not_saved_nor_written_is_no_state() -> None:
+    module: Any = nn.Sequential(nn.Linear(D, D), nn.LayerNorm(D), nn.Linear(D, D))
+    module[1].register_buffer("note", torch.zeros(3), persistent=False)
+    config = normfuse.Config(layernorm_to_rmsnorm="exact")
+    assert normfuse.optimize(module.eval(), config, args=(torch.randn(2, D),))[1].converted == 1

@@ -12,6 +12,7 @@ from torch.nn import functional as F  # noqa: N812
 
 import normfuse
 from normfuse.errors import InputError
+from normfuse.frontends.module_places import Trial
 from tests.converted import D, drawn
 
 
@@ -109,7 +110,8 @@ class OfAPair(nn.Module):
 @pytest.mark.filterwarnings("ignore:The tensor attribute:UserWarning")
 @pytest.mark.parametrize("example", [torch.zeros, torch.randn])
 @pytest.mark.parametrize(("which", "kept", "branch", "converted"), [
-    (0, False, 1.0, 3), (1, False, 1.0, 0), (0, True, 1.0, 3), (1, True, 1.0, 0), (0, False, 0.0, 3)])
+    (0, False, 1.0, 3), (1, False, 1.0, 0), (0, True, 1.0, 3), (1, True, 1.0, 0), (0, False, 0.0, 3),
+    (0, False, 1e-5, 3)])
 def test_the_first_of_two_tensors_of_one_shape(which: int, kept: bool, branch: float, converted: int,
                                                example: Callable[[int, int], Tensor]) -> None:  # fmt: skip
     """Neither inputs nor parameters that are zeros hide which of them a hook sees first."""
@@ -118,6 +120,55 @@ def test_the_first_of_two_tensors_of_one_shape(which: int, kept: bool, branch: f
     assert report.converted == converted and all(r.code == "NF302" for r in report.refusals)
     x = torch.randn(3, D)
     torch.testing.assert_close(made(x), module(x), rtol=1e-4, atol=1e-5)
+
+
+class Chosen(OfAPair):
+    """It gives out numbers of tokens alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).argmax(-1)
+
+
+def test_outputs_that_are_no_floats_show_which_is_first() -> None:
+    module, x = Chosen(0).eval(), torch.randn(64, D)
+    result, report = normfuse.optimize(module, normfuse.Config(layernorm_to_rmsnorm="exact"), args=(x,))
+    assert report.converted == 3 and torch.equal(result(x), module(x))
+
+
+def test_only_places_of_the_plan_are_tried_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each runs the module and its graph: those that a plan gives up again would take as long as the module is deep."""
+    layers = [nn.TransformerEncoderLayer(D, 2, 2 * D, batch_first=True) for _ in range(8)]
+    tried, same = list[str](), Trial.same
+
+    def counted(trial: Trial, value: Any, path: str, before: bool) -> bool:
+        tried.append(path)
+        return same(trial, value, path, before)
+
+    monkeypatch.setattr(Trial, "same", counted)
+    module = drawn(nn.Sequential(*layers))
+    _, report = normfuse.optimize(module, normfuse.Config(layernorm_to_rmsnorm="exact"), args=(torch.randn(2, 5, D),))
+    assert len(report.norms) == 16 and len(tried) <= 1
+
+
+class SharedScale(nn.Module):
+    """One factor for each channel of two branches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.n, self.o = (nn.Linear(D, D), nn.Linear(D, D), nn.LayerNorm(D), nn.Linear(D, 3))
+        self.e, self.z, self.g = nn.Embedding(9, D), nn.Embedding(9, D), nn.Parameter(torch.rand(D))
+
+    def forward(self, i: Tensor) -> Tensor:
+        z = self.z(i)
+        found: Tensor = self.o(self.n(self.e(i) + self.a(z) * self.g + self.b(z) * self.g))
+        return found
+
+
+def test_a_factor_of_several_branches_is_taken_out_of_all() -> None:
+    module, i = drawn(SharedScale()), torch.randint(0, 9, (2, 3))
+    result, report = normfuse.optimize(module, normfuse.Config(layernorm_to_rmsnorm="exact"), args=(i,))
+    assert report.converted == 1 and torch.equal(result.g, torch.ones(D)), report.refusals
+    torch.testing.assert_close(result(i), module(i), rtol=1e-4, atol=1e-5)
 
 
 class Head(nn.Module):
@@ -265,3 +316,24 @@ def test_a_graph_that_rounds_otherwise(factor: float, edits: bool, monkeypatch: 
     result, report = normfuse.optimize(module, normfuse.Config(layernorm_to_rmsnorm="exact"), args=(x,))
     assert report.converted == edits and [r.code for r in report.refusals] == ([] if edits else ["NF304"])
     torch.testing.assert_close(result(x), module(x), rtol=1e-12, atol=1e-12)
+
+
+class Hiding(nn.Module):
+    """A mask hides some outputs behind infinities."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.l, self.n, self.o = nn.Linear(D, D), nn.LayerNorm(D), nn.Linear(D, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.o(self.n(self.l(x)))
+        return out.masked_fill(torch.arange(5) > 2, -torch.inf)
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_infinities_hide_no_difference(wrong: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if wrong:
+        monkeypatch.setattr("normfuse.frontends.module_convert._edit", lambda out, *_: out.o.weight.data.mul_(1.5))
+    x = torch.randn(3, D)
+    _, report = normfuse.optimize(drawn(Hiding()), normfuse.Config(layernorm_to_rmsnorm="exact"), args=(x,))
+    assert (report.converted, [r.code for r in report.refusals]) == ((0, ["NF304"]) if wrong else (1, []))

@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir
+import onnxruntime
 import pytest
 from onnx import numpy_helper
+from onnx.reference import ReferenceEvaluator
 
 import normfuse
 from normfuse.errors import InputError, UnsupportedError
@@ -552,3 +554,66 @@ def test_elements_of_a_sequence_have_sizes_of_their_own(tmp_path: Path) -> None:
     made = model("seq(float[b, 16]) s", lines, zero=np.array(0), one=np.array(1))
     done = check(made, [{"s": [numbers(3, 16), numbers(3, 16)]}], tmp_path, 1, "normfuse")
     assert not any(node.op_type.startswith("add_rms_norm") for node in done.graph.node)
+
+
+def test_statistics_in_float16_have_no_standard_operator(tmp_path: Path) -> None:
+    """Of LayerNormalization the standard defines float32 and bfloat16 alone: any other runtime could not expand it."""
+    lines = """m = ReduceMean(x, last) d = Sub(x, m) q = Mul(d, d) v = ReduceMean(q, last) e = Add(v, small) r = Sqrt(e)
+    n = Div(d, r) k = Mul(n, w) y = Add(k, b)"""
+    half: dict[str, Any] = {name: numbers(16).astype(np.float16) for name in ("w", "b")}
+    made = model("float16[B,16] x", lines, "float16[B,16] y", small=np.array(1e-3, np.float16), **half)
+    x = numbers(5, 16).astype(np.float16)
+    targets: list[Any] = [*TARGETS]
+    for target in targets:
+        done, report = normfuse.optimize(made, normfuse.Config(target=target))
+        assert [n.action for n in report.norms] == ["fused"]
+        stock = any(node.op_type == "LayerNormalization" for node in done.graph.node)
+        assert stock == (target == "ort-cpu")
+        if not stock:
+            found: Any = next(iter(ReferenceEvaluator(done).run(None, {"x": x})))
+            np.testing.assert_allclose(found, session(made.SerializeToString()).run(None, {"x": x})[0], atol=0.02)
+
+
+def test_what_is_removed_is_removed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """onnx_ir looks at all outputs of a graph for each removal."""
+    calls, remove, counts = [0], onnx_ir.Graph.remove, []
+
+    def counted(self: Any, nodes: Any, *args: Any, **kwargs: Any) -> None:
+        calls[0] += 1
+        remove(self, nodes, *args, **kwargs)
+
+    for norms in (4, 40):
+        parts = [f"q{i} = Mul(x{i}, x{i}) m{i} = ReduceMean(q{i}, last) a{i} = Add(m{i}, eps) r{i} = Sqrt(a{i}) "
+                 f"y{i} = Div(x{i}, r{i})" for i in range(norms)]  # fmt: skip
+        given = ", ".join(f"float[2,16] x{i}" for i in range(norms))
+        made = model(given, " ".join(parts), ", ".join(f"float[2,16] y{i}" for i in range(norms)))
+        calls[0] = 0
+        with monkeypatch.context() as patch:
+            patch.setattr(onnx_ir.Graph, "remove", counted)
+            assert normfuse.optimize(made, normfuse.Config(verify="off"))[1].fused == norms
+        counts.append(calls[0])
+    assert counts[0] == counts[1]
+
+
+def test_weights_that_are_inputs_too_are_no_attention() -> None:
+    """As in files of IR version 3."""
+    lines = """n = LayerNormalization(x, w, b) d = MatMul(n, k) h = Add(d, x) m = LayerNormalization(h, w, b)
+    y = MatMul(m, k)"""
+    made = model("float[2,3,16] x", lines, "float[2,3,16] y", w=numbers(16), b=numbers(16), k=numbers(16, 16))
+    plain = normfuse.inspect(made).recipe
+    for held in made.graph.initializer:
+        made.graph.input.append(onnx.helper.make_tensor_value_info(held.name, held.data_type, list(held.dims)))
+    assert normfuse.inspect(made).recipe == plain == "LayerNorm, pre-norm"
+
+
+def test_files_of_onnx_runtimes_own_format(tmp_path: Path) -> None:
+    made = model("float[2,16] x", "y = LayerNormalization(x, w)", w=numbers(16))
+    source = saved(made, tmp_path / "in.onnx")
+    with pytest.raises(InputError, match="takes such a name for its own format"):
+        normfuse.rewrite(source, tmp_path / "out.ort")
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "own.ort")
+    options.add_session_config_entry("session.save_model_format", "ORT")
+    onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    with pytest.raises(InputError, match="in ONNX Runtime's own format"):
+        normfuse.inspect(tmp_path / "own.ort")

@@ -315,24 +315,25 @@ def test_an_input_is_a_mask_by_its_name() -> None:
         assert [name for name, array in feeds.items() if array.min() < 1] == ["masked_input_ids", "unmasked"]
 
 
-def flagged(other: str, path: Path) -> Path:
+def flagged(other: str, path: Path, shape: str = "[1]") -> Path:
     """A model of two branches, of which a flag takes one."""
     return saved(onnx.parser.parse_model(f"""<ir_version: 8, opset_import: ["": 17]>
-        g (float[2, 8] x, bool[1] use_cache) => (float[2, 8] y) <int64[2] bad = {{3, 7}}> {{
+        g (float[2, 8] x, bool{shape} use_cache) => (float[2, 8] y) <int64[2] bad = {{3, 7}}> {{
         y = If (use_cache) <then_branch = t () => (float[2, 8] a) {{ a = Tanh(x) }},
                             else_branch = e () => (float[2, 8] b) {{ b = {other} }}> }}"""), path)
 
 
+@pytest.mark.parametrize("shape", ["[1]", ""])
 @pytest.mark.parametrize("compare", [compare_models, compare_rewritten])
-def test_a_branch_that_a_flag_takes_is_compared_either_way(compare: Any, tmp_path: Path) -> None:
+def test_a_branch_that_a_flag_takes_is_compared_either_way(compare: Any, shape: str, tmp_path: Path) -> None:
     """As merged decoders have them; not where the flag is given, nor where the model itself does not run so."""
     steps = ("Relu(x)", "Neg(x)", "Relu(x)", "Reshape(x, bad)")
-    one, two, same, broken = (flagged(other, tmp_path / f"{i}.onnx") for i, other in enumerate(steps))
+    one, two, same, broken = (flagged(other, tmp_path / f"{i}.onnx", shape) for i, other in enumerate(steps))
     assert (found := compare(one, same))["equal"] and found["flags"] == ["use_cache"]
     assert not (found := compare(one, two))["equal"]
     assert difference(found).endswith("of its largest element, with use_cache false")
-    assert compare(one, two, inputs={"use_cache": np.array([True])})["equal"]
-    assert not compare(one, two, inputs={"use_cache": np.array([False])})["equal"]
+    assert compare(one, two, inputs={"use_cache": np.full([1] * bool(shape), True)})["equal"]
+    assert not compare(one, two, inputs={"use_cache": np.full([1] * bool(shape), False)})["equal"]
     assert (found := compare(broken, one))["equal"] and "flags" not in found
     with pytest.raises(InputError, match="do not run on these inputs"):
         compare(one, broken)

@@ -148,7 +148,9 @@ class Lowering:
     def role(self, node: fx.Node, kind: str = "opaque", effect: bool = False) -> None:
         """A node about which the core knows its kind at most."""
         inputs: list[Value] = []
-        for n in node.all_input_nodes:
+        operands: list[fx.Node] = []  # one that is read twice, twice
+        fx.map_arg((node.args, node.kwargs), operands.append)
+        for n in operands:
             slot = self.values.get(n)
             inputs += [v for v in (slot if isinstance(slot, tuple) else (slot,)) if v is not None]
         if isinstance(meta_of(node), (tuple, list)) and not is_tensor(meta_of(node)):

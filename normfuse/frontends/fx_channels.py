@@ -474,7 +474,26 @@ def _spread(index: Any, back: int) -> bool:
     return len(meta.shape) < back or meta.shape[-back] == 1
 
 
+def _scatter(at: At, want: Centre) -> Links:
+    """Into the same rows of all channels: the index is one that was spread over them."""
+    x, source, index = at.tensor(0, "input", "self"), at.tensor(3, "src"), at.tensor(2, "index")
+    whole = len({(v.shape or ())[want.axis] for v in (x, source, index)}) == 1
+    along = at.axis(1, "dim", rank=x.rank or 0) == want.axis
+    if along or not whole or at.get(4, "reduce") is not None or not _spread(at.get(2, "index"), at.rank - want.axis):
+        raise at.blocked("writes channel by channel")
+    return [(source, want)] if x.number == 0 else [(x, want), (source, want)]
+
+
+def _lerp(at: At, want: Centre) -> Links:
+    """start + weight * (end - start) for one weight."""
+    start, end = at.tensor(0, "input", "self"), at.tensor(1, "end")
+    if isinstance(at.get(2, "weight"), fx.Node) or not start.shape == end.shape == at.out.shape:
+        raise at.blocked("scales the channels by what is computed, or spreads what it scales")
+    return [(start, want), (end, want)]
+
+
 def _index_add(at: At, want: Centre) -> Links:
+    """Into some rows; so does index_copy."""
     x, source = at.tensor(0, "input", "self"), at.tensor(3, "source", "src")
     if at.axis(1, "dim", rank=x.rank or 0) == want.axis:
         raise at.blocked("adds into the channels")
@@ -535,7 +554,9 @@ ROWS: dict[str, Row] = _table(
         "index": _index,
         "index_select": _index_select,
         "gather take_along_dim": _gather,
-        "index_add index_add_": _index_add,
+        "index_add index_add_ index_copy": _index_add,
+        "scatter scatter_add": _scatter,
+        "lerp": _lerp,
         "roll": _roll,
         "flip": _same_but("dims", at_index=1),
         "cumsum": _same_but("dim", at_index=1),

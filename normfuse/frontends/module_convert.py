@@ -21,7 +21,7 @@ from normfuse.errors import InputError, UnsupportedError, first_line
 from normfuse.frontends.fx_approximate import approximate_program
 from normfuse.frontends.fx_certify import with_own_state
 from normfuse.frontends.fx_convert import Converted, convert_program
-from normfuse.frontends.module_places import NormModule, Places, Trial, apart, float_outputs, offset_of, own_inputs
+from normfuse.frontends.module_places import NormModule, Places, Trial, apart, offset_of, outputs_of, own_inputs
 from normfuse.graph import Node
 from normfuse.nn import Centre, RMSNorm
 from normfuse.report import Report
@@ -54,6 +54,8 @@ def convert_module(module: nn.Module, config: Config, args: Sequence[Any], kwarg
     program = _trace(traced, *own_inputs(args, kwargs))
     places = Places(program, out, Trial(module, program, args, kwargs))
     new_program, found = convert_program(program, config, places)
+    while found.plan is not None and places.misses(value for value, _ in found.plan.operators):
+        new_program, found = convert_program(program, config, places)
     cost = None
     if config.layernorm_to_rmsnorm == "approximate":
         exact = [r for r in found.records if r.verdict != "kept"]
@@ -120,7 +122,7 @@ def _run(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | Non
     for part in own.modules():  # an unlifted program refuses `eval`
         part.training = False
     with torch.no_grad():
-        return float_outputs(own(*args, **kwargs))
+        return [v for v in outputs_of(own(*args, **kwargs)) if v.is_floating_point()]
 
 
 def _report(before: Any, program: Any, config: Config, found: Converted) -> Report:
@@ -211,9 +213,9 @@ def _fast_layers(module: nn.Module) -> list[Any]:
 
 
 def _factor(node: Node, plan: Conversion, targets: Mapping[str, str]) -> str:
-    """The path of the constant behind the factor of a multiplication, which nothing else reads."""
+    """The path of the constant behind the factor of a multiplication, which nothing but such ones reads."""
     value = plan.factor(node)
-    once = len(value.uses) == 1
+    once = all(use in plan.scaled and plan.factor(use) is value for use in value.uses)
     while value.producer is not None:
         value = value.producer.inputs[0]
         once = once and len(value.uses) == 1

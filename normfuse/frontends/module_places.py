@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +20,7 @@ from normfuse.frontends.fx_certify import run_all, with_own_state
 from normfuse.frontends.fx_convert import tensors_of
 from normfuse.frontends.fx_effects import held, hooked, is_assert
 from normfuse.frontends.fx_emit import is_one
-from normfuse.graph import Node, Value
+from normfuse.graph import PRECISION, Node, Value
 from normfuse.norm import Expr, Site
 from normfuse.ort_values import Array
 
@@ -28,11 +29,11 @@ def own_inputs(args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> tuple[t
     return copy.deepcopy((tuple(args), dict(kwargs or {})))
 
 
-def float_outputs(out: Any) -> list[torch.Tensor]:
-    """The tensors of floats that a module gives, in order."""
+def outputs_of(out: Any) -> list[torch.Tensor]:
+    """The tensors that a module gives, in order."""
     if hasattr(out, "to_tuple"):
         out = out.to_tuple()
-    return [v for v in tree_flatten(out)[0] if isinstance(v, torch.Tensor) and v.is_floating_point()]
+    return [v for v in tree_flatten(out)[0] if isinstance(v, torch.Tensor)]
 
 
 def apart(want: Sequence[torch.Tensor], got: Sequence[torch.Tensor]) -> float:
@@ -46,7 +47,8 @@ class Trial:
     """A module and the graph that was traced from it, which run side by side on the example inputs: what a hook sees
     first is a value of the graph if to change the one does to the outputs what it does to change the other.
 
-    Parameters that are zeros, as those of a branch that is not trained yet, would hide that, and are drawn at random.
+    Parameters that are next to nothing, as those of a branch that is not trained yet, would hide that, and are drawn at
+    random.
     """
 
     FAR = 1e-3
@@ -59,8 +61,9 @@ class Trial:
     @cached_property
     def _own(self) -> Any:
         random = torch.Generator().manual_seed(0)
-        memo = {id(p): p if p.any() else nn.Parameter(torch.randn(p.shape, generator=random).to(p), p.requires_grad)
-                for p in self.module.parameters() if p.is_floating_point()}  # fmt: skip
+        memo = {id(p): nn.Parameter(torch.randn(p.shape, generator=random).to(p), p.requires_grad)
+                if p.numel() and p.is_floating_point() and p.abs().max() < self.FAR else p
+                for p in self.module.parameters()}  # fmt: skip
         own = copy.deepcopy(self.module, memo)
         for part in own.modules():
             part.training = False
@@ -73,14 +76,33 @@ class Trial:
         return {name: drawn.get(targets[name], held) for name, held in tensors_of(self.program).items()}
 
     def _traced(self, watch: Mapping[str, Hook]) -> list[torch.Tensor]:
-        """The outputs of floats, behind those that are written to buffers."""
+        """The outputs, behind those that are written to buffers."""
         feeds = tree_flatten(own_inputs(*self.given))[0]
-        return float_outputs(run_all(self.program.graph_module, [feeds], self._constants, self._constants.__getitem__,
-                                     wide=False, watch=watch)[0])  # fmt: skip
+        return run_all(self.program.graph_module, [feeds], self._constants, self._constants.__getitem__, wide=False,
+                       watch=watch)[0]  # fmt: skip
 
     @cached_property
     def _unchanged(self) -> list[torch.Tensor]:
         return self._traced({})
+
+    @cached_property
+    def firsts(self) -> dict[str, tuple[Any, Any]]:
+        """For each module by path the shape and type of what a hook of it sees first of its inputs and of its output;
+        none for a module that runs when it is traced only."""
+        own, found = with_own_state(self._own), dict[str, tuple[Any, Any]]()
+
+        def watch(path: str) -> Any:
+            def hook(_: nn.Module, given: Any, output: Any) -> None:
+                found[path] = _kind(_first(given)), _kind(_first(output))
+
+            return hook
+
+        for path, part in own.named_modules(remove_duplicate=False):
+            part.register_forward_hook(watch(path))
+        args, kwargs = own_inputs(*self.given)
+        with torch.no_grad(), contextlib.suppress(Exception):
+            own(*args, **kwargs)
+        return found
 
     def same(self, value: Value, path: str, before: bool) -> bool:
         """Whether a value is the first of what goes into a module (`before`) or comes out of it."""
@@ -90,9 +112,7 @@ class Trial:
             return array + noise * max(1.0, float(np.abs(array).max(initial=0.0)))
 
         def first(given: Any) -> Any:
-            x = given[0] if isinstance(given, tuple) and given else given
-            if not isinstance(x, torch.Tensor) or x.shape != value.shape or f"torch.{value.dtype}" != str(x.dtype):
-                raise TypeError("it is another tensor")
+            x = _first(given)
             changed = torch.from_numpy(change(x.double().cpu().numpy())).to(x)
             return (changed, *given[1:]) if isinstance(given, tuple) else changed
 
@@ -102,7 +122,7 @@ class Trial:
         args, kwargs = own_inputs(*self.given)
         try:
             with torch.no_grad():
-                got = float_outputs(with_own_state(self._own)(*args, **kwargs))
+                got = outputs_of(with_own_state(self._own)(*args, **kwargs))
             want = self._traced({value.native.name: lambda values: [change(v) for v in values]})[-len(got):]
             moved = apart(self._unchanged[-len(got):], want)
             return moved > self.FAR and apart(want, got) <= moved / 20
@@ -110,6 +130,14 @@ class Trial:
             return False
         finally:
             hook.remove()
+
+
+def _first(given: Any) -> Any:
+    return given[0] if isinstance(given, tuple) and given else given
+
+
+def _kind(value: Any) -> Any:
+    return (tuple(value.shape), str(value.dtype)) if isinstance(value, torch.Tensor) else None
 
 
 class NormModule(NamedTuple):
@@ -125,9 +153,10 @@ class Places:
     """Where the values of a traced graph stand in the module."""
 
     def __init__(self, program: Any, module: nn.Module, trial: Trial) -> None:
-        self.module, self.same_first = module, cache(trial.same)
+        self.module, self.trial, self.missed = module, trial, set[str]()
         self.nodes: dict[str, fx.Node] = {node.name: node for node in program.graph.nodes}
         self.targets = {spec.arg.name: str(spec.target) for spec in program.graph_signature.input_specs if spec.target}
+        self.written = set(map(str, program.graph_signature.buffers_to_mutate.values()))
         self.known = {path: id(part) for path, part in module.named_modules(remove_duplicate=False)}
         self.calls: dict[int | None, set[str]] = {}  # of a module, which may have several names
         for node in self.nodes.values():
@@ -163,7 +192,18 @@ class Places:
     def can_place(self, value: Value) -> bool:
         """Whether a hook can put an operator behind a value: a hook centres the first of what it is given."""
         hook = self.hook_of(value.native) if isinstance(value.native, fx.Node) else None
-        return hook is not None and self.same_first(value, *hook)
+        if hook is None or value.native.name in self.missed:
+            return False
+        first = self.trial.firsts.get(hook[0], (None, None))[0 if hook[1] else 1]
+        return first is not None and first == (value.shape, f"torch.{value.dtype}")
+
+    def misses(self, values: Iterable[Value]) -> bool:
+        """Whether a hook does not see one of these values first, though what it sees is of the same kind: no operator
+        can be placed there then."""
+        tried = [(value, self.hook_of(value.native)) for value in values]
+        missed = {v.native.name for v, hook in tried if hook is None or not self.trial.same(v, *hook)}
+        self.missed |= missed
+        return bool(missed)
 
     def shared(self, value: Value) -> str | None:
         """Who else has a parameter, unseen in the graph."""
@@ -241,7 +281,8 @@ class Places:
         path, module = found.path, self.module.get_submodule(found.path)
         if any(map(hooked, module.modules())):
             return f"its module {path} has hooks, or another forward function than its class"
-        if next(module.buffers(), None) is not None:
+        kept = module.state_dict().keys() - dict(module.named_parameters(remove_duplicate=False)).keys()
+        if kept or any(target.startswith(f"{path}.") for target in self.written):
             return f"its module {path} keeps a state of its own"
         expected = {n for n in ("weight", "bias") if getattr(module, n, None) is not None}
         own = {n for n, _ in module.named_parameters()}
@@ -327,7 +368,8 @@ def _turned(site: Site) -> Iterator[tuple[Value, Value, int]]:
 def _by_heads(site: Site) -> Iterator[tuple[Value, Value, int, Expr, Expr | None]]:
     """A norm of each head, times a weight for each, and plus a bias for each: (x, the result, axis, weight, bias)."""
     x, axis = site.norm.x, site.norm.axes[0]
-    if site.norm.weight is not None or site.norm.bias is not None or axis - (x.rank or 0) != -1:
+    given, made = (PRECISION.get(v.dtype or "", 0) for v in (_uncast(x), site.value))
+    if site.norm.weight is not None or site.norm.bias is not None or axis - (x.rank or 0) != -1 or made < given:
         return
     scaled = _with_parameter(site.value, "mul")
     if scaled is None:
@@ -338,10 +380,14 @@ def _by_heads(site: Site) -> Iterator[tuple[Value, Value, int, Expr, Expr | None
 
 
 def _with_parameter(value: Value, kind: str) -> tuple[Value, Expr] | None:
-    """What a value is, casts aside, times a parameter that has its last axes, or plus one, and this."""
-    while len(value.uses) == 1 and value.uses[0].kind in ("cast", "identity"):
-        value = value.uses[0].outputs[0]
-    node = value.uses[0] if len(value.uses) == 1 and value.uses[0].kind == kind else None
+    """What a value is, casts to wider types aside, times a parameter that has its last axes, or plus one, and this."""
+    while len(value.uses) == 1 and not value.kept and value.uses[0].kind in ("cast", "identity"):
+        wide = value.uses[0].outputs[0]
+        if PRECISION.get(wide.dtype or "", 0) < PRECISION.get(value.dtype or "", 0):
+            return None
+        value = wide
+    alone = len(value.uses) == 1 and not value.kept
+    node = value.uses[0] if alone and value.uses[0].kind == kind else None
     rest = [v for v in node.inputs if v is not value] if node is not None else []
     if node is None or len(rest) != 1:
         return None
@@ -353,5 +399,6 @@ def _with_parameter(value: Value, kind: str) -> tuple[Value, Expr] | None:
 
 def _narrowed(value: Value, x: Value) -> Value:
     """A value, or the cast of it to the type that x had outside."""
-    cast = value.uses[0] if len(value.uses) == 1 and value.uses[0].kind == "cast" else None
+    alone = len(value.uses) == 1 and not value.kept
+    cast = value.uses[0] if alone and value.uses[0].kind == "cast" else None
     return cast.outputs[0] if cast is not None and cast.outputs[0].dtype == _uncast(x).dtype else value

@@ -21,7 +21,7 @@ from normfuse.frontends.onnx_certify import Program
 from normfuse.frontends.onnx_emit import Emitter, unique
 from normfuse.frontends.onnx_infer import DTYPES
 from normfuse.frontends.onnx_model import OnnxModel
-from normfuse.frontends.onnx_region import target_of
+from normfuse.frontends.onnx_region import gives_more, target_of
 from normfuse.graph import Value
 from normfuse.norm import Site
 from normfuse.ort_values import Array
@@ -78,12 +78,12 @@ def approximate_model(one: OnnxModel, config: Config, given: Any,
     return records, found
 
 
-def _inputs(model: ir.Model) -> dict[str, tuple[Sequence[Any], Any]]:
-    out: dict[str, tuple[Sequence[Any], Any]] = {}
+def _inputs(model: ir.Model) -> dict[str, tuple[Sequence[Any] | None, Any]]:
+    out: dict[str, tuple[Sequence[Any] | None, Any]] = {}
     for value in model.graph.inputs:
         if value.name not in model.graph.initializers:
-            dims = value.shape.dims if value.shape is not None else ()
-            sizes = [d if isinstance(d, int) else str(d.value) for d in dims]
+            dims = value.shape.dims if value.shape is not None else None
+            sizes = None if dims is None else [d if isinstance(d, int) else str(d.value) for d in dims]
             out[value.name or ""] = sizes, (value.dtype or ir.DataType.FLOAT).numpy()
     return out
 
@@ -104,10 +104,14 @@ class _Editor:
     def unfit(self, site: Site) -> str | None:
         """Why a norm cannot be approximated."""
         norm = site.norm
-        if len(norm.axes) != 1 or norm.x.native is None or norm.size is None:
+        x, native = norm.x.native, target_of(site).native
+        made = None if x is None else x.producer()
+        if len(norm.axes) != 1 or x is None or norm.size is None or (made is not None and made is native.producer()):
             return "it normalises over several axes, or its input is a value inside another operator"
         if norm.bias is not None and constants(norm.bias) is None:
             return "its bias is computed at run time"
+        if gives_more(site):
+            return "its operator has other results that are read, so that it stays"
         found = self.emitter.expressible(rms(norm), site.value)
         return None if found is None else found[1]
 

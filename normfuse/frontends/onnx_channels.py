@@ -380,15 +380,38 @@ def _gather_nd(low: Lowering, node: ir.Node, want: Centre) -> Links:
 
 
 def _gather_elements(low: Lowering, node: ir.Node, want: Centre) -> Links:
-    data, index = _operand(low, node, 0), node.inputs[1]
-    axis, maker = attribute(node, "axis", 0) % (data.rank or 1), index.producer() if index is not None else None
-    source = low.value(maker.inputs[0]) if maker is not None and maker.op_type in ("Expand", "Tile") else None
-    back = _rank(low, node) - want.axis
-    spread = source is not None and source.shape is not None and (
-        len(source.shape) < back or source.shape[-back] == 1)  # fmt: skip
-    if axis == want.axis or not spread:
+    data = _operand(low, node, 0)
+    if attribute(node, "axis", 0) % (data.rank or 1) == want.axis or not _spread(low, node, want):
         raise Blocked(f"GatherElements {node.name or ''} picks channel by channel")
     return [(data, want)]
+
+
+def _scatter_elements(low: Lowering, node: ir.Node, want: Centre) -> Links:
+    """Into the same rows of all channels."""
+    data, updates = _operand(low, node, 0), _operand(low, node, 2)
+    whole = (data.shape or ())[want.axis] == (updates.shape or ())[want.axis]
+    along = attribute(node, "axis", 0) % (data.rank or 1) == want.axis
+    plain = attribute(node, "reduction", "none") in ("none", "add")
+    if along or not whole or not plain or not _spread(low, node, want):
+        raise Blocked(f"{node.op_type} {node.name or ''} writes channel by channel")
+    return [(updates, want)] if data.number == 0 else [(data, want), (updates, want)]
+
+
+def _spread(low: Lowering, node: ir.Node, want: Centre) -> bool:
+    """Whether the index of a node is one that was repeated for all channels."""
+    index = node.inputs[1]
+    maker = index.producer() if index is not None else None
+    source = low.value(maker.inputs[0]) if maker is not None and maker.op_type in ("Expand", "Tile") else None
+    back = _rank(low, node) - want.axis
+    return source is not None and source.shape is not None and (
+        len(source.shape) < back or source.shape[-back] == 1)  # fmt: skip
+
+
+def _cumsum(low: Lowering, node: ir.Node, want: Centre) -> Links:
+    axis = _array(low, node, 1)
+    if axis is None or int(axis.reshape(-1)[0]) % _rank(low, node) == want.axis:
+        raise Blocked(f"CumSum {node.name or ''} adds the channels up")
+    return [(_operand(low, node, 0), want)]
 
 
 def _scatter_nd(low: Lowering, node: ir.Node, want: Centre) -> Links:
@@ -409,6 +432,8 @@ ROWS: dict[str, Row] = {
     "GatherElements": _gather_elements,
     "GatherND": _gather_nd,
     "ScatterND": _scatter_nd,
+    "ScatterElements": _scatter_elements,
+    "CumSum": _cumsum,
     "Concat": _concat,
     "Where": _where,
     "Slice": _slice,

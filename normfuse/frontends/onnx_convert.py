@@ -30,6 +30,7 @@ from normfuse.frontends.onnx_certify import certify
 from normfuse.frontends.onnx_emit import Emitter, names_of, unique
 from normfuse.frontends.onnx_infer import DTYPES
 from normfuse.frontends.onnx_model import OnnxModel
+from normfuse.frontends.onnx_region import gives_more
 from normfuse.frontends.onnx_skip import with_sum
 from normfuse.graph import FLOATS, Node, Value
 from normfuse.norm import Site
@@ -165,6 +166,8 @@ class _Means:
             return "NF306", f"{self.table.name}: {row.evidence}"
         if with_sum(site):
             return "NF301", f"an operator of the model computes it and the sum ahead, and stays ({self.table.name})"
+        if gives_more(site) or gives_more(inner):
+            return "NF301", "its operator has other results that are read, so that it stays"
         found = self.emitter.expressible(rms(inner.norm), inner.value)
         return None if found is None else ("NF301", found[1])
 

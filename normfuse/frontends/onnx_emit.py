@@ -41,6 +41,7 @@ class Emitter:
         self.fold = fold  # make a computed weight a constant
         self.spelled = spelled  # write every norm as a function, whose body any evaluator can run in any type
         self.functions: dict[ir.OperatorIdentifier, ir.Function] = {}
+        self.portable = False  # a LayerNorm with statistics in float16 is a function: the standard has no such operator
         self.unseen = False  # LayerNorms are written so that ONNX Runtime does not make one operator of them
         self.constants: dict[tuple[Any, ...], ir.Value] = {}
         self.exact: dict[ir.Value, np.ndarray[Any, Any]] = {}  # what the constants were rounded from
@@ -80,6 +81,7 @@ class Emitter:
     def native(self, norm: Norm) -> bool:
         """Whether a standard operator of this opset computes the norm."""
         fits = self._trailing(norm) and norm.size is not None and not spread(norm)
+        fits = fits and not (self.portable and norm.kind == "layer_norm" and norm.compute == "float16")
         return fits and not self.spelled and self.opset >= NATIVE[norm.kind][1]
 
     def gives_statistics(self, norm: Norm) -> bool:
@@ -365,13 +367,15 @@ def unique(name: str, used: set[str | None]) -> str:
 def discard(nodes: Iterable[ir.Node], needed: Collection[ir.Node]) -> None:
     """Delete nodes that nobody reads, then the constants and initializers that only they read, and what these are made
     of, but what is `needed`."""
-    todo = list(nodes)
+    todo, gone = list(nodes), dict[ir.Node, ir.Graph]()
     while todo:
         node = todo.pop(0)
-        if node.graph is None or any(v.uses() or v.is_graph_output() for v in node.outputs):
+        if node.graph is None or node in gone or any(v.uses() or v.is_graph_output() for v in node.outputs):
             continue
         operands = [v for v in node.inputs if v is not None]
-        node.graph.remove(node, safe=True)
+        for i in range(len(node.inputs)):
+            node.replace_input_with(i, None)
+        gone[node] = node.graph
         for v in operands:
             producer = v.producer()
             if v.uses() or v.is_graph_output():
@@ -380,6 +384,8 @@ def discard(nodes: Iterable[ir.Node], needed: Collection[ir.Node]) -> None:
                 todo.append(producer)
             elif v.is_initializer() and not v.is_graph_input() and v.graph is not None:
                 v.graph.initializers.pop(v.name or "")
+    for graph in dict.fromkeys(gone.values()):  # at once: each time it looks at all outputs
+        graph.remove([node for node, home in gone.items() if home is graph])
 
 
 def names_of(graphs: Iterable[ir.Graph]) -> set[str | None]:

@@ -78,6 +78,7 @@ class OnnxModel:
             RemoveInitializersFromInputsPass()(model)  # every initializer had to be an input, which nobody could give
             model.ir_version = FIRST_WITH_DEFAULTS
         self.emitter = Emitter(self.opset)
+        self.emitter.portable = config.target not in PROVIDERS
         self.progress("reading", 0.0)
         self.operators_before = operators(self.model)
         self.nodes_before = sum(self.operators_before.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
 from normfuse.frontends.onnx import Lowering, lower
@@ -44,8 +45,7 @@ def channels(model: ir.Model) -> dict[str, int]:
     for node in model.graph:
         if node.op_type != "Conv" or node.domain not in ("", "ai.onnx"):
             continue
-        value, weight = (_behind(v) for v in node.inputs[:2])
-        shape = None if weight is None or weight.const_value is None else weight.const_value.shape.numpy()
+        value, shape = _behind(node.inputs[0]), _size(node.inputs[1])
         if shape is None or value is None or not value.is_graph_input() or len(value.shape or ()) != len(shape):
             continue
         name = getattr(value.shape[1], "value", None) if value.shape is not None else None
@@ -55,6 +55,22 @@ def channels(model: ir.Model) -> dict[str, int]:
 
 
 def _behind(value: ir.Value | None) -> ir.Value | None:
+    """What an image was before it was scaled by constants, on either side."""
     while value is not None and (maker := value.producer()) is not None and maker.op_type in SCALED:
-        value = maker.inputs[0]
+        value = next((v for v in maker.inputs[:2] if v is not None and v.const_value is None), None)
     return value
+
+
+def _size(weight: ir.Value | None) -> tuple[int, ...] | None:
+    """The shape of a weight that is a constant, or made of constants."""
+    if weight is None:
+        return None
+    if weight.const_value is not None:
+        return tuple(int(d) for d in weight.const_value.shape.numpy())
+    maker = weight.producer()
+    if maker is None or maker.op_type not in SCALED:
+        return None
+    both = maker.op_type in ("Add", "Sub", "Mul", "Div")
+    sizes = [_size(v) for v in maker.inputs[: 1 + both]]
+    known = [size for size in sizes if size is not None]
+    return tuple(map(int, np.broadcast_shapes(*known))) if len(known) == len(sizes) else None

@@ -173,7 +173,7 @@ def matmul_shape(a: Value, b: Value) -> Shape | None:
 
 def multiply(low: Lowering, node: ir.Node, a: Value, b: Value, out: Value) -> None:
     """A matrix product, with a constant or with something computed."""
-    plain = (a.fixed and a.number is None) or (b.fixed and b.number is None)
+    plain = any((v.fixed or v.overridable) and v.number is None for v in (a, b))
     low.emit("linear" if plain else "matmul", [a, b], out, node)
 
 

@@ -42,6 +42,13 @@ def target_of(site: Site) -> Value:
     return rest[-1].outputs[0] if rest else site.value
 
 
+def gives_more(site: Site) -> bool:
+    """Whether the operator that computes a norm has other results that are read: it stays then, with its names."""
+    native = target_of(site).native
+    node = None if native is None else native.producer()
+    return node is not None and any(v is not native and (v.uses() or v.is_graph_output()) for v in node.outputs)
+
+
 def results_of(edit: Edit) -> list[Value]:
     """The values of the graph that an edit computes."""
     return [target_of(edit.site)] if isinstance(edit, Replace) else list(edit.results)

@@ -49,6 +49,8 @@ def foreign(path: str | os.PathLike[str]) -> str | None:
         return POINTER
     if head[:1] == b"\x80" and head[1:2] in (b"\2", b"\3", b"\4", b"\5"):
         return f"a pickle, as torch.save wrote before 1.6: {_PICKLED}"
+    if head[4:8] == b"ORTM":
+        return "a model in ONNX Runtime's own format (.ort), not in ONNX; give the .onnx that it was made from"
     if head[:4] == b"GGUF":
         return f"a GGUF file: weights without a graph; {_SAVE}, or an ONNX file"
     if head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") < 2**32:
