@@ -311,8 +311,8 @@ def largest(errors: Iterable[float]) -> float:
 
 
 def relative(want: Array, got: Array) -> float:
-    """The largest difference relative to the largest element; infinite where shapes, integers or what is not finite differ.
-    """
+    """The largest difference relative to the largest element; infinite where shapes, integers, NaNs or infinities do
+    differ."""
     if want.shape != got.shape or want.dtype.kind not in "fc":
         return 0.0 if want.shape == got.shape and (want == got).all() else float("inf")
     want, got = alike(want, got)
