@@ -12,7 +12,7 @@ from torch.nn import functional as F  # noqa: N812
 
 import normfuse
 from normfuse.errors import InputError
-from normfuse.frontends.module_places import Trial
+from normfuse.frontends.module_trial import Trial
 from tests.converted import D, drawn
 
 

@@ -21,7 +21,8 @@ from normfuse.errors import InputError, UnsupportedError, first_line
 from normfuse.frontends.fx_approximate import approximate_program
 from normfuse.frontends.fx_certify import with_own_state
 from normfuse.frontends.fx_convert import Converted, convert_program
-from normfuse.frontends.module_places import NormModule, Places, Trial, apart, offset_of, outputs_of, own_inputs
+from normfuse.frontends.module_places import NormModule, Places, offset_of
+from normfuse.frontends.module_trial import Trial, apart, outputs_of, own_inputs
 from normfuse.graph import Node
 from normfuse.nn import Centre, RMSNorm
 from normfuse.report import Report
