@@ -18,7 +18,7 @@ from normfuse.bench import How, bench
 from normfuse.cli_report import comparison_blocks
 from normfuse.errors import InputError, UnsupportedError
 from normfuse.frontends.onnx_certify import inputs_for
-from normfuse.frontends.onnx_open import stated_sizes
+from normfuse.frontends.onnx_open import channels, stated_sizes
 from normfuse.frontends.onnx_wide import compare_rewritten
 from normfuse.io.files import read_onnx
 from normfuse.reduce import _difference
@@ -355,3 +355,14 @@ def test_strings_are_drawn_and_sequences_are_not(tmp_path: Path) -> None:
         compare_models(path, path)
     with pytest.raises(UnsupportedError, match=r"seq.onnx: verify='model': .*use verify='sites'"):
         normfuse.rewrite(path, tmp_path / "out.onnx", normfuse.Config(verify="model"))
+
+
+@pytest.mark.parametrize("count", [2, 60])
+def test_weights_that_are_made_in_many_steps_take_no_time(count: int, tmp_path: Path) -> None:
+    """Each of them read twice: they are looked through a little way only."""
+    steps = "".join(f"w{i + 1} = Add(w{i}, w{i}) " for i in range(count))
+    made = onnx.parser.parse_model(f"""<ir_version: 8, opset_import: ["": 17]>
+        g (float[B, channels, 8, 8] x) => (float[a, b, c, d] y) {{ w0 = Mul(k, s) {steps} y = Conv(x, w{count}) }}""")
+    made.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in (
+        ("k", np.ones((4, 3, 2, 2), np.float32)), ("s", np.full((4, 1, 1, 1), 1e-20, np.float32))))
+    assert channels(read_onnx(saved(made, tmp_path / "in.onnx"))[0]) == ({"channels": 3} if count == 2 else {})

@@ -477,7 +477,8 @@ def _spread(index: Any, back: int) -> bool:
 def _scatter(at: At, want: Centre) -> Links:
     """Into the same rows of all channels: the index is one that was spread over them."""
     x, source, index = at.tensor(0, "input", "self"), at.tensor(3, "src"), at.tensor(2, "index")
-    whole = len({(v.shape or ())[want.axis] for v in (x, source, index)}) == 1
+    sizes = {(v.shape or ())[want.axis] for v in (x, source, index)}
+    whole = len(sizes) == 1 and all(isinstance(n, int) for n in sizes)
     along = at.axis(1, "dim", rank=x.rank or 0) == want.axis
     if along or not whole or at.get(4, "reduce") is not None or not _spread(at.get(2, "index"), at.rank - want.axis):
         raise at.blocked("writes channel by channel")

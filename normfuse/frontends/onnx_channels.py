@@ -389,7 +389,8 @@ def _gather_elements(low: Lowering, node: ir.Node, want: Centre) -> Links:
 def _scatter_elements(low: Lowering, node: ir.Node, want: Centre) -> Links:
     """Into the same rows of all channels."""
     data, updates = _operand(low, node, 0), _operand(low, node, 2)
-    whole = (data.shape or ())[want.axis] == (updates.shape or ())[want.axis]
+    size = (data.shape or ())[want.axis]
+    whole = isinstance(size, int) and size == (updates.shape or ())[want.axis]
     along = attribute(node, "axis", 0) % (data.rank or 1) == want.axis
     plain = attribute(node, "reduction", "none") in ("none", "add")
     if along or not whole or not plain or not _spread(low, node, want):

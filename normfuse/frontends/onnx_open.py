@@ -11,7 +11,10 @@ from normfuse.frontends.onnx_contrib import head_size
 CACHES = {"MultiHeadAttention": (6, 7), "GroupQueryAttention": (3, 4)}
 """The inputs that hold the keys and values of what is past, of shape (batch, heads, tokens, size of a head)."""
 SCALED = frozenset("Cast Identity Add Sub Mul Div QuantizeLinear DequantizeLinear".split())
-"""What is done to an image or a weight ahead of a convolution, and leaves the shape of its first operand."""
+"""What is done to an image or a weight ahead of a convolution, and leaves its channels as they are."""
+BOTH = frozenset("Add Sub Mul Div".split())
+MOST_STEPS = 16
+"""How many of these are looked through."""
 
 
 def stated_sizes(model: ir.Model) -> dict[str, int]:
@@ -56,21 +59,30 @@ def channels(model: ir.Model) -> dict[str, int]:
 
 def _behind(value: ir.Value | None) -> ir.Value | None:
     """What an image was before it was scaled by constants, on either side."""
-    while value is not None and (maker := value.producer()) is not None and maker.op_type in SCALED:
+    for _ in range(MOST_STEPS):
+        maker = None if value is None else value.producer()
+        if maker is None or maker.op_type not in SCALED:
+            return value
         value = next((v for v in maker.inputs[:2] if v is not None and v.const_value is None), None)
-    return value
+    return None
 
 
 def _size(weight: ir.Value | None) -> tuple[int, ...] | None:
-    """The shape of a weight that is a constant, or made of constants."""
-    if weight is None:
+    """The shape of a weight that is a constant, or one that other constants scale."""
+    sizes: list[tuple[int, ...]] = []
+    todo = [weight]
+    for _ in range(MOST_STEPS):
+        value = todo.pop()
+        maker = None if value is None else value.producer()
+        if value is not None and value.const_value is not None:
+            sizes.append(tuple(int(d) for d in value.const_value.shape.numpy()))
+        elif maker is None or maker.op_type not in SCALED:
+            return None
+        else:
+            todo += maker.inputs[: 1 + (maker.op_type in BOTH)]
+        if not todo:
+            break
+    try:
+        return None if todo else tuple(map(int, np.broadcast_shapes(*sizes)))
+    except ValueError:  # they do not fit, and the model does not run
         return None
-    if weight.const_value is not None:
-        return tuple(int(d) for d in weight.const_value.shape.numpy())
-    maker = weight.producer()
-    if maker is None or maker.op_type not in SCALED:
-        return None
-    both = maker.op_type in ("Add", "Sub", "Mul", "Div")
-    sizes = [_size(v) for v in maker.inputs[: 1 + both]]
-    known = [size for size in sizes if size is not None]
-    return tuple(map(int, np.broadcast_shapes(*known))) if len(known) == len(sizes) else None
