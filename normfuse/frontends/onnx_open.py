@@ -7,6 +7,7 @@ import onnx_ir as ir
 
 from normfuse.frontends.onnx import Lowering, lower
 from normfuse.frontends.onnx_contrib import head_size
+from normfuse.frontends.onnx_fold import attribute
 
 CACHES = {"MultiHeadAttention": (6, 7), "GroupQueryAttention": (3, 4)}
 """The inputs that hold the keys and values of what is past, of shape (batch, heads, tokens, size of a head)."""
@@ -29,8 +30,8 @@ def stated_sizes(model: ir.Model) -> dict[str, int]:
             if past is None or past.shape is None or len(past.shape) != 4 or not past.is_graph_input():
                 continue
             room, name = (getattr(dim, "value", None) for dim in past.shape[2:])
-            window = node.attributes.get_int("local_window_size", -1)
-            if isinstance(room, str) and window > 0 and node.attributes.get_int("sliding_window_cache", 0) == 1:
+            window = attribute(node, "local_window_size", -1)
+            if isinstance(room, str) and window > 0 and attribute(node, "sliding_window_cache", 0) == 1:
                 found[room] = max(window, found.get(room, 0))
             if not isinstance(name, str) or name in found:
                 continue
@@ -53,7 +54,7 @@ def channels(model: ir.Model) -> dict[str, int]:
             continue
         name = getattr(value.shape[1], "value", None) if value.shape is not None else None
         if isinstance(name, str):
-            found[name] = int(shape[1]) * node.attributes.get_int("group", 1)
+            found[name] = int(shape[1]) * int(attribute(node, "group", 1))
     return found
 
 
