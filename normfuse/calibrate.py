@@ -282,10 +282,9 @@ def named_batches(given: Any, inputs: Mapping[str, tuple[Sequence[Any] | None, A
             if name not in batch:
                 raise InputError(f"{what} {i}: input {name!r} is missing; the model has {known}")
             array = np.asarray(batch[name])
-            fits = shape is None or (array.ndim == len(shape) and all(not isinstance(d, int) or d == n for d, n in
-                                                    zip(shape, array.shape, strict=True)))  # fmt: skip
-            if not fits:
-                wanted = "x".join(str(d) for d in shape or ())
+            if shape is not None and (array.ndim != len(shape) or any(
+                    isinstance(d, int) and d != n for d, n in zip(shape, array.shape, strict=True))):
+                wanted = "x".join(str(d) for d in shape)
                 got = "x".join(map(str, array.shape))
                 raise InputError(f"{what} {i}: input {name!r} has shape {got or '()'}, the model wants {wanted}")
             real = array.dtype.kind in "biuf" or "float" in array.dtype.name

@@ -169,6 +169,7 @@ def compare_models(path_a: str | Path, path_b: str | Path, *, seed: int = 0,
     Raises `InputError` where a model does not load or run, the two have other inputs or outputs, or no output has
     anything to compare, and `UnsafeModelError` for external data that are outside a model's folder.
     """
+
     def compare(given: Mapping[str, Array] | None) -> tuple[dict[str, Array], dict[str, Any]]:
         feeds, names, first, second, provider = run_both(path_a, path_b, seed=seed, inputs=given)
         return feeds, compare_outputs(names, first, second, roundings, provider)

@@ -96,6 +96,16 @@ o = MatMul(a, v) y = Neg(o)"""
     check(model(f"int64[{shape}] i", lines, **held), feeds, 2, verify="sites")
 
 
+@pytest.mark.parametrize("hide", ["Sqrt(l)", "Div(l, none)"])
+def test_outputs_that_show_nothing_certify_nothing(hide: str) -> None:
+    """NaN or infinities alone, where no constant is edited whose edit could be left out to see."""
+    lines = f"""{OPERATOR.format('x', 'n')} {OPERATOR.format('x', 'k')} s = Mul(n, n) p = Mul(k, k) o = Add(s, p)
+    a = Add(o, one) l = Neg(a) y = {hide}"""
+    made = model(f"float[B,S,{D}] x", lines, one=np.float32(1), none=np.float32(0))
+    report = normfuse.optimize(made, normfuse.Config(layernorm_to_rmsnorm="exact"))[1]
+    assert report.converted == 0 and {r.code for r in report.refusals} == {"NF304"}
+
+
 PADDED = f"""h = Gather(table, i) {OPERATOR.format('h', 'n')} q = MatMul(n, w) k = MatMul(n, w2) v = MatMul(n, w3)
 t = Transpose<perm=[0, 2, 1]>(k) s = MatMul(q, t) {{mask}} a = Softmax(m) o = MatMul(a, v) h1 = Add(h, o)
 {OPERATOR.format('h1', 'n1')} y = MatMul(n1, w)"""

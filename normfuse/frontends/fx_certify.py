@@ -21,13 +21,11 @@ from normfuse.calibrate import Hook
 from normfuse.config import Config
 from normfuse.convert import LIMIT, SEEN, Certificate, Randomiser, normwise, tells, worst
 from normfuse.frontends.fx_effects import is_assert, name_of, tainted
+from normfuse.frontends.fx_run import FLOATS, here, method
 
 if TYPE_CHECKING:
     from normfuse.frontends.fx_convert import Editor, Weights
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-DEVICES = frozenset("cuda xpu mps hpu".split())
-WIDENING = {"float": "double", "half": "double", "bfloat16": "double"}
 MAX_ERROR_SIZE = 2**28
 """Elements of weights up to which the graphs are also run with their own weights."""
 
@@ -156,7 +154,7 @@ def run_all(module: fx.GraphModule, batches: Sequence[list[Any]], constants: Map
         if isinstance(v, torch.Tensor):
             v = v.cpu()
             return v.double() if v.dtype in FLOATS and wide else v
-        return _here(v, wide)
+        return here(v, wide)
 
     def own(v: Any) -> Any:
         new = widen(v)
@@ -227,28 +225,17 @@ def _brought(module: torch.nn.Module, wide: bool) -> torch.nn.Module:
                 if is_assert(node):
                     part.graph.erase_node(node)
                     continue
-                node.args, node.kwargs = fx.node.map_aggregate((node.args, node.kwargs), partial(_here, wide=wide))
+                node.args, node.kwargs = fx.node.map_aggregate((node.args, node.kwargs), partial(here, wide=wide))
                 if node.op == "call_method":
-                    node.target = _method(str(node.target), wide)
+                    node.target = method(str(node.target), wide)
             part.recompile()
     return own
-
-
-def _here(v: Any, wide: bool) -> Any:
-    """An argument that names a device or, in float64, a type."""
-    if isinstance(v, torch.device) or (isinstance(v, str) and v.partition(":")[0] in DEVICES):
-        return torch.device("cpu")
-    return torch.float64 if wide and isinstance(v, torch.dtype) and v in FLOATS else v
-
-
-def _method(name: str, wide: bool) -> str:
-    return "cpu" if name in DEVICES else WIDENING.get(name, name) if wide else name
 
 
 def _call(module: fx.GraphModule, node: fx.Node, args: list[Any], kwargs: dict[str, Any], wide: bool) -> Any:
     target: Any = node.target
     if node.op == "call_method":
-        return getattr(args[0], _method(str(target), wide))(*args[1:], **kwargs)
+        return getattr(args[0], method(str(target), wide))(*args[1:], **kwargs)
     if node.op == "call_module":
         return _brought(module.get_submodule(str(target)), wide)(*args, **kwargs)
     if (name_of(node) or "").startswith("_assert"):

@@ -455,11 +455,18 @@ def _index_select(at: At, want: Centre) -> Links:
 
 def _gather(at: At, want: Centre) -> Links:
     """Picks along one axis, the same for all channels: the index is one that was spread over them."""
-    x, taken = at.tensor(0, "input", "self"), name_of(at.node) == "take_along_dim"
-    index, axis = at.get(*((1, "indices") if taken else (2, "index"))), at.axis(2 if taken else 1, "dim", rank=at.rank)
-    shape = at.value(index).shape if taken else None
-    broadcast = shape is not None and len(shape) == x.rank == at.rank and shape[want.axis] == 1
-    if axis == want.axis or not (broadcast or _spread(index, at.rank - want.axis)):
+    x, index = at.tensor(0, "input", "self"), at.get(2, "index")
+    if at.axis(1, "dim", rank=x.rank or 0) == want.axis or not _spread(index, at.rank - want.axis):
+        raise at.blocked("picks channel by channel")
+    return [(x, want)]
+
+
+def _take_along(at: At, want: Centre) -> Links:
+    """The same, where the index may also be of size 1 along the channels, and is broadcast."""
+    x, index = at.tensor(0, "input", "self"), at.tensor(1, "indices")
+    broadcast = (index.shape or ())[want.axis] == 1 if index.rank == x.rank == at.rank else False
+    spread = broadcast or _spread(at.get(1, "indices"), at.rank - want.axis)
+    if at.axis(2, "dim", rank=at.rank) == want.axis or not spread:
         raise at.blocked("picks channel by channel")
     return [(x, want)]
 
@@ -554,7 +561,8 @@ ROWS: dict[str, Row] = _table(
         "where masked_fill": _where,
         "index": _index,
         "index_select": _index_select,
-        "gather take_along_dim": _gather,
+        "gather": _gather,
+        "take_along_dim": _take_along,
         "index_add index_add_ index_copy": _index_add,
         "scatter scatter_add": _scatter,
         "lerp": _lerp,

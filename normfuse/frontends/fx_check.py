@@ -21,6 +21,7 @@ from normfuse.frontends.fx_effects import is_assert, name_of
 from normfuse.frontends.fx_emit import Emitter
 from normfuse.frontends.fx_fused import FusedEmitter
 from normfuse.frontends.fx_meta import MISSING, is_tensor, meta_of, size_of
+from normfuse.frontends.fx_run import FLOATS, here, method
 from normfuse.graph import Value
 from normfuse.ort_values import Array
 from normfuse.plan import Edit, Fused
@@ -31,8 +32,6 @@ _FILLED = frozenset("full_like ones_like zeros_like new_full new_ones new_zeros"
 _SHAPED = _FILLED | frozenset(
     "reshape view _unsafe_view expand broadcast_to unflatten full ones zeros bmm expand_as view_as reshape_as".split()
 )
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-_TO_FLOAT = frozenset({"half", "bfloat16", "float"})
 
 
 class Checker:
@@ -226,7 +225,7 @@ class _Program:
         meta = meta_of(node)
         if not is_tensor(meta):
             return self._size(node)
-        return torch.zeros(_sizes(tuple(meta.shape), self.symbols), dtype=self._type(meta.dtype, wide))
+        return torch.zeros(_sizes(tuple(meta.shape), self.symbols), dtype=here(meta.dtype, wide))
 
     def _size(self, node: fx.Node) -> Any:
         meta, slot = meta_of(node), self.low.values.get(node)
@@ -244,7 +243,7 @@ class _Program:
             env[node] = tensor.to(torch.float64) if wide and tensor.is_floating_point() else tensor
         for node in self.nodes:
             made = self._step(node, env, wide)
-            narrow = wide and isinstance(made, torch.Tensor) and made.dtype in _FLOATS  # of a call that names no type
+            narrow = wide and isinstance(made, torch.Tensor) and made.dtype in FLOATS  # of a call that names no type
             env[node] = made.double() if narrow else made
             slot = self.low.values.get(node)
             if wide and isinstance(slot, Value) and slot.number is not None:
@@ -260,13 +259,12 @@ class _Program:
             assert isinstance(slot, Value) and slot.number is not None
             shape = tuple(d for d in slot.shape or () if isinstance(d, int))
             dtype = meta.dtype if is_tensor(meta) else getattr(torch, slot.dtype or "float32")
-            return torch.full(shape, slot.number, dtype=self._type(dtype, wide))
+            return torch.full(shape, slot.number, dtype=here(dtype, wide))
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: env[n] if n in env else self._given(n, wide))
-        args = tuple(self._type(a, wide) for a in args)
-        kwargs = {k: self._type(v, wide) for k, v in kwargs.items()}
+        args = tuple(here(a, wide) for a in args)
+        kwargs = {k: here(v, wide) for k, v in kwargs.items()}
         if node.op == "call_method":
-            name = "double" if wide and node.target in _TO_FLOAT else str(node.target)
-            return getattr(args[0], name)(*args[1:], **kwargs)
+            return getattr(args[0], method(str(node.target), wide))(*args[1:], **kwargs)
         if node.op == "call_module":
             return self._module(node, args, kwargs, env)
         target: Any = node.target
@@ -282,12 +280,6 @@ class _Program:
             eps = torch.finfo(torch.float32).eps
             return torch.nn.functional.rms_norm(args[0], module.normalized_shape, own.get("weight"), eps)
         return torch.func.functional_call(module, own, args, kwargs)
-
-    @staticmethod
-    def _type(argument: Any, wide: bool) -> Any:
-        if isinstance(argument, torch.device):
-            return torch.device("cpu")
-        return torch.float64 if wide and isinstance(argument, torch.dtype) and argument in _FLOATS else argument
 
     @staticmethod
     def _default_eps(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -267,7 +267,7 @@ def _with_parameter(value: Value, kind: str) -> tuple[Value, Expr] | None:
         return None
     parameter, out = _uncast(rest[0]), node.outputs[0]
     shape = parameter.shape
-    fits = out.shape is not None and out.shape == value.shape and shape == out.shape[-len(shape or out.shape):]
+    fits = out.shape is not None and shape == out.shape[-len(shape or out.shape):]
     return (out, ((1.0, ((rest[0], 1),)),)) if fits and parameter.producer is None else None
 
 

@@ -18,7 +18,7 @@ from normfuse.errors import InputError
 from normfuse.frontends.onnx_contrib import CONTRIB
 from normfuse.frontends.onnx_fold import FOLDS, MAX_ELEMENTS, attribute, constant_of, fold
 from normfuse.frontends.onnx_functions import function_body
-from normfuse.frontends.onnx_infer import DTYPE_NAMES, Facts, infer_node, own_symbols
+from normfuse.frontends.onnx_infer import DTYPE_NAMES, Facts, infer_node
 from normfuse.frontends.onnx_ops import OPS, Row
 from normfuse.frontends.onnx_sizes import SIZES, rank_of, sizes_of
 from normfuse.frontends.onnx_views import product_shape
@@ -84,7 +84,7 @@ class Lowering:
         self.folded: list[ir.Node] = []
         for value in source.inputs:
             if isinstance(value.type, (ir.SequenceType, ir.OptionalType)):
-                self.others[value.name or ""] = own_symbols(ir.to_proto(value).type)
+                self.others[value.name or ""] = ir.to_proto(value).type
             self._leaf(value, fixed=False)
         for value in source.initializers.values():
             if value in self.values:

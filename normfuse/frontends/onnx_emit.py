@@ -367,7 +367,7 @@ def unique(name: str, used: set[str | None]) -> str:
 def discard(nodes: Iterable[ir.Node], needed: Collection[ir.Node]) -> None:
     """Delete nodes that nobody reads, then the constants and initializers that only they read, and what these are made
     of, but what is `needed`."""
-    todo, gone = list(nodes), dict[ir.Node, ir.Graph]()
+    todo, gone, homes = list(nodes), set[ir.Node](), dict[ir.Graph, list[ir.Node]]()
     while todo:
         node = todo.pop(0)
         if node.graph is None or node in gone or any(v.uses() or v.is_graph_output() for v in node.outputs):
@@ -375,7 +375,8 @@ def discard(nodes: Iterable[ir.Node], needed: Collection[ir.Node]) -> None:
         operands = [v for v in node.inputs if v is not None]
         for i in range(len(node.inputs)):
             node.replace_input_with(i, None)
-        gone[node] = node.graph
+        gone.add(node)
+        homes.setdefault(node.graph, []).append(node)
         for v in operands:
             producer = v.producer()
             if v.uses() or v.is_graph_output():
@@ -384,8 +385,8 @@ def discard(nodes: Iterable[ir.Node], needed: Collection[ir.Node]) -> None:
                 todo.append(producer)
             elif v.is_initializer() and not v.is_graph_input() and v.graph is not None:
                 v.graph.initializers.pop(v.name or "")
-    for graph in dict.fromkeys(gone.values()):  # at once: each time it looks at all outputs
-        graph.remove([node for node, home in gone.items() if home is graph])
+    for graph, removed in homes.items():  # at once: each time it looks at all outputs
+        graph.remove(removed)
 
 
 def names_of(graphs: Iterable[ir.Graph]) -> set[str | None]:

@@ -94,14 +94,3 @@ def _facts(kind: onnx.TypeProto) -> Facts:
     if tensor_type.HasField("shape"):
         dims = tuple(d.dim_value if d.HasField("dim_value") else (d.dim_param or None) for d in tensor_type.shape.dim)
     return dims, DTYPE_NAMES.get(ir.DataType(tensor_type.elem_type)) if tensor_type.elem_type else None
-
-
-def own_symbols(kind: onnx.TypeProto) -> onnx.TypeProto:
-    """The type of a sequence, or of what may be missing, without the symbols of its elements: each has sizes of its
-    own."""
-    inner = kind
-    while (which := inner.WhichOneof("value")) in ("sequence_type", "optional_type"):
-        inner = getattr(inner, which).elem_type
-    for dim in inner.tensor_type.shape.dim if which == "tensor_type" else ():
-        dim.ClearField("dim_param")
-    return kind

@@ -31,7 +31,8 @@ def check_message(proto: onnx.ModelProto, where: str) -> None:
         raise UnsupportedError(f"{where}: holds training graphs, which may read what a rewrite replaces; remove them "
                                "(training_info) first")  # fmt: skip
     opsets = {entry.domain: entry.version for entry in proto.opset_import}
-    if "ai.onnx.preview.training" in opsets and any(n.op_type == "Gradient" for n in proto.graph.node):
+    if "ai.onnx.preview.training" in opsets and any(
+            (n.domain, n.op_type) == ("ai.onnx.preview.training", "Gradient") for n in proto.graph.node):
         raise UnsupportedError(f"{where}: holds a Gradient operator, which names values that a rewrite may replace")
     strange = [v for v in opsets.values() if not 0 < v < 2**31]
     if strange:
