@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from normfuse.convert import alike, largest, normwise
+from normfuse.distance import alike, largest, normwise
 from normfuse.errors import InputError, VerificationError
 from normfuse.ort_values import Array
 

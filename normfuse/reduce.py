@@ -22,14 +22,15 @@ import onnx_ir as ir
 
 from normfuse.api import optimize
 from normfuse.config import Config, config_of, demand_use
+from normfuse.distance import distance
 from normfuse.errors import InputError, NormFuseError, UnsupportedError, first_line, path_of
-from normfuse.frontends.onnx_open import stated_sizes
 from normfuse.frontends.onnx_model import OnnxModel
+from normfuse.frontends.onnx_open import stated_sizes
 from normfuse.frontends.onnx_wide import compare_rewritten
 from normfuse.io import files
 from normfuse.norm import region
 from normfuse.sessions import run_random, session
-from normfuse.verify import EPSILON, distance, roundings_for
+from normfuse.verify import EPSILON, roundings_for
 
 Progress = Callable[[str, float], None]
 HELD = 2.0**-30

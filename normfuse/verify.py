@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from normfuse.distance import distance
 from normfuse.errors import InputError, UnsupportedError, VerificationError, first_line
 from normfuse.ort_values import Array
 from normfuse.sessions import is_float, numpy_dtype, run_random, session, void
@@ -127,14 +128,6 @@ def _more_rows(region: Callable[[Array, bool], Array], replacement: Callable[[Ar
                               ((region, True), (region, False), (replacement, False)))  # fmt: skip
         after, before = max(after, distance(want, new)), max(before, distance(want, old))
     return after, before
-
-
-def distance(a: Array, b: Array) -> float:
-    """The largest difference of two results; infinite where one has a NaN or another infinity and the other has not."""
-    finite = np.isfinite(a) & np.isfinite(b)
-    if (np.isnan(a) != np.isnan(b)).any() or (a[~finite] != b[~finite])[~np.isnan(a[~finite])].any():
-        return float("inf")
-    return float(np.max(np.abs(a[finite] - b[finite]), initial=0.0))
 
 
 def _close(a: Array, b: Array, tolerance: float) -> bool:

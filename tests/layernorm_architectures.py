@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import normfuse
-from normfuse.convert import relative
+from normfuse.distance import relative
 from tests.layernorm_models import NO_CACHE, Case, ids, model, pixels
 
 Builder = Callable[[], nn.Module]

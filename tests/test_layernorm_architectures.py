@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import normfuse
-from normfuse.convert import LIMIT, relative
+from normfuse.convert import LIMIT
+from normfuse.distance import relative
 from normfuse.frontends import onnx_kernels
 from normfuse.frontends.onnx_kernels import KERNELS
 from tests.layernorm_architectures import ARCHITECTURES, CASES, EXACT, Outcome, converted, outcome_of

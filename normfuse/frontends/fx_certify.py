@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from normfuse.calibrate import Hook
 from normfuse.config import Config
-from normfuse.convert import LIMIT, SEEN, Certificate, Randomiser, normwise, tells, worst
+from normfuse.convert import LIMIT, SEEN, Certificate, Randomiser
+from normfuse.distance import normwise, tells, worst
 from normfuse.frontends.fx_effects import is_assert, name_of, tainted
 from normfuse.frontends.fx_run import FLOATS, here, method
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten
 
 from normfuse.calibrate import Hook
-from normfuse.convert import worst
+from normfuse.distance import worst
 from normfuse.frontends.fx_certify import run_all, with_own_state
 from normfuse.frontends.fx_convert import tensors_of
 from normfuse.graph import Value

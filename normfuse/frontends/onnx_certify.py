@@ -23,7 +23,8 @@ from onnx.reference import ReferenceEvaluator
 
 from normfuse.calibrate import Hook
 from normfuse.config import Config
-from normfuse.convert import LIMIT, SEEN, Certificate, Randomiser, normwise, tells, worst
+from normfuse.convert import LIMIT, SEEN, Certificate, Randomiser
+from normfuse.distance import normwise, tells, worst
 from normfuse.frontends.onnx_check import DOUBLE, FLOAT_TYPES, MOST, OPS, _widen
 from normfuse.frontends.onnx_kernels import KERNELS
 from normfuse.frontends.onnx_open import channels

@@ -19,6 +19,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
+from normfuse.distance import distance
 from normfuse.facts import ONE, ZERO, Fact, Refused, Root, RootKey
 from normfuse.frontends.onnx import Lowering
 from normfuse.frontends.onnx_check import MOST, OPS, in_float64
@@ -31,7 +32,6 @@ from normfuse.passes.remove_dead import live
 from normfuse.recognise import Recognition
 from normfuse.sessions import is_float
 from normfuse.transfer import SPREAD, align, identity_layout
-from normfuse.verify import distance
 
 AXES_INPUT = {"ReduceMean": 18, "ReduceSum": 13}
 """The reductions that are written anew, and from which opset on their axes are an input."""
