@@ -324,8 +324,9 @@ def _rewrite_ir(model: ir.Model, config: Config, progress: Progress | None, cali
     if before is not None:
         report.recall(before)
     other = any(r.verdict != "kept" for r in records) or bool(notes)
-    inner = any(p.edits() for p in one.plans[1:]) or (one.sorted and len(one.plans) > 1)
-    plain = not (one.inlined or one.merged or one.laid or (first and first.inlined) or inner or other)
+    inner = one.edited_inside() or (one.sorted and len(one.plans) > 1)
+    plain = not (one.inlined or one.merged or one.laid or inner or other)
+    plain = plain and not (first and (first.inlined or first.edited_inside()))
     return model, report, changed or other, plain
 
 

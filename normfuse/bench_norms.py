@@ -110,6 +110,7 @@ def norms_of(path: str) -> tuple[list[frozenset[str]] | None, frozenset[str]]:
     from normfuse.config import Config
     from normfuse.frontends.onnx_emit import DOMAIN
     from normfuse.frontends.onnx_model import OnnxModel
+    from normfuse.frontends.onnx_softmax import is_norm
     from normfuse.io.files import read_onnx
     from normfuse.norm import region
 
@@ -129,4 +130,4 @@ def norms_of(path: str) -> tuple[list[frozenset[str]] | None, frozenset[str]]:
             natives = {n.native for n in region(site.value, site.norm) if n.native is not None}
             own = any(n.op_type in NORMS or n.domain == DOMAIN for n in natives)
             regions += [] if own else [frozenset(map(called, natives))]
-    return regions, frozenset(f.name for f in model.functions.values() if f.domain == DOMAIN)
+    return regions, frozenset(f.name for f in model.functions.values() if is_norm(f.domain, f.name))

@@ -38,7 +38,7 @@ class Spec(c.Structure):
     """`Spec` of ops.h."""
 
     _fields_ = [(name, c.c_int) for name in "op layer x compute first result".split()]
-    _fields_ += [(name, c.c_int) for name in "has_w1 has_b1 has_w2 has_b2 unrounded has_x_bias".split()]
+    _fields_ += [(name, c.c_int) for name in "has_w1 has_b1 has_w2 has_b2 unrounded has_x_bias has_mask".split()]
 
 
 class Args(c.Structure):

@@ -35,5 +35,6 @@ def rewritten(made: onnx.ModelProto, folder: Path, target: str, version: str = "
 
 
 def operators(made: onnx.ModelProto) -> Counter[str]:
-    """The operators of a model that are norms, and functions of NormFuse."""
-    return Counter(n.op_type for n in made.graph.node if "Normalization" in n.op_type or n.domain == "normfuse")
+    """The operators of a model that are norms, and functions of NormFuse for norms."""
+    return Counter(n.op_type for n in made.graph.node
+                   if "Normalization" in n.op_type or (n.domain == "normfuse" and "softmax" not in n.op_type))

@@ -29,6 +29,7 @@ from tests.ort_cases import (
 ort = pytest.importorskip("onnxruntime")
 ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "normfuse" / "ort"
+CPU = ("library.c", "call.c", "softmax.c", "cpu.c")
 Arrays = dict[str, np.ndarray[Any, Any]]
 
 compiled = pytest.mark.skipif(normfuse.ort.library_path() is None, reason="installed without a C compiler")
@@ -115,6 +116,7 @@ def every_name() -> set[str]:
     found = {name(op, kind, how, role) for op in OPS for kind in KINDS for how in types() for role in roles(op)
              if there(op, how) and not alone(op, kind, how, role)}  # fmt: skip
     pairs = {(how.x if how.first or how.cast == "none" else how.compute, how.compute) for how in types()}
+    found |= {"softmax", "add_softmax", "softmax_f16", "add_softmax_f16"}  # see test_softmax.py
     return found | {lone_name(kind, w, b, inner, stash, 18, 1e-5) for kind in KINDS for w, b in FLAGS
                     for inner, stash in pairs if not (b and kind == "rms_norm")}  # fmt: skip
 
@@ -353,7 +355,7 @@ def test_operators_of_the_cuda_provider_do_not_disturb_the_cpu(tmp_path: Path) -
     assert compiler is not None
     stub, path = tmp_path / "cuda.c", tmp_path / "both.so"
     stub.write_text(CUDA)
-    sources = [str(stub), *(str(SOURCES / f) for f in ("library.c", "call.c", "cpu.c"))]
+    sources = [str(stub), *(str(SOURCES / f) for f in CPU)]
     subprocess.run([compiler, "-std=c11", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off", "-w",
                     "-fno-math-errno", "-DNORMFUSE_CUDA", f"-I{SOURCES}", *sources, "-lm", "-o", str(path)],
                    check=True)  # fmt: skip
@@ -433,7 +435,7 @@ def test_sanitizers(baseline: bool, tmp_path: Path) -> None:
     if subprocess.run(build, capture_output=True, check=False).returncode:
         pytest.skip("the compiler has no sanitizers")
     extra = ["-DNORMFUSE_BASELINE"] if baseline else []
-    sources = [str(ROOT / "tests" / "ort_driver.c"), *(str(SOURCES / f) for f in ("library.c", "call.c", "cpu.c"))]
+    sources = [str(ROOT / "tests" / "ort_driver.c"), *(str(SOURCES / f) for f in CPU)]
     subprocess.run([compiler, *flags, *extra, "-Wall", "-Wextra", "-Werror", f"-I{SOURCES}", *sources, "-lm", "-o",
                     str(tmp_path / "driver")], check=True)  # fmt: skip
     done = subprocess.run([str(tmp_path / "driver")], capture_output=True, text=True, check=False, timeout=300)

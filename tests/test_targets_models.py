@@ -14,7 +14,8 @@ import pytest
 from onnx.reference import ReferenceEvaluator
 
 import normfuse
-from normfuse.sessions import session
+from normfuse.ort import library_path
+from normfuse.sessions import open_session, session
 from tests.families import (
     FAMILIES, FUSED, LAYERS, MORE, OTHERS, cached, cached_export, digest, export_onnx,
 )  # fmt: skip
@@ -22,6 +23,14 @@ from tests.share import share
 from tests.targeted import CHOICES, SKIP, operators
 
 PLACED = ("norm_add_norm", "norm_add", "qk_norm", "add_rms_norm", "add_layer_norm")
+
+
+def softmaxes(model: onnx.ModelProto) -> tuple[int, int]:
+    """How many operators are softmaxes of what an Add or a Where gives, and how many calls are softmaxes."""
+    made_by = {out: node for node in model.graph.node for out in node.output}
+    masked = [node for node in model.graph.node if node.op_type == "Softmax" and
+              (made := made_by.get(node.input[0])) is not None and made.op_type in ("Add", "Where")]  # fmt: skip
+    return len(masked), sum(node.domain == "normfuse" and "softmax" in node.op_type for node in model.graph.node)
 
 
 def placed(name: str, kind: str) -> Counter[str]:
@@ -51,6 +60,8 @@ def test_family(name: str, target: str, version: str, tmp_path: Path) -> None:
         for op, n in (made - single).items():
             found[next(known for known in PLACED if op.removeprefix("bias_").startswith(known))] += n
         assert found == placed(name, report.norms[-1].kind)
+        (before, _), (after, calls) = softmaxes(onnx.load(source)), softmaxes(onnx.load(out))
+        assert after == 0 and calls == before
     elif version == "1.29":
         assert all(n.action in ("fused", "kept") or n.kind == "layer_norm" for n in report.norms)
     else:
@@ -75,8 +86,10 @@ def test_half_precision_is_no_further_from_float64(name: str, target: str, versi
     onnx.checker.check_model(out, full_check=True)
     true = module.double()(*family.args()).detach().numpy()
     feeds = dict(zip([i.name for i in session(source).get_inputs()], (a.numpy() for a in family.args()), strict=True))
-    before, after = (np.abs(session(p).run(None, feeds)[0].astype("f8") - true).max() for p in (source, out))
-    assert after <= 2 * before
+    running = [session(source), session(out)]
+    running += [open_session(out, "cpu", 1, True)] if target == "normfuse" and library_path() is not None else []
+    before, *after = (np.abs(one.run(None, feeds)[0].astype("f8") - true).max() for one in running)
+    assert max(after) <= 2 * before
 
 
 def loaded(path: Path) -> tuple[Any, Counter[str]]:

@@ -15,6 +15,7 @@ import onnx_ir as ir
 from normfuse.centring import Blocked, Centre, Channels, Links
 from normfuse.frontends.onnx import Lowering
 from normfuse.frontends.onnx_fold import attribute
+from normfuse.frontends.onnx_softmax import FIRST_SOFTMAX_OF_ONE_AXIS
 from normfuse.graph import Node, Value
 from normfuse.passes.fold_affine import Contraction, contraction
 
@@ -25,7 +26,6 @@ QUANTISED = frozenset(
     MatMulNBits MatMulBnb4 MatMulFpQ4 QAttention QEmbedLayerNormalization QOrderedMatMul QGemm QLinearAdd QLinearMul
     DynamicQuantizeMatMul MatMulIntegerToFloat QMoE GatherBlockQuantized""".split()
 )
-FIRST_SOFTMAX_OF_ONE_AXIS = 13
 RANDOM = frozenset("RandomNormal RandomNormalLike RandomUniform RandomUniformLike Bernoulli Multinomial".split())
 
 

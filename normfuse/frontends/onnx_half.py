@@ -25,7 +25,8 @@ def widen(lowerings: Sequence[Lowering], table: Table, opset: int) -> Counter[Ro
     """
     chosen = [(node, row) for low in lowerings for node in low.source
               if node.op_type in WIDE and not node.domain and node.inputs and node.inputs[0] is not None
-              and (row := table.widened(node.op_type, low.value(node.inputs[0]).dtype, opset)) is not None]  # fmt: skip
+              and (row := table.widened(node.op_type, low.value(node.inputs[0]).dtype, opset)) is not None
+              and row.form != "function"]  # fmt: skip
     wide = [(node, row) for node, row in chosen if row.form != "leave"]
     used = names_of(low.source for low in lowerings if wide)
     for node, row in wide:

@@ -34,6 +34,7 @@ from normfuse.frontends.onnx_ops import GROUP_NORMS
 from normfuse.frontends.onnx_repair import repair
 from normfuse.frontends.onnx_skip import SkipEmitter, take_apart, with_sum
 from normfuse.frontends.onnx_region import as_function, rest_of, results_of
+from normfuse.frontends.onnx_softmax import outline, softmaxes
 from normfuse.frontends.onnx_twins import merge, twins
 from normfuse.graph import Node, Value
 from normfuse.passmanager import Abilities, fuse, plan
@@ -83,6 +84,7 @@ class OnnxModel:
         self.operators_before = operators(self.model)
         self.nodes_before = sum(self.operators_before.values())
         self.lowerings = lower(model)
+        self._inside = {low.source: tuple(low.source) for low in self.lowerings if low.source is not model.graph}
         self.repaired = repair(self.lowerings, self.opset) if rewrite else 0
         if self.repaired:
             self.lowerings = lower(model)
@@ -102,6 +104,7 @@ class OnnxModel:
         self._plan(rewrite)
         self.merged = self._merge(rewrite)
         self.laid = self._lay(rewrite)
+        self.softmaxes = softmaxes(self.lowerings, self.table, self.opset) if rewrite else []
         self.checks: dict[Site, Check] = {}
         self.moved: dict[ir.Value, ir.Value] = {}
         self.written: dict[Site, tuple[ir.Function, list[Value]]] = {}
@@ -217,6 +220,10 @@ class OnnxModel:
         norm = edit.site.norm
         return f"function {DOMAIN}.{norm.kind}_as_written" if edit.as_written else ", ".join(self.emitter.form(norm))
 
+    def edited_inside(self) -> bool:
+        """Whether nodes of sub-graphs were edited."""
+        return any(tuple(graph) != nodes for graph, nodes in self._inside.items())
+
     def notes_on_reading(self) -> list[str]:
         """What to know about how the model was read."""
         found = ["model-local functions were inlined"] if self.inlined else []
@@ -308,8 +315,13 @@ class OnnxModel:
         for low, one in zip(self.lowerings, self.plans, strict=True):
             while not self._write_out(low, one):
                 self._again(low, one)
+        edited = self._edit()
+        self.respelled += outline(self.model, self.softmaxes, [low.source for low in self.lowerings], self.opset)
+        return edited or bool(self.repaired or self.merged or self.laid or self.respelled or self.sorted)
+
+    def _edit(self) -> bool:
         if not any(one.edits() for one in self.plans):
-            return bool(self.repaired or self.merged or self.laid or self.respelled or self.sorted)
+            return False
         used = self._names()
         for low, one in zip(self.lowerings, self.plans, strict=True):
             for edit in one.edits():

@@ -9,7 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { TILE = 16, GRAIN = 1 << 15 };
+enum { TILE = 16 };
 
 static const int BYTES[] = {4, 2, 2};
 
@@ -43,7 +43,7 @@ static OrtStatus *shape_of(const Kernel *k, const OrtValue *value, const char *a
   return status;
 }
 
-static OrtStatus *input(const Kernel *k, const OrtKernelContext *context, size_t i, const char *argument, Tensor *out) {
+OrtStatus *nf_input(const Kernel *k, const OrtKernelContext *context, size_t i, const char *argument, Tensor *out) {
   const OrtValue *value = NULL;
   TRY(ORT(k->api, KernelContext_GetInput)(context, i, &value));
   if (!value) return nf_fail(k->api, ORT_INVALID_ARGUMENT, "normfuse.%s: %s is missing", k->op->name, argument);
@@ -51,7 +51,7 @@ static OrtStatus *input(const Kernel *k, const OrtKernelContext *context, size_t
   return ORT(k->api, GetTensorMutableData)((OrtValue *)value, &out->data);
 }
 
-static OrtStatus *output(const Kernel *k, OrtKernelContext *context, size_t i, const Tensor *like, void **out) {
+OrtStatus *nf_output(const Kernel *k, OrtKernelContext *context, size_t i, const Tensor *like, void **out) {
   OrtValue *value = NULL;
   TRY(ORT(k->api, KernelContext_GetOutput)(context, i, like->dims, like->rank, &value));
   return ORT(k->api, GetTensorMutableData)(value, out);
@@ -121,7 +121,7 @@ static OrtStatus *parameter(const Kernel *k, const OrtKernelContext *context, in
   Tensor given;
   const Tensor *t = &k->fixed[i].tensor;
   if (!k->fixed[i].constant) {
-    TRY(input(k, context, input_index, argument, &given));
+    TRY(nf_input(k, context, input_index, argument, &given));
     t = &given;
   }
   int64_t stride = 1, strides[MAX_RANK] = {0};
@@ -275,7 +275,7 @@ static void part(void *data, size_t i) {
   if (scratch != few) free(scratch);
 }
 
-/* Parts of at least GRAIN elements, so that a few rows do not pay for waking other threads. */
+/* In parts of at least GRAIN elements. */
 static OrtStatus *run(const Kernel *k, const OrtKernelContext *context, Work *work) {
   long long n = work->args.n > work->args.n2 ? work->args.n : work->args.n2;
   work->block = (GRAIN + n - 1) / n;
@@ -298,16 +298,16 @@ OrtStatus *nf_call(const Kernel *k, OrtKernelContext *context) {
   Work work = {.spec = spec};
   Args *a = &work.args;
   a->eps = k->eps;
-  TRY(input(k, context, 0, first, &x));
+  TRY(nf_input(k, context, 0, first, &x));
   TRY(rows_of(k, &x, first, &rows));
   a->x = x.data, a->m = rows.m, a->n = rows.n;
   if (pair) {
-    TRY(input(k, context, 1, "k", &other));
+    TRY(nf_input(k, context, 1, "k", &other));
     TRY(rows_of(k, &other, "k", &more));
     a->x2 = other.data, a->m2 = more.m, a->n2 = more.n;
     second = &other, second_rows = &more;
   } else if (spec->op != OP_NORM) {
-    TRY(input(k, context, 1, "residual", &other));
+    TRY(nf_input(k, context, 1, "residual", &other));
     TRY(like(k, &x, &other, "residual"));
     a->r = other.data;
   }
@@ -318,7 +318,7 @@ OrtStatus *nf_call(const Kernel *k, OrtKernelContext *context) {
                    k->op->name);
 
   void **results[] = {spec->op == OP_NORM_ADD ? &a->s : &a->y, pair ? &a->y2 : &a->s};
-  for (int i = 0; i < k->op->outputs; i++) TRY(output(k, context, (size_t)i, i ? second : &x, results[i]));
+  for (int i = 0; i < k->op->outputs; i++) TRY(nf_output(k, context, (size_t)i, i ? second : &x, results[i]));
   if (!a->n) a->m = 0;
   if (!a->n2) a->m2 = 0;
   work.rows = a->m + a->m2;

@@ -6,6 +6,7 @@
 #include "ops.h"
 
 enum { MAX_RANK = 32, NAME = 80, PARAMETERS = 5 };
+enum { GRAIN = 1 << 15 }; /* elements of a part, so that a few rows do not pay for waking other threads */
 
 typedef struct {
   OrtCustomOp op; /* first: ONNX Runtime hands it back */
@@ -45,6 +46,13 @@ OrtStatus *nf_fail(OrtApi *api, int code, const char *format, ...);
 
 /* Take note of the parameters that are initializers. */
 OrtStatus *nf_constants(Kernel *kernel, const OrtKernelInfo *info);
+
+/* The i-th input, and the memory of the i-th result. */
+OrtStatus *nf_input(const Kernel *kernel, const OrtKernelContext *context, size_t i, const char *argument, Tensor *out);
+OrtStatus *nf_output(const Kernel *kernel, OrtKernelContext *context, size_t i, const Tensor *like, void **out);
+
+/* One run of a softmax: softmax.c. */
+OrtStatus *nf_softmax(const Kernel *kernel, OrtKernelContext *context);
 
 /* One run of a kernel: shapes checked, results made, the work done. */
 OrtStatus *nf_call(const Kernel *kernel, OrtKernelContext *context);

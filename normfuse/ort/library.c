@@ -45,9 +45,10 @@ static void ORT_CALL op_destroy(void *kernel) {
 }
 
 static OrtStatus *ORT_CALL op_create(const OrtCustomOp *op, OrtApi *api, const OrtKernelInfo *info, void **out) {
-  Kernel *k = calloc(1, sizeof *k);
+  Kernel *k = *out = calloc(1, sizeof *k);
   if (!k) return nf_fail(api, ORT_FAIL, "normfuse.%s: no memory", SELF->name);
   k->op = SELF, k->api = api, k->axes_count = 1, k->axes[0] = -1;
+  if (SELF->spec.op == OP_SOFTMAX) return NULL; /* it has no attributes */
   /* a lone norm has `epsilon` and `axes`, a fused operator `eps` */
   OrtStatus *status = ORT(api, KernelInfoGetAttribute_float)(info, "epsilon", &k->eps);
   if (status) {
@@ -66,12 +67,14 @@ static OrtStatus *ORT_CALL op_create(const OrtCustomOp *op, OrtApi *api, const O
     status = ORT(api, KernelInfoGetAttributeArray_int64)(info, "axes", k->axes, &k->axes_count);
   }
   if (!status && !SELF->cuda) status = nf_constants(k, info);
-  if (status) op_destroy(k);
-  else *out = k;
+  if (status) op_destroy(k), *out = NULL;
   return status;
 }
 
-static OrtStatus *ORT_CALL op_compute(void *kernel, OrtKernelContext *context) { return nf_call(kernel, context); }
+static OrtStatus *ORT_CALL op_compute(void *kernel, OrtKernelContext *context) {
+  const Kernel *k = kernel;
+  return k->op->spec.op == OP_SOFTMAX ? nf_softmax(k, context) : nf_call(k, context);
+}
 
 /* The shape of each result is that of x, or of k: known shapes let ONNX Runtime plan its memory. */
 static OrtStatus *ORT_CALL op_infer(const OrtCustomOp *op, OrtInferContext *context) {
@@ -94,6 +97,30 @@ static OrtStatus *ORT_CALL op_infer(const OrtCustomOp *op, OrtInferContext *cont
   return NULL;
 }
 
+/* The shape of a softmax is that of x, where the mask can be seen not to widen it. */
+static OrtStatus *ORT_CALL op_infer_softmax(const OrtCustomOp *op, OrtInferContext *context) {
+  OrtApi *api = library.api;
+  OrtShape *info;
+  size_t ranks[2] = {0};
+  int64_t dims[2][MAX_RANK];
+  const char *names[2][MAX_RANK];
+  for (int i = SELF->inputs - 1; i >= 0; i--) {
+    TRY(ORT(api, ShapeInferContext_GetInputTypeShape)(context, (size_t)i, &info));
+    TRY(ORT(api, GetDimensionsCount)(info, &ranks[i]));
+    if (!ranks[i] || ranks[i] > MAX_RANK) return NULL; /* see op_infer */
+    TRY(ORT(api, GetDimensions)(info, dims[i], ranks[i]));
+    TRY(ORT(api, GetSymbolicDimensions)(info, names[i], ranks[i]));
+  }
+  if (ranks[1] > ranks[0]) return NULL;
+  for (size_t d = ranks[0], m = ranks[1]; d-- > 0;) {
+    if (dims[0][d] < 0 && !names[0][d][0]) return NULL;
+    if (!m || dims[1][--m] == 1) continue;
+    if (dims[0][d] != dims[1][m] || strcmp(names[0][d], names[1][m])) return NULL;
+  }
+  TRY(ORT(api, SetTensorElementType)(info, SELF->output[0]));
+  return ORT(api, ShapeInferContext_SetOutputTypeShape)(context, 0, info);
+}
+
 /* Results may take the place of inputs: see `Args`. */
 static size_t in_place(int **from, int **to, size_t count, int first) {
   *from = malloc(2 * sizeof **from);
@@ -113,17 +140,18 @@ static void ORT_CALL op_release(int *from, int *to) { free(from), free(to); }
 static const char *const SHORT[] = {"f32", "f16", "bf16"};
 
 static void add(const Spec *spec, const char *name) {
-  for (int cuda = 0; cuda <= (nf_cuda_has(spec) != 0); cuda++) {
+  int softmax = spec->op == OP_SOFTMAX, two = softmax ? spec->has_mask : spec->op != OP_NORM;
+  for (int cuda = 0; cuda <= (!softmax && nf_cuda_has(spec)); cuda++) {
     Operator *o = &library.operators[library.count++];
     *o = (Operator){.spec = *spec, .cuda = cuda};
     snprintf(o->name, sizeof o->name, "%s", name);
     o->input[o->inputs++] = ELEMENT[spec->x];
-    if (spec->op != OP_NORM)
+    if (two)
       o->input[o->inputs++] = ELEMENT[spec->op == OP_NORM_ADD || spec->op == OP_NORM_ADD_NORM ? spec->result : spec->x];
     if (spec->has_x_bias) o->input[o->inputs++] = ELEMENT[spec->x];
     int parameters = spec->has_w1 + spec->has_b1 + spec->has_w2 + spec->has_b2;
     while (parameters--) o->input[o->inputs++] = ELEMENT[nf_affine(spec)];
-    o->outputs = 1 + (spec->op != OP_NORM && spec->op != OP_NORM_ADD);
+    o->outputs = 1 + (two && !softmax && spec->op != OP_NORM_ADD);
     o->output[0] = ELEMENT[spec->result];
     o->output[1] = ELEMENT[spec->op == OP_ADD_NORM ? spec->x : spec->result];
     o->op = (OrtCustomOp){
@@ -143,11 +171,11 @@ static void add(const Spec *spec, const char *name) {
         .GetVariadicOutputHomogeneity = op_one,
         .CreateKernelV2 = op_create,
         .KernelComputeV2 = op_compute,
-        .InferOutputShapeFn = op_infer,
-        .GetMayInplace = cuda                      ? NULL
-                         : spec->op == OP_NORM     ? op_in_place_x
-                         : spec->op == OP_NORM_ADD ? op_in_place_r
-                                                   : op_in_place_both,
+        .InferOutputShapeFn = softmax ? op_infer_softmax : op_infer,
+        .GetMayInplace = cuda                                 ? NULL
+                         : softmax || spec->op == OP_NORM     ? op_in_place_x
+                         : spec->op == OP_NORM_ADD            ? op_in_place_r
+                                                              : op_in_place_both,
         .ReleaseMayInplace = cuda ? NULL : op_release,
     };
   }
@@ -164,7 +192,7 @@ static const char *role(int weight, int bias) { return weight ? bias ? "both" : 
 static void add_lone(int layer, int inner, int stash) {
   for (int roles = 0; roles < (layer ? 4 : 2); roles++) {
     int weight = !(roles & 1), bias = layer && !(roles & 2);
-    Spec spec = {OP_NORM, layer, inner, stash, inner != stash, inner, weight, bias, 0, 0, 0, 0};
+    Spec spec = {OP_NORM, layer, inner, stash, inner != stash, inner, weight, bias, 0, 0, 0, 0, 0};
     char name[NAME] = "";
     append(name, layer ? "layer_norm" : "rms_norm");
     if (!weight || (layer && !bias)) append(name, role(weight, bias));
@@ -187,7 +215,7 @@ static void add_fused(int x, int compute, int result, const char *cast) {
     for (int layer = 0; layer < 2; layer++)
       for (int roles = 0; roles < (op < OP_NORM_ADD_NORM ? 4 : 16); roles++) {
         Spec spec = {op, layer, x, compute, cast[0] == 'f', result, !(roles & 1), (roles >> 1 & 1) == layer ? 0 : 1,
-                     0,  0,     0, 0};
+                     0,  0,     0, 0, 0};
         int usual = spec.has_w1 && spec.has_b1 == layer;
         if (op >= OP_NORM_ADD_NORM) {
           spec.has_w2 = !(roles & 4), spec.has_b2 = (roles >> 3 & 1) == layer ? 0 : 1;
@@ -218,10 +246,22 @@ static void add_fused(int x, int compute, int result, const char *cast) {
   }
 }
 
+/* See normfuse/frontends/onnx_softmax.py. */
+static void add_softmax(int type) {
+  for (int mask = 0; mask < 2; mask++) {
+    Spec spec = {.op = OP_SOFTMAX, .x = type, .result = type, .has_mask = mask};
+    char name[NAME] = "";
+    append(name, mask ? "add_softmax" : "softmax");
+    if (type != F32) append(name, SHORT[type]);
+    add(&spec, name);
+  }
+}
+
 static int build(void) {
   static const int precision[] = {24, 11, 8};
   library.operators = calloc(2 * 3000, sizeof *library.operators);
   if (!library.operators) return 0;
+  add_softmax(F32), add_softmax(F16);
   for (int x = 0; x < 3; x++)
     for (int compute = 0; compute < 3; compute++) {
       if (compute != x && compute != F32) continue; /* nothing is narrowed before it is normalised */

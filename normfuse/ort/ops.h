@@ -5,7 +5,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum { OP_NORM, OP_ADD_NORM, OP_NORM_ADD, OP_NORM_ADD_NORM, OP_QK_NORM };
+enum { OP_NORM, OP_ADD_NORM, OP_NORM_ADD, OP_NORM_ADD_NORM, OP_QK_NORM, OP_SOFTMAX };
 enum { F32, F16, BF16 };
 
 /* An operator, as its name has it. With n = h / sqrt(mean(h^2) + eps), h = x or x - mean(x) (`layer`), in `compute`:
@@ -13,9 +13,10 @@ enum { F32, F16, BF16 };
  *   else:   n * weight + bias in `compute`, then rounded to `result`
  * Weight and bias are of the type that they are applied in, with a rounding to it after each step: see nf_affine.
  * `unrounded`: the sum of an OP_ADD_NORM is normalised before it is rounded to the type of x.
+ * `has_mask`: an OP_SOFTMAX, of which x alone means anything else here, is one of x + mask.
  * `has_x_bias`: its x is x + x_bias, rounded to the type of x but where the sum is not. */
 typedef struct {
-  int op, layer, x, compute, first, result, has_w1, has_b1, has_w2, has_b2, unrounded, has_x_bias;
+  int op, layer, x, compute, first, result, has_w1, has_b1, has_w2, has_b2, unrounded, has_x_bias, has_mask;
 } Spec;
 
 /* The type of weights and biases. */
@@ -44,6 +45,13 @@ typedef struct {
 /* Rows begin..end of a call, on the thread that calls; rows of x2 follow those of x. Weights and biases are float
  * here, whatever `spec` says. `scratch` holds max(n, n2) floats. */
 void nf_cpu_rows(const Spec *spec, const Args *args, long long begin, long long end, float *scratch);
+
+/* One row y = softmax(x + r), of x alone without r; `scratch` holds n + 16 floats. An r whose step is 0 is one number for
+ * the whole row. The sum x + r is not rounded to a narrow type. What is less than e^-87 of the largest element is 0, no
+ * denormal number: those that are masked would take a hundred times as long, here and in the product that reads them. A
+ * row of nothing but -inf is 1/n in float32, so that nothing spreads from it, and no numbers in narrow types, as in what
+ * ONNX Runtime runs for these. */
+void nf_cpu_softmax(int type, const void *x, const void *r, int r_step, void *y, long long n, float *scratch);
 
 /* A row of another type as floats. */
 void nf_cpu_load(int type, const void *from, float *to, long long n);

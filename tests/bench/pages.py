@@ -71,6 +71,13 @@ def ort_ops(every: bool, file: str = "ort-ops", threads: bool = True, digits: in
     return rows
 
 
+def softmaxes() -> Rows:
+    """Softmaxes in ONNX Runtime."""
+    for one in results("softmax")["chains"]:
+        ms = [f"{one['ms'][form]:.3f}" for form in ("ONNX Runtime", "normfuse")]
+        yield [one["mask"], "x".join(map(str, one["shape"])), one["type"], one["threads"], *ms, f"{one['ratio']:.2f}"]
+
+
 def kernels(wanted: Callable[[dict[str, Any]], bool]) -> Callable[[], Rows]:
     """Kernels on a GPU, of which one line has forward and backward."""
 
@@ -212,6 +219,8 @@ PAGES: dict[str, list[tuple[str, Callable[[], Rows]]]] = {
     "docs/targets.md": [("| ONNX Runtime |", forms("rms_norm")), ("| ONNX Runtime |", forms("layer_norm"))],
     "docs/layernorm-to-rmsnorm.md": [("| rows x size |", layernorms), ("| model | where |", conversions)],
     "docs/latency.md": [
+        ("| model |", latency("latency-intel", ["onnx", "ort-cpu", "normfuse", "after onnxscript", "after onnxsim"],
+                              lambda *_: True)),
         ("| model |", latency("latency", LATENCY, lambda model, dtype: model not in MAIN and dtype != "as published")),
         ("| model |", latency("latency", ["onnx", "ort-cpu", "after onnxscript"], lambda _, dtype: dtype == "fp16",
                               own="normfuse ort-cpu")),
@@ -220,6 +229,7 @@ PAGES: dict[str, list[tuple[str, Callable[[], Rows]]]] = {
     "docs/onnxruntime.md": [
         ("| norm, rows x size | decomposed", ort_ops(True, "ort-ops-cuda", threads=False, digits=3)),
         ("| norm, rows x size | threads", ort_ops(every=True)),
+        ("| mask | heads x queries x keys |", softmaxes),
     ],
 }  # fmt: skip
 """By page, in the order in which they stand there, the start of a table's head and what its rows are."""
