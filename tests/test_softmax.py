@@ -260,7 +260,7 @@ HOSTILE = {
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("rows", HOSTILE)
 def test_rows_that_are_masked_or_no_numbers(rows: str, dtype: str) -> None:
-    """As the runtime's own, but for a row of float32 that is masked by -inf altogether: 1/n, and it may give no number."""
+    """As the runtime's own, but for a row of float32 that is masked by -inf altogether: it is 1/n."""
     x = np.clip(HOSTILE[rows], -6e4, 6e4) if dtype == "float16" and rows == "lowest alone" else HOSTILE[rows]
     x = np.stack([x, x[::-1], np.linspace(0, 1, 40)]).astype(dtype)
     model = call(dtype, (3, 40), None)

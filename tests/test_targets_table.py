@@ -32,8 +32,8 @@ def ratio(found: dict[str, Any], a: str, b: str) -> float:
     return float(found["forms"][a]["us"] / found["forms"][b]["us"])
 
 
-CPU = [row for row in ROWS
-       if row.target == "ort-cpu" and row.form != "refuse" and row.what not in ("conversion", "half", "masked")]  # fmt: skip
+CPU = [row for row in ROWS if row.target == "ort-cpu" and row.form != "refuse"
+       and row.what not in ("conversion", "half", "masked")]  # fmt: skip
 
 
 def gains(row: Row) -> list[float]:
