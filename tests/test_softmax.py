@@ -108,7 +108,6 @@ def test_it_becomes_a_call_that_means_the_same(lines: str, dtype: str, opset: in
     (PLAIN, "float16", 12, "the standard has no parts of it yet"),
     (ADDED.replace("Softmax", "LogSoftmax"), "float", 18, "another operator"),
     (ADDED.replace("Softmax", "com.microsoft.Softmax"), "float", 18, "another operator of that name"),
-    ("h = com.microsoft.Add(x, m) y = Softmax(h)", "float", 18, "what is added nobody knows"),
     ("k = SequenceConstruct(x) z = SequenceMap(k, m) <body = r (float[b,4,s,t] u, float[b,1,s,t] v) => "
      "(float[b,4,s,t] w) { h = Add(u, v) w = Softmax(h) }> i = Constant<value = int64 {0}> () y = SequenceAt(z, i)",
      "float", 18, "no function is called in a SequenceMap"),
@@ -117,6 +116,12 @@ def test_it_stays(lines: str, dtype: str, opset: int, why: str, tmp_path: Path) 
     model = parsed(lines, dtype, opset)
     made, _ = rewritten(model, tmp_path)
     assert made == model, why
+
+
+@pytest.mark.parametrize(("dtype", "ops"), [("float", ["Add", "Softmax"]), ("float16", ["Add", "softmax_f16"])])
+def test_an_addition_of_another_domain_is_none(dtype: str, ops: list[str], tmp_path: Path) -> None:
+    model = parsed("h = com.microsoft.Add(x, m) y = Softmax(h)", dtype, more=f"<{dtype}[b,4,s,t] h>")
+    assert [n.op_type for n in rewritten(model, tmp_path)[0].graph.node] == ops
 
 
 @pytest.mark.parametrize("target", ["onnx", "ort-cpu", "ort-cuda"])

@@ -13,7 +13,7 @@ from collections.abc import Hashable, Iterator
 import onnx_ir as ir
 
 from normfuse.frontends.onnx_channels import RANDOM
-from normfuse.frontends.onnx_softmax import is_norm
+from normfuse.frontends.onnx_emit import DOMAIN
 
 DOMAINS = ("", "ai.onnx", "com.microsoft.nchwc")
 """Whose operators give the same for the same."""
@@ -95,7 +95,7 @@ def _written(node: ir.Node) -> bool:
 
 
 def _is_norm(node: ir.Node) -> bool:
-    return is_norm(node.domain, node.op_type) or node.op_type.endswith(NORMS)
+    return node.domain == DOMAIN or node.op_type.endswith(NORMS)
 
 
 def _reduced(node: ir.Node, alive: set[ir.Node]) -> bool:
