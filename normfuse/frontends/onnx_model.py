@@ -316,7 +316,7 @@ class OnnxModel:
             while not self._write_out(low, one):
                 self._again(low, one)
         edited = self._edit()
-        self.respelled += outline(self.model, self.softmaxes, [low.source for low in self.lowerings], self.opset)
+        self.respelled += outline(self.model, self.softmaxes, self.opset)
         return edited or bool(self.repaired or self.merged or self.laid or self.respelled or self.sorted)
 
     def _edit(self) -> bool:

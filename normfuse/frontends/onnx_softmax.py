@@ -13,17 +13,27 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import onnx_ir as ir
 
 from normfuse.frontends.onnx import Lowering
-from normfuse.frontends.onnx_emit import DOMAIN, discard, names_of, register_functions, respell
+from normfuse.frontends.onnx_emit import DOMAIN, discard, register_functions
 from normfuse.frontends.onnx_functions import SHORT
 from normfuse.targets import Row, Table
 
 FIRST_SOFTMAX_OF_ONE_AXIS = 13
 MASKS = ("Add", "Where")
-Softmaxes = list[tuple[ir.Node, Row]]
+BETWEEN = ("Cast", "Dropout", "Identity", "Reshape", "Transpose", "Where")
+"""What may stand between the softmax of attention and the product that reads it."""
+
+
+class Found(NamedTuple):
+    """A softmax, the row of the target's table, and whether the call takes the addition before in."""
+
+    node: ir.Node
+    row: Row
+    whole: bool
 
 
 def is_norm(domain: str, name: str) -> bool:
@@ -31,9 +41,9 @@ def is_norm(domain: str, name: str) -> bool:
     return domain == DOMAIN and not name.startswith(("softmax", "add_softmax"))
 
 
-def softmaxes(lowerings: Sequence[Lowering], table: Table, opset: int) -> Softmaxes:
+def softmaxes(lowerings: Sequence[Lowering], table: Table, opset: int) -> list[Found]:
     """Those that the target's table wants to be calls, or to say something of, with the row."""
-    return [(node, row) for low in lowerings if not low.mapped for node in low.source
+    return [Found(node, row, _whole(low, node)) for low in lowerings if not low.mapped for node in low.source
             if (row := _row(low, node, table, opset)) is not None]  # fmt: skip
 
 
@@ -45,8 +55,9 @@ def _row(low: Lowering, node: ir.Node, table: Table, opset: int) -> Row | None:
     if over != -1 and over != (x.rank or 0) - 1:
         return None
     row = table.widened("Softmax", x.dtype, opset)
-    return (row if row.form == "function" else None) if row is not None else (
-        table.masked(x.dtype) if _masked(node.inputs[0]) else None)  # fmt: skip
+    if row is not None:
+        return row if row.form == "function" else None
+    return table.masked(x.dtype) if _masked(node.inputs[0]) and _attention(node) else None
 
 
 def _masked(value: ir.Value) -> bool:
@@ -57,26 +68,43 @@ def _masked(value: ir.Value) -> bool:
     return node is not None and not node.domain and node.op_type in MASKS
 
 
-def outline(model: ir.Model, found: Softmaxes, graphs: Sequence[ir.Graph], opset: int) -> Counter[Row]:
-    """Put calls in the place of softmaxes, and of an addition that nobody else reads; the rows, with how often."""
-    wanted = [(node, row) for node, row in found if row.form == "function"]
-    used = names_of(graphs) if wanted else set()
+def _attention(node: ir.Node) -> bool:
+    """Whether a product reads a softmax: one at the end of a classifier has few elements, and its sum is a bias, which
+    ONNX Runtime adds in the product before."""
+    readers = {use.node for use in node.outputs[0].uses()}
+    return any(one.op_type == "MatMul" or (one.op_type in BETWEEN and _attention(one)) for one in readers)
+
+
+def _whole(low: Lowering, node: ir.Node) -> bool:
+    """Whether nobody else reads the sum that a softmax reads, and both stand in one graph."""
+    x = node.inputs[0]
+    add = None if x is None else x.producer()
+    return (x is not None and add is not None and (add.domain, add.op_type) == ("", "Add") and add.graph is node.graph
+            and len(x.uses()) == 1 and not low.value(x).kept and _attention(node))  # fmt: skip
+
+
+def outline(model: ir.Model, found: Sequence[Found], opset: int) -> Counter[Row]:
+    """Put calls in the place of softmaxes, and of the additions that they take in; the rows, with how often."""
     functions: dict[str, ir.Function] = {}
-    for node, row in wanted:
-        x = node.inputs[0]
-        assert x is not None
-        add = x.producer()
-        whole = (add is not None and (add.domain, add.op_type) == ("", "Add") and add.graph is node.graph
-                 and len(x.uses()) == 1 and not x.is_graph_output())  # fmt: skip
+    gone: list[ir.Node] = []
+    for node, row, whole in found:
+        x, old = node.inputs[0], node.outputs[0]
+        if row.form != "function" or x is None or node.graph is None:
+            continue
+        add = x.producer() if whole else None
         (dtype,) = row.types
-        name = "_".join(["add_softmax" if whole else "softmax", *([SHORT[dtype]] if dtype != "float32" else [])])
+        name = "_".join(["add_softmax" if add else "softmax", *([SHORT[dtype]] if dtype != "float32" else [])])
         functions[name] = functions.get(name) or function_for(name, whole, opset)
-        call = ir.Node(DOMAIN, name, add.inputs if whole and add is not None else [x])
-        respell(node, [call], {node.outputs[0]: call.outputs[0]}, used)
-        if whole and add is not None:
-            discard([add], ())
+        call = ir.Node(DOMAIN, name, add.inputs if add else [x], name=node.name, doc_string=node.doc_string)
+        call.metadata_props.update(node.metadata_props)
+        node.graph.insert_before(node, call)
+        new = call.outputs[0]
+        new.name, new.shape, new.type = old.name, old.shape, old.type
+        old.replace_all_uses_with(new, replace_graph_outputs=old.is_graph_output())
+        gone += [node, add] if add else [node]
+    discard(gone, ())
     register_functions(model, list(functions.values()))
-    return Counter(row for _, row in found)
+    return Counter(one.row for one in found)
 
 
 def function_for(name: str, masked: bool, opset: int) -> ir.Function:

@@ -97,25 +97,26 @@ static OrtStatus *ORT_CALL op_infer(const OrtCustomOp *op, OrtInferContext *cont
   return NULL;
 }
 
-/* The shape of a softmax is that of x, where the mask can be seen not to widen it. */
+/* The shape of a softmax is that of x, where the mask can be seen not to widen it: by numbers, for a size that has the
+ * same name in both may yet be 1 in one of them, and ONNX Runtime would have put the result into the place of x. */
 static OrtStatus *ORT_CALL op_infer_softmax(const OrtCustomOp *op, OrtInferContext *context) {
   OrtApi *api = library.api;
   OrtShape *info;
   size_t ranks[2] = {0};
   int64_t dims[2][MAX_RANK];
-  const char *names[2][MAX_RANK];
+  const char *names[MAX_RANK];
   for (int i = SELF->inputs - 1; i >= 0; i--) {
     TRY(ORT(api, ShapeInferContext_GetInputTypeShape)(context, (size_t)i, &info));
     TRY(ORT(api, GetDimensionsCount)(info, &ranks[i]));
     if (!ranks[i] || ranks[i] > MAX_RANK) return NULL; /* see op_infer */
     TRY(ORT(api, GetDimensions)(info, dims[i], ranks[i]));
-    TRY(ORT(api, GetSymbolicDimensions)(info, names[i], ranks[i]));
+    TRY(ORT(api, GetSymbolicDimensions)(info, names, ranks[i])); /* last, those of x */
   }
   if (ranks[1] > ranks[0]) return NULL;
   for (size_t d = ranks[0], m = ranks[1]; d-- > 0;) {
-    if (dims[0][d] < 0 && !names[0][d][0]) return NULL;
+    if (dims[0][d] < 0 && !names[d][0]) return NULL;
     if (!m || dims[1][--m] == 1) continue;
-    if (dims[0][d] != dims[1][m] || strcmp(names[0][d], names[1][m])) return NULL;
+    if (dims[0][d] < 0 || dims[0][d] != dims[1][m]) return NULL;
   }
   TRY(ORT(api, SetTensorElementType)(info, SELF->output[0]));
   return ORT(api, ShapeInferContext_SetOutputTypeShape)(context, 0, info);
