@@ -87,10 +87,10 @@ _NO_GAIN = "measured: an RMSNorm takes 0.45 to 1.59 of the time of a LayerNorm t
 _GAIN = "measured: an RMSNorm takes 0.24 to 0.89 of the time of a LayerNorm, single rows up to 1.56"
 _WIDE = "measured: 0.08 to 0.83 of the time; ONNX Runtime has it in float32 only, and runs its parts instead"
 _AS_IT_IS = "measured: with target ort-cpu 0.08 to 0.83 of the time on the CPU"
-_SOFTMAX = ("measured in 1.31 on the CPU, with the library: 0.17 to 0.92 of the time of Add and Softmax under a causal "
-            "mask, 0.76 to 1.46 where the mask is 0")
-_MASKED = "measured in 1.31: target normfuse with the library takes 0.17 to 0.92 of the time under a causal mask"
-_SOFTMAX_HALF = "measured in 1.31 on the CPU, with the library: 0.11 to 0.64 of the time of its parts"
+_SOFTMAX = ("measured in 1.31 on the CPU, with the library: 0.18 to 0.91 of the time of Add and Softmax under a causal "
+            "mask, 0.90 to 1.49 where the mask is 0")
+_MASKED = "measured in 1.31: target normfuse with the library takes 0.18 to 0.91 of the time under a causal mask"
+_SOFTMAX_HALF = "measured in 1.31 on the CPU, with the library: 0.12 to 0.65 of the time of its parts"
 FLAT = (2, 3)
 WIDE = {"Softmax": (13, 99), "LogSoftmax": (13, 99), "Gelu": (20, 99), "HardSwish": (14, 21), "HardSigmoid": (6, 21),
         "LeakyRelu": (6, 21)}  # fmt: skip

@@ -194,6 +194,18 @@ def test_a_function_of_that_name_with_another_body(tmp_path: Path) -> None:
     assert not (tmp_path / "out.onnx").exists()
 
 
+def test_a_file_that_was_given_another_opset_since(tmp_path: Path) -> None:
+    model, _ = rewritten(parsed(ADDED), tmp_path)
+    model.opset_import[0].version = 21
+    model.graph.node.extend(parsed("h2 = Add(x, m) p2 = Softmax(h2)").graph.node[:2])
+    model.graph.node.append(onnx.helper.make_node("MatMul", ["p2", "v"], ["z"]))
+    model.graph.output.append(onnx.helper.make_tensor_value_info("z", onnx.TensorProto.FLOAT, None))
+    made, _ = rewritten(model, tmp_path)
+    assert [n.op_type for n in made.graph.node] == ["add_softmax", "MatMul"] * 2
+    found = session(made, library=False).run(None, feeds("float32"))
+    np.testing.assert_array_equal(found[0], found[1])
+
+
 # -- the kernels -------------------------------------------------------------------------------------------------------
 
 TYPES = ("float32", "float16")

@@ -344,9 +344,9 @@ def register_functions(model: ir.Model, functions: Sequence[ir.Function]) -> Non
 
 
 def _body(function: ir.Function) -> bytes:
-    """What a function does."""
+    """What a function does. Of which opset is the model's business: a file may have been given another since."""
     proto = ir.to_proto(function)
-    for field in ("doc_string", "metadata_props", "value_info"):
+    for field in ("doc_string", "metadata_props", "value_info", "opset_import"):
         proto.ClearField(field)
     for node in proto.node:
         for field in ("name", "doc_string", "metadata_props"):

@@ -99,11 +99,10 @@ static INLINE void FN(softmax_row)(int type, const void *x, const void *r, int r
     for (i = 0; i < n; i += W) FN(st)(F32, h, i, W, (V){0} + 1);
     scale = 1 / (float)n;
   }
-  for (i = 0; i < n; i += W) {
-    v = FN(ld)(F32, h, i, W) * scale; /* behind the row there is room */
-    v = (V)((U)v & ~(U)(v < 0x1p-126f));
-    FN(st)(type, y, i, n - i < W ? n - i : W, v);
-  }
+#define GIVE(K) v = FN(ld)(F32, h, i, W) * scale, FN(st)(type, y, i, K, (V)((U)v & ~(U)(v < 0x1p-126f)))
+  for (i = 0; i + W <= n; i += W) GIVE(W);
+  if (i < n) GIVE(n - i);
+#undef GIVE
 }
 
 static void FN(softmax)(int type, const void *x, const void *r, int r_step, void *y, long long n, float *scratch) {
