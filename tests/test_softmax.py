@@ -33,7 +33,8 @@ def parsed(lines: str, dtype: str = "float", opset: int = 18, outputs: str = "",
     """Scores x of four heads, a mask m, lines that make p of them, and the values v that are weighted by p."""
     return onnx.parser.parse_model(
         f'<ir_version: 10, opset_import: ["": {opset}, "com.microsoft": 1]> g ({dtype}[b,4,s,t] x, {dtype}[b,1,s,t] m, '
-        f"{dtype}[b,4,t,3] v{inputs}) => ({dtype}[b,4,s,3] y{outputs}) {more} {{ {lines} y = MatMul(p, v) }}")  # fmt: skip
+        f"{dtype}[b,4,t,3] v{inputs}) => ({dtype}[b,4,s,3] y{outputs}) {more} {{ {lines} y = MatMul(p, v) }}"
+    )  # fmt: skip
 
 
 def rewritten(model: onnx.ModelProto, folder: Path, target: Any = "normfuse",
@@ -165,8 +166,8 @@ def test_in_a_branch(target: str, convert: str, tmp_path: Path) -> None:
 
 
 def test_a_sum_outside_of_a_branch_stays_there(tmp_path: Path) -> None:
-    model = parsed("h = Add(x, m) p = If(c) <then_branch = t () => (float[b,4,s,t] r) { o = Softmax(h) r = MatMul(o, w) "
-                   "}, else_branch = e () => (float[b,4,s,t] q) { q = Identity(m4) }> ",
+    model = parsed("h = Add(x, m) p = If(c) <then_branch = t () => (float[b,4,s,t] r) { o = Softmax(h) "
+                   "r = MatMul(o, w) }, else_branch = e () => (float[b,4,s,t] q) { q = Identity(m4) }> ",
                    inputs=", bool c, float[b,4,s,t] m4, float[t,t] w")  # fmt: skip
     made, _ = rewritten(model, tmp_path)
     assert [n.op_type for n in made.graph.node] == ["Add", "If", "MatMul"]
@@ -199,7 +200,7 @@ def test_a_file_that_was_given_another_opset_since(tmp_path: Path) -> None:
     model.opset_import[0].version = 21
     model.graph.node.extend(parsed("h2 = Add(x, m) p2 = Softmax(h2)").graph.node[:2])
     model.graph.node.append(onnx.helper.make_node("MatMul", ["p2", "v"], ["z"]))
-    model.graph.output.append(onnx.helper.make_tensor_value_info("z", onnx.TensorProto.FLOAT, None))
+    model.graph.output.append(onnx.helper.make_tensor_value_info("z", 1, ["b", 4, "s", 3]))
     made, _ = rewritten(model, tmp_path)
     assert [n.op_type for n in made.graph.node] == ["add_softmax", "MatMul"] * 2
     found = session(made, library=False).run(None, feeds("float32"))
@@ -351,8 +352,8 @@ def test_shapes_that_do_not_fit(x: tuple[int, ...], mask: tuple[int, ...], messa
 @compiled
 @pytest.mark.parametrize(("x", "mask", "shape"), [
     (("b", 4, "s", 7), (1, 1, 1, 7), ["b", 4, "s", 7]), (("b", 4, "s", 7), (7,), ["b", 4, "s", 7]),
-    (("b", 4, "s", 7), ("b", 1, "s", 7), None), (("b", 4), ("c", 4), None), (("b", 1), ("b", 7), None), ((7,), ("b", 7), None),
-    (("b", 4), None, ["b", 4]), ((None, 4), None, None),
+    (("b", 4, "s", 7), ("b", 1, "s", 7), None), (("b", 4), ("c", 4), None), (("b", 1), ("b", 7), None),
+    ((7,), ("b", 7), None), (("b", 4), None, ["b", 4]), ((None, 4), None, None),
 ])  # fmt: skip
 def test_the_shape_that_the_runtime_is_told(x: tuple[Any, ...], mask: tuple[Any, ...] | None,
                                             shape: list[Any] | None) -> None:  # fmt: skip
