@@ -140,8 +140,11 @@ def test_other_targets_have_no_call_of_it(target: str, tmp_path: Path) -> None:
 
 
 def test_a_sum_that_is_an_output_stays(tmp_path: Path) -> None:
-    made, _ = rewritten(parsed(ADDED, outputs=", float[b,4,s,t] h"), tmp_path)
+    model = parsed(ADDED, outputs=", float[b,4,s,t] h")
+    model.graph.node[1].name, model.graph.node[1].doc_string = "layer.0/weights", "of attention"
+    made, _ = rewritten(model, tmp_path)
     assert [n.op_type for n in made.graph.node] == ["Add", "softmax", "MatMul"]
+    assert (made.graph.node[1].name, made.graph.node[1].doc_string) == ("layer.0/weights", "of attention")
     assert [o.name for o in made.graph.output] == ["y", "h"]
 
 
