@@ -71,16 +71,28 @@ def _masked(value: ir.Value) -> bool:
 def _attention(node: ir.Node) -> bool:
     """Whether a product reads a softmax: one at the end of a classifier has few elements, and its sum is a bias, which
     ONNX Runtime adds in the product before."""
-    readers = {use.node for use in node.outputs[0].uses()}
-    return any(one.op_type == "MatMul" or (one.op_type in BETWEEN and _attention(one)) for one in readers)
+    todo, seen = [node], {node}
+    while todo:
+        readers = {use.node for use in todo.pop().outputs[0].uses()} - seen
+        if any(one.op_type == "MatMul" for one in readers):
+            return True
+        seen |= readers
+        todo += [one for one in readers if one.op_type in BETWEEN]
+    return False
 
 
 def _whole(low: Lowering, node: ir.Node) -> bool:
     """Whether nobody else reads the sum that a softmax reads, and both stand in one graph."""
     x = node.inputs[0]
-    add = None if x is None else x.producer()
-    return (x is not None and add is not None and (add.domain, add.op_type) == ("", "Add") and add.graph is node.graph
-            and len(x.uses()) == 1 and not low.value(x).kept and _attention(node))  # fmt: skip
+    add = _addition(x)
+    return (x is not None and add is not None and add.graph is node.graph and len(x.uses()) == 1
+            and not low.value(x).kept and _attention(node))  # fmt: skip
+
+
+def _addition(value: ir.Value | None) -> ir.Node | None:
+    """The Add that gives a value, if one does."""
+    node = None if value is None else value.producer()
+    return node if node is not None and (node.domain, node.op_type) == ("", "Add") else None
 
 
 def outline(model: ir.Model, found: Sequence[Found], opset: int) -> Counter[Row]:
@@ -91,10 +103,10 @@ def outline(model: ir.Model, found: Sequence[Found], opset: int) -> Counter[Row]
         x, old = node.inputs[0], node.outputs[0]
         if row.form != "function" or x is None or node.graph is None:
             continue
-        add = x.producer() if whole else None
+        add = _addition(x) if whole else None  # a norm may have taken it in
         (dtype,) = row.types
         name = "_".join(["add_softmax" if add else "softmax", *([SHORT[dtype]] if dtype != "float32" else [])])
-        functions[name] = functions.get(name) or function_for(name, whole, opset)
+        functions[name] = functions.get(name) or function_for(name, add is not None, opset)
         call = ir.Node(DOMAIN, name, add.inputs if add else [x], name=node.name, doc_string=node.doc_string)
         call.metadata_props.update(node.metadata_props)
         node.graph.insert_before(node, call)
