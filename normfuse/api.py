@@ -309,6 +309,7 @@ def _rewrite_ir(model: ir.Model, config: Config, progress: Progress | None, cali
     if config.verify != "off":
         one.check()
     checked = time.perf_counter()
+    paths = one.paths()
     changed = one.apply()
     report = _onnx_report(one, rewritten=True, shown=shown)
     report.operators_after = onnx_model.operators(model)
@@ -319,7 +320,7 @@ def _rewrite_ir(model: ir.Model, config: Config, progress: Progress | None, cali
     if first is not None:
         report.operators_before, report.nodes_before = first.operators_before, first.nodes_before
         report.seconds["convert"] = converted - started
-        tell(report, [site for p in one.plans for site in p.found.sites], records)
+        tell(report, [site for p in one.plans for site in p.found.sites], records, paths)
         report.notes += notes
     if before is not None:
         report.recall(before)

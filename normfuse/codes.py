@@ -188,8 +188,8 @@ CODES: dict[str, Code] = {
     ),
     "NF301": Code(
         "a LayerNorm that is not taken for an RMSNorm",
-        "Conversion takes a LayerNorm over one axis, in the main graph, whose input is a value of the graph. "
-        "Example: a norm over height and width at once, one inside the branch of an If, one inside an "
+        "Conversion takes a LayerNorm over one axis, in the main graph or a branch of an If there, whose input is a "
+        "value of the graph. Example: a norm over height and width at once, one in the body of a loop, one inside an "
         "operator that adds first or whose mean is read too, or one that is no module of its own, or has hooks or "
         "a state, where an nn.Module is converted.",
         "Nothing, or export the model so that the norm stands by itself.",

@@ -28,6 +28,7 @@ SEEN = 1e-6
 that random weights have driven to 0 and 1."""
 
 
+Path = tuple[str, ...]
 Get = Callable[[str], Array]
 """Gives a constant of the original model by name, in float64."""
 
@@ -89,6 +90,17 @@ class Certificate:
     after: float | None = None
     message: str = ""
     any_of: list[str] = field(default_factory=list)
+
+
+def joined(found: Sequence[Certificate]) -> Certificate:
+    """Several certificates that hold as one, each figure the largest."""
+
+    def most(figures: Iterable[float | None]) -> float | None:
+        measured = [f for f in figures if f is not None]
+        return max(measured) if len(measured) == len(found) else None
+
+    return Certificate(True, most(c.gap for c in found), max(c.constants for c in found), most(c.before for c in found),
+                       most(c.after for c in found), any_of=sorted({op for c in found for op in c.any_of}))  # fmt: skip
 
 
 class Overflow(Exception):
@@ -184,7 +196,7 @@ def fold(plan: Conversion, edits: Edits, name: Callable[[Value], str]) -> None:
 @dataclass(slots=True)
 class Record:
     """What became of one LayerNorm: the verdict, and for a converted one its proof, the name of its result and what it
-    is now. Of an RMSNorm only where it is "folded"."""
+    is now. Of an RMSNorm only where it is "folded". `path` is the place of the sub-graph that it stands in."""
 
     site: Site
     verdict: str
@@ -199,6 +211,7 @@ class Record:
     result: str = ""
     emitted: str = ""
     layer: dict[str, float] = field(default_factory=dict)
+    path: Path = ()
 
     @staticmethod
     def of(plan: Conversion, site: Site, check: Certificate | None, result: tuple[str, str]) -> Record:
@@ -304,22 +317,23 @@ def apply(want: Centre, array: Array, scales: Sequence[Array]) -> Array:
     return part
 
 
-def tell(report: Report, sites: Sequence[Site], records: Sequence[Record]) -> None:
-    """Put what became of each LayerNorm into the report on the converted model, whose norms are at `sites`.
+def tell(report: Report, sites: Sequence[Site], records: Sequence[Record], paths: Mapping[Site, Path] = {}) -> None:
+    """Put what became of each LayerNorm into the report on the converted model, whose norms are at `sites`, in
+    sub-graphs at `paths`: two branches of an If may share names.
 
     A changed norm keeps the name, the kind, the place and the formula that it had in the model.
     """
     from normfuse.placement import recipe
 
-    found: dict[str | None, list[tuple[Site, NormRecord]]] = {}  # two branches of an If may share names
+    found: dict[tuple[str, Path], list[tuple[Site, NormRecord]]] = {}
     now, told = {site: site for site in sites}, set[Site]()
     for site, norm in zip(sites, report.norms, strict=True):
         for name in names_of(site):
-            found.setdefault(name, []).append((site, norm))
+            found.setdefault((name, paths.get(site, ())), []).append((site, norm))
     for record in records:
         was = record_of(record.site)
         names = [record.result] if record.result else names_of(record.site)
-        same = next((found[name] for name in names if name in found), [])
+        same = next((found[key] for name in names if (key := (name, record.path)) in found), [])
         known = next((one for one in same if one[0] not in told), same[-1] if same else None)
         if known is None and record.verdict == "kept":
             continue

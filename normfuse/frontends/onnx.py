@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from normfuse.errors import InputError
+from normfuse.frontends.onnx_branches import BRANCHES, agreed, is_if
 from normfuse.frontends.onnx_contrib import CONTRIB
 from normfuse.frontends.onnx_fold import FOLDS, MAX_ELEMENTS, attribute, constant_of, fold
 from normfuse.frontends.onnx_functions import function_body
@@ -61,18 +62,21 @@ class Lowering:
 
     Shapes and types that the model does not state come of the operators' rows and, where these leave them open, of
     `onnx.shape_inference` of a node by itself. `outer` is the lowering of the graph around, for the captures of a
-    sub-graph, `path` its place, and `mapped` whether it is the body of a SequenceMap.
+    sub-graph, `path` its place, and `mapped` whether it is the body of a SequenceMap. One that is `flat` has the
+    branches of its Ifs in its own neutral graph: they are lowered as `part` of it.
     """
 
     def __init__(self, source: ir.Graph, outer: Lowering | None = None, path: tuple[str, ...] = (),
-                 mapped: bool = False) -> None:  # fmt: skip
+                 mapped: bool = False, flat: bool = False, part: bool = False) -> None:  # fmt: skip
         self.source = source
-        self.graph = Graph(source.name or "")
-        self.outer = outer
+        self.outer, self.flat = outer, flat
         self.values: dict[ir.Value, Value] = {}
         self.arrays: dict[ir.Value, Array] = {}
         self.stated: set[str] | None = None
         self.sizes: dict[ir.Value, Shape] = {}  # what is known of small integer vectors that hold sizes
+        self.graph = Graph(source.name or "")
+        if outer is not None and part:
+            self.graph, self.values, self.arrays, self.sizes = outer.graph, outer.values, outer.arrays, outer.sizes
         self.call: ir.Node | None = None
         self.path, self.mapped = path, mapped
         self.versions: dict[str, int] = outer.versions if outer is not None else dict(source.opset_imports)
@@ -188,10 +192,10 @@ class Lowering:
         found = self.values.get(value)
         if found is None:
             source = value.producer()
-            if source is not None and source.graph is self.source:
-                raise OutOfOrder(f"{value.name!r} is read before it is computed: the graph has a cycle")
-            above = self.outer
+            above: Lowering | None = self
             while above is not None and value not in above.values:
+                if source is not None and source.graph is above.source:
+                    raise OutOfOrder(f"{value.name!r} is read before it is computed: the graph has a cycle")
                 above = above.outer
             known = above.values[value] if above is not None else None
             if above is not None and value in above.arrays:
@@ -280,6 +284,11 @@ class Lowering:
         """A refusal that the front end itself has to make."""
         self.graph.notes.append((code, node_label(node), message))
 
+    def parts(self) -> Iterator[Lowering]:
+        """Itself, and what was lowered as a part of it."""
+        yield self
+        yield from (low for low in self.inner if low.graph is self.graph)
+
     def _lower(self, node: ir.Node) -> None:
         if self._constant(node):
             return
@@ -329,13 +338,15 @@ class Lowering:
         inner_graphs = [((*self.path, f"{output}.{a.name}.{i}"), g) for a in node.attributes.values()
                         for i, g in enumerate(_subgraphs(a))]  # fmt: skip
         mapped = node.op_type == "SequenceMap"
-        inner = [Lowering(graph, self, path, mapped) for path, graph in inner_graphs if len(path) <= MAX_DEPTH]
+        flat = self.flat and is_if(node)
+        inner = [Lowering(graph, self, path, mapped, part=flat) for path, graph in inner_graphs
+                 if len(path) <= MAX_DEPTH]  # fmt: skip
         self.inner += inner
-        if node.op_type == "If" and len(inner) == 2:
+        if is_if(node) and len(inner) == 2:
             truth = self.arrays.get(node.inputs[0]) if node.inputs[0] is not None else None
-            first = node.attributes["then_branch"].value
-            self.local[node] = _agreed(node, [low for low in inner if truth is None or (low.source is first) == truth])
-        todo = [graph for _, graph in inner_graphs]
+            first = node.attributes[BRANCHES[0]].value
+            self.local[node] = agreed(node, [low for low in inner if truth is None or (low.source is first) == truth])
+        todo = [] if flat else [graph for _, graph in inner_graphs]
         while todo:
             graph = todo.pop()
             for value in graph.outputs:
@@ -430,19 +441,6 @@ class Lowering:
         return self.sizes.get(value)
 
 
-def _agreed(node: ir.Node, branches: Sequence[Lowering]) -> dict[str, Facts]:
-    """Shapes and types of the results of an If on which the branches that it may take agree; a size is known if it is
-    the same."""
-    out: dict[str, Facts] = {}
-    for value, *made in zip(node.outputs, *(low.source.outputs for low in branches), strict=False):
-        found = [low.value(v) for low, v in zip(branches, made, strict=True)]
-        shapes = [v.shape for v in found if v.shape is not None]
-        if len(shapes) == len(found) and len({(len(v.shape or ()), v.dtype) for v in found}) == 1:
-            dims = tuple(d[0] if len(set(d)) == 1 else None for d in zip(*shapes, strict=True))
-            out[value.name or ""] = dims, found[0].dtype
-    return out
-
-
 def _row(node: ir.Node) -> Row | None:
     """How to lower an operator, where the tables have it."""
     name = node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}::{node.op_type}"
@@ -475,32 +473,34 @@ def _subgraphs(attr: ir.Attr) -> list[ir.Graph]:
     return list(attr.value) if attr.type == ir.AttributeType.GRAPHS else []
 
 
-def lower(model: ir.Model) -> list[Lowering]:
-    """The neutral graphs of a model: the main graph first, then its control-flow sub-graphs.
+def lower(model: ir.Model, flat: bool = False) -> list[Lowering]:
+    """The neutral graphs of a model: the main graph first, then its control-flow sub-graphs; `flat`, the branches of
+    the main graph's Ifs are part of it.
 
     Nodes that are not in topological order are put into it, in the model itself. ONNX demands that order, but ONNX
     Runtime does not, and its own converter to float16 appends casts at the end. Raises `InputError` for a cycle.
     """
     try:
-        return _lowered(model)
+        return _lowered(model, flat)
     except OutOfOrder as why:
         try:
             model.graph.sort()
         except ValueError:
             raise why from None
         model.meta[SORTED] = True
-        return _lowered(model)
+        return _lowered(model, flat)
 
 
-def _lowered(model: ir.Model) -> list[Lowering]:
+def _lowered(model: ir.Model, flat: bool) -> list[Lowering]:
     if model.functions:
         for graph in model.graphs():
             graph.meta["normfuse.functions"] = model.functions
-    first = Lowering(model.graph)
-    return [first, *_nested(first)]
+    first = Lowering(model.graph, flat=flat)
+    return [first, *(low for low in _nested(first) if low.graph is not first.graph)]
 
 
 def _nested(outer: Lowering) -> Iterator[Lowering]:
+    """The lowerings of the graphs inside of one."""
     for inner in outer.inner:
         yield inner
         yield from _nested(inner)

@@ -23,8 +23,9 @@ from onnx.reference import ReferenceEvaluator
 
 from normfuse.calibrate import Hook
 from normfuse.config import Config
-from normfuse.convert import LIMIT, SEEN, Certificate, Randomiser
+from normfuse.convert import LIMIT, SEEN, Certificate, Randomiser, joined
 from normfuse.distance import normwise, tells, worst
+from normfuse.frontends.onnx_branches import BRANCHES, taken
 from normfuse.frontends.onnx_check import DOUBLE, FLOAT_TYPES, MOST, OPS, _widen
 from normfuse.frontends.onnx_kernels import KERNELS
 from normfuse.frontends.onnx_open import channels
@@ -48,22 +49,42 @@ OPERATORS: list[Any] = [*OPS, *KERNELS]
 
 
 def certify(original: ir.Model, result: ir.Model, editor: Editor, config: Config) -> Certificate | None:
-    """Compare a model with its conversion; None where verification is off."""
+    """Compare a model with its conversion; None where verification is off. Where branches of Ifs were read as parts of
+    the main graph, with one branch of each taken, and with the other."""
     if config.verify == "off":
         return None
+    if not editor.low.flat:
+        return _sized(original, result, editor)
+    found = []
+    for branch in BRANCHES:
+        try:
+            models = taken(original, branch), taken(result, branch)
+        except ValueError as why:
+            return Certificate(False, message=f"the certificate's check could not run: {why}")
+        found.append(_sized(*models, editor, branch))
+        if not found[-1].ok:
+            return found[-1]
+    return joined(found)
+
+
+def _sized(original: ir.Model, result: ir.Model, editor: Editor, branch: str = "") -> Certificate:
+    """The comparison with the first of the sizes with which it runs."""
     last = ""
     for size in SIZES:
         try:
-            return _certify(original, result, editor, size)
+            return _certify(original, result, editor, size, branch)
         except Exception as why:  # the reference evaluator raises anything; not certified means not kept
             last = (str(why).strip() or type(why).__name__).splitlines()[0]
     return Certificate(False, message=f"the certificate's check could not run: {last[:200]}")
 
 
-def _certify(original: ir.Model, result: ir.Model, editor: Editor, size: int) -> Certificate:
-    stand = StandIns({v.name: v for v in editor.low.values.values()})
+def _certify(original: ir.Model, result: ir.Model, editor: Editor, size: int, branch: str) -> Certificate:
+    values = editor.values(branch)
+    stand = StandIns({v.name: v for v in values})
     before, after = Program(original, True, stand), Program(result, True, stand)
-    numbers, names = _Numbers(original, editor), [v.native.name for v in editor.plan.witnesses()]
+    names = [v.native.name for v in editor.plan.witnesses() if v in values]
+    numbers = _Numbers(original, result, editor)
+    read = after.read()
     failed: Exception | None = None
     for attempt in range(4):
         feeds = inputs_for(original, size, attempt)
@@ -75,7 +96,7 @@ def _certify(original: ir.Model, result: ir.Model, editor: Editor, size: int) ->
         if not all(map(tells, want)):
             continue
         unedited = after.see(feeds, partial(numbers.edited, attempt=attempt, edits=False), names)
-        if editor.edits.made.keys() <= set(numbers.draw.fixed) or worst(want, unedited) > SEEN:
+        if not (editor.edits.made.keys() & read) - set(numbers.draw.fixed) or worst(want, unedited) > SEEN:
             break
     else:
         if failed is not None:
@@ -124,9 +145,8 @@ def _held(node: ir.Node) -> ir.TensorProtocol | None:
 class _Numbers:
     """Random constants in the place of those of a model."""
 
-    def __init__(self, original: ir.Model, editor: Editor) -> None:
-        self.own = constants_of(original)
-        self.result = constants_of(editor.one.model)
+    def __init__(self, original: ir.Model, result: ir.Model, editor: Editor) -> None:
+        self.own, self.result = constants_of(original), constants_of(result)
         self.exact = {v.name or "": array for v, array in editor.means.emitter.exact.items()}
         self.edits = editor.edits
         settings = {v.name or "" for node in original.graph if node.op_type in SETTINGS
@@ -190,6 +210,14 @@ class Program:
         for i, node in enumerate(self.evaluator.rt_nodes_):
             for name in _reads(node.onnx_node):
                 self.last[name] = i
+
+    def read(self) -> set[str]:
+        """The names that the outputs depend on."""
+        found = set(self.outputs)
+        for node in reversed(self.evaluator.rt_nodes_):
+            if not found.isdisjoint(node.onnx_node.output):
+                found.update(_reads(node.onnx_node))
+        return found
 
     def own(self, name: str) -> Array:
         """A constant as the model has it."""

@@ -31,7 +31,7 @@ RANDOM = frozenset("RandomNormal RandomNormalLike RandomUniform RandomUniformLik
 
 def hazard(low: Lowering) -> str | None:
     """Why nothing of a graph may be converted: quantised weights, randomness, training."""
-    for node in low.source:
+    for node in (node for part in low.parts() for node in part.source):
         name = f"{node.op_type} {node.name or ''}".strip()
         if node.op_type in QUANTISED:
             return f"the model is quantised ({name}): its scales hold for the values as they are"

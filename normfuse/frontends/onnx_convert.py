@@ -26,8 +26,9 @@ from normfuse.convert import (
 from normfuse.errors import InputError
 from normfuse.frontends import onnx_channels as table
 from normfuse.frontends.onnx import Lowering
+from normfuse.frontends.onnx_branches import homes
 from normfuse.frontends.onnx_certify import certify
-from normfuse.frontends.onnx_emit import Emitter, names_of, unique
+from normfuse.frontends.onnx_emit import Emitter, unique
 from normfuse.frontends.onnx_infer import DTYPES
 from normfuse.frontends.onnx_model import OnnxModel
 from normfuse.frontends.onnx_region import gives_more
@@ -50,14 +51,23 @@ def convert_model(one: OnnxModel, config: Config) -> tuple[ir.Model, list[Record
     Where the certificate fails, the model is another object, as it was before. Raises `InputError` where a weight to
     be edited holds NaN or infinity.
     """
-    low, plan = one.lowerings[0], one.plans[0]
+    if any(site.norm.kind == "layer_norm" for other in one.plans[1:] for site in other.found.sites):
+        one.flatten()
+    paths = one.paths()
     records = [refusals(site, "NF301", "it stands in a sub-graph of the model") for other in one.plans[1:]
                for site in other.found.sites if site.norm.kind == "layer_norm"]  # fmt: skip
+    model, more, notes = _converted(one, config)
+    for record in records + more:
+        record.path = paths[record.site]
+    return model, records + more, notes
+
+
+def _converted(one: OnnxModel, config: Config) -> tuple[ir.Model, list[Record], list[str]]:
+    """The model, what was done to its main graph, and notes on it."""
+    low, plan, records = one.lowerings[0], one.plans[0], list[Record]()
     why = table.hazard(low)
     if why is not None:
-        kind = "NF305"
-        records += [refusals(s, kind, why) for s in plan.found.sites if s.norm.kind == "layer_norm"]
-        return one.model, records, []
+        return one.model, [refusals(s, "NF305", why) for s in plan.found.sites if s.norm.kind == "layer_norm"], []
     means = _Means(one, low, config)
     asked = means.means()
     sites = plan.found.sites
@@ -93,8 +103,7 @@ class _Means:
         self.known: dict[Value, bool] = {}
         self.locks: dict[Value, str | None] = {}
         self.emitter, self.table = Emitter(one.opset, fold=False), Table(config)
-        self.used = names_of(lowering.source for lowering in one.lowerings)
-        self.used.update(node.name for node in low.source)
+        self.used = one.names()
 
     def means(self) -> Means:
         low = self.low
@@ -127,9 +136,10 @@ class _Means:
         return array is not None and bool((array == number).all())
 
     def settle(self, value: Value) -> None:
-        """Make an initializer of a constant that nodes of the model compute, such as a class token that is repeated."""
+        """Make an initializer of a constant that nodes of the model compute, such as a class token that is repeated, or
+        that a branch has."""
         native: ir.Value = value.native
-        if native.is_initializer():
+        if native.is_initializer() and native.graph is self.low.source:
             return
         array, dtype = self.array(value), DTYPES[value.dtype or ""]
         assert array is not None
@@ -182,6 +192,11 @@ class Editor:
         self.used = means.used
         self.copies: dict[Value, Value] = {}
         self.natives: dict[str, ir.Value] = {}
+        self.homes = homes(low.source) if low.flat else {}
+
+    def values(self, branch: str) -> dict[Value, None]:
+        """The values of the model, those of the other branches of Ifs left out."""
+        return {v: None for native, v in self.low.values.items() if self.homes.get(native, branch) == branch}
 
     def run(self) -> None:
         """Make all edits."""
@@ -267,10 +282,9 @@ class Editor:
         if half:
             out = op("Cast", [out], ir.AttrInt64("to", DTYPES[value.dtype or ""].value))
         out.name, out.shape, out.type = name, native.shape, native.type
-        producer = native.producer()
-        graph = self.low.source
-        if producer is not None:
-            graph.insert_after(producer, nodes)
+        producer, graph = native.producer(), self.low.source
+        if producer is not None and producer.graph is not None:
+            producer.graph.insert_after(producer, nodes)
         else:
             graph.insert_before(graph[0], nodes)
         return out

@@ -112,9 +112,19 @@ class OnnxModel:
     def _plan(self, rewrite: bool) -> None:
         self.plans = [plan(low.graph, self.config, self._abilities(low), rewrite) for low in self.lowerings]
 
-    def _read_again(self, rewrite: bool) -> None:
-        self.lowerings = lower(self.model)
+    def _read_again(self, rewrite: bool, flat: bool = False) -> None:
+        self.lowerings = lower(self.model, flat)
         self._plan(rewrite)
+
+    def flatten(self) -> None:
+        """Read the branches of the main graph's Ifs as parts of it."""
+        self._read_again(rewrite=False, flat=True)
+
+    def paths(self) -> dict[Site, tuple[str, ...]]:
+        """The place of the graph that each norm stands in, as `Lowering.path`."""
+        paths = {part.source: part.path for low in self.lowerings for part in low.parts()}
+        sites = (site for one in self.plans for site in one.found.sites)
+        return {site: paths[site.value.producer.native.graph] for site in sites if site.value.producer}
 
     def _take(self) -> bool:
         """Take a copy of a model that is not to be changed; True if it was."""
@@ -140,7 +150,7 @@ class OnnxModel:
             found = self._turned()
             if found and self._take():
                 found = self._turned()
-            used = self._names() if found else set()
+            used = self.names() if found else set()
             laid = sum(lay(low, one.found, norms, self.opset, used) for low, one, norms in found)
             if not laid:
                 break
@@ -152,10 +162,10 @@ class OnnxModel:
         each = ((low, one, turned(low, one.found)) for low, one in zip(self.lowerings, self.plans, strict=True))
         return [(low, one, norms) for low, one, norms in each if norms]
 
-    def _names(self) -> set[str | None]:
+    def names(self) -> set[str | None]:
         """All that has a name in the model, its sub-graphs included."""
-        used = names_of(low.source for low in self.lowerings) | set(self.model.graph.initializers)
-        return used | {node.name for low in self.lowerings for node in low.source}
+        graphs = list(self.model.graphs())
+        return names_of(graphs) | set(self.model.graph.initializers) | {node.name for one in graphs for node in one}
 
     def _abilities(self, low: Lowering) -> Abilities:
         can = Abilities(self._expressible, functions=True, statistics=self.emitter.gives_statistics, leave=self._leave,
@@ -322,7 +332,7 @@ class OnnxModel:
     def _edit(self) -> bool:
         if not any(one.edits() for one in self.plans):
             return False
-        used = self._names()
+        used = self.names()
         for low, one in zip(self.lowerings, self.plans, strict=True):
             for edit in one.edits():
                 self._replace(low, edit, used)

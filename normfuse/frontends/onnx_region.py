@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
 
-from normfuse.frontends.onnx import Lowering
 from normfuse.graph import Dim, Node, Value
 from normfuse.norm import Site
 from normfuse.ort_values import Array
 from normfuse.plan import Edit, Replace
+
+if TYPE_CHECKING:
+    from normfuse.frontends.onnx import Lowering
 
 VIEWS = frozenset({"Reshape", "Expand", "Flatten"})
 MAX_REGION = 400

@@ -1,0 +1,270 @@
+"""LayerNorm to RMSNorm inside the branches of an If: what both read is edited once, and both are certified."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+import normfuse
+from normfuse.convert import Folder
+from normfuse.sessions import session
+from tests.converted import RNG, D, check, flags, model, numbers
+from tests.layernorm_models import CASES, to_onnx
+
+EXACT = normfuse.Config(layernorm_to_rmsnorm="exact")
+ROWS = numbers(2, 3, 4)
+NORM = "h = MatMul(x, w) n = LayerNormalization<axis=-1>(h, g, b) {0} = MatMul(n, k)"
+SPELLED = """h = MatMul(x, w) mu = ReduceMean<axes=[-1]>(h) d = Sub(h, mu) q = Mul(d, d) v = ReduceMean<axes=[-1]>(q)
+e = Add(v, eps) s = Sqrt(e) z = Div(d, s) m = Mul(z, g) n = Add(m, b) {0} = MatMul(n, k)"""
+HELD: dict[str, Any] = {"w": numbers(4, D), "k": numbers(D, 5)}
+
+
+def branches(then: str, other: str, name: str = "y") -> str:
+    """An If, whose branches give `o`."""
+    return f"""{name} = If (flag) <then_branch = t () => (float[] o) {{ {then} }},
+                                   else_branch = e () => (float[] o) {{ {other} }}>"""
+
+
+def made(then: str, other: str, ahead: str = "", **more: Any) -> onnx.ModelProto:
+    """A model of an If of two branches."""
+    lines = f"{ahead} {branches(then, other)}"
+    return model("float[B,T,4] x, bool flag", lines, opset=17, **HELD | more)
+
+
+def hide(model: onnx.ModelProto, branch: int, **arrays: np.ndarray[Any, Any]) -> onnx.ModelProto:
+    """The model with constants in a branch of its own."""
+    inner = next(n for n in model.graph.node if n.op_type == "If").attribute[branch].g
+    inner.initializer.extend(numpy_helper.from_array(a, name) for name, a in arrays.items())
+    return model
+
+
+def merged(case: str, opset: int = 18) -> tuple[onnx.ModelProto, dict[str, Any]]:
+    """A model twice, as the branches of an If that share its weights and all names, as optimum merges decoders; the
+    second takes the negative of its tokens twice first."""
+    found = CASES[case]
+    one = to_onnx(found.build(), found.inputs(), opset).model_proto
+    feeds = dict(zip([i.name for i in one.graph.input], [a.numpy() for a in found.inputs()], strict=True))
+    graphs = []
+    for turned in (False, True):
+        graph = onnx.GraphProto()
+        graph.CopyFrom(one.graph)
+        ahead = []
+        if turned:
+            ids = graph.input[0].name
+            ahead = [onnx.helper.make_node("Neg", *names) for names in (([ids], ["minus"]), (["minus"], ["again"]))]
+            for node in graph.node:
+                node.input[:] = ["again" if name == ids else name for name in node.input]
+        nodes = [*ahead, *graph.node]
+        del graph.node[:], graph.input[:], graph.initializer[:]
+        graph.node.extend(nodes)
+        graphs.append(graph)
+    node = onnx.helper.make_node("If", ["flag"], [o.name for o in one.graph.output], "merged", then_branch=graphs[0],
+                                 else_branch=graphs[1])  # fmt: skip
+    del one.graph.node[:], one.graph.value_info[:]
+    one.graph.node.append(node)
+    one.graph.input.append(onnx.helper.make_tensor_value_info("flag", onnx.TensorProto.BOOL, []))
+    return one, feeds
+
+
+@pytest.mark.parametrize("target", ["onnx", "normfuse", "ort-cpu"])
+def test_a_decoder_of_two_branches(target: Any) -> None:
+    one, feeds = merged("gpt2")
+    result, report = normfuse.optimize(one, normfuse.Config(layernorm_to_rmsnorm="exact", target=target))
+    assert report.converted == 2 * CASES["gpt2"].converted and len(report.norms) == report.converted
+    for norm in report.norms:
+        assert norm.verified and norm.conversion and norm.conversion["check"]["max_rel"] < 1e-12
+    assert {norm.kind for norm in normfuse.inspect(result).norms} == {"rms_norm"}
+    before, after = (session(m.SerializeToString()) for m in (one, result))
+    for flag in (True, False):
+        given = feeds | {"flag": np.array(flag)}
+        for a, b in zip(before.run(None, given), after.run(None, given), strict=True):
+            np.testing.assert_allclose(b, a, rtol=2e-4, atol=1e-5 * np.abs(a).max())
+    again, second = normfuse.optimize(result, normfuse.Config(layernorm_to_rmsnorm="exact", target=target))
+    assert second.converted == 0 and again.SerializeToString() == result.SerializeToString()
+
+
+@pytest.mark.parametrize("verify", ["off", "sites"])
+@pytest.mark.parametrize("norm", [NORM, SPELLED])
+def test_both_branches_are_converted(norm: str, verify: str) -> None:
+    check(made(norm.format("o"), norm.format("o")), flags(ROWS), 2, verify=verify)
+
+
+@pytest.mark.parametrize("verify", ["off", "sites"])
+@pytest.mark.parametrize(("other", "converted"), [
+    ("h = MatMul(x, w) n = Relu(h) o = MatMul(n, k)", 0), ("h = MatMul(x, w) o = MatMul(h, k)", 0),
+    ("o = MatMul(x, u)", 1), ("t = Transpose<perm=[1,0]>(w) r = MatMul(x, w) o = MatMul(r, t)", 0)])
+def test_a_weight_that_the_other_branch_reads_as_it_was(other: str, converted: int, verify: str) -> None:
+    check(made(NORM.format("o"), other, u=numbers(4, 5)), flags(ROWS), converted, verify=verify)
+
+
+def test_a_weight_that_the_other_branch_reads_is_copied_on_request() -> None:
+    check(made(NORM.format("o"), "h = MatMul(x, w) r = Relu(h) o = MatMul(r, k)"), flags(ROWS), 1, untie=True)
+
+
+@pytest.mark.parametrize("branch", [0, 1])
+def test_what_became_of_a_norm_is_told_of_its_own_branch(branch: int) -> None:
+    """All names are the same, the constants of each branch are its own, and the mean is read in one."""
+    read = NORM.format("t") + " mu = ReduceMean<axes=[-1]>(h) o = Add(t, mu)"
+    texts = [NORM.format("o"), NORM.format("o")]
+    texts[1 - branch] = read
+    one = model("float[B,T,4] x, bool flag", branches(*texts), opset=17)
+    for i in range(2):
+        hide(one, i, w=numbers(4, D), k=numbers(D, 5))
+    for verify in ("off", "sites"):
+        report = check(one, flags(ROWS), 1, verify=verify)
+        told = [(n.action, n.conversion["verdict"]) for n in report.norms]
+        assert told[branch] == ("converted", "exact") and told[1 - branch][1] == "kept"
+
+
+def test_constants_of_a_branch_are_edited() -> None:
+    """By Constant nodes and initializers, whose names are the same in both."""
+    one = made(NORM.format("o"), NORM.format("o"))
+    own = {name: one.graph.initializer.pop([i.name for i in one.graph.initializer].index(name)) for name in "wk"}
+    hide(one, 0, **{name: numpy_helper.to_array(held) for name, held in own.items()})
+    inner = one.graph.node[0].attribute[1].g
+    nodes = [onnx.helper.make_node("Constant", [], [name], value=numpy_helper.from_array(
+        numbers(*numpy_helper.to_array(held).shape))) for name, held in own.items()]  # fmt: skip
+    nodes += inner.node
+    del inner.node[:]
+    inner.node.extend(nodes)
+    for verify in ("off", "sites"):
+        check(one, flags(ROWS), 2, verify=verify)
+
+
+@pytest.mark.parametrize("branch", [0, 1])
+def test_leaving_out_an_edit_of_either_fails_the_certificate(branch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = [NORM.format("o"), NORM.format("o").replace("w)", "u)")]
+    one = made(*own, u=numbers(4, D))
+    run = Folder.run
+
+    def without(self: Folder, *args: Any) -> None:
+        run(self, *args)
+        (left,) = [v for v in self.plan.edits if v.name == "wu"[branch]]
+        del self.plan.edits[left]
+
+    assert normfuse.optimize(one, EXACT)[1].converted == 2
+    monkeypatch.setattr(Folder, "run", without)
+    report = normfuse.optimize(one, EXACT)[1]
+    assert report.converted == 0 and [r.code for r in report.refusals] == ["NF304"] * 2
+    assert all("differ" in r.message for r in report.refusals)
+
+
+@pytest.mark.parametrize("branch", [0, 1])
+def test_a_bias_goes_into_the_layer_behind_it_in_a_branch(branch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And where it is lost, behind a softmax that does not see it, the certificate does."""
+    layer = NORM.format("f") + " a = Add(f, c) o = Softmax(a)"
+    texts = [layer, "o = MatMul(x, u)"]
+    one = made(*(texts if branch == 0 else texts[::-1]), c=numbers(5), u=numbers(4, 5))
+    report = check(one, flags(ROWS), 1, verify="sites")
+    assert any("into the linear layers" in note for note in report.notes)
+    monkeypatch.setattr("normfuse.convert.Edits.add_product", lambda *args: None)
+    report = normfuse.optimize(one, EXACT)[1]
+    assert report.converted == 0 and [r.code for r in report.refusals] == ["NF304"]
+
+
+def test_a_stream_that_crosses_the_border() -> None:
+    """The stream of the main graph is normalised there and in both branches, where it goes on."""
+    ahead = "s = MatMul(x, w) m0 = LayerNormalization<axis=-1>(s, g, b) f0 = MatMul(m0, k0) r = Add(s, f0)"
+    inner = "n = LayerNormalization<axis=-1>(r, g, b) f = MatMul(n, k1) u = Add(r, f) " \
+            "l = LayerNormalization<axis=-1>(u, g, b) o = MatMul(l, k)"  # fmt: skip
+    held = {"k0": numbers(D, D), "k1": numbers(D, D)}
+    for verify in ("off", "sites"):
+        check(made(inner, inner, ahead, **held), flags(ROWS), 5, verify=verify)
+    given = inner.partition(" l =")[0] + " o = MatMul(u, k)"  # in one the mean of the stream is seen
+    report = check(made(inner, given, ahead, **held), flags(ROWS), 3, verify="off")
+    operators = {place for n in report.norms for place in n.conversion.get("operators", ())}
+    assert {place.partition(":")[0] for place in operators} == {"behind r", "behind f"}
+
+
+def test_a_stream_that_a_branch_gives_is_read_by_anyone() -> None:
+    inner = "h = MatMul(x, w) n = LayerNormalization<axis=-1>(h, g, b) f = MatMul(n, k1) o = Add(h, f)"
+    lines = branches(inner, inner, "r") + " y = LayerNormalization<axis=-1>(r, g, b)"
+    one = model("float[B,T,4] x, bool flag", lines, w=numbers(4, D), k1=numbers(D, D))
+    assert check(one, flags(ROWS), 0).refusals
+
+
+def test_a_norm_of_which_parts_stand_in_the_main_graph() -> None:
+    ahead = "h = MatMul(x, w) mu = ReduceMean<axes=[-1]>(h) d = Sub(h, mu)"
+    inner = SPELLED.format("o").split("d = Sub(h, mu) ")[1]
+    for verify in ("off", "sites"):
+        check(made(inner, NORM.format("o").partition(") ")[2], ahead), flags(ROWS), 2, verify=verify)
+
+
+@pytest.mark.parametrize("around", ["if", "loop"])
+def test_deeper_ones_stay(around: str) -> None:
+    inner = branches("h = MatMul(x, w) o = LayerNormalization<axis=-1>(h, g, b)", "o = MatMul(x, w)", "i")
+    if around == "loop":
+        inner = """i = Loop(two, flag, x0) <body = l (int64 n, bool c, float[B,T,8] p) => (bool c2, float[B,T,8] o) {
+                   c2 = Identity(c) o = LayerNormalization<axis=-1>(p, g, b) }>"""
+    one = made(NORM.format("o"), f"x0 = MatMul(x, w) {inner} o = MatMul(i, k)", two=np.array(2))
+    report = check(one, flags(ROWS), 0)
+    assert any("sub-graph" in r.message for r in report.refusals)
+
+
+def test_two_ifs_that_share_names_stay() -> None:
+    lines = f"{branches(NORM.format('o'), NORM.format('o'))} {branches(NORM.format('o'), NORM.format('o'), 'z')}"
+    one = model("float[B,T,4] x, bool flag", lines, "float[] y, float[] z", **HELD)
+    report = check(one, flags(ROWS), 0, verify="sites")
+    assert {r.code for r in report.refusals} == {"NF304"} and "have the name" in report.refusals[0].message
+
+
+def test_several_ifs() -> None:
+    second = branches(NORM.format("o"), NORM.format("o"), "z")
+    for name in "hno":
+        second = re.sub(rf"\b{name}\b", f"{name}2", second)
+    lines = f"{branches(NORM.format('o'), NORM.format('o'))} {second}"
+    one = model("float[B,T,4] x, bool flag", lines, "float[] y, float[] z", **HELD)
+    check(one, flags(ROWS), 4, verify="sites")
+
+
+def test_a_quantised_branch_converts_nothing() -> None:
+    other = "q = QuantizeLinear(x, scale, zero) d = DequantizeLinear(q, scale, zero) o = MatMul(d, u)"
+    one = made(NORM.format("o"), other, u=numbers(4, 5), scale=np.float32(0.1), zero=np.uint8(3))
+    assert [r.code for r in check(one, flags(ROWS), 0).refusals] == ["NF305"]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_hostile_numbers(dtype: type) -> None:
+    """A mean of a hundred times the deviation, and tiny deviations: no further from float64 than the model was."""
+    one = made(SPELLED.format("o"), SPELLED.format("o"), eps=np.float32(1e-5))
+    for held in one.graph.initializer:
+        array = numpy_helper.to_array(held)
+        array = array + 100 * array.std() if held.name == "w" else array
+        held.CopyFrom(numpy_helper.from_array(array.astype(dtype), held.name))
+    if dtype is np.float16:
+        text = onnx.printer.to_text(one).replace("float[", "float16[")
+        held = list(one.graph.initializer)
+        one = onnx.parser.parse_model(text)
+        del one.graph.initializer[:]
+        one.graph.initializer.extend(held)
+    result, report = normfuse.optimize(one, EXACT)
+    assert report.converted == 2, report.refusals
+    wide = onnx.parser.parse_model(re.sub(r"float(16)?\[", "double[", onnx.printer.to_text(one)))
+    del wide.graph.initializer[:]
+    wide.graph.initializer.extend(numpy_helper.from_array(numpy_helper.to_array(i).astype(np.float64), i.name)
+                                  for i in one.graph.initializer)  # fmt: skip
+    for scale in (1.0, 1e-3):
+        x: Any = (RNG.standard_normal((2, 3, 4)) * scale).astype(dtype)
+        for flag in (True, False):
+            given = {"x": x, "flag": np.array(flag)}
+            (want,) = session(wide.SerializeToString()).run(None, given | {"x": x.astype(np.float64)})
+            before, after = (session(m.SerializeToString()).run(None, given)[0] for m in (one, result))
+            error, was = (np.linalg.norm(y.astype(np.float64) - want) for y in (after, before))
+            assert error <= 2 * was + 1e-6 * np.linalg.norm(want)
+
+
+def test_an_if_of_another_domain() -> None:
+    """It has no branches that anyone knows of."""
+    one = model("float[B,T,4] x, bool flag", NORM.format("y"), **HELD)
+    body = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["x"], ["o"])], "g", [], [
+        onnx.helper.make_tensor_value_info("o", onnx.TensorProto.FLOAT, None)])  # fmt: skip
+    node = onnx.helper.make_node("If", ["flag"], ["z"], domain="my.own", one=body, two=body)
+    one.graph.node.append(node)
+    one.graph.output.append(onnx.helper.make_tensor_value_info("z", onnx.TensorProto.FLOAT, None))
+    one.opset_import.append(onnx.helper.make_opsetid("my.own", 1))
+    assert len(normfuse.inspect(one).norms) == 1
