@@ -49,6 +49,23 @@ class Means:
     partial: Callable[[Mapping[Site, Site]], Mapping[Site, str]] = lambda norms: {}
 
 
+class Groups:
+    """Things that belong together, and those that they belong to."""
+
+    def __init__(self) -> None:
+        self.leader: dict[object, object] = {}
+
+    def of(self, a: object) -> object:
+        """What stands for the group of a thing."""
+        while self.leader.setdefault(a, a) is not a:
+            self.leader[a] = a = self.leader[self.leader[a]]
+        return a
+
+    def join(self, a: object, b: object) -> None:
+        """Make one group of two."""
+        self.leader[self.of(a)] = self.of(b)
+
+
 @dataclass(slots=True, eq=False)
 class Conversion:
     """What is to be done: norms to convert, constants to edit, operators to put and who reads them.

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from normfuse.centring import Centre, Channels
-from normfuse.conversion import Conversion, rms
-from normfuse.graph import Graph, Node, Value
+from normfuse.centring import Centre
+from normfuse.conversion import Conversion
+from normfuse.graph import Node, Value
 from normfuse.norm import Expr, Norm, Site, region
 from normfuse.ort_values import Array
-from normfuse.passes.fold_affine import Contraction, Linear, Readers, constants, elements
+from normfuse.passes.fold_affine import Contraction
 from normfuse.records import record_of
 from normfuse.report import NormRecord, RefusalRecord, Report
 
@@ -107,63 +107,6 @@ class Overflow(Exception):
     """An edited constant is more than its type holds; the message says which."""
 
 
-class Folder:
-    """Plans what of the norms goes into the constants behind them: the bias, with `scale` the weight too.
-
-    `linear`, `channels`, `twins`: as for the planner; `full` tells of a constant whether it is a number all over.
-    """
-
-    def __init__(self, graph: Graph, plan: Conversion, linear: Linear, channels: Channels,
-                 twins: Callable[[Value], Hashable], full: Callable[[Value, int], bool]) -> None:  # fmt: skip
-        self.plan, self.full = plan, full
-        self.readers = Readers(graph, linear, channels, twins)
-
-    def run(self, sites: Sequence[Site], scale: bool) -> None:
-        """Fold what can be folded, of the converted norms and, with `scale`, of the other RMSNorms at `sites`."""
-        converted = set(self.plan.sites)
-        for site in dict.fromkeys([*self.plan.sites, *(sites if scale else ())]):
-            if site not in converted and (site.norm.kind != "rms_norm" or site in self.plan.kept):
-                continue
-            inner = self.plan.inner.get(site, site)
-            norm = rms(inner.norm)
-            bias, weight = constants(norm.bias), constants(norm.weight)
-            if bias is not None:
-                values = [v for _, factors in bias for v, _ in factors]
-                if len(bias) == 1 and all(self.full(v, 0) for v in values):
-                    self.plan.zero += values
-                    norm = replace(norm, bias=None)
-            found = self._readers(inner)
-            if found and norm.bias is not None and bias is not None and all(one.bias is not None for one in found):
-                self.plan.folds.append(("bias", bias, found))
-                norm = replace(norm, bias=None)
-            if scale and found and norm.bias is None and weight is not None and not self._ones(weight):
-                self.plan.folds.append(("scale", weight, found))
-                norm = replace(norm, weight=None)
-            if (norm.bias, norm.weight) != (inner.norm.bias, inner.norm.weight):
-                self.plan.folded[site] = replace(inner, norm=norm)
-
-    def _ones(self, weight: Expr) -> bool:
-        """Whether a weight has nothing to fold: it was folded before, and the operator has to have one."""
-        return [c for c, _ in weight] == [1] and all(self.full(v, 1) for _, factors in weight for v, _ in factors)
-
-    def _readers(self, site: Site) -> list[Contraction]:
-        end = site.value
-        while end.native is None and end.uses:
-            end = end.uses[0].outputs[0]
-        axes = site.norm.axes
-        return self.readers.of(end, axes[0]) or [] if len(axes) == 1 else []
-
-
-def folds_note(plan: Conversion) -> list[str]:
-    """What to say of folded biases and weights."""
-    out = []
-    for kind, name in (("bias", "biases"), ("scale", "weights")):
-        n = sum(k == kind for k, _, _ in plan.folds)
-        if n:
-            out.append(f"the {name} of {n} norms went into the linear layers behind them")
-    return out
-
-
 def with_copies(plan: Conversion, site: Site, copies: Mapping[Value, Value]) -> Norm:
     """A norm with the copies of its parameters that its own nodes read, where they read copies."""
     nodes = set(region(site.value, site.norm))
@@ -175,22 +118,6 @@ def with_copies(plan: Conversion, site: Site, copies: Mapping[Value, Value]) -> 
         return copies[value] if value in copies and not nodes.isdisjoint(plan.copies[value]) else value
 
     return replace(site.norm, weight=own(site.norm.weight), bias=own(site.norm.bias))
-
-
-def fold(plan: Conversion, edits: Edits, name: Callable[[Value], str]) -> None:
-    """Write the planned folds down as edits of constants: biases first, since they read weights as they are then."""
-
-    def made_of(expr: Expr, size: int) -> Callable[[Get], Array]:
-        return lambda give: elements(expr, size, lambda v: give(name(v)))
-
-    for kind, expr, found in sorted(plan.folds, key=lambda f: f[0]):
-        for one in found:
-            size = (one.weight.shape or ())[one.over]
-            assert isinstance(size, int)
-            if kind == "scale":
-                edits.scale(name(one.weight), made_of(expr, size), one)
-            elif one.bias is not None:
-                edits.add_product(name(one.bias), name(one.weight), made_of(expr, size), one)
 
 
 @dataclass(slots=True)

@@ -4,14 +4,16 @@
                                                or           y = rms_norm(x);      z = (W diag(g)) y + ...
 
 Only where every reader is a linear layer or an unpadded convolution over the norm's axis whose constants nobody else
-reads, and the norm is no output of the graph. A bias that is zero all over needs no reader.
+reads but those that read a norm with the same weight and bias (a layer that is called again, or in both branches of an
+If), and the norm is no output of the graph. A bias that is zero all over needs no reader.
 
 The weight: FlashNorm (Graef et al. 2024, arXiv 2407.09577).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, cast
@@ -56,7 +58,7 @@ Linear = Callable[[Node, Value, int], Contraction | None]
 
 
 class Readers:
-    """Finds the linear layers of a graph that read a value, and whose constants nothing else reads."""
+    """Finds the linear layers of a graph that read a value, and tells whether anything else reads their constants."""
 
     def __init__(self, graph: Graph, linear: Linear, channels: Channels, twins: Callable[[Value], Hashable]) -> None:
         self.linear, self.channels, self.twins = linear, channels, twins
@@ -85,8 +87,18 @@ class Readers:
                 if below is None:
                     return None
                 todo.append(below)
-        shared = [self.twins(v) for one in found for v in (one.weight, one.bias) if v is not None]
-        return found if found and all(self.reads[key] == 1 for key in shared) else None
+        return found or None
+
+    def keys(self, one: Contraction) -> list[Hashable]:
+        """What stands for the constants of a layer."""
+        return [self.twins(v) for v in (one.weight, one.bias) if v is not None]
+
+    def alone(self, found: Sequence[Contraction]) -> bool:
+        """Whether nothing but these layers reads their constants, and those that share one share all."""
+        count = Counter(key for one in found for key in self.keys(one))
+        each = {(one.weight, one.bias, one.over, one.gives): one for one in found}.values()
+        return sum(len(self.keys(one)) for one in each) == len(count) and all(
+            self.reads[key] == n for key, n in count.items())  # fmt: skip
 
 
 def _view(node: Node, value: Value, axis: int, channels: Channels) -> tuple[Value, int] | None:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import replace
 
 from normfuse.centring import PARTED, Blocked, Centre, Links, Part, back, centred, joined, united
-from normfuse.conversion import Conversion, Means, Operator, Proof, Reader, operator_of
+from normfuse.conversion import Conversion, Groups, Means, Operator, Proof, Reader, operator_of
 from normfuse.facts import ONE
 from normfuse.graph import Graph, Node, Value
 from normfuse.norm import Refusal, Site, region
@@ -388,34 +388,29 @@ class _Planner:
 
     def _drop(self) -> bool:
         """Give up connected parts of the plan that add as many operators as they convert norms."""
-        leader: dict[object, object] = {}
-
-        def find(a: object) -> object:
-            while leader.setdefault(a, a) is not a:
-                leader[a] = a = leader[leader[a]]
-            return a
+        groups = Groups()
 
         def key(v: Value, want: Centre) -> object:
             return (v, want) if v in self.seeds else v
 
         for site in self.sites:
-            leader[find(site)] = find(key(*self._wish(site)))
+            groups.join(site, key(*self._wish(site)))
         for value, want in self.state.items():
             if value.producer is not None:
                 for operand, w in self._back(value.producer, value, want):
                     if operand in self.state or operand in self.seeds:
-                        leader[find(value)] = find(key(operand, w))
+                        groups.join(value, key(operand, w))
         gain: dict[object, int] = {}
         first: dict[object, list[Value]] = {}
         for site in self.sites:
-            gain[find(site)] = gain.get(find(site), 0) + 1
+            gain[groups.of(site)] = gain.get(groups.of(site), 0) + 1
         for operator in self.operators:
-            gain[find(operator)] = gain.get(find(operator), 0) - 1
-            first.setdefault(find(operator), []).append(operator[0])
-        lost = [site for site in self.sites if gain[find(site)] <= 0]
+            gain[groups.of(operator)] = gain.get(groups.of(operator), 0) - 1
+            first.setdefault(groups.of(operator), []).append(operator[0])
+        lost = [site for site in self.sites if gain[groups.of(site)] <= 0]
         for site in lost:
-            places = first[find(site)]
-            norms = sum(find(s) is find(site) for s in self.sites)
+            places = first[groups.of(site)]
+            norms = sum(groups.of(s) is groups.of(site) for s in self.sites)
             needed = f"{_count(places, 'centring operator')} would be needed for {_count(norms, 'norm')}"
             self._keep(site, "NF303", f"{needed}: {self.seeds[places[0]]}")
         self.sites = [site for site in self.sites if site not in self.out.kept]

@@ -11,7 +11,7 @@ import pytest
 from onnx import numpy_helper
 
 import normfuse
-from normfuse.convert import Folder
+from normfuse.folding import Folder
 from normfuse.sessions import session
 from tests.converted import RNG, D, check, flags, model, numbers
 from tests.layernorm_models import CASES, to_onnx
@@ -79,6 +79,7 @@ def test_a_decoder_of_two_branches(target: Any) -> None:
     for norm in report.norms:
         assert norm.verified and norm.conversion and norm.conversion["check"]["max_rel"] < 1e-12
     assert {norm.kind for norm in normfuse.inspect(result).norms} == {"rms_norm"}
+    assert "the biases of 12 norms went into the linear layers behind them" in report.notes
     before, after = (session(m.SerializeToString()) for m in (one, result))
     for flag in (True, False):
         given = feeds | {"flag": np.array(flag)}

@@ -12,7 +12,7 @@ import pytest
 from onnx.reference import ReferenceEvaluator
 
 import normfuse
-from normfuse.convert import Folder
+from normfuse.folding import Folder
 from normfuse.frontends.onnx_certify import OPERATORS
 from normfuse.frontends.onnx_kernels import KERNELS
 from normfuse.sessions import session

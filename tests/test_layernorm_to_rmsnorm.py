@@ -20,7 +20,8 @@ from torch import nn
 import normfuse
 from normfuse.config import Config
 from normfuse.conversion import Conversion
-from normfuse.convert import LIMIT, Folder
+from normfuse.convert import LIMIT
+from normfuse.folding import Folder
 from normfuse.frontends import fx_convert
 from normfuse.nn import RMSNorm
 from normfuse.report import Report

@@ -14,19 +14,9 @@ from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from normfuse.centring import Centre, Links
 from normfuse.config import Config
 from normfuse.conversion import Conversion, Means, operator_of, parts_of, rms
-from normfuse.convert import (
-    Certificate,
-    Edits,
-    Folder,
-    Overflow,
-    Record,
-    changes,
-    fold,
-    folds_note,
-    refusals,
-    with_copies,
-)
+from normfuse.convert import Certificate, Edits, Overflow, Record, changes, refusals, with_copies
 from normfuse.errors import InputError
+from normfuse.folding import Folder, fold, folds_note
 from normfuse.frontends import fx_channels as table
 from normfuse.frontends.fx_certify import certify
 from normfuse.frontends.fx_effects import held

@@ -11,19 +11,9 @@ import onnx_ir as ir
 from normfuse.centring import Centre
 from normfuse.config import Config
 from normfuse.conversion import Conversion, Means, rms
-from normfuse.convert import (
-    Certificate,
-    Edits,
-    Folder,
-    Overflow,
-    Record,
-    changes,
-    fold,
-    folds_note,
-    refusals,
-    with_copies,
-)
+from normfuse.convert import Certificate, Edits, Overflow, Record, changes, refusals, with_copies
 from normfuse.errors import InputError
+from normfuse.folding import Folder, fold, folds_note
 from normfuse.frontends import onnx_channels as table
 from normfuse.frontends.onnx import Lowering
 from normfuse.frontends.onnx_branches import homes
