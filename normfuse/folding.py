@@ -34,8 +34,7 @@ class Folder:
                 inner = self.plan.inner.get(site, site)
                 norms[site], readers[site] = self._without_zeros(rms(inner.norm)), self._readers(inner)
         for group in self._groups(readers):
-            lost = self._fold({site: norms[site] for site in group}, {site: readers[site] for site in group}, scale)
-            norms |= {site: replace(norms[site], **lost) for site in group}
+            norms |= self._fold({site: norms[site] for site in group}, [readers[site] for site in group], scale)
         for site, norm in norms.items():
             inner = self.plan.inner.get(site, site)
             if (norm.bias, norm.weight) != (inner.norm.bias, inner.norm.weight):
@@ -59,21 +58,19 @@ class Folder:
             out.setdefault(groups.of(site), []).append(site)
         return list(out.values())
 
-    def _fold(self, norms: Mapping[Site, Norm], readers: Mapping[Site, list[Contraction]], scale: bool
-              ) -> dict[str, None]:  # fmt: skip
-        """Fold what norms with the same weight and bias have into the layers that read them; what they lose."""
-        found, lost = [one for some in readers.values() for one in some], dict[str, None]()
+    def _fold(self, norms: dict[Site, Norm], readers: list[list[Contraction]], scale: bool) -> dict[Site, Norm]:
+        """Fold what norms with the same weight and bias have into the layers that read them; the norms then."""
         own = {(norm.bias is None, constants(norm.bias), constants(norm.weight)) for norm in norms.values()}
         (none, bias, weight), *others = own
-        if others or not all(readers.values()) or not self.readers.alone(found):
-            return lost
-        if bias is not None and all(one.bias is not None for one in found):
-            self.plan.folds += [("bias", bias, some) for some in readers.values()]
-            lost["bias"] = None
-        if scale and (none or lost) and weight is not None and not self._ones(weight):
-            self.plan.folds += [("scale", weight, some) for some in readers.values()]
-            lost["weight"] = None
-        return lost
+        if others or not all(readers) or not self.readers.alone([one for found in readers for one in found]):
+            return norms
+        if bias is not None and all(one.bias is not None for found in readers for one in found):
+            self.plan.folds += [("bias", bias, found) for found in readers]
+            norms, none = {site: replace(norm, bias=None) for site, norm in norms.items()}, True
+        if scale and none and weight is not None and not self._ones(weight):
+            self.plan.folds += [("scale", weight, found) for found in readers]
+            norms = {site: replace(norm, weight=None) for site, norm in norms.items()}
+        return norms
 
     def _ones(self, weight: Expr) -> bool:
         """Whether a weight has nothing to fold: it was folded before, and the operator has to have one."""

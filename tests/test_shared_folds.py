@@ -34,11 +34,13 @@ class Again(nn.Module):
             up = nn.functional.linear(y, self.up.weight, self.beside.bias)
         if second == "read raw":
             up = up + self.up(torch.tanh(x.sum(dim=(1, 2), keepdim=True) * self.raw))
-        return h + self.down(torch.tanh(up))
+        out: Tensor = h + self.down(torch.tanh(up))
+        return out
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.block(x, self.block(x, self.embed(x), ""), self.second)
-        return self.head(self.last(h))
+        out: Tensor = self.head(self.last(h))
+        return out
 
 
 @pytest.mark.parametrize("scale", [False, True])
@@ -62,7 +64,7 @@ def test_a_layer_that_is_called_again(second: str, shared: int, opset: int, veri
             warnings.simplefilter("ignore")
             result, report = normfuse.optimize(torch.export.export(module, (x,)), config)
         got = result.module()(x)
-    assert [n.conversion["verdict"] for n in report.norms] == ["exact"] * 3, report.refusals
+    assert [(n.conversion or {})["verdict"] for n in report.norms] == ["exact"] * 3, report.refusals
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     for kind in ("biases", "weights")[: 1 + scale]:
         assert f"the {kind} of {shared + 1} norms went into the linear layers behind them" in report.notes
@@ -86,8 +88,9 @@ def test_norms_that_differ_in_their_weight_share_no_scale() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.export.export(module, (x,))
+    verify: Any
     for verify in ("off", "sites"):
-        config = normfuse.Config(layernorm_to_rmsnorm="exact", verify=verify, fold_scale=True)  # type: ignore[arg-type]
+        config = normfuse.Config(layernorm_to_rmsnorm="exact", verify=verify, fold_scale=True)
         result, report = normfuse.optimize(program, config)
         assert report.converted == 2 and not any("went into" in note for note in report.notes)
         for got, want in zip(result.module()(x), module(x), strict=True):
