@@ -199,10 +199,11 @@ def open_shapes(dims: Mapping[str, Sequence[Any]], known: Mapping[str, int],
                 open_sizes: tuple[int, int, int]) -> dict[str, tuple[int, ...]]:  # fmt: skip
     """The shapes of inputs by name, of the sizes that they state: a symbolic one is `known`, the sum of two where it is
     named "a + b", or else of `open_sizes`. What is past is counted by that name, or by the third axis of a tensor of
-    that name."""
+    that name, unless another input has it too."""
     first = {shape[0] for shape in dims.values() if shape} - {None}
-    past = {dim for name, shape in dims.items() if len(shape) == 4 for axis, dim in enumerate(shape)
-            if isinstance(dim, str) and ("past" in dim or (axis == 2 and "past" in name))}  # fmt: skip
+    others = {dim for name, shape in dims.items() if "past" not in name for dim in shape}  # such as the encoder's
+    past = {dim for name, shape in dims.items() if len(shape) == 4 for axis, dim in enumerate(shape) if isinstance(
+        dim, str) and ("past" in dim or (axis == 2 and "past" in name and dim not in others))}  # fmt: skip
 
     def size(dim: Any, axis: int) -> int:
         if isinstance(dim, int) and dim >= 0:

@@ -18,7 +18,7 @@ from normfuse.bench import How, bench
 from normfuse.cli_report import comparison_blocks
 from normfuse.errors import InputError, UnsupportedError
 from normfuse.frontends.onnx_certify import inputs_for
-from normfuse.frontends.onnx_open import channels, stated_sizes
+from normfuse.frontends.onnx_open import image_sizes, stated_sizes
 from normfuse.frontends.onnx_wide import compare_rewritten
 from normfuse.io.files import read_onnx
 from normfuse.reduce import _difference
@@ -270,6 +270,9 @@ def test_what_is_past() -> None:
     assert shapes({}, (2, 3, 0), past_key_values_0_key=["b", 2, "s88", "d"])["past_key_values_0_key"] == (2, 2, 0, 3)
     assert shapes({}, (2, 3, 0), k=["b", 2, "s88", 8])["k"] == (2, 2, 3, 8)
     assert shapes({}, (2, 3, 0), past_values=["batch", "past_length", 8])["past_values"] == (2, 3, 8)  # a time series
+    encoder = ["batch", 2, "encoder_length", 8]  # what its decoder reads of the encoder's tokens is not past
+    found = shapes({}, (2, 3, 0), hidden=["batch", "encoder_length", 16], past_encoder_key=encoder, past_key=cache)
+    assert found == {"hidden": (2, 3, 16), "past_encoder_key": (2, 2, 3, 8), "past_key": (2, 2, 0, 8)}
 
 
 def test_sums_of_sizes() -> None:
@@ -365,4 +368,38 @@ def test_weights_that_are_made_in_many_steps_take_no_time(count: int, tmp_path: 
         g (float[B, channels, 8, 8] x) => (float[a, b, c, d] y) {{ w0 = Mul(k, s) {steps} y = Conv(x, w{count}) }}""")
     made.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in (
         ("k", np.ones((4, 3, 2, 2), np.float32)), ("s", np.full((4, 1, 1, 1), 1e-20, np.float32))))
-    assert channels(read_onnx(saved(made, tmp_path / "in.onnx"))[0]) == ({"channels": 3} if count == 2 else {})
+    assert image_sizes(read_onnx(saved(made, tmp_path / "in.onnx"))[0]) == ({"channels": 3} if count == 2 else {})
+
+
+def patches(positions: int, extra: int = 1, table: int = 98, attributes: str = "strides = [4, 4]") -> onnx.ModelProto:
+    """A model that cuts an image of open size into patches, and adds positions to them and to `extra` tokens."""
+    made = onnx.parser.parse_model(f"""<ir_version: 8, opset_import: ["": 17]>
+        g (float[B, C, H, W] x, int64[B, T] ids) => (float[b, n, c] y) {{
+        image = Conv<{attributes}>(x, k) rows = Reshape(image, shape) p = Transpose<perm = [0, 2, 1]>(rows)
+        words = Gather(table, ids) w = ReduceMean<axes = [1]>(words)
+        tokens = Concat<axis = 1>(p, {", ".join(["w"] * extra)})
+        z = Add(tokens, positions) y = LayerNormalization(z, g) }}""")
+    held = {"k": np.ones((8, 3, 4, 4), np.float32), "shape": np.array([0, 8, -1]), "g": np.ones(8, np.float32),
+            "positions": np.ones((1, positions, 8), np.float32), "table": np.ones((table, 8), np.float32)}
+    made.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in held.items())
+    return made
+
+
+@pytest.mark.parametrize("extra", [1, 2])
+@pytest.mark.parametrize("attributes", ["strides = [4, 4]", "strides = [2, 2]"])
+def test_a_table_of_positions_says_how_large_an_image_is(extra: int, attributes: str, tmp_path: Path) -> None:
+    path = saved(patches(49 + extra, extra, attributes=attributes), tmp_path / "in.onnx")
+    side = 28 if attributes == "strides = [4, 4]" else 16
+    assert image_sizes(read_onnx(path)[0]) == {"C": 3, "H": side, "W": side}
+    assert compare_models(path, path)["equal"]
+    assert run("rewrite", path, tmp_path / "out.onnx", "--verify", "model")[0] == 0
+
+
+@pytest.mark.parametrize("said", [
+    {"positions": 60}, {"positions": 50, "table": 64},
+    {"positions": 50, "attributes": "strides = [4, 4], pads = [1, 1, 1, 1]"},
+    {"positions": 50, "attributes": 'strides = [4, 4], auto_pad = "SAME_UPPER"'}])
+def test_what_says_nothing_of_an_image(said: dict[str, Any], tmp_path: Path) -> None:
+    """No square, two of them, patches that overlap the border."""
+    path = saved(patches(**said), tmp_path / "in.onnx")
+    assert image_sizes(read_onnx(path)[0]) == {"C": 3}

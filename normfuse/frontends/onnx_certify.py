@@ -28,7 +28,7 @@ from normfuse.distance import normwise, tells, worst
 from normfuse.frontends.onnx_branches import BRANCHES, taken
 from normfuse.frontends.onnx_check import DOUBLE, FLOAT_TYPES, MOST, OPS, _widen
 from normfuse.frontends.onnx_kernels import KERNELS
-from normfuse.frontends.onnx_open import channels
+from normfuse.frontends.onnx_open import image_sizes
 from normfuse.frontends.onnx_unknown import StandIns
 from normfuse.ort_values import Array
 from normfuse.sessions import names_mask, open_shapes
@@ -321,7 +321,7 @@ def inputs_for(model: ir.Model, size: int, attempt: int = 0) -> dict[str, Array]
     feeds: dict[str, Array] = {}
     given = [value for value in model.graph.inputs if value.name not in model.graph.initializers]
     dims = {v.name or "": [getattr(d, "value", d) or None for d in v.shape or ()] for v in given}
-    shapes = open_shapes(dims, channels(model), (2, size, size))
+    shapes = open_shapes(dims, image_sizes(model), (2, size, size))
     for value in given:
         shape = shapes[value.name or ""]
         if math.prod(shape) > MOST:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import onnx_ir as ir
 
@@ -14,15 +16,17 @@ CACHES = {"MultiHeadAttention": (6, 7), "GroupQueryAttention": (3, 4)}
 SCALED = frozenset("Cast Identity Add Sub Mul Div QuantizeLinear DequantizeLinear".split())
 """What is done to an image or a weight ahead of a convolution, and leaves its channels as they are."""
 BOTH = frozenset("Add Sub Mul Div".split())
+CLASSES = (0, 1, 2)
+"""How many tokens an image has beside its patches: none, that of its class, and that of DeiT's distillation."""
 MOST_STEPS = 16
 """How many of these are looked through."""
 
 
 def stated_sizes(model: ir.Model) -> dict[str, int]:
     """The open sizes of a model's inputs by name that its operators say: that of a head, which the width of the key
-    that is added to a cache does, the least tokens that a cache for a sliding window has room for, and the channels of
-    an image, which the weight of a convolution does."""
-    found = channels(model)
+    that is added to a cache does, the least tokens that a cache for a sliding window has room for, and those of an
+    image."""
+    found = image_sizes(model)
     low: Lowering | None = None
     for node in list(model.graph):  # which may be sorted on the way
         slots = CACHES.get(node.op_type, ()) if node.domain == "com.microsoft" else ()
@@ -43,8 +47,9 @@ def stated_sizes(model: ir.Model) -> dict[str, int]:
     return found
 
 
-def channels(model: ir.Model) -> dict[str, int]:
-    """The open sizes that are the channels of an image, which a convolution reads as it is or scaled."""
+def image_sizes(model: ir.Model) -> dict[str, int]:
+    """The open sizes of an image, which a convolution reads as it is or scaled: its channels, as many as the weight
+    has, and height and width, where the model has one table of positions for as many patches as a square has."""
     found: dict[str, int] = {}
     for node in model.graph:
         if node.op_type != "Conv" or node.domain not in ("", "ai.onnx"):
@@ -52,10 +57,26 @@ def channels(model: ir.Model) -> dict[str, int]:
         value, shape = _behind(node.inputs[0]), _size(node.inputs[1])
         if shape is None or value is None or not value.is_graph_input() or len(value.shape or ()) != len(shape):
             continue
-        name = getattr(value.shape[1], "value", None) if value.shape is not None else None
-        if isinstance(name, str):
-            found[name] = int(shape[1]) * int(attribute(node, "group", 1))
+        for axis, size in enumerate((shape[1] * attribute(node, "group", 1), *_square(model, node, shape)), 1):
+            name = getattr(value.shape[axis], "value", None) if value.shape is not None else None
+            if isinstance(name, str):
+                found[name] = int(size)
     return found
+
+
+def _square(model: ir.Model, node: ir.Node, weight: tuple[int, ...]) -> list[int]:
+    """Height and width of an image that a convolution cuts into as many patches as the model has positions, next to
+    those of a class token perhaps."""
+    if len(weight) != 4 or any(attribute(node, "pads", [])) or attribute(node, "auto_pad", "NOTSET")[:4] == "SAME":
+        return []
+    read = [v for one in model.graph for v in {"Add": one.inputs, "Gather": one.inputs[:1]}.get(one.op_type, ())]
+    shapes = [shape for v in read if (shape := _size(v)) is not None and len(shape) > 1 and shape[-1] == weight[0]]
+    counts = {shape[-2] - more for shape in shapes for more in CLASSES}
+    sides = {math.isqrt(n) for n in counts if n > 3 and math.isqrt(n) ** 2 == n}
+    if len(sides) != 1:
+        return []
+    steps = max(sides) - 1
+    return [k + steps * stride for k, stride in zip(weight[2:], attribute(node, "strides", [1, 1]), strict=True)]
 
 
 def _behind(value: ir.Value | None) -> ir.Value | None:
