@@ -30,10 +30,11 @@ def branches(then: str, other: str, name: str = "y") -> str:
                                    else_branch = e () => (float[] o) {{ {other} }}>"""
 
 
-def made(then: str, other: str, ahead: str = "", **more: Any) -> onnx.ModelProto:
+def made(then: str, other: str, ahead: str = "", behind: str = "", outputs: str = "float[] y",
+         **more: Any) -> onnx.ModelProto:  # fmt: skip
     """A model of an If of two branches."""
-    lines = f"{ahead} {branches(then, other)}"
-    return model("float[B,T,4] x, bool flag", lines, opset=17, **HELD | more)
+    lines = f"{ahead} {branches(then, other)} {behind}"
+    return model("float[B,T,4] x, bool flag", lines, outputs, opset=17, **HELD | more)
 
 
 def hide(model: onnx.ModelProto, branch: int, **arrays: np.ndarray[Any, Any]) -> onnx.ModelProto:
@@ -259,13 +260,38 @@ def test_hostile_numbers(dtype: type) -> None:
             assert error <= 2 * was + 1e-6 * np.linalg.norm(want)
 
 
-def test_an_if_of_another_domain() -> None:
-    """It has no branches that anyone knows of."""
-    one = model("float[B,T,4] x, bool flag", NORM.format("y"), **HELD)
-    body = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["x"], ["o"])], "g", [], [
-        onnx.helper.make_tensor_value_info("o", onnx.TensorProto.FLOAT, None)])  # fmt: skip
-    node = onnx.helper.make_node("If", ["flag"], ["z"], domain="my.own", one=body, two=body)
-    one.graph.node.append(node)
-    one.graph.output.append(onnx.helper.make_tensor_value_info("z", onnx.TensorProto.FLOAT, None))
+@pytest.mark.parametrize("names", [("one", "two"), ("then_branch", "else_branch")])
+def test_an_if_of_another_domain(names: tuple[str, str]) -> None:
+    """Nobody knows what becomes of its graphs."""
+    one = made(NORM.format("o"), NORM.format("o"))
+    node = one.graph.node[0]
+    node.domain = "my.own"
+    for attribute, name in zip(node.attribute, names, strict=True):
+        attribute.name = name
     one.opset_import.append(onnx.helper.make_opsetid("my.own", 1))
-    assert len(normfuse.inspect(one).norms) == 1
+    report = normfuse.optimize(one, EXACT)[1]
+    assert report.converted == 0 and ["sub-graph" in r.message for r in report.refusals] == [True, True]
+
+
+def test_an_if_that_stands_ahead_of_what_it_reads() -> None:
+    """ONNX Runtime takes such a file: the weight is read as it is, by the branch, of what is computed only then."""
+    lines = "m = LayerNormalization<axis=-1>(late, g, b) z = MatMul(m, k) r = Add(z, y)"
+    one = made("o = MatMul(late, k)", NORM.format("o"), outputs="float[] r", behind=lines)
+    one.graph.node.append(onnx.helper.make_node("MatMul", ["x", "u"], ["late"]))
+    one.graph.initializer.append(numpy_helper.from_array(numbers(4, D), "u"))
+    given = list(one.graph.node)
+    del one.graph.node[:]
+    one.graph.node.extend([given[0], given[-1], *given[1:-1]])
+    for verify in ("off", "sites"):
+        check(one, flags(ROWS), 1, verify=verify)
+
+
+def test_sizes_and_constants_of_the_main_graph() -> None:
+    """Shapes that it computes are used in a branch, and a constant that it folds is a number there."""
+    ahead = """n0 = Shape<start=0, end=2>(x) s = Concat<axis=0>(n0, eight) two = Add(one, one)
+               h0 = MatMul(x, w)"""
+    inner = """r = Reshape(h0, s) mu = ReduceMean<axes=[-1]>(r) d = Sub(r, mu) q = Pow(d, two) v = ReduceMean<axes=[-1]>(q)
+               e = Add(v, eps) z = Sqrt(e) t = Div(d, z) m = Mul(t, g) n = Add(m, b) o = MatMul(n, k)"""
+    held = {"eight": np.array([D]), "one": np.float32(1)}
+    for verify in ("off", "sites"):
+        check(made(inner, inner, ahead, **held), flags(ROWS), 2, verify=verify)

@@ -62,7 +62,6 @@ def taken(model: ir.Model, branch: str) -> ir.Model:
         if shared:
             raise ValueError(f"two values of the model have the name {min(map(str, shared))!r}")
         used |= names_of([inner])
-        inner.outputs.clear()
         for name in list(inner.initializers):
             graph.register_initializer(inner.initializers.pop(name))
         inner.remove(nodes)
