@@ -62,9 +62,11 @@ class Folder:
         """Fold what norms with the same weight and bias have into the layers that read them; the norms then."""
         own = {(norm.bias is None, constants(norm.bias), constants(norm.weight)) for norm in norms.values()}
         (none, bias, weight), *others = own
-        if others or not all(readers) or not self.readers.alone([one for found in readers for one in found]):
+        layers = [one for found in readers for one in found]
+        copied = any(v in self.plan.copies for one in layers for v in (one.weight, one.bias))  # some have another then
+        if others or copied or not all(readers) or not self.readers.alone(layers):
             return norms
-        if bias is not None and all(one.bias is not None for found in readers for one in found):
+        if bias is not None and all(one.bias is not None for one in layers):
             self.plan.folds += [("bias", bias, found) for found in readers]
             norms, none = {site: replace(norm, bias=None) for site, norm in norms.items()}, True
         if scale and none and weight is not None and not self._ones(weight):

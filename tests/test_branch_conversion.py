@@ -11,6 +11,7 @@ import pytest
 from onnx import numpy_helper
 
 import normfuse
+from normfuse.convert import Certificate, joined
 from normfuse.folding import Folder
 from normfuse.sessions import session
 from tests.converted import RNG, D, check, flags, model, numbers
@@ -146,8 +147,8 @@ def test_leaving_out_an_edit_of_either_fails_the_certificate(branch: int, monkey
 
     def without(self: Folder, *args: Any) -> None:
         run(self, *args)
-        (left,) = [v for v in self.plan.edits if v.name == "wu"[branch]]
-        del self.plan.edits[left]
+        for left in [v for v in self.plan.edits if v.name == "wu"[branch]]:
+            del self.plan.edits[left]
 
     assert normfuse.optimize(one, EXACT)[1].converted == 2
     monkeypatch.setattr(Folder, "run", without)
@@ -169,12 +170,24 @@ def test_a_bias_goes_into_the_layer_behind_it_in_a_branch(branch: int, monkeypat
     assert report.converted == 0 and [r.code for r in report.refusals] == ["NF304"]
 
 
+def test_what_the_main_graph_computes_for_a_branch() -> None:
+    """With the other branch taken nothing sees the edit. A branch has the name that an operator would get."""
+    one = made("n = LayerNormalization<axis=-1>(h, g, b) o = MatMul(n, k)", "o = MatMul(x, u)", "h = MatMul(x, w)",
+               u=numbers(4, 5))  # fmt: skip
+    check(one, flags(ROWS), 1, verify="sites")
+    stacked = """n = LayerNormalization<axis=-1>(h, g, b) h_centred = Add(h, n)
+                 l = LayerNormalization<axis=-1>(h, b, g) s = Add(h_centred, l) o = MatMul(s, k)"""
+    one = made(stacked, "o = MatMul(x, u)", "i = MatMul(x, w) h = Relu(i)", u=numbers(4, 5))
+    report = check(one, flags(ROWS), 2)
+    assert {n.conversion["verdict"] for n in report.norms} == {"exact with an operator"}
+
+
 def test_a_stream_that_crosses_the_border() -> None:
     """The stream of the main graph is normalised there and in both branches, where it goes on."""
     ahead = "s = MatMul(x, w) m0 = LayerNormalization<axis=-1>(s, g, b) f0 = MatMul(m0, k0) r = Add(s, f0)"
     inner = "n = LayerNormalization<axis=-1>(r, g, b) f = MatMul(n, k1) u = Add(r, f) " \
             "l = LayerNormalization<axis=-1>(u, g, b) o = MatMul(l, k)"  # fmt: skip
-    held = {"k0": numbers(D, D), "k1": numbers(D, D)}
+    held: dict[str, Any] = {"k0": numbers(D, D), "k1": numbers(D, D)}
     for verify in ("off", "sites"):
         check(made(inner, inner, ahead, **held), flags(ROWS), 5, verify=verify)
     given = inner.partition(" l =")[0] + " o = MatMul(u, k)"  # in one the mean of the stream is seen
@@ -208,25 +221,50 @@ def test_deeper_ones_stay(around: str) -> None:
     assert any("sub-graph" in r.message for r in report.refusals)
 
 
-def test_two_ifs_that_share_names_stay() -> None:
-    lines = f"{branches(NORM.format('o'), NORM.format('o'))} {branches(NORM.format('o'), NORM.format('o'), 'z')}"
-    one = model("float[B,T,4] x, bool flag", lines, "float[] y, float[] z", **HELD)
-    report = check(one, flags(ROWS), 0, verify="sites")
-    assert {r.code for r in report.refusals} == {"NF304"} and "have the name" in report.refusals[0].message
-
-
-def test_several_ifs() -> None:
+@pytest.mark.parametrize("shared", [False, True])
+def test_several_ifs(shared: bool) -> None:
+    """Of names of their own, or the same."""
     second = branches(NORM.format("o"), NORM.format("o"), "z")
-    for name in "hno":
+    for name in "" if shared else "hno":
         second = re.sub(rf"\b{name}\b", f"{name}2", second)
     lines = f"{branches(NORM.format('o'), NORM.format('o'))} {second}"
     one = model("float[B,T,4] x, bool flag", lines, "float[] y, float[] z", **HELD)
-    check(one, flags(ROWS), 4, verify="sites")
+    for verify in ("off", "sites"):
+        check(one, flags(ROWS), 4, verify=verify)
+
+
+QUANTISED = "q = QuantizeLinear(x, scale, zero) d = DequantizeLinear(q, scale, zero) o = MatMul(d, u)"
+ALONE = "hm = MatMul(x, wm) nm = LayerNormalization<axis=-1>(hm, g, b) r = MatMul(nm, k)"
+
+
+@pytest.mark.parametrize(("lines", "outputs", "code"), [
+    (branches(NORM.format("o"), QUANTISED), "float[] y", "NF305"),
+    (branches(NORM.format("o"), "o = Unsqueeze(x, first)") + """ other = Not(flag) z = If (other) <
+        then_branch = t2 () => (float[] p) { p = Squeeze(y, first) },
+        else_branch = e2 () => (float[] p) { p = Neg(x) }>""", "float[] z", "NF304")])
+def test_a_branch_is_not_in_the_way_of_the_rest(lines: str, outputs: str, code: str) -> None:
+    """One that is quantised, and two that are never taken together, which no certificate can run."""
+    held: dict[str, Any] = {"wm": numbers(4, D), "u": numbers(4, 5), "scale": np.float32(0.1), "zero": np.uint8(3)}
+    one = model("float[B,T,4] x, bool flag", f"{ALONE} {lines}", f"float[] r, {outputs}", **HELD | held, first=[0])
+    report = check(one, flags(ROWS), 1, verify="off" if code == "NF305" else "sites")
+    assert [(n.conversion or {})["code"] for n in report.norms] == ["", code]
+
+
+def test_what_failed_leaves_the_model_as_it_was() -> None:
+    """With the constants in their branches."""
+    one = hide(made(NORM.format("o"), "q = Neg(x) o = Unsqueeze(q, first)", first=np.array([0])), 0, w=numbers(4, D))
+    del one.graph.initializer[[i.name for i in one.graph.initializer].index("w")]
+    one.graph.node.append(onnx.helper.make_node("Squeeze", ["y", "first"], ["z"]))
+    one.graph.output[0].name = "z"
+    report = check(one, [{"x": ROWS, "flag": np.array(False)}], 0, verify="sites")
+    result = normfuse.optimize(one, EXACT)[0]
+    assert {r.code for r in report.refusals} == {"NF304"}
+    assert [i.name for i in result.graph.initializer] == [i.name for i in one.graph.initializer]
+    assert [i.name for i in result.graph.node[0].attribute[0].g.initializer] == ["w"]
 
 
 def test_a_quantised_branch_converts_nothing() -> None:
-    other = "q = QuantizeLinear(x, scale, zero) d = DequantizeLinear(q, scale, zero) o = MatMul(d, u)"
-    one = made(NORM.format("o"), other, u=numbers(4, 5), scale=np.float32(0.1), zero=np.uint8(3))
+    one = made(NORM.format("o"), QUANTISED, u=numbers(4, 5), scale=np.float32(0.1), zero=np.uint8(3))
     assert [r.code for r in check(one, flags(ROWS), 0).refusals] == ["NF305"]
 
 
@@ -290,8 +328,17 @@ def test_sizes_and_constants_of_the_main_graph() -> None:
     """Shapes that it computes are used in a branch, and a constant that it folds is a number there."""
     ahead = """n0 = Shape<start=0, end=2>(x) s = Concat<axis=0>(n0, eight) two = Add(one, one)
                h0 = MatMul(x, w)"""
-    inner = """r = Reshape(h0, s) mu = ReduceMean<axes=[-1]>(r) d = Sub(r, mu) q = Pow(d, two) v = ReduceMean<axes=[-1]>(q)
-               e = Add(v, eps) z = Sqrt(e) t = Div(d, z) m = Mul(t, g) n = Add(m, b) o = MatMul(n, k)"""
-    held = {"eight": np.array([D]), "one": np.float32(1)}
+    inner = """r = Reshape(h0, s) mu = ReduceMean<axes=[-1]>(r) d = Sub(r, mu) q = Pow(d, two)
+               v = ReduceMean<axes=[-1]>(q) e = Add(v, eps) z = Sqrt(e) t = Div(d, z) m = Mul(t, g) n = Add(m, b)
+               o = MatMul(n, k)"""
+    held: dict[str, Any] = {"eight": np.array([D]), "one": np.float32(1)}
     for verify in ("off", "sites"):
         check(made(inner, inner, ahead, **held), flags(ROWS), 2, verify=verify)
+
+
+def test_certificates_of_both_branches_are_one() -> None:
+    """Each figure is the worse one, and none where one is not known."""
+    one = Certificate(True, 1e-15, 7, 2e-7, 1e-7, any_of=["Mix"])
+    both = joined([one, Certificate(True, 1e-14, 5, 1e-7, 3e-7, any_of=["Attend"])])
+    assert both == Certificate(True, 1e-14, 7, 2e-7, 3e-7, any_of=["Attend", "Mix"])
+    assert joined([one, Certificate(True, 1e-14, 5)]) == Certificate(True, 1e-14, 7, any_of=["Mix"])

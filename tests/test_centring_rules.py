@@ -4,6 +4,7 @@ by itself and in numbers: what the rules say is computed both ways."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -573,3 +574,19 @@ def test_a_found_norm_is_folded_by_its_own_constants() -> None:
     y = g.op("mul", rms(g, g.x), g.w)
     (site,) = recognise(g.graph).sites
     assert site.value is y and constants(site.norm.weight)
+
+
+def test_layers_that_read_a_weight_in_other_ways_do_not_share_it() -> None:
+    """Over the other axis, or with another bias."""
+    g = Build(SHAPE)
+    w, c, d = (leaf(g, 8, 8, fixed=True, name="w"), leaf(g, 8, fixed=True, name="c"), leaf(g, 8, fixed=True, name="d"))
+    made = [g.op("linear", g.x, w, v, shape=SHAPE) for v in (c, c, d)]
+    for value in made:
+        value.kept = True
+    readers = Readers(g.graph, linear, none, lambda v: v)
+    readers.reads = {w: 2, c: 2, d: 1}
+    layers = [Contraction(v.producer, w, 1, 0, c, v) for v in made[:2] if v.producer]
+    assert readers.alone(layers)
+    assert not readers.alone([layers[0], replace(layers[1], over=0, gives=1)])
+    assert not readers.alone([layers[0], replace(layers[1], bias=d)])
+    assert not readers.alone(layers[:1])

@@ -95,3 +95,30 @@ def test_norms_that_differ_in_their_weight_share_no_scale() -> None:
         assert report.converted == 2 and not any("went into" in note for note in report.notes)
         for got, want in zip(result.module()(x), module(x), strict=True):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("verify", ["off", "sites"])
+@pytest.mark.parametrize("scale", [False, True])
+def test_a_layer_that_is_copied_takes_nothing_in(scale: bool, verify: Any) -> None:
+    """On request its weight is copied for one of its readers, and centred there: the other would lose the bias."""
+
+    class Untied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.up, self.head = nn.Linear(4, D), nn.Linear(D, D), nn.Linear(D, 3)
+            self.norm, self.last = nn.LayerNorm(D), nn.LayerNorm(D)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            h = self.embed(x)
+            a, b = self.up(self.norm(h)), self.up(self.norm(-h))
+            return self.head(self.last(a)), torch.tanh(b)
+
+    module, x = drawn(Untied()), torch.randn(2, 3, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.export.export(module, (x,))
+    asked = normfuse.Config(layernorm_to_rmsnorm="exact", verify=verify, fold_scale=scale, untie=True)
+    result, report = normfuse.optimize(program, asked)
+    assert report.converted == 3
+    for got, want in zip(result.module()(x), module(x), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)

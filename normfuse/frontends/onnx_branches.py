@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from normfuse.frontends.onnx_emit import names_of, unique
 from normfuse.frontends.onnx_infer import Facts
 
 if TYPE_CHECKING:
@@ -34,42 +34,48 @@ def agreed(node: ir.Node, branches: Sequence[Lowering]) -> dict[str, Facts]:
     return out
 
 
-def homes(graph: ir.Graph) -> dict[ir.Value, str]:
+@dataclass(frozen=True, slots=True)
+class Home:
+    """A branch of an If, whose first output is `of`."""
+
+    branch: str
+    of: str
+
+    def name(self, value: str) -> str:
+        """What a value of the branch is called where that is `taken`: two branches may share names."""
+        return f"{value} in {self.branch} of {self.of}"
+
+
+def homes(graph: ir.Graph) -> dict[ir.Value, Home]:
     """Of each value that a branch of a graph's Ifs computes or holds, which branch that is."""
-    found: dict[ir.Value, str] = {}
+    found: dict[ir.Value, Home] = {}
     for node, branch in ((node, branch) for node in graph if is_if(node) for branch in BRANCHES):
         inner = node.attributes[branch].as_graph()
         held = (*inner.initializers.values(), *(value for part in inner for value in part.outputs))
-        found |= dict.fromkeys(held, branch)
+        found |= dict.fromkeys(held, Home(branch, node.outputs[0].name or ""))
     return found
 
 
 def taken(model: ir.Model, branch: str) -> ir.Model:
-    """A copy of a model in which a branch stands in the place of each If of its main graph.
-
-    Raises `ValueError` where two that are taken have a name in common.
-    """
+    """A copy of a model in which a branch stands in the place of each If of its main graph, its values as `Home` calls
+    them."""
     model = model.clone()
     graph = model.graph
-    used = names_of([graph])
+    names = {value: home.name(value.name or "") for value, home in homes(graph).items() if home.branch == branch}
     for node in [node for node in graph if is_if(node)]:
         inner = node.attributes[branch].as_graph()
-        results, nodes = list(inner.outputs), list(inner)
-        for old, value in zip(node.outputs, results, strict=True):
-            if value.name == old.name:  # as in optimum's decoders
-                value.name = unique(f"{old.name}_taken", used | names_of([inner]))
-        shared = used & names_of([inner]) - {"", None}
-        if shared:
-            raise ValueError(f"two values of the model have the name {min(map(str, shared))!r}")
-        used |= names_of([inner])
-        for name in list(inner.initializers):
-            graph.register_initializer(inner.initializers.pop(name))
+        nodes, copies = list(inner), [ir.Node("", "Identity", [value]) for value in inner.outputs]
+        for value in list(inner.initializers.values()):
+            del inner.initializers[value.name or ""]
+            value.name = names[value]
+            graph.register_initializer(value)
+        for value in (value for part in nodes for value in part.outputs if value.name):
+            value.name = names[value]
         inner.remove(nodes)
-        copies = [ir.Node("", "Identity", [value]) for value in results]
         graph.insert_before(node, [*nodes, *copies])
-        for old, copy, value in zip(node.outputs, copies, results, strict=True):
+        for old, copy, given in zip(node.outputs, copies, inner.outputs, strict=True):
             new = copy.outputs[0]
-            new.name, new.shape, new.type = old.name, value.shape, value.type
+            new.name, new.shape, new.type = old.name, given.shape, given.type
             old.replace_all_uses_with(new, replace_graph_outputs=True)
         graph.remove(node, safe=True)
     return model

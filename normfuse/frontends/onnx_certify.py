@@ -57,11 +57,7 @@ def certify(original: ir.Model, result: ir.Model, editor: Editor, config: Config
         return _sized(original, result, editor)
     found = []
     for branch in BRANCHES:
-        try:
-            models = taken(original, branch), taken(result, branch)
-        except ValueError as why:
-            return Certificate(False, message=f"the certificate's check could not run: {why}")
-        found.append(_sized(*models, editor, branch))
+        found.append(_sized(taken(original, branch), taken(result, branch), editor, branch))
         if not found[-1].ok:
             return found[-1]
     return joined(found)
@@ -79,10 +75,10 @@ def _sized(original: ir.Model, result: ir.Model, editor: Editor, branch: str = "
 
 
 def _certify(original: ir.Model, result: ir.Model, editor: Editor, size: int, branch: str) -> Certificate:
-    values = editor.values(branch)
-    stand = StandIns({v.name: v for v in values})
+    called = editor.names(branch)
+    stand = StandIns({name: v for v, name in called.items()})
     before, after = Program(original, True, stand), Program(result, True, stand)
-    names = [v.native.name for v in editor.plan.witnesses() if v in values]
+    names = [called[v] for v in editor.plan.witnesses() if v in called]
     numbers = _Numbers(original, result, editor)
     read = after.read()
     failed: Exception | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from normfuse.errors import InputError
 from normfuse.folding import Folder, fold, folds_note
 from normfuse.frontends import onnx_channels as table
 from normfuse.frontends.onnx import Lowering
-from normfuse.frontends.onnx_branches import homes
+from normfuse.frontends.onnx_branches import homes, is_if
 from normfuse.frontends.onnx_certify import certify
 from normfuse.frontends.onnx_emit import Emitter, unique
 from normfuse.frontends.onnx_infer import DTYPES
@@ -41,23 +41,40 @@ def convert_model(one: OnnxModel, config: Config) -> tuple[ir.Model, list[Record
     Where the certificate fails, the model is another object, as it was before. Raises `InputError` where a weight to
     be edited holds NaN or infinity.
     """
-    if any(site.norm.kind == "layer_norm" for other in one.plans[1:] for site in other.found.sites):
-        one.flatten()
+    sites = [site for other in one.plans[1:] for site in other.found.sites]
+    if any(is_if(node) for node in one.model.graph) and sites:
+        one.read(flat=True)
     paths = one.paths()
     records = [refusals(site, "NF301", "it stands in a sub-graph of the model") for other in one.plans[1:]
                for site in other.found.sites if site.norm.kind == "layer_norm"]  # fmt: skip
-    model, more, notes = _converted(one, config)
-    for record in records + more:
+    done = _converted(one, config)
+    for record in (*records, *done.records):
         record.path = paths[record.site]
-    return model, records + more, notes
+    if done.failed and one.lowerings[0].flat:  # a branch may be what is in the way
+        records += [record for record in done.records if record.path]
+        one.model = done.model
+        one.read()
+        done = _converted(one, config)
+    return done.model, records + done.records, done.notes
 
 
-def _converted(one: OnnxModel, config: Config) -> tuple[ir.Model, list[Record], list[str]]:
-    """The model, what was done to its main graph, and notes on it."""
+@dataclass(slots=True)
+class _Done:
+    """What came of a plan: the model, records, notes, and whether it was given up as a whole."""
+
+    model: ir.Model
+    records: list[Record]
+    notes: list[str] = field(default_factory=list)
+    failed: bool = False
+
+
+def _converted(one: OnnxModel, config: Config) -> _Done:
+    """Convert the norms of the main graph."""
     low, plan, records = one.lowerings[0], one.plans[0], list[Record]()
     why = table.hazard(low)
     if why is not None:
-        return one.model, [refusals(s, "NF305", why) for s in plan.found.sites if s.norm.kind == "layer_norm"], []
+        kept = [refusals(site, "NF305", why) for site in plan.found.sites if site.norm.kind == "layer_norm"]
+        return _Done(one.model, kept, failed=True)
     means = _Means(one, low, config)
     asked = means.means()
     sites = plan.found.sites
@@ -66,6 +83,7 @@ def _converted(one: OnnxModel, config: Config) -> tuple[ir.Model, list[Record], 
            asked.twins, means.full).run(sites, config.fold_scale)  # fmt: skip
     notes = folds_note(found)
     if found.sites or found.folds:
+        before = one.model.clone()
         for value in (*found.constants(), *found.numbers()):
             means.settle(value)
         original = one.model.clone()
@@ -76,13 +94,14 @@ def _converted(one: OnnxModel, config: Config) -> tuple[ir.Model, list[Record], 
         except Overflow as why:
             check = Certificate(False, message=str(why))
         if check is not None and not check.ok:
-            failed = [refusals(site, "NF304", check.message) for site in found.changed()]
-            return original, records + failed + [refusals(s, r.code, r.message) for s, r in found.kept.items()], []
-        records += changes(found, check, editor.results)
+            records = [refusals(site, "NF304", check.message) for site in found.changed()]
+            records += [refusals(s, r.code, r.message) for s, r in found.kept.items()]
+            return _Done(before, records, failed=True)
+        records = changes(found, check, editor.results)
         if check is not None and check.any_of:
             notes.append(f"the certificate computes no {', '.join(check.any_of)}: it holds whatever that is")
     records += [refusals(s, r.code, r.message) for s, r in found.kept.items()]
-    return one.model, records, notes
+    return _Done(one.model, records, notes)
 
 
 class _Means:
@@ -131,6 +150,8 @@ class _Means:
         native: ir.Value = value.native
         if native.is_initializer() and native.graph is self.low.source:
             return
+        if native.is_initializer() and native.graph is not None and not native.is_graph_output():
+            del native.graph.initializers[native.name or ""]
         array, dtype = self.array(value), DTYPES[value.dtype or ""]
         assert array is not None
         name = unique(f"{native.name}_folded", self.used)
@@ -184,9 +205,10 @@ class Editor:
         self.natives: dict[str, ir.Value] = {}
         self.homes = homes(low.source) if low.flat else {}
 
-    def values(self, branch: str) -> dict[Value, None]:
-        """The values of the model, those of the other branches of Ifs left out."""
-        return {v: None for native, v in self.low.values.items() if self.homes.get(native, branch) == branch}
+    def names(self, branch: str) -> dict[Value, str]:
+        """What the values of the model are called where a branch of each If is `taken`."""
+        inside = ((v, self.homes.get(native)) for native, v in self.low.values.items())
+        return {v: home.name(v.name) if home else v.name for v, home in inside if not home or home.branch == branch}
 
     def run(self) -> None:
         """Make all edits."""

@@ -112,13 +112,10 @@ class OnnxModel:
     def _plan(self, rewrite: bool) -> None:
         self.plans = [plan(low.graph, self.config, self._abilities(low), rewrite) for low in self.lowerings]
 
-    def _read_again(self, rewrite: bool, flat: bool = False) -> None:
+    def read(self, rewrite: bool = False, flat: bool = False) -> None:
+        """Read the model again; `flat`, the branches of the main graph's Ifs as parts of it."""
         self.lowerings = lower(self.model, flat)
         self._plan(rewrite)
-
-    def flatten(self) -> None:
-        """Read the branches of the main graph's Ifs as parts of it."""
-        self._read_again(rewrite=False, flat=True)
 
     def paths(self) -> dict[Site, tuple[str, ...]]:
         """The place of the graph that each norm stands in, as `Lowering.path`."""
@@ -131,7 +128,7 @@ class OnnxModel:
         if self.own:
             return False
         self.model, self.own = self.model.clone(), True
-        self._read_again(rewrite=False)
+        self.read()
         return True
 
     def _merge(self, rewrite: bool) -> int:
@@ -140,7 +137,7 @@ class OnnxModel:
         if found and self._take():
             found = twins(self.model)
         if count := merge(found):
-            self._read_again(rewrite)
+            self.read(rewrite)
         return count
 
     def _lay(self, rewrite: bool) -> int:
@@ -155,7 +152,7 @@ class OnnxModel:
             if not laid:
                 break
             count += laid
-            self._read_again(rewrite)
+            self.read(rewrite)
         return count
 
     def _turned(self) -> list[tuple[Lowering, Plan, list[Turned]]]:
