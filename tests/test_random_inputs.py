@@ -17,7 +17,7 @@ import normfuse
 from normfuse.bench import How, bench
 from normfuse.cli_report import comparison_blocks
 from normfuse.errors import InputError, UnsupportedError
-from normfuse.frontends.onnx_certify import inputs_for
+from normfuse.frontends.onnx_certify import input_shapes, inputs_for
 from normfuse.frontends.onnx_open import image_sizes, stated_sizes
 from normfuse.frontends.onnx_wide import compare_rewritten
 from normfuse.io.files import read_onnx
@@ -314,7 +314,9 @@ def test_an_input_is_a_mask_by_its_name() -> None:
     given = ", ".join(f"int64[8, 16] {name}" for name in names)
     made = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["": 17]> g ({given}) => (int64[8, 16] y) '
                                    f"{{ y = Concat<axis = 0>({', '.join(names)}) }}")  # fmt: skip
-    for feeds in (feeds_for(SimpleNamespace(get_inputs=lambda: infos)), inputs_for(onnx_ir.from_proto(made), 8)):
+    proto = onnx_ir.from_proto(made)
+    drawn = inputs_for(proto, input_shapes(proto, (2, 8, 8)))
+    for feeds in (feeds_for(SimpleNamespace(get_inputs=lambda: infos)), drawn):
         assert [name for name, array in feeds.items() if array.min() < 1] == ["masked_input_ids", "unmasked"]
 
 

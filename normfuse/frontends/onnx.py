@@ -79,6 +79,10 @@ class Lowering:
             self.graph, self.values, self.arrays, self.sizes = outer.graph, outer.values, outer.arrays, outer.sizes
         self.call: ir.Node | None = None
         self.path, self.mapped = path, mapped
+        self.place = ""  # for messages
+        if outer is not None:
+            name, role, _ = path[-1].rsplit(".", 2)
+            self.place = f" in {role} of {name}{outer.place}"
         self.versions: dict[str, int] = outer.versions if outer is not None else dict(source.opset_imports)
         self.local: dict[ir.Node, dict[str, Facts]] = {}
         self.others: dict[str, Any] = dict(outer.others) if outer is not None else {}  # the types of what is no tensor
@@ -256,7 +260,7 @@ class Lowering:
         """Append a neutral node for an ONNX node."""
         origin = self.call or node
         output.fixed = all(v.fixed for v in inputs)
-        self.graph.node(kind, inputs, [output], native=origin, op=origin.op_type, name=node_label(origin), **attrs)
+        self.graph.node(kind, inputs, [output], native=origin, op=origin.op_type, name=self.label(origin), **attrs)
 
     def chain(self, kind: str, inputs: Sequence[Value], node: ir.Node, virtual: bool = False) -> Value:
         """A left fold of a binary kind over any number of operands."""
@@ -278,11 +282,15 @@ class Lowering:
     def join(self, kind: str, inputs: list[Value], outputs: list[Value], node: ir.Node) -> None:
         """Append a neutral node with several outputs for an ONNX node."""
         origin = self.call or node
-        self.graph.node(kind, inputs, outputs, native=origin, op=origin.op_type, name=node_label(origin))
+        self.graph.node(kind, inputs, outputs, native=origin, op=origin.op_type, name=self.label(origin))
 
     def note(self, code: str, node: ir.Node, message: str) -> None:
         """A refusal that the front end itself has to make."""
-        self.graph.notes.append((code, node_label(node), message))
+        self.graph.notes.append((code, self.label(node), message))
+
+    def label(self, node: ir.Node) -> str:
+        """What to call a node in a message, and in which sub-graph it stands: two branches may share names."""
+        return node_label(node) + self.place
 
     def parts(self) -> Iterator[Lowering]:
         """Itself, and what was lowered as a part of it."""

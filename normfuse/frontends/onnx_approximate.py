@@ -38,15 +38,16 @@ def approximate_model(one: OnnxModel, config: Config, given: Any,
     `VerificationError` beyond the tolerance; the model is to be thrown away then.
     """
     low, plan = one.lowerings[0], one.plans[0]
-    sites = still(plan.found.sites, done)
+    records = _inside(one, done)
+    sites = still(plan.found.sites, [record for record in done if not record.path])
     batches = named_batches(given, _inputs(one.model))
     if not sites:
-        return [], None
+        return records, None
     if (why := table.hazard(low)) is not None:
-        return [refusals(site, "NF305", why) for site in sites], None
+        return records + [refusals(site, "NF305", why) for site in sites], None
     on = matching([s.label for s in sites], config.norms, [record.site.label for record in done])
     taken = list(compress(sites, on))
-    records, editor, alive = [], _Editor(one), live(low.graph)
+    editor, alive = _Editor(one), live(low.graph)
     for site in taken:
         inner = operator_of(site)
         why = editor.unfit(inner) if site.value.producer in alive else "no output of the graph depends on it"
@@ -86,6 +87,16 @@ def _inputs(model: ir.Model) -> dict[str, tuple[Sequence[Any] | None, Any]]:
             sizes = None if dims is None else [d if isinstance(d, int) else str(d.value) for d in dims]
             out[value.name or ""] = sizes, (value.dtype or ir.DataType.FLOAT).numpy()
     return out
+
+
+def _inside(one: OnnxModel, done: Sequence[Record]) -> list[Record]:
+    """The LayerNorms of sub-graphs, which stay."""
+    records = []
+    for low, plan in zip(one.lowerings[1:], one.plans[1:], strict=True):
+        for site in still(plan.found.sites, [record for record in done if record.path == low.path]):
+            records.append(refusals(site, "NF301", "it stands in a sub-graph of the model, where nothing is measured"))
+            records[-1].path = low.path
+    return records
 
 
 class _Editor:
