@@ -214,3 +214,16 @@ def test_what_the_reader_of_graphs_does_not_know_is_named(model: Path, tmp_path:
     for path, word in ((maps, "Map types"), (saved(made, tmp_path / "sparse.onnx"), "Sparse tensors")):
         line = fails(run("inspect", path))
         assert word in line and "Error calling" not in line
+
+
+@pytest.mark.parametrize("body", [
+    "If (flag) <then_branch = t () => (float[] x) { z = Neg(x) }, else_branch = e () => (float[] o) { o = Neg(x) }>",
+    "Loop(two, flag, x) <body = b (int64 i, bool q, float[N] s) => (bool q, float[N] x) { z = Neg(s) }>"])
+def test_a_sub_graph_that_gives_what_it_does_not_compute(body: str, tmp_path: Path) -> None:
+    """No runtime takes it."""
+    made = onnx.parser.parse_model(f"""<ir_version: 8, opset_import: ["": 17]> g (float[N] x, bool flag) => (float[N] y)
+        <int64 two = {{2}}> {{ y = {body} }}""")
+    path = saved(made, tmp_path / "in.onnx")
+    for argv in (["inspect", path], ["rewrite", path, tmp_path / "out.onnx"]):
+        assert "'x' is given by a sub-graph that does not compute it" in fails(run(*argv))
+    assert not (tmp_path / "out.onnx").exists()

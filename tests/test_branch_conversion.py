@@ -342,3 +342,70 @@ def test_certificates_of_both_branches_are_one() -> None:
     both = joined([one, Certificate(True, 1e-14, 5, 1e-7, 3e-7, any_of=["Attend"])])
     assert both == Certificate(True, 1e-14, 7, 2e-7, 3e-7, any_of=["Attend", "Mix"])
     assert joined([one, Certificate(True, 1e-14, 5)]) == Certificate(True, 1e-14, 7, any_of=["Mix"])
+
+
+def test_a_norm_is_told_with_its_branch() -> None:
+    """Names are the same in both, and so are those of readers."""
+    report = normfuse.inspect(made(NORM.format("o"), NORM.format("o")))
+    assert [n.name for n in report.norms] == [
+        f"LayerNormalization(n) in {branch} of y" for branch in ("then_branch", "else_branch")]
+    raw = "h = MatMul(x, w) r = Relu(h) o = MatMul(r, k)"
+    (refusal,) = normfuse.optimize(made(NORM.format("o"), raw), EXACT)[1].refusals
+    assert "MatMul(h) in else_branch of y reads it as it is" in refusal.message
+
+
+def test_a_mask_that_has_the_size_of_the_tokens_beside_a_cache() -> None:
+    """As in optimum's merged decoders: in the branch with a cache that is the sum of both, so that only with nothing in
+    the cache the model runs."""
+    head = "h = Gather(table, ids) n = LayerNormalization<axis=-1>(h, g, b) q = MatMul(n, w)"
+    tail = """t = Transpose<perm=[0,2,1]>(keys) s = MatMul(q, t) p = Add(s, mask) a = Softmax<axis=-1>(p)
+              c = MatMul(a, keys) i = Add(h, c) l = LayerNormalization<axis=-1>(i, g, b) o = MatMul(l, k)"""
+    lines = branches(f"{head} past3 = Squeeze(past, first) keys = Concat<axis=1>(past3, q) {tail}",
+                     f"{head} keys = Identity(q) {tail}")  # fmt: skip
+    given = f"int64[B,T] ids, float[B,1,T] mask, float[B,1,past_length,{D}] past, bool flag"
+    held: dict[str, Any] = {"w": numbers(D, D), "k": numbers(D, 5), "table": numbers(9, D), "first": np.array([1])}
+    ids, zeros = RNG.integers(0, 9, (2, 3)), np.zeros((2, 1, 3), np.float32)
+    feeds = [{"ids": ids, "mask": zeros, "past": numbers(2, 1, 0, D), "flag": np.array(f)} for f in (True, False)]
+    feeds.append({"ids": ids, "mask": numbers(2, 1, 7), "past": numbers(2, 1, 4, D), "flag": np.array(True)})
+    check(model(given, lines, **held), feeds, 4, verify="sites")
+
+
+def test_constants_of_a_branch_within_a_branch() -> None:
+    """The certificate computes them in float64, too."""
+    inner = """i = If (flag) <then_branch = t2 () => (float[] p) { p = Add(n, c) },
+                               else_branch = e2 () => (float[] p) { p = Identity(n) }>"""
+    one = made(f"h = MatMul(x, w) n = LayerNormalization<axis=-1>(h, g, b) {inner} o = MatMul(i, k)",
+               "o = MatMul(x, u)", u=numbers(4, 5))  # fmt: skip
+    nested = next(node for node in one.graph.node[0].attribute[0].g.node if node.op_type == "If")
+    nested.attribute[0].g.initializer.append(numpy_helper.from_array(numbers(D), "c"))
+    check(one, flags(ROWS), 1, verify="sites")
+
+
+@pytest.mark.parametrize("target", ["onnx", "normfuse"])
+def test_a_norm_that_was_fused_with_the_sum_ahead_is_told(target: Any) -> None:
+    """Its operator reads what it gives itself: it stays, in a branch and without."""
+    text = """p = MatMul(x, w) f = MatMul(x, v) h = Add(p, f) n = LayerNormalization<axis=-1>(h, g, b) r = MatMul(n, m)
+              a = Add(r, e) s = Add(h, a) l = LayerNormalization<axis=-1>(s, g, b) {0} = MatMul(l, k)"""
+    held: dict[str, Any] = {"v": numbers(4, D), "m": numbers(D, D), "e": numbers(D)}
+    for one, feeds in ((made(text.format("o"), "o = MatMul(x, u)", u=numbers(4, 5), **held), flags(ROWS)),
+                       (model("float[B,T,4] x", text.format("y"), **HELD | held), [{"x": ROWS}])):  # fmt: skip
+        fused = normfuse.optimize(one, normfuse.Config(target="normfuse"))[0]
+        assert {f.name for f in fused.functions} >= {"add_layer_norm"}
+        for verify in ("off", "sites"):
+            report = check(fused, feeds, 0, verify=verify, target=target)
+            assert report.refusals and {r.code for r in report.refusals} == {"NF301"}, report.refusals
+
+
+def test_approximation_tells_what_stays_in_a_branch() -> None:
+    """And what is converted in one is not among it."""
+    one = made(NORM.format("o"), NORM.format("o").replace("h = MatMul(x, w)", "i = MatMul(x, w) h = Relu(i)"))
+    feeds = [{"x": numbers(2, 3, 4), "flag": np.array(i % 2 == 0)} for i in range(8)]
+    config = normfuse.Config(layernorm_to_rmsnorm="approximate", tolerance=1.0)
+    report = normfuse.optimize(one, config, calibration=feeds)[1]
+    assert report.converted == 0 and [r.code for r in report.refusals] == ["NF301"] * 2
+    assert all("nothing is measured" in r.message for r in report.refusals)
+    one = made(NORM.format("o"), NORM.format("o").replace("h = MatMul(x, w)", "i = MatMul(x, u) h = Relu(i)"),
+               u=numbers(4, D))  # fmt: skip
+    report = normfuse.optimize(one, config, calibration=feeds)[1]
+    told = [(n.action, (n.conversion or {})["verdict"]) for n in report.norms]
+    assert told == [("converted", "exact"), ("kept", "kept")]

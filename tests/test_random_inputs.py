@@ -387,6 +387,14 @@ def patches(positions: int, extra: int = 1, table: int = 98, attributes: str = "
     return made
 
 
+def test_bench_says_which_branch_it_measures(tmp_path: Path) -> None:
+    path = flagged("Sin(x)", tmp_path / "in.onnx")
+    (note,) = [note for note in bench([str(path)], How(rounds=3))["notes"] if "use_cache" in note]
+    assert note.startswith("use_cache: true;") and "--inputs" in note
+    np.savez(tmp_path / "given.npz", x=np.ones((2, 8), np.float32), use_cache=np.array([True]))
+    assert not any("use_cache" in n for n in bench([str(path)], How(rounds=3, inputs=tmp_path / "given.npz"))["notes"])
+
+
 @pytest.mark.parametrize("extra", [1, 2])
 @pytest.mark.parametrize("attributes", ["strides = [4, 4]", "strides = [2, 2]"])
 def test_a_table_of_positions_says_how_large_an_image_is(extra: int, attributes: str, tmp_path: Path) -> None:

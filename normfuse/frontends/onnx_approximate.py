@@ -21,7 +21,7 @@ from normfuse.frontends.onnx_certify import Program
 from normfuse.frontends.onnx_emit import Emitter, unique
 from normfuse.frontends.onnx_infer import DTYPES
 from normfuse.frontends.onnx_model import OnnxModel
-from normfuse.frontends.onnx_region import gives_more, target_of
+from normfuse.frontends.onnx_region import gives_more, own_sum, target_of
 from normfuse.graph import Value
 from normfuse.norm import Site
 from normfuse.ort_values import Array
@@ -108,16 +108,12 @@ class _Editor:
         self.layers: dict[Site, Layer] = {}
         self.biases: dict[Site, ir.Value] = {}
         self.emitted: dict[Site, str] = {}
-        self.used: set[str | None] = {*one.model.graph.initializers, *(v.name for v in self.low.source.inputs)}
-        for node in self.low.source:
-            self.used |= {node.name, *(v.name for v in node.outputs)}
+        self.used = one.names()
 
     def unfit(self, site: Site) -> str | None:
         """Why a norm cannot be approximated."""
         norm = site.norm
-        x, native = norm.x.native, target_of(site).native
-        made = None if x is None else x.producer()
-        if len(norm.axes) != 1 or x is None or norm.size is None or (made is not None and made is native.producer()):
+        if len(norm.axes) != 1 or norm.x.native is None or norm.size is None or own_sum(site):
             return "it normalises over several axes, or its input is a value inside another operator"
         if norm.bias is not None and constants(norm.bias) is None:
             return "its bias is computed at run time"

@@ -21,7 +21,7 @@ from normfuse.frontends.onnx_certify import certify
 from normfuse.frontends.onnx_emit import Emitter, unique
 from normfuse.frontends.onnx_infer import DTYPES
 from normfuse.frontends.onnx_model import OnnxModel
-from normfuse.frontends.onnx_region import gives_more
+from normfuse.frontends.onnx_region import gives_more, own_sum
 from normfuse.frontends.onnx_skip import with_sum
 from normfuse.graph import FLOATS, Node, Value
 from normfuse.norm import Site
@@ -185,7 +185,7 @@ class _Means:
         row = self.table.row(inner.norm, "conversion")
         if row is not None and row.form == "leave" and not self.config.force:
             return "NF306", f"{self.table.name}: {row.evidence}"
-        if with_sum(site):
+        if with_sum(site) or own_sum(inner):
             return "NF301", f"an operator of the model computes it and the sum ahead, and stays ({self.table.name})"
         if gives_more(site) or gives_more(inner):
             return "NF301", "its operator has other results that are read, so that it stays"

@@ -52,6 +52,12 @@ def gives_more(site: Site) -> bool:
     return node is not None and any(v is not native and (v.uses() or v.is_graph_output()) for v in node.outputs)
 
 
+def own_sum(site: Site) -> bool:
+    """Whether the operator that computes a norm also gives what it normalises, such as one of ours with the sum."""
+    native, x = target_of(site).native, site.norm.x.native
+    return native is not None and x is not None and x.producer() is not None and x.producer() is native.producer()
+
+
 def results_of(edit: Edit) -> list[Value]:
     """The values of the graph that an edit computes."""
     return [target_of(edit.site)] if isinstance(edit, Replace) else list(edit.results)

@@ -87,6 +87,9 @@ def _check_graph(graph: Any, outer: _Scope, opset: int, where: str) -> list[tupl
         for name in names:
             if name and name not in known and not any(name in names for names in outer):
                 raise InputError(f"{where}: nothing computes {str(name)[:100]!r}, which {reader} reads")
+    if own := next((name for name in outputs if outer and name and name not in known), None):  # no runtime takes that
+        raise InputError(f"{where}: {str(own)[:100]!r} is given by a sub-graph that does not compute it; let an "
+                         "Identity do so")  # fmt: skip
     return [(g, scope) for g in inner]
 
 
