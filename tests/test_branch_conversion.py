@@ -137,6 +137,8 @@ def test_constants_of_a_branch_are_edited() -> None:
     inner.node.extend(nodes)
     for verify in ("off", "sites"):
         check(one, flags(ROWS), 2, verify=verify)
+    result = normfuse.optimize(one, EXACT)[0]
+    assert [i.name for i in result.graph.node[0].attribute[0].g.initializer] == ["k"]  # w is not there twice
 
 
 @pytest.mark.parametrize("branch", [0, 1])
@@ -368,6 +370,18 @@ def test_a_mask_that_has_the_size_of_the_tokens_beside_a_cache() -> None:
     feeds = [{"ids": ids, "mask": zeros, "past": numbers(2, 1, 0, D), "flag": np.array(f)} for f in (True, False)]
     feeds.append({"ids": ids, "mask": numbers(2, 1, 7), "past": numbers(2, 1, 4, D), "flag": np.array(True)})
     check(model(given, lines, **held), feeds, 4, verify="sites")
+
+
+def test_a_cache_that_may_not_be_empty() -> None:
+    lines = "last = Gather<axis=2>(past, zero) h = MatMul(x, w) s = Add(h, last) y = LayerNormalization<axis=-1>(h, g, b)"
+    one = model(f"float[B,T,4] x, float[B,1,past_length,{D}] past", lines, "float[] y, float[] s", w=numbers(4, D),
+                zero=np.array(0))  # fmt: skip
+    report = normfuse.optimize(one, EXACT)[1]
+    assert report.converted == 0 and report.refusals[0].code == "NF303"
+    lines = lines.replace("s = Add(h, last) ", "").replace("y = ", "n = ") + " s = Add(n, last) y = MatMul(s, k)"
+    one = model(f"float[B,T,4] x, float[B,1,past_length,{D}] past", lines, w=numbers(4, D), k=numbers(D, 5),
+                zero=np.array(0))  # fmt: skip
+    check(one, [{"x": ROWS, "past": numbers(2, 1, 4, D)}], 1, verify="sites")
 
 
 def test_constants_of_a_branch_within_a_branch() -> None:
