@@ -273,7 +273,7 @@ def _feeds(paths: Sequence[str], ours: Sequence[bool], how: How) -> tuple[dict[s
         notes.append(f"sizes not given: {', '.join(f'{d} {n}' for d, n in left.items())}; give them with --size NAME=N")
     if None in dims and not how.inputs:
         notes.append("sizes without a name are 2; give inputs with --inputs FILE.npz")
-    flags = [name for name, array in feeds.items() if array.dtype == bool and array.size == 1 and array.all()]
+    flags = [name for name, array in feeds.items() if array.dtype == bool and array.size == 1]
     if flags and not how.inputs:
         notes.append(f"{', '.join(flags)}: true; where a model does something else with false, give --inputs FILE.npz")
     return feeds, notes

@@ -373,7 +373,8 @@ def test_a_mask_that_has_the_size_of_the_tokens_beside_a_cache() -> None:
 
 
 def test_a_cache_that_may_not_be_empty() -> None:
-    lines = "last = Gather<axis=2>(past, zero) h = MatMul(x, w) s = Add(h, last) y = LayerNormalization<axis=-1>(h, g, b)"
+    lines = """last = Gather<axis=2>(past, zero) h = MatMul(x, w) s = Add(h, last)
+               y = LayerNormalization<axis=-1>(h, g, b)"""
     one = model(f"float[B,T,4] x, float[B,1,past_length,{D}] past", lines, "float[] y, float[] s", w=numbers(4, D),
                 zero=np.array(0))  # fmt: skip
     report = normfuse.optimize(one, EXACT)[1]
@@ -387,11 +388,12 @@ def test_a_cache_that_may_not_be_empty() -> None:
 def test_constants_of_a_branch_within_a_branch() -> None:
     """The certificate computes them in float64, too."""
     inner = """i = If (flag) <then_branch = t2 () => (float[] p) { p = Add(n, c) },
-                               else_branch = e2 () => (float[] p) { p = Identity(n) }>"""
+                               else_branch = e2 () => (float[] p) { p = Sub(n, c) }>"""
     one = made(f"h = MatMul(x, w) n = LayerNormalization<axis=-1>(h, g, b) {inner} o = MatMul(i, k)",
                "o = MatMul(x, u)", u=numbers(4, 5))  # fmt: skip
     nested = next(node for node in one.graph.node[0].attribute[0].g.node if node.op_type == "If")
-    nested.attribute[0].g.initializer.append(numpy_helper.from_array(numbers(D), "c"))
+    for attribute in nested.attribute:
+        attribute.g.initializer.append(numpy_helper.from_array(numbers(D), "c"))
     check(one, flags(ROWS), 1, verify="sites")
 
 
