@@ -379,7 +379,8 @@ def test_a_cache_that_may_not_be_empty() -> None:
                 zero=np.array(0))  # fmt: skip
     report = normfuse.optimize(one, EXACT)[1]
     assert report.converted == 0 and report.refusals[0].code == "NF303"
-    lines = lines.replace("s = Add(h, last) ", "").replace("y = ", "n = ") + " s = Add(n, last) y = MatMul(s, k)"
+    lines = """last = Gather<axis=2>(past, zero) h = MatMul(x, w) n = LayerNormalization<axis=-1>(h, g, b)
+               s = Add(n, last) y = MatMul(s, k)"""
     one = model(f"float[B,T,4] x, float[B,1,past_length,{D}] past", lines, w=numbers(4, D), k=numbers(D, 5),
                 zero=np.array(0))  # fmt: skip
     check(one, [{"x": ROWS, "past": numbers(2, 1, 4, D)}], 1, verify="sites")
