@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,16 @@ from normfuse.bench_norms import profile
 from normfuse.errors import InputError, first_line, path_of
 from normfuse.ort_values import Array, onnx_runtime
 from normfuse.process import available, run_module, status
-from normfuse.sessions import OPEN, PROVIDERS, calls_ours, feeds_for, open_session, options_for, shapes_for
+from normfuse.sessions import (
+    OPEN,
+    PROVIDERS,
+    calls_ours,
+    feeds_for,
+    open_session,
+    options_for,
+    run_random,
+    shapes_for,
+)
 
 if TYPE_CHECKING:
     pass
@@ -282,10 +292,11 @@ def _feeds(paths: Sequence[str], ours: Sequence[bool], how: How) -> tuple[dict[s
 def make_feeds(session: Any, path: str | Path, how: How) -> dict[str, Array]:
     """Inputs from a file, random ones where it has none.
 
-    Raises `InputError` for a name that the model lacks, for a size of what the file has, and where memory has no room.
+    Sizes that are open are the first of `possible_sizes` and `OPEN` with which the model runs, or else the first.
+    Raises `InputError` for a name that the model lacks, a size of what the file has, and where memory has no room.
     """
     from normfuse.calibrate import load
-    from normfuse.frontends.onnx_open import stated_sizes
+    from normfuse.frontends.onnx_open import possible_sizes
     from normfuse.io.files import read_onnx
 
     _demand_sizes([d for i in session.get_inputs() for d in i.shape], how.sizes)
@@ -299,13 +310,18 @@ def make_feeds(session: Any, path: str | Path, how: How) -> dict[str, Array]:
     if both := [name for name, n in how.sizes.items() if name in held and held[name][1] != n]:
         raise InputError(f"the size {both[0]!r} is that of input {held[both[0]][0]!r} in {how.inputs}; leave out "
                          f"--size {both[0]}={how.sizes[both[0]]}, or --inputs")  # fmt: skip
-    sizes = stated_sizes(read_onnx(path)[0]) | dict(how.sizes)
+    choices = [sizes | dict(how.sizes) for sizes in possible_sizes(read_onnx(path)[0])]
+    sizes = choices[0]
     shapes = {name: shape for name, shape in shapes_for(session, sizes, OPEN[0]).items() if name not in given}
     if (needed := DRAWN * sum(map(math.prod, shapes.values()))) > available():
         name = max(shapes, key=lambda n: math.prod(shapes[n]))
         shape = "x".join(map(str, shapes[name]))
         raise InputError(f"there is no memory to draw inputs of {path}: {name!r} is {shape}, and it takes "
                          f"{needed / 2**30:.3g} GiB; give smaller sizes with --size NAME=N")  # fmt: skip
+    if len(shapes) and any(not isinstance(d, int) for i in session.get_inputs() for d in i.shape):
+        with suppress(Exception):  # it runs with none, which is told where it is measured
+            drawn: dict[str, Array] = run_random(session, None, 0, given, choices)[0]
+            return drawn
     return feeds_for(session, sizes=sizes, given=given)
 
 
@@ -342,12 +358,12 @@ def memory(path: str, how: How) -> int | None:
 def _child(asked: Mapping[str, Any]) -> None:
     """Load and run a model, and print the growth."""
     from normfuse.cli_env import sessions_have
-    from normfuse.frontends.onnx_open import stated_sizes
+    from normfuse.frontends.onnx_open import possible_sizes
     from normfuse.io.files import read_onnx
 
     how = How(**asked["how"])
     sessions_have()  # the code of ONNX Runtime itself does not count, nor what reads the model for its inputs below
-    stated_sizes(read_onnx(asked["path"])[0])
+    possible_sizes(read_onnx(asked["path"])[0])
     options = options_for(asked["path"], "cpu", how.threads, how.library)
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts anew

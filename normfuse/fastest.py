@@ -22,7 +22,7 @@ from normfuse.bench import How, clock, make_feeds, turns
 from normfuse.config import FASTEST, OPTIMISERS, Config
 from normfuse.errors import InputError, first_line
 from normfuse.first import OUT, Made, after
-from normfuse.frontends.onnx_open import stated_sizes
+from normfuse.frontends.onnx_open import possible_sizes
 from normfuse.io.files import read_onnx
 from normfuse.ort_values import Array
 from normfuse.sessions import PROVIDERS, calls_ours, longest, open_session
@@ -127,10 +127,11 @@ def _provider(config: Config) -> str:
 
 def _inputs(source: Path, how: How, provider: str) -> list[dict[str, Array]]:
     """What the models are run on. Raises `InputError` where the model as it is does not."""
-    session, heads = _session(_File(source, None), how, provider), stated_sizes(read_onnx(source)[0])
+    session, known = _session(_File(source, None), how, provider), possible_sizes(read_onnx(source)[0])
     found: list[dict[str, Array]] = []
     if any(not isinstance(d, int) for i in session.get_inputs() for d in i.shape) and not (how.sizes or how.inputs):
-        found = [feeds for sizes in SIZES if (feeds := longest(session, sizes, MOST_FILES, heads)) is not None]
+        tried = ([longest(session, sizes, MOST_FILES, one) for sizes in SIZES] for one in known)
+        found = next(([feeds for feeds in some if feeds is not None] for some in tried if any(some)), [])
     found = found or [make_feeds(session, source, how)]
     if why := _wrong(session, found):
         if how.inputs:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ import onnx_ir as ir
 
 from normfuse.config import FASTEST, Config
 from normfuse.errors import InputError, NormFuseError, VerificationError, first_line
-from normfuse.frontends.onnx_open import stated_sizes
+from normfuse.frontends.onnx_open import possible_sizes
 from normfuse.io import files
 from normfuse.ort_values import Array
 from normfuse.process import run_module
@@ -162,8 +163,8 @@ def _longer(source: Path) -> list[dict[str, Array]]:
     runtime = session(source)
     if all(isinstance(d, int) for i in runtime.get_inputs() for d in i.shape):
         return []
-    feeds = longest(runtime, LENGTHS, SESSIONS, stated_sizes(files.read_onnx(source)[0]))
-    return [] if feeds is None else [feeds]
+    tried = (longest(runtime, LENGTHS, SESSIONS, sizes) for sizes in possible_sizes(files.read_onnx(source)[0]))
+    return list(islice((feeds for feeds in tried if feeds is not None), 1))
 
 
 def _attempt(tool: str, source: Path, target: Path, model: ir.Model) -> str:

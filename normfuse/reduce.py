@@ -25,7 +25,7 @@ from normfuse.config import Config, config_of, demand_use
 from normfuse.distance import distance
 from normfuse.errors import InputError, NormFuseError, UnsupportedError, first_line, path_of
 from normfuse.frontends.onnx_model import OnnxModel
-from normfuse.frontends.onnx_open import stated_sizes
+from normfuse.frontends.onnx_open import possible_sizes
 from normfuse.frontends.onnx_wide import compare_rewritten
 from normfuse.io import files
 from normfuse.norm import region
@@ -141,8 +141,8 @@ def _difference(model: onnx.ModelProto, made: onnx.ModelProto, config: Config, f
         text = (str(why).strip() or type(why).__name__).splitlines()[0]
         return Failure("invalid", "", f"the rewritten model does not load: {text}")
     try:
-        heads = stated_sizes(files.read_onnx(paths[0])[0])
-        feeds, tops = run_random(before, None, sizes=heads)[0], dict[int, float]()
+        sizes = possible_sizes(files.read_onnx(paths[0])[0])
+        feeds, tops = run_random(before, None, sizes=sizes)[0], dict[int, float]()
         bound = roundings_for(config.converts)
     except Exception as why:
         raise InputError(f"the model itself does not run: {first_line(why)}") from why

@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -128,8 +129,9 @@ and roots of, and ones between 0 and 1."""
 
 
 def run_random(runtime: Any, wanted: Sequence[str] | None, seed: int = 0, given: Mapping[str, Array] | None = None,
-               sizes: Mapping[str, int] | None = None) -> tuple[dict[str, Array], list[Any]]:  # fmt: skip
+               sizes: Sequence[Mapping[str, int]] = ({},)) -> tuple[dict[str, Array], list[Any]]:  # fmt: skip
     """Random inputs on which a session runs, but for those given, and the outputs; what ONNX Runtime raises if none.
+    Sizes that are open are the first of `sizes` with which it runs.
 
     Where none is given, floats are the first of `FLOATS` with which each output of floats has a finite element.
     """
@@ -143,12 +145,12 @@ def run_random(runtime: Any, wanted: Sequence[str] | None, seed: int = 0, given:
 
 
 def _run_drawn(runtime: Any, wanted: Sequence[str] | None, seed: int, given: Mapping[str, Array] | None,
-               sizes: Mapping[str, int] | None, floats: int) -> tuple[dict[str, Array], list[Any]]:  # fmt: skip
+               sizes: Sequence[Mapping[str, int]], floats: int) -> tuple[dict[str, Array], list[Any]]:  # fmt: skip
     failed: Exception | None = None
     empty: tuple[dict[str, Array], list[Any]] | None = None
     tried: list[list[tuple[int, ...]]] = []
-    for open_sizes in OPEN:
-        feeds = feeds_for(runtime, seed, sizes, given, open_sizes, floats)
+    for known, open_sizes in product(sizes, OPEN):
+        feeds = feeds_for(runtime, seed, known, given, open_sizes, floats)
         shapes = [array.shape for array in feeds.values()]
         if shapes in tried:
             continue

@@ -17,7 +17,7 @@ import numpy as np
 from normfuse.distance import distance
 from normfuse.errors import InputError, UnsupportedError, VerificationError, first_line
 from normfuse.ort_values import Array
-from normfuse.sessions import is_float, numpy_dtype, run_random, session, void
+from normfuse.sessions import OPEN, is_float, numpy_dtype, run_random, session, shapes_for, void
 
 EPSILON = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
 
@@ -199,10 +199,10 @@ def run_both(path_a: str | Path, path_b: str | Path, *, seed: int, inputs: Mappi
              ) -> tuple[dict[str, Array], list[str], list[Any], list[Any], str]:  # fmt: skip
     """The inputs on which `compare_models` runs two models, the names of the outputs, the outputs of both, and the
     provider. It raises what that does."""
-    from normfuse.frontends.onnx_open import stated_sizes
+    from normfuse.frontends.onnx_open import possible_sizes
     from normfuse.io.files import read_onnx
 
-    sizes = stated_sizes(read_onnx(path_a)[0])
+    sizes = possible_sizes(read_onnx(path_a)[0])
     read_onnx(path_b)
     a, b = session(path_a), session(path_b)
     names = [i.name for i in a.get_inputs()]
@@ -222,7 +222,10 @@ def run_both(path_a: str | Path, path_b: str | Path, *, seed: int, inputs: Mappi
     except UnsupportedError:
         raise
     except Exception as why:
-        raise kind(f"the models do not run on these inputs: {first_line(why)}") from why
+        drawn = {n: shape for n, shape in shapes_for(a, sizes[0], OPEN[0]).items() if n not in (inputs or {})}
+        tried = ", ".join(f"{n} {'x'.join(map(str, shape)) or 'scalar'}" for n, shape in drawn.items())
+        also = f"; drawn were {tried}, and others" if drawn and kind is DoesNotRun else ""
+        raise kind(f"the models do not run on these inputs: {first_line(why)}{also}") from why
     return feeds, wanted, first, second, a.get_providers()[0]
 
 

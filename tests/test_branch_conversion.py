@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -250,6 +251,39 @@ def test_a_branch_is_not_in_the_way_of_the_rest(lines: str, outputs: str, code: 
     one = model("float[B,T,4] x, bool flag", f"{ALONE} {lines}", f"float[] r, {outputs}", **HELD | held, first=[0])
     report = check(one, flags(ROWS), 1, verify="off" if code == "NF305" else "sites")
     assert [(n.conversion or {})["code"] for n in report.norms] == ["", code]
+
+
+def test_constants_of_a_branch_keep_their_names() -> None:
+    """Those of the model that is given, whose tensors the certificate reads."""
+    text = "h = MatMul(x, w) n = LayerNormalization<axis=-1>(h, g, b) j = Add(n, eps) {0} = MatMul(j, k)"
+    one = made(text.format("o"), "o = MatMul(x, u)", u=numbers(4, 5))
+    del one.graph.initializer[[i.name for i in one.graph.initializer].index("eps")]
+    hide(one, 0, eps=np.array(1e-5, np.float32))
+    before = one.SerializeToString()
+    for _ in range(2):
+        check(one, flags(ROWS), 1, verify="sites")
+        assert one.SerializeToString() == before
+
+
+def test_a_branch_that_gives_a_constant() -> None:
+    one = hide(made(NORM.format("o"), "q = Neg(x)"), 1, o=numbers(2, 3, 5))
+    for verify in ("off", "sites"):
+        check(one, flags(ROWS), 1, verify=verify)
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_constants_of_branches_beside_the_file(inner: bool, tmp_path: Path) -> None:
+    """Of an If without norms, and where one was tried in vain."""
+    norm = NORM.format("q") if inner else "q = MatMul(x, u)"
+    one = made(f"{norm} o = Add(q, c)", "o = Mul(r, c)", ALONE, wm=numbers(4, D), u=numbers(4, 5))
+    for branch in range(2):
+        hide(one, branch, c=numbers(5))
+    onnx.save(one, tmp_path / "in.onnx", save_as_external_data=True, location="in.data", size_threshold=16)
+    report = normfuse.rewrite(tmp_path / "in.onnx", tmp_path / "out.onnx", EXACT)
+    assert report.converted == 1 + inner
+    for given in flags(ROWS):
+        want, got = (session(tmp_path / name).run(None, given)[0] for name in ("in.onnx", "out.onnx"))
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5 * np.abs(want).max())
 
 
 def test_what_failed_leaves_the_model_as_it_was() -> None:

@@ -18,7 +18,7 @@ from normfuse.bench import How, bench
 from normfuse.cli_report import comparison_blocks
 from normfuse.errors import InputError, UnsupportedError
 from normfuse.frontends.onnx_certify import input_shapes, inputs_for
-from normfuse.frontends.onnx_open import image_sizes, stated_sizes
+from normfuse.frontends.onnx_open import possible_sizes, stated_sizes
 from normfuse.frontends.onnx_wide import compare_rewritten
 from normfuse.io.files import read_onnx
 from normfuse.reduce import _difference
@@ -56,7 +56,7 @@ def test_a_decoder_with_a_cache_runs_on_random_inputs(layout: dict[str, str], tm
     source, out = saved(decoder(layout), tmp_path / "in.onnx"), tmp_path / "out.onnx"
     sizes = stated_sizes(read_onnx(source)[0])
     assert sizes == {"head": HEAD}
-    feeds = run_random(session(source), None, sizes=sizes)[0]
+    feeds = run_random(session(source), None, sizes=[sizes])[0]
     assert {name: array.shape for name, array in feeds.items()} == {
         "ids": (2, 2), "attention_mask": (2, 2), "k": (2, 2, 0, HEAD), "v": (2, 2, 0, HEAD)}  # fmt: skip
     assert (feeds["attention_mask"] == 1).all()
@@ -89,7 +89,7 @@ def test_a_cache_for_a_sliding_window_has_room_for_it(attributes: str, room: int
     sizes = stated_sizes(read_onnx(source)[0])
     assert sizes == {"head": HEAD} | ({"past_sliding_length": room} if room else {})
     if "local" in attributes:
-        assert run_random(session(source), None, sizes=sizes)[0]["k"].shape == (2, 2, room, HEAD)
+        assert run_random(session(source), None, sizes=[sizes])[0]["k"].shape == (2, 2, room, HEAD)
         assert compare_models(source, source)["equal"]
 
 
@@ -315,7 +315,7 @@ def test_an_input_is_a_mask_by_its_name() -> None:
     made = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["": 17]> g ({given}) => (int64[8, 16] y) '
                                    f"{{ y = Concat<axis = 0>({', '.join(names)}) }}")  # fmt: skip
     proto = onnx_ir.from_proto(made)
-    drawn = inputs_for(proto, input_shapes(proto, (2, 8, 8)))
+    drawn = inputs_for(proto, input_shapes(proto, {}, (2, 8, 8)))
     for feeds in (feeds_for(SimpleNamespace(get_inputs=lambda: infos)), drawn):
         assert [name for name, array in feeds.items() if array.min() < 1] == ["masked_input_ids", "unmasked"]
 
@@ -370,7 +370,7 @@ def test_weights_that_are_made_in_many_steps_take_no_time(count: int, tmp_path: 
         g (float[B, channels, 8, 8] x) => (float[a, b, c, d] y) {{ w0 = Mul(k, s) {steps} y = Conv(x, w{count}) }}""")
     made.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in (
         ("k", np.ones((4, 3, 2, 2), np.float32)), ("s", np.full((4, 1, 1, 1), 1e-20, np.float32))))
-    assert image_sizes(read_onnx(saved(made, tmp_path / "in.onnx"))[0]) == ({"channels": 3} if count == 2 else {})
+    assert stated_sizes(read_onnx(saved(made, tmp_path / "in.onnx"))[0]) == ({"channels": 3} if count == 2 else {})
 
 
 def patches(positions: int, extra: int = 1, table: int = 98, attributes: str = "strides = [4, 4]") -> onnx.ModelProto:
@@ -400,16 +400,42 @@ def test_bench_says_which_branch_it_measures(tmp_path: Path) -> None:
 def test_a_table_of_positions_says_how_large_an_image_is(extra: int, attributes: str, tmp_path: Path) -> None:
     path = saved(patches(49 + extra, extra, attributes=attributes), tmp_path / "in.onnx")
     side = 28 if attributes == "strides = [4, 4]" else 16
-    assert image_sizes(read_onnx(path)[0]) == {"C": 3, "H": side, "W": side}
+    assert possible_sizes(read_onnx(path)[0])[0] == {"C": 3, "H": side, "W": side}
     assert compare_models(path, path)["equal"]
     assert run("rewrite", path, tmp_path / "out.onnx", "--verify", "model")[0] == 0
 
 
-@pytest.mark.parametrize("said", [
-    {"positions": 60}, {"positions": 50, "table": 64},
-    {"positions": 50, "attributes": "strides = [4, 4], pads = [1, 1, 1, 1]"},
-    {"positions": 50, "attributes": 'strides = [4, 4], auto_pad = "SAME_UPPER"'}])
-def test_what_says_nothing_of_an_image(said: dict[str, Any], tmp_path: Path) -> None:
-    """No square, two of them, patches that overlap the border."""
+@pytest.mark.parametrize(("said", "sizes"), [
+    ({"positions": 19}, {(12, 24), (24, 12)}), ({"positions": 50, "table": 64}, {(28, 28), (32, 32)}),
+    ({"positions": 50, "attributes": "strides = [2, 2], pads = [1, 1, 1, 1]"}, {(14, 14)}),
+    ({"positions": 50, "attributes": 'strides = [4, 4], auto_pad = "SAME_UPPER"'}, {(28, 28)})])
+def test_images_that_are_tried(said: dict[str, Any], sizes: set[tuple[int, int]], tmp_path: Path) -> None:
+    """No square, one of two squares, patches that overlap the border; and at last those that are tried of any model."""
     path = saved(patches(**said), tmp_path / "in.onnx")
-    assert image_sizes(read_onnx(path)[0]) == {"C": 3}
+    found = possible_sizes(read_onnx(path)[0])
+    assert sizes <= {(one["H"], one["W"]) for one in found[:-1]} and found[-1] == {"C": 3}
+    assert compare_models(path, path)["equal"]
+    code, out, _ = run("bench", path)
+    assert code == 0 and any(f"x 2x3x{h}x{w} float32" in out for h, w in sizes)
+
+
+def test_a_table_that_is_none_of_positions(tmp_path: Path) -> None:
+    """As the mask of a window of Swin: the sizes that it would mean are tried in vain."""
+    made = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["": 17]>
+        g (float[B, 3, H, W] x) => (float[b, n, m, c] y) { image = Conv<strides = [2, 2], kernel_shape = [2, 2]>(x, k)
+        t = Transpose<perm = [0, 2, 3, 1]>(image) r = Reshape(t, shape) a = Add(r, mask)
+        y = LayerNormalization(a, g) }""")
+    held = {"k": np.ones((16, 3, 2, 2), np.float32), "shape": np.array([-1, 32, 16, 16]), "g": np.ones(16, np.float32),
+            "mask": np.ones((16, 16), np.float32)}  # fmt: skip
+    made.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in held.items())
+    path = saved(made, tmp_path / "in.onnx")
+    assert possible_sizes(read_onnx(path)[0])[0] == {"H": 8, "W": 8}
+    assert compare_models(path, path)["equal"]
+    assert run("rewrite", path, tmp_path / "out.onnx", "--verify", "model", "--target", "normfuse")[0] == 0
+
+
+def test_inputs_that_do_not_fit_are_told(tmp_path: Path) -> None:
+    """Seven positions for the patches and five tokens."""
+    path = saved(patches(7, extra=5), tmp_path / "in.onnx")
+    with pytest.raises(InputError, match=r"do not run on these inputs: .*; drawn were x 2x3x8x12, ids 2x2, and others"):
+        compare_models(path, path)

@@ -64,18 +64,20 @@ def taken(model: ir.Model, branch: str) -> ir.Model:
     names = {value: home.name(value.name or "") for value, home in homes(graph).items() if home.branch == branch}
     for node in [node for node in graph if is_if(node)]:
         inner = node.attributes[branch].as_graph()
-        nodes, copies = list(inner), [ir.Node("", "Identity", [value]) for value in inner.outputs]
-        for value in list(inner.initializers.values()):
-            del inner.initializers[value.name or ""]
-            value.name = names[value]
-            graph.register_initializer(value)
-        for value in (value for part in nodes for value in part.outputs if value.name):
-            value.name = names[value]
+        nodes, held, given = list(inner), list(inner.initializers.values()), list(inner.outputs)
+        copies = [ir.Node("", "Identity", [value]) for value in given]
+        inner.outputs.clear()
+        inner.initializers.clear()
         inner.remove(nodes)
+        for value in (*held, *(value for part in nodes for value in part.outputs if value.name)):
+            tensor, value.const_value = value.const_value, None  # the model's own, which would be renamed, too
+            value.name, value.const_value = names[value], tensor
+        for value in held:
+            graph.register_initializer(value)
         graph.insert_before(node, [*nodes, *copies])
-        for old, copy, given in zip(node.outputs, copies, inner.outputs, strict=True):
+        for old, copy, value in zip(node.outputs, copies, given, strict=True):
             new = copy.outputs[0]
-            new.name, new.shape, new.type = old.name, given.shape, given.type
+            new.name, new.shape, new.type = old.name, value.shape, value.type
             old.replace_all_uses_with(new, replace_graph_outputs=True)
         graph.remove(node, safe=True)
     return model

@@ -24,11 +24,12 @@ from onnx.reference import ReferenceEvaluator
 from normfuse.calibrate import Hook
 from normfuse.config import Config
 from normfuse.convert import LIMIT, SEEN, Certificate, Randomiser, joined
+from normfuse.errors import first_line
 from normfuse.distance import normwise, tells, worst
 from normfuse.frontends.onnx_branches import BRANCHES, taken
 from normfuse.frontends.onnx_check import DOUBLE, FLOAT_TYPES, MOST, OPS, _widen
 from normfuse.frontends.onnx_kernels import KERNELS
-from normfuse.frontends.onnx_open import image_sizes
+from normfuse.frontends.onnx_open import possible_sizes
 from normfuse.frontends.onnx_unknown import StandIns
 from normfuse.ort_values import Array
 from normfuse.sessions import names_mask, open_shapes
@@ -57,7 +58,11 @@ def certify(original: ir.Model, result: ir.Model, editor: Editor, config: Config
         return _sized(original, result, editor)
     found = []
     for branch in BRANCHES:
-        found.append(_sized(taken(original, branch), taken(result, branch), editor, branch))
+        try:
+            models = taken(original, branch), taken(result, branch)
+        except ValueError as why:
+            return Certificate(False, message=f"the certificate's check could not run: {first_line(why)}")
+        found.append(_sized(*models, editor, branch))
         if not found[-1].ok:
             return found[-1]
     return joined(found)
@@ -67,7 +72,8 @@ def _sized(original: ir.Model, result: ir.Model, editor: Editor, branch: str = "
     """The comparison with the first of the sizes with which it runs: as many tokens in a cache as there are others, or
     none, as where a mask has the name of theirs."""
     last, tried = "", list[Mapping[str, tuple[int, ...]]]()
-    for shapes in (input_shapes(original, (2, n, past)) for n in SIZES for past in (n, 0)):
+    known = possible_sizes(original)
+    for shapes in (input_shapes(original, one, (2, n, past)) for one in known for n in SIZES for past in (n, 0)):
         if shapes in tried:
             continue
         tried.append(shapes)
@@ -198,6 +204,9 @@ class Program:
             value.const_value = None
             if value not in given:
                 copy.graph.inputs.append(value)
+        for value in (v for inner in copy.graph.subgraphs() for v in inner.initializers.values()):
+            if isinstance(value.const_value, ir.ExternalTensor):  # which is found beside the file only
+                value.const_value = ir.Tensor(value.const_value.numpy(), name=value.name)
         proto = ir.to_proto(copy)
         if proto.functions:
             proto = onnx.inliner.inline_local_functions(proto)
@@ -317,12 +326,12 @@ def _widen_graph(graph: onnx.GraphProto) -> None:
                 _widen_graph(inner)
 
 
-def input_shapes(model: ir.Model, open_sizes: tuple[int, int, int]) -> dict[str, tuple[int, ...]]:
-    """The shapes of a model's inputs by name, those that are initializers left out: sizes that are left open are those
-    of an image, sums, or else of `open_sizes` (see `open_shapes`)."""
+def input_shapes(model: ir.Model, known: Mapping[str, int], open_sizes: tuple[int, int, int]
+                 ) -> dict[str, tuple[int, ...]]:  # fmt: skip
+    """The shapes of a model's inputs by name, those that are initializers left out (see `open_shapes`)."""
     given = [value for value in model.graph.inputs if value.name not in model.graph.initializers]
     dims = {v.name or "": [getattr(d, "value", d) or None for d in v.shape or ()] for v in given}
-    return open_shapes(dims, image_sizes(model), open_sizes)
+    return open_shapes(dims, known, open_sizes)
 
 
 def inputs_for(model: ir.Model, shapes: Mapping[str, tuple[int, ...]], attempt: int = 0) -> dict[str, Array]:

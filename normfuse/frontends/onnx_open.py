@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import onnx_ir as ir
@@ -18,15 +19,18 @@ SCALED = frozenset("Cast Identity Add Sub Mul Div QuantizeLinear DequantizeLinea
 BOTH = frozenset("Add Sub Mul Div".split())
 CLASSES = (0, 1, 2)
 """How many tokens an image has beside its patches: none, that of its class, and that of DeiT's distillation."""
+LONGEST, MOST_PATCHES, MOST_SIDES = 4, 2**16, 8
+"""How many times as wide an image is tried as it is high, or the other way round, how many patches it has, and how many
+sizes are tried."""
 MOST_STEPS = 16
 """How many of these are looked through."""
 
 
 def stated_sizes(model: ir.Model) -> dict[str, int]:
     """The open sizes of a model's inputs by name that its operators say: that of a head, which the width of the key
-    that is added to a cache does, the least tokens that a cache for a sliding window has room for, and those of an
-    image."""
-    found = image_sizes(model)
+    that is added to a cache does, the least tokens that a cache for a sliding window has room for, and the channels of
+    an image, which the weight of a convolution does."""
+    found = channels(model)
     low: Lowering | None = None
     for node in list(model.graph):  # which may be sorted on the way
         slots = CACHES.get(node.op_type, ()) if node.domain == "com.microsoft" else ()
@@ -47,36 +51,53 @@ def stated_sizes(model: ir.Model) -> dict[str, int]:
     return found
 
 
-def image_sizes(model: ir.Model) -> dict[str, int]:
-    """The open sizes of an image, which a convolution reads as it is or scaled: its channels, as many as the weight
-    has, and height and width, where the model has one table of positions for as many patches as a square has."""
+def possible_sizes(model: ir.Model) -> list[dict[str, int]]:
+    """What the open sizes of a model's inputs may be, the likeliest first and at last what is sure: with height and
+    width of an image such that it has as many patches as a table of the model has positions, beside those of a class
+    token perhaps. A table says nothing for sure: it may be of something else."""
+    stated, found = stated_sizes(model), list[dict[str, int]]()
+    for node, image, weight in _image_convolutions(model):
+        names = [getattr(dim, "value", None) for dim in (image.shape or ())[2:]]
+        if len(names) == 2:
+            found += [{n: size for n, size in zip(names, sides, strict=True) if isinstance(n, str)}
+                      for sides in _sides(model, node, weight)]  # fmt: skip
+    return [stated | sizes for i, sizes in enumerate(found[:MOST_SIDES]) if sizes and sizes not in found[:i]] + [stated]
+
+
+def channels(model: ir.Model) -> dict[str, int]:
+    """The open sizes that are the channels of an image, which a convolution reads as it is or scaled."""
     found: dict[str, int] = {}
-    for node in model.graph:
-        if node.op_type != "Conv" or node.domain not in ("", "ai.onnx"):
-            continue
-        value, shape = _behind(node.inputs[0]), _size(node.inputs[1])
-        if shape is None or value is None or not value.is_graph_input() or len(value.shape or ()) != len(shape):
-            continue
-        for axis, size in enumerate((shape[1] * attribute(node, "group", 1), *_square(model, node, shape)), 1):
-            name = getattr(value.shape[axis], "value", None) if value.shape is not None else None
-            if isinstance(name, str):
-                found[name] = int(size)
+    for node, image, weight in _image_convolutions(model):
+        name = getattr(image.shape[1], "value", None) if image.shape is not None else None
+        if isinstance(name, str):
+            found[name] = weight[1] * int(attribute(node, "group", 1))
     return found
 
 
-def _square(model: ir.Model, node: ir.Node, weight: tuple[int, ...]) -> list[int]:
-    """Height and width of an image that a convolution cuts into as many patches as the model has positions, next to
-    those of a class token perhaps."""
-    if len(weight) != 4 or any(attribute(node, "pads", [])) or attribute(node, "auto_pad", "NOTSET")[:4] == "SAME":
-        return []
+def _image_convolutions(model: ir.Model) -> Iterator[tuple[ir.Node, ir.Value, tuple[int, ...]]]:
+    """The convolutions that read an input of the model, that and the shape of the weight."""
+    for node in model.graph:
+        if node.op_type == "Conv" and node.domain in ("", "ai.onnx"):
+            value, shape = _behind(node.inputs[0]), _size(node.inputs[1])
+            if shape and value is not None and value.is_graph_input() and len(value.shape or ()) == len(shape):
+                yield node, value, shape
+
+
+def _sides(model: ir.Model, node: ir.Node, weight: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Height and width of images of as many patches as there may be positions, squares first."""
     read = [v for one in model.graph for v in {"Add": one.inputs, "Gather": one.inputs[:1]}.get(one.op_type, ())]
     shapes = [shape for v in read if (shape := _size(v)) is not None and len(shape) > 1 and shape[-1] == weight[0]]
-    counts = {shape[-2] - more for shape in shapes for more in CLASSES}
-    sides = {math.isqrt(n) for n in counts if n > 3 and math.isqrt(n) ** 2 == n}
-    if len(sides) != 1:
-        return []
-    steps = max(sides) - 1
-    return [k + steps * stride for k, stride in zip(weight[2:], attribute(node, "strides", [1, 1]), strict=True)]
+    counts = dict.fromkeys(shape[-2] - more for more in CLASSES for shape in shapes)
+    pairs = [(max(a for a in range(1, math.isqrt(n) + 1) if n % a == 0), n) for n in counts if 3 < n < MOST_PATCHES]
+    grids = sorted(((a, n // a) for a, n in pairs if n <= LONGEST * a * a), key=lambda grid: grid[1] / grid[0])
+    strides, pads = attribute(node, "strides", [1, 1]), attribute(node, "pads", [0] * 4)
+
+    def side(count: int, axis: int) -> int:  # of those that have so many patches, the multiple of the stride
+        least = weight[2 + axis] + (count - 1) * strides[axis] - pads[axis] - pads[axis + 2]
+        return int(-(-least // strides[axis]) * strides[axis])
+
+    turned = dict.fromkeys(grid for a, b in grids for grid in ((a, b), (b, a)))
+    return [tuple(side(count, axis) for axis, count in enumerate(grid)) for grid in turned]
 
 
 def _behind(value: ir.Value | None) -> ir.Value | None:
