@@ -13,6 +13,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,8 +25,8 @@ from onnx.reference import ReferenceEvaluator
 from normfuse.calibrate import Hook
 from normfuse.config import Config
 from normfuse.convert import LIMIT, SEEN, Certificate, Randomiser, joined
-from normfuse.errors import first_line
 from normfuse.distance import normwise, tells, worst
+from normfuse.errors import first_line
 from normfuse.frontends.onnx_branches import BRANCHES, taken
 from normfuse.frontends.onnx_check import DOUBLE, FLOAT_TYPES, MOST, OPS, _widen
 from normfuse.frontends.onnx_kernels import KERNELS
@@ -72,8 +73,9 @@ def _sized(original: ir.Model, result: ir.Model, editor: Editor, branch: str = "
     """The comparison with the first of the sizes with which it runs: as many tokens in a cache as there are others, or
     none, as where a mask has the name of theirs."""
     last, tried = "", list[Mapping[str, tuple[int, ...]]]()
-    known = possible_sizes(original)
-    for shapes in (input_shapes(original, one, (2, n, past)) for one in known for n in SIZES for past in (n, 0)):
+    *images, known = possible_sizes(original)
+    cases = [*product(images, SIZES[:1]), *product([known], SIZES)]
+    for shapes in (input_shapes(original, one, (2, n, past)) for one, n in cases for past in (n, 0)):
         if shapes in tried:
             continue
         tried.append(shapes)

@@ -294,9 +294,10 @@ class Editor:
         if half:
             out = op("Cast", [out], ir.AttrInt64("to", DTYPES[value.dtype or ""].value))
         out.name, out.shape, out.type = name, native.shape, native.type
-        producer, graph = native.producer(), self.low.source
-        if producer is not None and producer.graph is not None:
-            producer.graph.insert_after(producer, nodes)
+        producer, graph = native.producer(), native.graph
+        assert graph is not None
+        if producer is not None:
+            graph.insert_after(producer, nodes)
         else:
             graph.insert_before(graph[0], nodes)
         return out
