@@ -304,6 +304,17 @@ def test_a_quantised_branch_converts_nothing() -> None:
     assert [r.code for r in check(one, flags(ROWS), 0).refusals] == ["NF305"]
 
 
+def retyped(model: onnx.ModelProto, name: str, dtype: type) -> onnx.ModelProto:
+    """A model in another type of floats."""
+    bare = onnx.ModelProto()
+    bare.CopyFrom(model)
+    del bare.graph.initializer[:]
+    made = onnx.parser.parse_model(re.sub(r"float(16)?\[", f"{name}[", onnx.printer.to_text(bare)))
+    made.graph.initializer.extend(numpy_helper.from_array(numpy_helper.to_array(i).astype(dtype), i.name)
+                                  for i in model.graph.initializer)  # fmt: skip
+    return made
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_hostile_numbers(dtype: type) -> None:
     """A mean of a hundred times the deviation, and tiny deviations: no further from float64 than the model was."""
@@ -313,17 +324,10 @@ def test_hostile_numbers(dtype: type) -> None:
         array = array + 100 * array.std() if held.name == "w" else array
         held.CopyFrom(numpy_helper.from_array(array.astype(dtype), held.name))
     if dtype is np.float16:
-        text = onnx.printer.to_text(one).replace("float[", "float16[")
-        held = list(one.graph.initializer)
-        one = onnx.parser.parse_model(text)
-        del one.graph.initializer[:]
-        one.graph.initializer.extend(held)
+        one = retyped(one, "float16", dtype)
     result, report = normfuse.optimize(one, EXACT)
     assert report.converted == 2, report.refusals
-    wide = onnx.parser.parse_model(re.sub(r"float(16)?\[", "double[", onnx.printer.to_text(one)))
-    del wide.graph.initializer[:]
-    wide.graph.initializer.extend(numpy_helper.from_array(numpy_helper.to_array(i).astype(np.float64), i.name)
-                                  for i in one.graph.initializer)  # fmt: skip
+    wide = retyped(one, "double", np.float64)
     for scale in (1.0, 1e-3):
         x: Any = (RNG.standard_normal((2, 3, 4)) * scale).astype(dtype)
         for flag in (True, False):
