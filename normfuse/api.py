@@ -309,7 +309,7 @@ def _rewrite_ir(model: ir.Model, config: Config, progress: Progress | None, cali
     if config.verify != "off":
         one.check()
     checked = time.perf_counter()
-    paths = one.paths()
+    paths = one.paths() if first is not None else {}  # before the nodes go
     changed = one.apply()
     report = _onnx_report(one, rewritten=True, shown=shown)
     report.operators_after = onnx_model.operators(model)

@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -39,9 +39,6 @@ from normfuse.sessions import (
     run_random,
     shapes_for,
 )
-
-if TYPE_CHECKING:
-    pass
 
 SCHEMA = 1
 WARM_UP, LEAST, MOST, SECONDS = 3, 11, 2000, 5.0
@@ -318,7 +315,7 @@ def make_feeds(session: Any, path: str | Path, how: How) -> dict[str, Array]:
         shape = "x".join(map(str, shapes[name]))
         raise InputError(f"there is no memory to draw inputs of {path}: {name!r} is {shape}, and it takes "
                          f"{needed / 2**30:.3g} GiB; give smaller sizes with --size NAME=N")  # fmt: skip
-    if len(shapes) and any(not isinstance(d, int) for i in session.get_inputs() for d in i.shape):
+    if shapes and any(not isinstance(d, int) for i in session.get_inputs() for d in i.shape):
         with suppress(Exception):  # it runs with none, which is told where it is measured
             drawn: dict[str, Array] = run_random(session, None, 0, given, choices)[0]
             return drawn
