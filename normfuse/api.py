@@ -18,6 +18,7 @@ from normfuse.errors import InputError, UnsafeModelError, UnsupportedError, path
 from normfuse.process import tidy
 from normfuse.records import build_report
 from normfuse.report import Report
+from normfuse.sessions import Given
 
 if TYPE_CHECKING:
     import onnx
@@ -71,7 +72,9 @@ def rewrite(src_path: str | Path, dst_path: str | Path, config: Config | None = 
     `external_data="reference"`, stays where it is, which has to be in the folder of the output or below. `calibration`
     is for `layernorm_to_rmsnorm="approximate"`: an .npz file, a folder of them, or dicts of arrays by input name; for
     a .pt2, a file, a folder, or tuples of inputs. A .pt2 becomes a .pt2: loading one can run code in it, so it has to
-    be allowed by `trust`. `how` (`normfuse.bench.How`: sizes, inputs, threads) is for `first="fastest"`.
+    be allowed by `trust`. `how` (`normfuse.bench.How`) has sizes and inputs for what runs an ONNX model:
+    `verify="model"`, `first`, and the certificate of a conversion, for which inputs are drawn where that will do; and
+    `threads` for `first="fastest"`.
 
     Raises `InputError`, `UnsafeModelError` or `UnsupportedError` before anything is written, and `VerificationError`
     when `verify="model"` finds that the results differ; then nothing is written either.
@@ -79,6 +82,7 @@ def rewrite(src_path: str | Path, dst_path: str | Path, config: Config | None = 
     import onnx_ir as ir
 
     from normfuse import first
+    from normfuse.frontends.onnx_open import demand_given
     from normfuse.io import files
 
     config = config_of(config)
@@ -111,13 +115,15 @@ def rewrite(src_path: str | Path, dst_path: str | Path, config: Config | None = 
     with tempfile.TemporaryDirectory(prefix="normfuse-") if needed else nullcontext("") as folder:
         model, original = _read(source)
         first.check(config, how)
+        said = Given() if how is None else how.given()
+        demand_given(model, said)
         if not dry_run:
             files.check_target(source, target, overwrite, in_place)
         if original.external and target.parent != given.parent.resolve() and target != given:
             raise InputError(f"{given}: is a link, and its weights would go beside {target}, where runtimes do not "
                              "look for them; give that path, or another output")  # fmt: skip
         loaded = time.perf_counter()
-        made = first.run(source, config, Path(folder), progress, how)
+        made = first.run(source, config, Path(folder), progress, how, said)
         config = replace(config, first=made.first)
         if made.path != source:
             model, original = _read(made.path)
@@ -126,9 +132,9 @@ def rewrite(src_path: str | Path, dst_path: str | Path, config: Config | None = 
         if made.stays:
             report = _untouched(model)
         else:
-            model, report, changed, plain = _rewrite_ir(model, config, progress, calibration)
+            model, report, changed, plain = _rewrite_ir(model, config, progress, calibration, said)
         planned = time.perf_counter()
-        check = partial(_check_file, source, report, config) if config.verify == "model" and changed else None
+        check = partial(_check_file, source, report, config, said) if config.verify == "model" and changed else None
         if check is not None and dry_run:
             files.write_onnx(model, Path(folder) / "candidate.onnx", original, check=check, edited=not plain)
         if not dry_run:
@@ -153,6 +159,7 @@ def rewrite(src_path: str | Path, dst_path: str | Path, config: Config | None = 
     more = ", in_place=True" if in_place else ", overwrite=True" if overwrite else ""
     more += f", external_data={external_data!r}" * (external_data != "copy")
     more += ", calibration=..." * (calibration is not None)
+    more += f", how=normfuse.bench.{how!r}" * (config.runs and bool(said.inputs or said.sizes))
     report.replay = f"normfuse.rewrite({str(source)!r}, {str(given)!r}, normfuse.{config!r}{more})"
     return report
 
@@ -163,19 +170,22 @@ def _copied(progress: Progress, done: int, total: int) -> None:
 
 @tidy
 def optimize(model: Any, config: Config | None = None, *, args: Sequence[Any] | None = (),
-             kwargs: Mapping[str, Any] | None = None, calibration: Any = None) -> tuple[Any, Report]:  # fmt: skip
+             kwargs: Mapping[str, Any] | None = None, calibration: Any = None,
+             how: How | None = None) -> tuple[Any, Report]:  # fmt: skip
     """Fuse the norms of a model in memory and give back (the same type of model, the report).
 
     Takes what `inspect` takes; for a path it gives back an `onnx_ir.Model`. The model given is not changed. An
     `nn.Module` is taken for `layernorm_to_rmsnorm="exact"`, with `args` and `kwargs` to trace it with: its LayerNorms
     become RMSNorms in a copy, which is an ordinary module. `calibration`: as for `rewrite`; for torch, tuples of
-    inputs.
+    inputs. `how`: as for `rewrite`, for the certificate of an ONNX model's conversion.
     """
     config = config_of(config)
     demand_use(config, calibration)
     kind = "path" if isinstance(model, (str, os.PathLike)) else _kind(model)
     if kind in ("module", "fx", "exported"):
         demand_torch(config)
+        if how is not None:
+            raise InputError("how= is for ONNX models; leave it out")
     if kind == "module":
         from normfuse.frontends.module_convert import convert_module
 
@@ -184,6 +194,11 @@ def optimize(model: Any, config: Config | None = None, *, args: Sequence[Any] | 
         raise InputError("args and kwargs are to trace an nn.Module with, and this is none; leave them out")
     if config.first:
         raise UnsupportedError("first needs files to run; use normfuse.rewrite or normfuse.export")
+    from normfuse.first import check
+    from normfuse.frontends.onnx_open import demand_given
+
+    check(config, how)
+    given = Given() if how is None else how.given()
     whole = "verify='model' needs files to run; use normfuse.rewrite, or verify='sites'"
     if kind == "path":
         model = path_of(model, "the input")
@@ -192,7 +207,9 @@ def optimize(model: Any, config: Config | None = None, *, args: Sequence[Any] | 
         if _is_pt2(model):
             raise UnsafeModelError(f"{model}: loading a .pt2 can run code in it; give what torch.export.load makes of "
                                    "it, or use normfuse.rewrite(..., trust=True)")  # fmt: skip
-        return _rewrite_ir(_read(model)[0], config, None, calibration, shown=True)[:2]
+        read = _read(model)[0]
+        demand_given(read, given)
+        return _rewrite_ir(read, config, None, calibration, given, shown=True)[:2]
     if kind in ("fx", "exported"):
         from normfuse.frontends import fx_model
 
@@ -202,13 +219,14 @@ def optimize(model: Any, config: Config | None = None, *, args: Sequence[Any] | 
 
     if config.verify == "model":
         raise UnsupportedError(whole)
-    given = _as_ir(model, kind)
+    read = _as_ir(model, kind)
+    demand_given(read, given)
     if kind == "proto":
-        done, report = _rewrite_ir(given, config, None, calibration, shown=True)[:2]
+        done, report = _rewrite_ir(read, config, None, calibration, given, shown=True)[:2]
         return to_proto(done), report
-    copy = given.clone()
+    copy = read.clone()
     secure(copy)
-    copy, report = _rewrite_ir(copy, config, None, calibration, shown=True)[:2]
+    copy, report = _rewrite_ir(copy, config, None, calibration, given, shown=True)[:2]
     if kind == "program":
         import torch
 
@@ -270,7 +288,7 @@ def _inspect_ir(model: ir.Model, own: bool = False) -> Report:
     return _onnx_report(OnnxModel(model, Config(), rewrite=False, own=own), rewritten=False)
 
 
-def _rewrite_ir(model: ir.Model, config: Config, progress: Progress | None, calibration: Any = None,
+def _rewrite_ir(model: ir.Model, config: Config, progress: Progress | None, calibration: Any, given: Given,
                 shown: bool = False) -> tuple[ir.Model, Report, bool, bool]:  # fmt: skip
     """The model that came of it, the report, whether anything changed, and whether only nodes of the main graph did.
 
@@ -289,7 +307,7 @@ def _rewrite_ir(model: ir.Model, config: Config, progress: Progress | None, cali
             progress("converting LayerNorms", 0.0)
         first = onnx_model.OnnxModel(model, config, rewrite=False)
         before = _onnx_report(first, rewritten=False) if shown else None
-        model, records, notes = convert_model(first, config)
+        model, records, notes = convert_model(first, config, given)
         if config.layernorm_to_rmsnorm == "approximate":
             from normfuse.frontends.onnx_approximate import approximate_model
 
@@ -331,13 +349,14 @@ def _rewrite_ir(model: ir.Model, config: Config, progress: Progress | None, cali
     return model, report, changed or other, plain
 
 
-def _check_file(source: Path, report: Report, config: Config, candidate: Path) -> None:
+def _check_file(source: Path, report: Report, config: Config, given: Given, candidate: Path) -> None:
     """Run the input and the result in ONNX Runtime before the result gets its name."""
     from normfuse.frontends.onnx_wide import compare_rewritten
     from normfuse.verify import demand_equal, roundings_for
 
     try:
-        found = compare_rewritten(source, candidate, roundings=roundings_for(config.converts))
+        found = compare_rewritten(source, candidate, roundings=roundings_for(config.converts), inputs=given.inputs,
+                                  sizes=given.sizes)  # fmt: skip
     except UnsupportedError as why:
         raise UnsupportedError(f"{source}: verify='model': {why}; use verify='sites'") from why
     demand_equal(found, source)

@@ -32,6 +32,7 @@ from normfuse.process import available, run_module, status
 from normfuse.sessions import (
     OPEN,
     PROVIDERS,
+    Given,
     calls_ours,
     feeds_for,
     open_session,
@@ -83,6 +84,12 @@ class How:
             raise InputError(f"rounds={self.rounds}: it takes 3 rounds to tell a median from chance")
         if not 0 <= self.threads < 2**31:
             raise InputError(f"threads={self.threads}: give 1 or more, or 0 for what ONNX Runtime takes")
+
+    def given(self) -> Given:
+        """The sizes, and the inputs read. Raises `InputError` for a file that is no .npz."""
+        from normfuse.calibrate import load
+
+        return Given({} if self.inputs is None else load(self.inputs), self.sizes)
 
 
 def _whole(name: str, value: Any) -> int:
@@ -292,22 +299,12 @@ def make_feeds(session: Any, path: str | Path, how: How) -> dict[str, Array]:
     Sizes that are open are the first of `possible_sizes` and `OPEN` with which the model runs, or else the first.
     Raises `InputError` for a name that the model lacks, a size of what the file has, and where memory has no room.
     """
-    from normfuse.calibrate import load
-    from normfuse.frontends.onnx_open import possible_sizes
+    from normfuse.frontends.onnx_open import demand_given, possible_sizes
     from normfuse.io.files import read_onnx
 
-    _demand_sizes([d for i in session.get_inputs() for d in i.shape], how.sizes)
-    given = load(how.inputs) if how.inputs else {}
-    names = [i.name for i in session.get_inputs()]
-    unknown = sorted(set(given) - set(names))
-    if unknown:
-        raise InputError(f"no input is named {unknown[0]!r}; the model has {', '.join(names)}")
-    held = {d: (i.name, n) for i in session.get_inputs() if i.name in given
-            for d, n in zip(i.shape, given[i.name].shape, strict=False)}  # fmt: skip
-    if both := [name for name, n in how.sizes.items() if name in held and held[name][1] != n]:
-        raise InputError(f"the size {both[0]!r} is that of input {held[both[0]][0]!r} in {how.inputs}; leave out "
-                         f"--size {both[0]}={how.sizes[both[0]]}, or --inputs")  # fmt: skip
-    choices = [sizes | dict(how.sizes) for sizes in possible_sizes(read_onnx(path)[0])]
+    model, said = read_onnx(path)[0], how.given()
+    demand_given(model, said)
+    given, choices = said.inputs, [sizes | dict(how.sizes) for sizes in possible_sizes(model)]
     sizes = choices[0]
     shapes = {name: shape for name, shape in shapes_for(session, sizes, OPEN[0]).items() if name not in given}
     if (needed := DRAWN * sum(map(math.prod, shapes.values()))) > available():
@@ -320,23 +317,6 @@ def make_feeds(session: Any, path: str | Path, how: How) -> dict[str, Array]:
             drawn: dict[str, Array] = run_random(session, None, 0, given, choices)[0]
             return drawn
     return feeds_for(session, sizes=sizes, given=given)
-
-
-def demand_sizes(path: str | Path, sizes: Mapping[str, int]) -> None:
-    """Raise `InputError` for sizes that the inputs of a model have not."""
-    from normfuse.io.files import read_onnx
-
-    if sizes:
-        inputs = read_onnx(path)[0].graph.inputs
-        _demand_sizes([getattr(d, "value", d) for i in inputs for d in i.shape or ()], sizes)
-
-
-def _demand_sizes(dims: Sequence[Any], sizes: Mapping[str, int]) -> None:
-    symbols = list(dict.fromkeys(d for d in dims if isinstance(d, str)))
-    absent = sorted(set(sizes) - set(symbols))
-    if absent:
-        has = f"has {', '.join(symbols)}" if symbols else "has none that is open"
-        raise InputError(f"no size of an input is named {absent[0]!r}; the model {has}")
 
 
 # -- memory --------------------------------------------------------------------------------------------------------

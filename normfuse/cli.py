@@ -103,14 +103,14 @@ def _rewrite(args: argparse.Namespace) -> Outcome:
     output, in_place = args.output or args.model, args.in_place or args.output is None
     config = replace(_config(args), norms=args.norms, tolerance=args.tolerance, first=args.first)
     before = _before(args, output) if args.report is not None else None
-    how = _timing(args, output)
+    how = _running(args, config, output)
     started = time.perf_counter()
     with progress(not args.quiet) as advance:
         report: Report = normfuse.rewrite(
             args.model, output, config,
             dry_run=args.dry_run, overwrite=args.overwrite, in_place=in_place, external_data=args.external_data,
             calibration=args.calibration, progress=advance, trust=args.trust,
-            how=how if args.first == FASTEST else None,
+            how=how if args.first == FASTEST or (config.runs and (args.size or args.inputs is not None)) else None,
         )  # fmt: skip
     seconds = time.perf_counter() - started
     if how is not None and args.bench:
@@ -128,19 +128,24 @@ def _rewrite(args: argparse.Namespace) -> Outcome:
     return Outcome(DIFFERENT if args.strict and report.refusals else DONE, report.to_dict(), blocks)
 
 
-def _timing(args: argparse.Namespace, output: str) -> How | None:
-    """How to time models. Raises `InputError` where that cannot be, before anything is done."""
+def _running(args: argparse.Namespace, config: Config, output: str) -> How | None:
+    """How to run models. Raises `InputError` where that cannot be, before anything is done."""
+    given = "--size" if args.size else "--inputs" if args.inputs is not None else ""
     if not args.bench and args.first != FASTEST:
-        if args.size:
-            raise InputError("--size is a size to run the models with; it takes --bench or --first fastest")
-        return None
+        if given and not config.runs:
+            raise InputError(f"{given} is to run models with, and none is run: it takes --verify model, "
+                             "--layernorm-to-rmsnorm, --bench or --first")  # fmt: skip
+        if not given:
+            return None
     from normfuse import bench, cli_bench
+    from normfuse.frontends.onnx_open import demand_given
+    from normfuse.io.files import read_onnx
 
     if args.bench and (args.dry_run or os.path.realpath(args.model) == os.path.realpath(output)):
         raise InputError("--bench runs IN and OUT in turns; leave --dry-run and --in-place out")
     bench.check(args.model)
-    how = bench.How(sizes=cli_bench.sizes(args.size))
-    bench.demand_sizes(args.model, how.sizes)
+    how = bench.How(sizes=cli_bench.sizes(args.size), inputs=args.inputs)
+    demand_given(read_onnx(args.model)[0], how.given())
     return how
 
 
@@ -205,14 +210,17 @@ def _verify(args: argparse.Namespace) -> Outcome:
     if all(programs):
         from normfuse.frontends import pt2_run
 
+        if args.size:
+            raise InputError("--size is for ONNX models; a .pt2 is run on the inputs saved with it, or on --inputs")
         result = pt2_run.compare_files(Path(args.a), Path(args.b), trust=args.trust, seed=args.seed, inputs=inputs)
     elif any(programs):
         zipped, plain = (args.a, args.b) if programs[0] else (args.b, args.a)
         raise InputError(f"{zipped} is a .pt2 or another zip archive, and {plain} is none; give two of a kind")
     else:
+        from normfuse.cli_bench import sizes
         from normfuse.frontends.onnx_wide import compare_rewritten
 
-        result = compare_rewritten(args.a, args.b, seed=args.seed, inputs=inputs)
+        result = compare_rewritten(args.a, args.b, seed=args.seed, inputs=inputs, sizes=sizes(args.size))
     demand_compared(result)
     code = DONE if result["equal"] else DIFFERENT
     return Outcome(code, {"schema": SCHEMA} | result, comparison_blocks(result, args.quiet))

@@ -78,6 +78,7 @@ def parser(commands: Mapping[str, Callable[[argparse.Namespace], Any]]) -> argpa
     verify.add_argument("--inputs", metavar="FILE.npz",
                         help="arrays by input name, in place of random ones (of a .pt2: "
                              "in place of the example inputs saved with A)")  # fmt: skip
+    verify.add_argument("--size", metavar="NAME=N", action="append", default=[], help="a size that A leaves open (2)")
     verify.add_argument("--trust", action="store_true", help="load .pt2 files, which can run code in them")
     verify.add_argument("--seed", type=int, default=0, help="seed of what is drawn at random (0)")
     _bench_arguments(command("bench", "time a model in ONNX Runtime, or two in turns"))
@@ -141,7 +142,10 @@ def _rewrite_arguments(rewrite: argparse.ArgumentParser) -> None:
     _report_argument(rewrite)
     add("--bench", action="store_true", help="run IN and OUT in turns, too, and report the latency of both")
     add("--size", metavar="NAME=N", action="append", default=[],
-        help="a size that IN leaves open, for --bench (2) and --first fastest (1 and 512)")
+        help="a size that IN leaves open, where models are run: --verify model and --bench (2), --first fastest "
+             "(1 and 512), and certificates of conversions")  # fmt: skip
+    add("--inputs", metavar="FILE.npz",
+        help="arrays by input name for these, in place of random ones (certificates: where those do not do)")
     add("--dry-run", action="store_true", help="do everything but write OUT")
     add("--strict", action="store_true", help="exit with 1 if anything was refused; the output is written all the same")
     add("--overwrite", action="store_true", help="replace OUT, and the report, if they exist")

@@ -216,9 +216,10 @@ CODES: dict[str, Code] = {
         "a conversion whose certificate failed",
         "The model and its conversion, run in float64 with random weights, have to agree to 1e-12, and a "
         "model has to agree with itself. They did not, or the check could not be run. Nothing was converted.",
-        "If the message says that the check could not run, the model needs inputs of a size that NormFuse did not "
-        "guess: export it with fixed sizes; or it does not say how large the result of an operator of your own is: add "
-        "that to its value_info. A difference is a fault of NormFuse: please report it.",
+        "If the message says that the check could not run, the model needs inputs that NormFuse did not guess: give "
+        "--size NAME=N, or --inputs FILE.npz (in Python how=normfuse.bench.How(...)); or it does not say how large the "
+        "result of an operator of your own is: add that to its value_info. A difference is a fault of NormFuse: please "
+        "report it.",
     ),
     "NF305": Code(
         "a model of which nothing is converted",

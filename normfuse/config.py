@@ -120,6 +120,11 @@ class Config:
         return optimiser != "onnxscript" or self.target != "onnx"
 
     @property
+    def runs(self) -> bool:
+        """Whether models are run as wholes."""
+        return bool(self.first) or self.verify == "model" or (self.converts and self.verify != "off")
+
+    @property
     def converts(self) -> bool:
         """Whether weights may be edited at all."""
         return self.layernorm_to_rmsnorm != "off" or self.fold_scale

@@ -25,7 +25,7 @@ from normfuse.first import OUT, Made, after
 from normfuse.frontends.onnx_open import possible_sizes
 from normfuse.io.files import read_onnx
 from normfuse.ort_values import Array
-from normfuse.sessions import PROVIDERS, calls_ours, longest, open_session
+from normfuse.sessions import PROVIDERS, Given, calls_ours, longest, open_session
 
 RESTARTS, SECONDS, ROUNDS = 7, 1.5, (3, 200)
 """How often with new sessions, and how long each time for each inputs, within these numbers of rounds. Of two files
@@ -63,7 +63,8 @@ class _File:
         return sum(self.score(turn) < other.score(turn) for turn in range(RESTARTS)) >= max(1, RESTARTS - 1)
 
 
-def choose(source: Path, config: Config, folder: Path, how: How | None, progress: Progress | None) -> Made:
+def choose(source: Path, config: Config, folder: Path, how: How | None, given: Given, progress: Progress | None
+           ) -> Made:  # fmt: skip
     """Rewrite a model after every choice of the optimisers that are installed and its target can have, and measure.
 
     What the optimisers make is left in `folder`. `how`: on which inputs, and with how many threads; without sizes or
@@ -84,9 +85,9 @@ def choose(source: Path, config: Config, folder: Path, how: How | None, progress
         for i, choice in enumerate(choices):
             file = _File(Path(rewritten) / f"{i}.onnx", ",".join(choice))
             tell(file.name, i / len(choices))
-            optimised = after(choice, made, folder, progress)
+            optimised = after(choice, made, folder, given, progress)
             notes += [note for note in optimised.notes if OUT in note and note not in notes]
-            rewrite(optimised.path, file.path, sites)
+            rewrite(optimised.path, file.path, sites, how=how if sites.runs and (how.sizes or how.inputs) else None)
             equal = next((f for f in files if filecmp.cmp(file.path, f.path, shallow=False)), None)
             if equal is not None:  # nothing to fuse, or an optimiser that was left out
                 equal.same = equal.same or not choice

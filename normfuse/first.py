@@ -21,9 +21,8 @@ from normfuse.config import FASTEST, Config
 from normfuse.errors import InputError, NormFuseError, VerificationError, first_line
 from normfuse.frontends.onnx_open import possible_sizes
 from normfuse.io import files
-from normfuse.ort_values import Array
 from normfuse.process import run_module
-from normfuse.sessions import longest, session
+from normfuse.sessions import Given, longest, session
 from normfuse.verify import demand_compared, difference
 
 if TYPE_CHECKING:
@@ -45,13 +44,16 @@ Tried = Callable[[Path], str | None]
 
 
 def check(config: Config, how: How | None) -> None:
-    """Raise `InputError` where an optimiser that is asked for is not installed, or `how` has nothing to measure."""
-    if how is not None and config.first != FASTEST:
-        raise InputError(f"how= says how first={FASTEST!r} measures, and first is {config.first!r}; leave it out")
+    """Raise `InputError` where an optimiser that is asked for is not installed, or `how` says what nothing asks for."""
     if how is not None:
         from normfuse.bench import demand_how
 
         demand_how(how)
+        if config.first != FASTEST and not (how.sizes or how.inputs):
+            raise InputError(f"how= says how first={FASTEST!r} measures, and first is {config.first!r}; leave it out")
+        if not config.runs:
+            raise InputError("how= says on what models are run, and none is; it takes verify='model', "
+                             "layernorm_to_rmsnorm='exact', or first='...'")  # fmt: skip
     for tool in config.optimisers:
         if importlib.util.find_spec(tool) is None:
             raise InputError(f"first={config.first!r}: {tool} is not installed; pip install {tool}")
@@ -80,28 +82,31 @@ class Made:
         report.fastest = self.fastest
 
 
-def run(source: Path, config: Config, folder: Path, progress: Progress | None = None, how: How | None = None) -> Made:
+def run(source: Path, config: Config, folder: Path, progress: Progress | None = None, how: How | None = None,
+        given: Given | None = None) -> Made:  # fmt: skip
     """Let the optimisers of `config.first` have a model, and leave what they make in `folder`.
 
-    `how` is for "fastest" (`normfuse.fastest.choose`).
+    `how` is for "fastest" (`normfuse.fastest.choose`); outputs are compared on what is `given`.
     """
+    given = given or Given()
     if config.first == FASTEST:
         from normfuse import fastest
 
-        return fastest.choose(source, config, folder, how, progress)
+        return fastest.choose(source, config, folder, how, given, progress)
     tried = cuda if config.target == "ort-cuda" else lambda path: ""
-    return replace(after(config.optimisers, {(): Made(source)}, folder, progress, tried), first=config.first)
+    return replace(after(config.optimisers, {(): Made(source)}, folder, given, progress, tried), first=config.first)
 
 
-def after(tools: tuple[str, ...], made: dict[tuple[str, ...], Made], folder: Path, progress: Progress | None,
-          tried: Tried = lambda path: "") -> Made:  # fmt: skip
+def after(tools: tuple[str, ...], made: dict[tuple[str, ...], Made], folder: Path, given: Given,
+          progress: Progress | None, tried: Tried = lambda path: "") -> Made:  # fmt: skip
     """What optimisers make of a model one after the other, each of what the one before has made.
 
     `made` has the model after none of them, and gets the rest, so that each goes once for several choices of them.
     """
     if tools not in made:
-        before = after(tools[:-1], made, folder, progress, tried)
-        made[tools] = _next(tools[-1], made[()].path, before, folder / f"{'-'.join(tools)}.onnx", progress, tried)
+        before = after(tools[:-1], made, folder, given, progress, tried)
+        target = folder / f"{'-'.join(tools)}.onnx"
+        made[tools] = _next(tools[-1], made[()].path, before, target, given, progress, tried)
     return made[tools]
 
 
@@ -121,12 +126,13 @@ def cuda(path: Path) -> str | None:
     return ""
 
 
-def _next(tool: str, source: Path, before: Made, target: Path, progress: Progress | None, tried: Tried) -> Made:
+def _next(tool: str, source: Path, before: Made, target: Path, given: Given, progress: Progress | None,
+          tried: Tried) -> Made:  # fmt: skip
     """What one more optimiser makes of a model.
 
-    That is kept, as `target`, where ONNX Runtime runs it and its outputs on random inputs are those of `source`
-    (`compare_rewritten`), on small ones and, where sizes are open, on longer ones, and nothing is `tried` in vain. What
-    an optimiser prints, and how it ends, is nobody's business but this function's.
+    That is kept, as `target`, where ONNX Runtime runs it and its outputs are those of `source` (`compare_rewritten`) on
+    inputs given or, where there are none, on small random ones and, where sizes are open, on longer ones, and nothing
+    is `tried` in vain. What an optimiser prints, and how it ends, is nobody's business but this function's.
     """
     from normfuse.frontends.onnx_model import operators
     from normfuse.frontends.onnx_wide import compare_rewritten
@@ -139,8 +145,8 @@ def _next(tool: str, source: Path, before: Made, target: Path, progress: Progres
     if not why:
         try:
             found = files.read_onnx(written)[0]
-            for inputs in (None, *_longer(source)):
-                equal = compare_rewritten(source, written, inputs=inputs)
+            for some in (given, *_longer(source, given)):
+                equal = compare_rewritten(source, written, inputs=some.inputs, sizes=some.sizes)
                 if wrong := difference(equal):
                     raise VerificationError(f"its result: {wrong}")
                 demand_compared(equal)
@@ -158,13 +164,14 @@ def _next(tool: str, source: Path, before: Made, target: Path, progress: Progres
     return Made(path, operators=before.operators or counts, notes=[*before.notes, note])
 
 
-def _longer(source: Path) -> list[dict[str, Array]]:
+def _longer(source: Path, given: Given) -> list[Given]:
     """Longer inputs for a model that leaves sizes open, if it runs with them; none for others."""
     runtime = session(source)
-    if all(isinstance(d, int) for i in runtime.get_inputs() for d in i.shape):
+    if given.inputs or all(isinstance(d, int) or d in given.sizes for i in runtime.get_inputs() for d in i.shape):
         return []
-    tried = (longest(runtime, LENGTHS, SESSIONS, sizes) for sizes in possible_sizes(files.read_onnx(source)[0]))
-    return list(islice((feeds for feeds in tried if feeds is not None), 1))
+    known = (sizes | dict(given.sizes) for sizes in possible_sizes(files.read_onnx(source)[0]))
+    tried = (longest(runtime, LENGTHS, SESSIONS, sizes) for sizes in known)
+    return list(islice((Given(feeds) for feeds in tried if feeds is not None), 1))
 
 
 def _attempt(tool: str, source: Path, target: Path, model: ir.Model) -> str:

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from normfuse.config import Config, config_of, demand_use
 from normfuse.errors import InputError, UnsupportedError, path_of
+from normfuse.ort_values import Array
 from normfuse.process import tidy
 from normfuse.report import Report
+from normfuse.sessions import Given
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -56,7 +58,8 @@ def export(module: Any, args: tuple[Any, ...] | None, path: str | Path, config: 
     meanwhile warnings and what torch logs are off in the whole process.
 
     `calibration` is for `layernorm_to_rmsnorm="approximate"`: dicts of arrays by the input names of the ONNX model.
-    `how` (`normfuse.bench.How`: sizes, inputs, threads) is for `first="fastest"`.
+    `how` (`normfuse.bench.How`) has sizes and inputs to run models on, where they do not run on `args` or random ones,
+    and `threads` for `first="fastest"`.
 
     Weights of more than 256 MiB are saved beside `path`, in a file named by its content. With
     `Config(verify="model")` the result is compared with the export as it was, in ONNX Runtime, on `args`.
@@ -67,6 +70,7 @@ def export(module: Any, args: tuple[Any, ...] | None, path: str | Path, config: 
     """
     from normfuse import first
     from normfuse.api import _kind, _rewrite_ir, _untouched
+    from normfuse.frontends.onnx_open import demand_given
     from normfuse.io import files
 
     config, target, started = config_of(config), path_of(path, "the output"), time.perf_counter()
@@ -78,6 +82,7 @@ def export(module: Any, args: tuple[Any, ...] | None, path: str | Path, config: 
             raise InputError(f"normfuse.export takes no option {name!r}: {why}")
     files.check_target(None, target, overwrite, False)
     first.check(config, how)
+    said = Given() if how is None else how.given()
     program = module
     if not any(f"{t.__module__}.{t.__name__}".endswith(".ONNXProgram") for t in type(module).__mro__):
         program = _exported(module, args, options)
@@ -87,17 +92,21 @@ def export(module: Any, args: tuple[Any, ...] | None, path: str | Path, config: 
     assert _kind(program) == "program"
     with tempfile.TemporaryDirectory(prefix="normfuse-") as folder:
         model, made = program.model.clone(), first.Made(Path(folder) / "export.onnx")
+        demand_given(model, said)
+        own = said
+        if config.runs and not (said.inputs or said.sizes):
+            own = Given(_arguments(model, args, options.get("kwargs")))
         if config.first:
             files.write_new(model, made.path)
-            made = first.run(made.path, config, Path(folder), progress, how)
+            made = first.run(made.path, config, Path(folder), progress, how, said)
             model, config = files.read_onnx(made.path)[0], replace(config, first=made.first)
         if made.stays:
             report = _untouched(model)
         else:
-            model, report, *_ = _rewrite_ir(model, config, progress, calibration)
+            model, report, *_ = _rewrite_ir(model, config, progress, calibration, own)
         made.tell(report)
         if config.verify == "model":
-            report.model_check = _compare(program.model, model, args, options.get("kwargs"), target, config.converts)
+            report.model_check = _compare(program.model, model, own, target, config.converts)
         if progress is not None:
             progress("saving", 0.9)
         planned = time.perf_counter()
@@ -195,24 +204,33 @@ def _silent() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _compare(before: ir.Model, after: ir.Model, args: tuple[Any, ...] | None, kwargs: Mapping[str, Any] | None,
-             target: Path, converted: bool) -> dict[str, Any]:  # fmt: skip
-    """Run the export and the result in ONNX Runtime, on the arguments where they are the graph's inputs one by one."""
+def _arguments(model: ir.Model, args: tuple[Any, ...] | None, kwargs: Mapping[str, Any] | None) -> dict[str, Array]:
+    """The arguments of a module by the inputs of its export, bfloat16 in float32, as numpy has none; nothing where they
+    are not these one by one."""
     import torch
     from torch.utils import _pytree
 
+    given = [v for v in _pytree.tree_leaves((args or (), dict(kwargs or {}))) if isinstance(v, torch.Tensor)]
+    names = [str(v.name) for v in model.graph.inputs]
+    given = [v.float() if v.dtype == torch.bfloat16 else v for v in given]
+    return {n: v.numpy(force=True) for n, v in zip(names, given, strict=False)} if len(given) == len(names) else {}
+
+
+def _compare(before: ir.Model, after: ir.Model, given: Given, target: Path, converted: bool) -> dict[str, Any]:
+    """Run the export and the result in ONNX Runtime."""
     from normfuse.frontends.onnx_wide import compare_rewritten
     from normfuse.io import files
     from normfuse.verify import demand_equal, roundings_for
 
-    given = [v for v in _pytree.tree_leaves((args or (), dict(kwargs or {}))) if isinstance(v, torch.Tensor)]
-    names = [str(v.name) for v in before.graph.inputs]
-    fits = len(given) == len(names)
-    inputs = {n: v.detach().cpu().numpy() for n, v in zip(names, given, strict=True)} if fits else None
     with tempfile.TemporaryDirectory(prefix="normfuse-") as folder:
         one, two = Path(folder) / "before.onnx", Path(folder) / "after.onnx"
         files.write_new(before.clone(), one)
         files.write_new(after.clone(), two)
-        found = compare_rewritten(one, two, roundings=roundings_for(converted), inputs=inputs)
+        try:
+            found = compare_rewritten(one, two, roundings=roundings_for(converted), inputs=given.inputs,
+                                      sizes=given.sizes)  # fmt: skip
+        except InputError as why:
+            text = str(why).replace(f"{one}: ", "").replace(f"{two}: ", "after the rewrite, ")
+            raise InputError(f"{target}: verify='model': {text}; use verify='sites'") from why
     demand_equal(found, target)
     return found

@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,14 @@ def void(x: Any) -> bool:
 
 def is_float(x: Array) -> bool:
     return x.dtype.kind == "f" or "float" in x.dtype.name
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What models are to be run on: inputs by name, and open sizes by symbol. The rest is drawn."""
+
+    inputs: Mapping[str, Array] = field(default_factory=dict)
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
 
 def session(model: str | Path | bytes, data: str | Path = "", without: Sequence[str] = (),

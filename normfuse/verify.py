@@ -17,7 +17,7 @@ import numpy as np
 from normfuse.distance import distance
 from normfuse.errors import InputError, UnsupportedError, VerificationError, first_line
 from normfuse.ort_values import Array
-from normfuse.sessions import OPEN, is_float, numpy_dtype, run_random, session, shapes_for, void
+from normfuse.sessions import OPEN, Given, is_float, numpy_dtype, run_random, session, shapes_for, void
 
 EPSILON = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
 
@@ -149,22 +149,22 @@ def roundings_for(converts: bool) -> float:
 # -- whole models ------------------------------------------------------------------------------------------------
 
 
-def compare_models(path_a: str | Path, path_b: str | Path, *, seed: int = 0,
-                   inputs: dict[str, Array] | None = None, roundings: float = ROUNDINGS) -> dict[str, Any]:  # fmt: skip
+def compare_models(path_a: str | Path, path_b: str | Path, *, seed: int = 0, inputs: Mapping[str, Array] | None = None,
+                   sizes: Mapping[str, int] | None = None, roundings: float = ROUNDINGS) -> dict[str, Any]:
     """Run two ONNX models on the same inputs in ONNX Runtime (CPU) and compare each output.
 
     `inputs` by name; those not given are drawn from the seed: floats as the first of `FLOATS` with which each output of
-    floats has a finite element, integers small and not negative, masks all one; sizes that are open are the first of
-    `OPEN` with which the first model runs. An output agrees when no element differs by more than `roundings`
-    of its type times the largest element. Returns {"equal", "outputs", "tolerance", "provider"}, and "flags" where
-    there are some: see `either_way`.
+    floats has a finite element, integers small and not negative, masks all one; `sizes` that are open by name, those
+    not given are the first of `OPEN` with which the first model runs. An output agrees when no element differs by more
+    than `roundings` of its type times the largest element. Returns {"equal", "outputs", "tolerance", "provider"}, and
+    "flags" where there are some: see `either_way`.
 
     Raises `InputError` where a model does not load or run, the two have other inputs or outputs, or no output has
     anything to compare, and `UnsafeModelError` for external data that are outside a model's folder.
     """
 
     def compare(given: Mapping[str, Array] | None) -> tuple[dict[str, Array], dict[str, Any]]:
-        feeds, names, first, second, provider = run_both(path_a, path_b, seed=seed, inputs=given)
+        feeds, names, first, second, provider = run_both(path_a, path_b, seed, Given(given or {}, sizes or {}))
         return feeds, compare_outputs(names, first, second, roundings, provider)
 
     found = either_way(compare, inputs)
@@ -195,15 +195,17 @@ def either_way(compare: Callable[[Mapping[str, Array] | None], tuple[dict[str, A
     return (other if not other["equal"] else found | {"outputs": outputs}) | {"flags": sorted(flags)}
 
 
-def run_both(path_a: str | Path, path_b: str | Path, *, seed: int, inputs: Mapping[str, Array] | None,
+def run_both(path_a: str | Path, path_b: str | Path, seed: int, given: Given
              ) -> tuple[dict[str, Array], list[str], list[Any], list[Any], str]:  # fmt: skip
     """The inputs on which `compare_models` runs two models, the names of the outputs, the outputs of both, and the
     provider. It raises what that does."""
-    from normfuse.frontends.onnx_open import possible_sizes
+    from normfuse.frontends.onnx_open import demand_given, possible_sizes
     from normfuse.io.files import read_onnx
 
-    sizes = possible_sizes(read_onnx(path_a)[0])
+    model = read_onnx(path_a)[0]
     read_onnx(path_b)
+    demand_given(model, given)
+    sizes = [one | dict(given.sizes) for one in possible_sizes(model)]
     a, b = session(path_a), session(path_b)
     names = [i.name for i in a.get_inputs()]
     if sorted(names) != sorted(i.name for i in b.get_inputs()):
@@ -211,20 +213,17 @@ def run_both(path_a: str | Path, path_b: str | Path, *, seed: int, inputs: Mappi
     wanted = [o.name for o in a.get_outputs()]
     if sorted(wanted) != sorted(o.name for o in b.get_outputs()):
         raise InputError(f"the models have other outputs: {wanted} and {[o.name for o in b.get_outputs()]}")
-    unknown = sorted(set(inputs or ()) - set(names))
-    if unknown:
-        raise InputError(f"no input is named {unknown[0]!r}; the models have {', '.join(names)}")
     kind: type[InputError] = DoesNotRun
     try:
-        feeds, first = run_random(a, wanted, seed, inputs, sizes)
+        feeds, first = run_random(a, wanted, seed, given.inputs, sizes)
         kind = InputError
         second = b.run(wanted, feeds)
     except UnsupportedError:
         raise
     except Exception as why:
-        drawn = {n: shape for n, shape in shapes_for(a, sizes[0], OPEN[0]).items() if n not in (inputs or {})}
+        drawn = {n: shape for n, shape in shapes_for(a, sizes[0], OPEN[0]).items() if n not in given.inputs}
         tried = ", ".join(f"{n} {'x'.join(map(str, shape)) or 'scalar'}" for n, shape in drawn.items())
-        also = f"; drawn were {tried}, and others" if drawn and kind is DoesNotRun else ""
+        also = f"; drawn were {tried}, and others: {GIVE}" if drawn and kind is DoesNotRun else ""
         raise kind(f"the models do not run on these inputs: {first_line(why)}{also}") from why
     return feeds, wanted, first, second, a.get_providers()[0]
 
@@ -270,11 +269,13 @@ def demand_equal(found: dict[str, Any], where: str | Path) -> None:
     """
     if words := difference(found):
         raise VerificationError(f"{where}: after the rewrite, {words}; nothing was written")
-    advice = "use verify='sites', and then `normfuse verify` with --inputs; nothing was written"
-    demand_compared(found, f"{where}: verify='model': ", advice)
+    demand_compared(found, f"{where}: verify='model': ", f"{GIVE}, or use verify='sites'; nothing was written")
 
 
-def demand_compared(found: dict[str, Any], where: str = "", advice: str = "give --inputs FILE.npz") -> None:
+GIVE = "give --inputs FILE.npz, or --size NAME=N"
+
+
+def demand_compared(found: dict[str, Any], where: str = "", advice: str = GIVE) -> None:
     """Raise `InputError` where equal outputs say nothing: none of them has elements that were compared."""
     outputs = found["outputs"]
     if found["equal"] and outputs and all(o.get("not_compared") for o in outputs):

@@ -24,7 +24,7 @@ from normfuse import Config, first, sessions
 from normfuse.errors import InputError, UnsupportedError, VerificationError
 from normfuse.io import files
 from normfuse.report import Report
-from normfuse.sessions import longest, session
+from normfuse.sessions import Given, longest, session
 from normfuse.verify import compare_models
 from tests.cli_tools import fails, run
 from tests.families import FAMILIES, cached_export
@@ -136,8 +136,8 @@ def test_a_model_too_short_for_long_inputs_is_compared_on_shorter_ones(install: 
         "t = Gather(table, q) a = Add(x, t) " + rms("a", "n") + "y = Add(n, r)", "y", shape="b,s,16")  # fmt: skip
     source = tmp_path / "model.onnx"
     onnx.save(made, source)
-    (longer,) = first._longer(source)
-    assert {a.shape for a in longer.values()} == {(1, 33, 16)}
+    (longer,) = first._longer(source, Given())
+    assert {a.shape for a in longer.inputs.values()} == {(1, 33, 16)}
     install(SAME)
     assert "went first" in first_note(normfuse.rewrite(source, tmp_path / "out.onnx", Config(first="onnxsim")))
 

@@ -22,7 +22,7 @@ from normfuse.frontends.onnx_open import stated_sizes
 from normfuse.frontends.onnx_wide import compare_rewritten
 from normfuse.io.files import read_onnx
 from normfuse.reduce import _difference
-from normfuse.sessions import feeds_for, longest, run_random, session, shapes_for
+from normfuse.sessions import Given, feeds_for, longest, run_random, session, shapes_for
 from normfuse.verify import compare_models, compare_outputs, demand_compared, demand_equal, difference, run_both
 from tests.cli_tools import run, saved
 
@@ -299,7 +299,7 @@ def test_inputs_that_numpy_or_random_numbers_have_no_plain_form_of(inputs: str, 
     """bfloat16, no elements, no axes: the models run, and their outputs are those of ONNX's own evaluator."""
     text = f'<ir_version: 10, opset_import: ["": 18]> g ({inputs}) => ({outputs}) {{ {lines} }}'
     onnx.save(onnx.parser.parse_model(text), tmp_path / "a.onnx")
-    feeds, _, (got,), _, _ = run_both(tmp_path / "a.onnx", tmp_path / "a.onnx", seed=0, inputs=None)
+    feeds, _, (got,), _, _ = run_both(tmp_path / "a.onnx", tmp_path / "a.onnx", 0, Given())
     (want,) = map(np.asarray, ReferenceEvaluator(str(tmp_path / "a.onnx")).run(None, feeds))
     assert got.dtype == want.dtype and got.shape == want.shape and got.size
     np.testing.assert_array_equal(got.astype(np.float32), want.astype(np.float32))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING, Any
@@ -30,10 +30,10 @@ from normfuse.errors import first_line
 from normfuse.frontends.onnx_branches import BRANCHES, taken
 from normfuse.frontends.onnx_check import DOUBLE, FLOAT_TYPES, MOST, OPS, _widen
 from normfuse.frontends.onnx_kernels import KERNELS
-from normfuse.frontends.onnx_open import possible_sizes
+from normfuse.frontends.onnx_open import given_sizes, input_dims, possible_sizes
 from normfuse.frontends.onnx_unknown import StandIns
 from normfuse.ort_values import Array
-from normfuse.sessions import names_mask, open_shapes
+from normfuse.sessions import Given, names_mask, open_shapes
 
 if TYPE_CHECKING:
     from normfuse.frontends.onnx_convert import Editor
@@ -50,44 +50,62 @@ Give = Callable[[str], Array]
 OPERATORS: list[Any] = [*OPS, *KERNELS]
 
 
-def certify(original: ir.Model, result: ir.Model, editor: Editor, config: Config) -> Certificate | None:
+def certify(original: ir.Model, result: ir.Model, editor: Editor, config: Config, given: Given) -> Certificate | None:
     """Compare a model with its conversion; None where verification is off. Where branches of Ifs were read as parts of
     the main graph, with one branch of each taken, and with the other."""
     if config.verify == "off":
         return None
     if not editor.low.flat:
-        return _sized(original, result, editor)
+        return _sized(original, result, editor, given)
     found = []
     for branch in BRANCHES:
         try:
             models = taken(original, branch), taken(result, branch)
         except ValueError as why:
             return Certificate(False, message=f"the certificate's check could not run: {first_line(why)}")
-        found.append(_sized(*models, editor, branch))
+        found.append(_sized(*models, editor, given, branch))
         if not found[-1].ok:
             return found[-1]
     return joined(found)
 
 
-def _sized(original: ir.Model, result: ir.Model, editor: Editor, branch: str = "") -> Certificate:
-    """The comparison with the first of the sizes with which it runs: as many tokens in a cache as there are others, or
-    none, as where a mask has the name of theirs."""
-    last, tried = "", list[Mapping[str, tuple[int, ...]]]()
-    *images, known = possible_sizes(original)
-    cases = [*product(images, SIZES[:1]), *product([known], SIZES)]
-    for shapes in (input_shapes(original, one, (2, n, past)) for one, n in cases for past in (n, 0)):
-        if shapes in tried:
+def _sized(original: ir.Model, result: ir.Model, editor: Editor, given: Given, branch: str = "") -> Certificate:
+    """The comparison on the first of the random inputs with which it runs, or else on those given."""
+    last, hidden = "", False
+    for inputs, shapes in _inputs(original, given):
+        if hidden and not inputs:
             continue
-        tried.append(shapes)
         try:
-            return _certify(original, result, editor, shapes, branch)
+            found = _certify(original, result, editor, inputs, shapes, branch)
         except Exception as why:  # the reference evaluator raises anything; not certified means not kept
-            last = (str(why).strip() or type(why).__name__).splitlines()[0]
-    return Certificate(False, message=f"the certificate's check could not run: {last[:200]}")
+            last = f"the certificate's check could not run: {first_line(why)[:200]}"
+            continue
+        if found is not None:
+            return found
+        last, hidden = "with random constants the outputs are not finite, or hide the norms", True
+    return Certificate(False, message=last)
 
 
-def _certify(original: ir.Model, result: ir.Model, editor: Editor, shapes: Mapping[str, tuple[int, ...]], branch: str
-             ) -> Certificate:  # fmt: skip
+def _inputs(model: ir.Model, given: Given) -> Iterator[tuple[Mapping[str, Array], Mapping[str, tuple[int, ...]]]]:
+    """Inputs that are not drawn, and the shapes of the others. First none, of the likeliest sizes first, and with as
+    many tokens in a cache as there are others, or with none, as where a mask has the name of theirs; at last those
+    given."""
+    tried = list[Mapping[str, tuple[int, ...]]]()
+    *images, known = (sizes | given_sizes(model, given) for sizes in possible_sizes(model))
+    cases = [*product(images, SIZES[:1]), *product([known], SIZES)]
+    for shapes in (input_shapes(model, one, (2, n, past)) for one, n in cases for past in (n, 0)):
+        if shapes not in tried:
+            tried.append(shapes)
+            yield {}, shapes
+    if given.inputs:
+        shapes = input_shapes(model, known, (2, SIZES[0], 0))
+        yield given.inputs, {name: shape for name, shape in shapes.items() if name not in given.inputs}
+
+
+def _certify(original: ir.Model, result: ir.Model, editor: Editor, own: Mapping[str, Array],
+             shapes: Mapping[str, tuple[int, ...]], branch: str) -> Certificate | None:  # fmt: skip
+    """The comparison on a model's `own` inputs and random ones of these shapes; None where its outputs are not finite,
+    or hide the norms."""
     called = editor.names(branch)
     stand = StandIns({name: v for v, name in called.items()})
     before, after = Program(original, True, stand), Program(result, True, stand)
@@ -96,7 +114,7 @@ def _certify(original: ir.Model, result: ir.Model, editor: Editor, shapes: Mappi
     read = after.read()
     failed: Exception | None = None
     for attempt in range(4):
-        feeds = inputs_for(original, shapes, attempt)
+        feeds = inputs_for(original, shapes, attempt) | dict(own)
         try:
             want = before.see(feeds, partial(numbers.random, attempt=attempt), names)
         except Exception as why:  # such as an index beyond a table of one row
@@ -110,7 +128,7 @@ def _certify(original: ir.Model, result: ir.Model, editor: Editor, shapes: Mappi
     else:
         if failed is not None:
             raise failed
-        return Certificate(False, message="with random constants the outputs are not finite, or hide the norms")
+        return None
     gap = worst(want, after.see(feeds, partial(numbers.edited, attempt=attempt), names))
     for other in others(feeds):
         want = []
@@ -331,9 +349,7 @@ def _widen_graph(graph: onnx.GraphProto) -> None:
 def input_shapes(model: ir.Model, known: Mapping[str, int], open_sizes: tuple[int, int, int]
                  ) -> dict[str, tuple[int, ...]]:  # fmt: skip
     """The shapes of a model's inputs by name, those that are initializers left out (see `open_shapes`)."""
-    given = [value for value in model.graph.inputs if value.name not in model.graph.initializers]
-    dims = {v.name or "": [getattr(d, "value", d) or None for d in v.shape or ()] for v in given}
-    return open_shapes(dims, known, open_sizes)
+    return open_shapes({name: [d or None for d in dims] for name, dims in input_dims(model).items()}, known, open_sizes)
 
 
 def inputs_for(model: ir.Model, shapes: Mapping[str, tuple[int, ...]], attempt: int = 0) -> dict[str, Array]:

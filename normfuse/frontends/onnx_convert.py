@@ -29,17 +29,18 @@ from normfuse.ort_values import Array
 from normfuse.passes.layernorm_to_rmsnorm import convert
 from normfuse.passes.remove_dead import RemoveDead
 from normfuse.plan import Replace
+from normfuse.sessions import Given
 from normfuse.targets import Table
 
 AXES_INPUT = 18
 """From this opset on ReduceMean takes its axes as an input."""
 
 
-def convert_model(one: OnnxModel, config: Config) -> tuple[ir.Model, list[Record], list[str]]:
+def convert_model(one: OnnxModel, config: Config, given: Given) -> tuple[ir.Model, list[Record], list[str]]:
     """Convert the LayerNorms of a model in place for which it is proved; the model then, what was done, notes on it.
 
-    Where the certificate fails, the model is another object, as it was before. Raises `InputError` where a weight to
-    be edited holds NaN or infinity.
+    Where the certificate fails, the model is another object, as it was before; it is made on what is `given` where it
+    cannot be on random inputs. Raises `InputError` where a weight to be edited holds NaN or infinity.
     """
     sites = [site for other in one.plans[1:] for site in other.found.sites]
     if any(is_if(node) for node in one.model.graph) and sites:
@@ -47,14 +48,14 @@ def convert_model(one: OnnxModel, config: Config) -> tuple[ir.Model, list[Record
     paths = one.paths()
     records = [refusals(site, "NF301", "it stands in a sub-graph of the model") for other in one.plans[1:]
                for site in other.found.sites if site.norm.kind == "layer_norm"]  # fmt: skip
-    done = _converted(one, config)
+    done = _converted(one, config, given)
     for record in (*records, *done.records):
         record.path = paths[record.site]
     if done.failed and one.lowerings[0].flat:  # a branch may be what is in the way
         records += [record for record in done.records if record.path]
         one.model = done.model
         one.read()
-        done = _converted(one, config)
+        done = _converted(one, config, given)
     return done.model, records + done.records, done.notes
 
 
@@ -68,7 +69,7 @@ class _Done:
     failed: bool = False
 
 
-def _converted(one: OnnxModel, config: Config) -> _Done:
+def _converted(one: OnnxModel, config: Config, given: Given) -> _Done:
     """Convert the norms of the main graph."""
     low, plan, records = one.lowerings[0], one.plans[0], list[Record]()
     why = table.hazard(low)
@@ -90,7 +91,7 @@ def _converted(one: OnnxModel, config: Config) -> _Done:
         editor = Editor(one, low, found, means)
         try:
             editor.run()
-            check = certify(original, one.model, editor, config)
+            check = certify(original, one.model, editor, config, given)
         except Overflow as why:
             check = Certificate(False, message=str(why))
         if check is not None and not check.ok:

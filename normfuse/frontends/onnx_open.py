@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+from normfuse.errors import InputError
 from normfuse.frontends.onnx import Lowering, lower
 from normfuse.frontends.onnx_contrib import head_size
 from normfuse.frontends.onnx_fold import attribute
+from normfuse.sessions import Given
 
 CACHES = {"MultiHeadAttention": (6, 7), "GroupQueryAttention": (3, 4)}
 """The inputs that hold the keys and values of what is past, of shape (batch, heads, tokens, size of a head)."""
@@ -49,6 +52,35 @@ def stated_sizes(model: ir.Model) -> dict[str, int]:
             if size is not None:
                 found[name] = size
     return found
+
+
+def demand_given(model: ir.Model, given: Given) -> None:
+    """Raise `InputError` for an input that a model lacks, and a size that no input has or that a given one says."""
+    dims = input_dims(model)
+    if unknown := sorted(set(given.inputs) - set(dims)):
+        raise InputError(f"no input is named {unknown[0]!r}; the model has {', '.join(dims) or 'none'}")
+    symbols = list(dict.fromkeys(d for shape in dims.values() for d in shape if isinstance(d, str)))
+    if absent := sorted(set(given.sizes) - set(symbols)):
+        has = f"has {', '.join(symbols)}" if symbols else "has none that is open"
+        raise InputError(f"no size of an input is named {absent[0]!r}; the model {has}")
+    held = given_sizes(model, Given(given.inputs))
+    if both := [name for name, n in given.sizes.items() if held.get(name, n) != n]:
+        by = next(name for name in given.inputs if both[0] in dims[name])
+        raise InputError(f"the size {both[0]!r} is that of input {by!r}, which is given; leave out "
+                         f"--size {both[0]}={given.sizes[both[0]]}, or --inputs")  # fmt: skip
+
+
+def given_sizes(model: ir.Model, given: Given) -> dict[str, int]:
+    """The open sizes of a model's inputs by name that are given, or that inputs have which are."""
+    dims = input_dims(model)
+    held = {dim: n for name, array in given.inputs.items() for dim, n in zip(dims[name], array.shape, strict=False)}
+    return {dim: n for dim, n in (held | dict(given.sizes)).items() if isinstance(dim, str)}
+
+
+def input_dims(model: ir.Model) -> dict[str, list[Any]]:
+    """The sizes of a model's inputs by name, those that are initializers left out."""
+    given = [value for value in model.graph.inputs if value.name not in model.graph.initializers]
+    return {v.name or "": [getattr(d, "value", d) for d in v.shape or ()] for v in given}
 
 
 def possible_sizes(model: ir.Model) -> list[dict[str, int]]:

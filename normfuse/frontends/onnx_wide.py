@@ -22,7 +22,7 @@ from normfuse.frontends.onnx_skip import take_apart
 from normfuse.io.files import read_onnx, to_proto
 from normfuse.ort_values import Array
 from normfuse.plan import Replace
-from normfuse.sessions import session
+from normfuse.sessions import Given, session
 from normfuse.targets import Table
 from normfuse.verify import EPSILON, ROUNDINGS, compare_outputs, either_way, run_both
 
@@ -33,7 +33,8 @@ FUSIONS = ("LayerNormFusion", "LayerNormFusionL1", "LayerNormFusionL2", "Simplif
 
 
 def compare_rewritten(source: str | Path, result: str | Path, *, roundings: float = ROUNDINGS, seed: int = 0,
-                      inputs: dict[str, Array] | None = None) -> dict[str, Any]:  # fmt: skip
+                      inputs: Mapping[str, Array] | None = None,
+                      sizes: Mapping[str, int] | None = None) -> dict[str, Any]:  # fmt: skip
     """What `compare_models` says of a model and its rewrite; where they differ, the norms in float64 decide, and then
     how far the model is from itself: ONNX Runtime's optimisers leave out roundings to a half type of a model whose
     outputs are float32.
@@ -45,7 +46,7 @@ def compare_rewritten(source: str | Path, result: str | Path, *, roundings: floa
     further from the model's than twice as far as what the model gives without these optimisers: "unoptimised".
     """
     def compare(given: Mapping[str, Array] | None) -> tuple[dict[str, Array], dict[str, Any]]:
-        feeds, names, first, second, provider = run_both(source, result, seed=seed, inputs=given)
+        feeds, names, first, second, provider = run_both(source, result, seed, Given(given or {}, sizes or {}))
         found = compare_outputs(names, first, second, roundings, provider)
         if not found["equal"]:
             found = _by_float64(found, source, feeds, names, first, second)
