@@ -170,5 +170,5 @@ def test_what_is_claimed_of_shapes_is_true(seeds: Sequence[int]) -> None:
 
 
 def test_a_claim_that_is_not_true_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("normfuse.frontends.onnx.rank_of", lambda node, rank, arrays: 1)
+    monkeypatch.setattr("normfuse.frontends.onnx_values.rank_of", lambda node, rank, arrays: 1)
     assert any("has shape" in line for line in wrong(42))
