@@ -366,8 +366,8 @@ class _Planner:
     # -- fewer operators ----------------------------------------------------------------------------------------------
 
     def _sink(self) -> bool:
-        """Move an operator behind the node that alone asks for it, where what else that node reads is asked for by
-        nobody else: one operator after token and position embeddings were added, not one on each."""
+        """Move an operator behind the node that alone asks for it, where whatever else changes for that node is asked
+        for by nobody else: one operator after token and position embeddings were added, not one on each."""
         for (value, _), readers in self.operators.items():
             below = self._below(readers[0])
             if below is not None:
@@ -377,14 +377,27 @@ class _Planner:
 
     def _below(self, by: Reader) -> Value | None:
         while not isinstance(by, Site):
-            node, out = by
-            links = self._back(node, out, self.state[out])
-            if any(self.askers.get(v) != [by] for v, _ in links):
+            out = by[1]
+            if not self._alone(by):
                 return None
             if self._stands(out) and self.state[out].whole(out):
                 return out
             by = self.askers[out][0]  # if it is not the only one, the next round of this loop ends it
         return None
+
+    def _alone(self, by: tuple[Node, Value]) -> bool:
+        """Whether all that changes for a node changes for nobody else."""
+        mine: set[Reader] = {by}
+        todo = {value for value, _ in self._back(*by, self.state[by[1]])}
+        while todo:  # the latest first: who asks for it is known by then
+            value = max(todo, key=lambda v: (-1 if v.producer is None else v.producer.index, v.index))
+            todo.remove(value)
+            if not mine.issuperset(self.askers[value]):
+                return False
+            if value in self.state and value.producer is not None:
+                mine.add((value.producer, value))
+                todo.update(v for v, _ in self._back(value.producer, value, self.state[value]))
+        return True
 
     def _drop(self) -> bool:
         """Give up connected parts of the plan that add as many operators as they convert norms."""

@@ -335,13 +335,24 @@ def test_an_operator_stays_where_its_value_is_asked_for_by_several() -> None:
 
 
 def test_an_operator_does_not_sink_below_what_else_is_asked_for() -> None:
-    """b is asked for by the sum and by another norm: centred by its constants it serves both."""
+    """b is asked for by the sum, maybe by way of another value, and by another norm: centred by its constants it serves
+    both."""
+    for ahead in (False, True):
+        g = Net()
+        a, b = g.act(g.x), g.lin(g.x)
+        h = g.op("add", a, g.op("neg", b) if ahead else b)
+        y = g.op("add", two_norms(g, h), g.lin(g.norm(b)))
+        plan = planned(g, y)
+        assert counts(plan) == (3, 1, 0) and [v for v, _ in plan.operators] == [a]
+
+
+def test_an_operator_sinks_below_what_is_asked_for_twice_by_one_sum() -> None:
+    """b serves the sum alone, in two ways."""
     g = Net()
     a, b = g.act(g.x), g.lin(g.x)
-    h = g.op("add", a, b)
-    y = g.op("add", two_norms(g, h), g.lin(g.norm(b)))
-    plan = planned(g, y)
-    assert counts(plan) == (3, 1, 0) and [v for v, _ in plan.operators] == [a]
+    h = g.op("add", a, g.op("add", g.op("neg", b), b))
+    plan = planned(g, two_norms(g, h))
+    assert counts(plan) == (2, 1, 0) and [v for v, _ in plan.operators] == [h]
 
 
 def test_an_operator_sinks_through_values_where_none_can_stand() -> None:
