@@ -395,6 +395,25 @@ def test_a_float32_weight_on_half_rows_gives_float32() -> None:
     assert fused(f, args, exact=True) == {"add_rms_norm": 1}
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_weight_and_a_number_are_added_in_half_precision_or_not(wide: bool, dtype: torch.dtype) -> None:
+    """As litgpt and transformers have Gemma's: 1 + w is rounded, or not."""
+    w = torch.randn(64).mul(0.2).to(dtype)
+
+    def norm(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        y = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)
+        return (y * (1 + w.float() if wide else (1 + w).float())).to(x.dtype)
+
+    x = torch.randn(512, 64).to(dtype)
+    torch._dynamo.reset()
+    got = torch.compile(norm, backend="normfuse", options={"inner": "eager"})(x, w)
+    report = normfuse.last_report()
+    assert report is not None
+    assert [n.action for n in report.norms] == ["fused"], report.refusals
+    assert (got != norm(x, w)).float().mean() < 0.01
+
+
 def test_a_norm_in_half_precision_throughout_is_left_unless_fast() -> None:
     def f(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         s = x + r

@@ -41,6 +41,16 @@ def test_the_largest_of_three(op: str, eps: float, tmp_path: Path) -> None:
     assert normfuse.inspect(made).norms[0].eps == pytest.approx(eps)
 
 
+@pytest.mark.parametrize("square", ["Mul(c, c)", "Pow(c, two)"])
+@pytest.mark.parametrize("rows", ["c = Expand(token, twice)", "c = Identity(token)"])
+def test_a_norm_of_constants(rows: str, square: str, tmp_path: Path) -> None:
+    """Such as a class token, which is small enough to be folded."""
+    made = model("float[2,4,16] x", f"{rows} sq = {square} ms = ReduceMean(sq, last) a = Add(ms, eps) r = Sqrt(a) "
+                 "n = Div(c, r) y = Mul(x, n)", "float[A,B,C] y", token=numbers(1, 1, 16), twice=np.array([2, 1, 16]),
+                 two=np.float32(2))  # fmt: skip
+    check(made, [{"x": numbers(2, 4, 16)}], tmp_path, 1)
+
+
 def test_a_shape_that_the_caller_may_replace(tmp_path: Path) -> None:
     made = model("float[N,16] x, int64[2] sh", """s = Reshape(x, sh) sq = Mul(s, s) su = ReduceSum(sq, last)
         ms = Mul(su, eighth) a = Add(ms, eps) r = Sqrt(a) y = Div(s, r)""", sh=np.array([-1, 8]),

@@ -162,13 +162,14 @@ def _shape(value: Value, axes: tuple[int, ...] | None, fixed: bool, symbols: dic
 
 
 def _parameter(i: int, value: Value, shape: tuple[int, ...]) -> Array:
-    """A random parameter, drawn from its position so that equal regions get equal ones, as the type can hold it that it
-    was cast from."""
-    drawn = np.random.default_rng(i + 1).standard_normal(shape) * 0.5 + 1.25
+    """A random parameter, drawn from its position so that equal regions get equal ones, rounded to half types where
+    what it was made of is."""
     chain = list(_origins(value))
-    shift = sum(c for _, c in chain)
-    for dtype in {v.dtype for v, _ in chain} & {"float16", "bfloat16"}:
-        drawn = representable(drawn - shift, dtype or "") + shift
+    drawn = np.random.default_rng(i + 1).standard_normal(shape) * 0.5 + 1.25 - sum(c for _, c in chain)
+    for made, number in reversed(chain):
+        drawn = drawn + number
+        if made.dtype in ("float16", "bfloat16"):
+            drawn = representable(drawn, made.dtype)
     return drawn
 
 

@@ -15,7 +15,10 @@ from normfuse.frontends.onnx_infer import DTYPE_NAMES, Facts, infer_node
 from normfuse.frontends.onnx_sizes import SIZES, rank_of, sizes_of
 from normfuse.graph import FLOATS, Dim, Graph, Shape, Value
 from normfuse.ort_values import Array
+from normfuse.sessions import is_float
 
+SQUARES = ("Mul", "Pow")
+"""With these a norm may begin, also one of constants, such as a class token: numbers for many are not folded."""
 NUMBERS = ("MatMul", "InstanceNormalization", "BatchNormalization")
 """The operators that may read a tensor of one number as that number."""
 
@@ -232,7 +235,7 @@ class Values:
             return node.op_type in SIZES and self._sizes(node)
         else:
             array = fold(node, [None if v is None else self.arrays[v] for v in node.inputs])
-        if array is None:
+        if array is None or (node.op_type in SQUARES and array.ndim > 1 and array.size > 1 and is_float(array)):
             return False
         uniform = array.size > 1 and (node.op_type in ("ConstantOfShape", "Expand") or self._may_be_number(out, array))
         self._fold(out, array, uniform)
