@@ -12,7 +12,6 @@ import json
 import math
 import operator
 import os
-import re
 import statistics
 import sys
 import time
@@ -242,8 +241,7 @@ def _job(path: str, session: Any, feeds: dict[str, Array], given: Any = None) ->
         session.run(None, feeds)
     except Exception as why:
         if given:
-            text = next(filter(None, (_misfit(i, feeds[i.name]) for i in session.get_inputs())), first_line(why))
-            raise InputError(f"{path} does not run with --inputs {given}: {text}") from why
+            raise InputError(f"{path} does not run with --inputs {given}: {first_line(why)}") from why
         sizes = {d: n for i in session.get_inputs() for d, n in zip(i.shape, feeds[i.name].shape, strict=False)
                  if isinstance(d, str)}  # fmt: skip
         taken = ", ".join(f"{name}={n}" for name, n in sizes.items())
@@ -252,22 +250,11 @@ def _job(path: str, session: Any, feeds: dict[str, Array], given: Any = None) ->
     return lambda: session.run(None, feeds)
 
 
-def _misfit(wanted: Any, array: Array) -> str:
-    """In what an array is not what an input wants, or nothing."""
-    kind = re.sub(r"^tensor\((.*)\)$", r"\1", wanted.type)
-    kind = {"float": "float32", "double": "float64"}.get(kind, kind)
-    fits = len(wanted.shape) == array.ndim and all(not isinstance(d, int) or d in (-1, n) for d, n in
-                                                   zip(wanted.shape, array.shape, strict=True))  # fmt: skip
-    if wanted.shape and not fits:
-        got, want = ("x".join(map(str, shape)) or "()" for shape in (array.shape, wanted.shape))
-        return f"input {wanted.name!r} has shape {got} there, and the model wants {want}"
-    if kind not in ("string", "bfloat16", str(array.dtype)):
-        return f"input {wanted.name!r} holds {array.dtype} there, and the model wants {kind}"
-    return ""
-
-
 def _feeds(paths: Sequence[str], ours: Sequence[bool], how: How) -> tuple[dict[str, Array], list[str]]:
     """Inputs that all models take, and what to say about them."""
+    from normfuse.frontends.onnx_open import demand_given
+    from normfuse.io.files import read_onnx
+
     sessions = [open_session(p, "cpu", how.threads, o) for p, o in zip(paths, ours, strict=True)]
     first = sessions[0]
     names = [[i.name for i in s.get_inputs()] for s in sessions]
@@ -278,7 +265,9 @@ def _feeds(paths: Sequence[str], ours: Sequence[bool], how: How) -> tuple[dict[s
         if types[0][name] != types[-1][name]:
             raise InputError(f"the models have no inputs in common: {name!r} is {types[0][name]} in {paths[0]}, and "
                              f"{types[-1][name]} in {paths[-1]}")  # fmt: skip
-    feeds = make_feeds(first, paths[0], how)
+    said = how.given()
+    feeds = make_feeds(first, paths[0], said)
+    demand_given(read_onnx(paths[-1])[0], Given(said.inputs))  # sizes may be open in the first alone
     dims = [d for i in first.get_inputs() for d in i.shape]
     notes = []
     left = {d: n for i in first.get_inputs() for d, n in zip(i.shape, feeds[i.name].shape, strict=False)
@@ -293,18 +282,18 @@ def _feeds(paths: Sequence[str], ours: Sequence[bool], how: How) -> tuple[dict[s
     return feeds, notes
 
 
-def make_feeds(session: Any, path: str | Path, how: How) -> dict[str, Array]:
-    """Inputs from a file, random ones where it has none.
+def make_feeds(session: Any, path: str | Path, said: Given) -> dict[str, Array]:
+    """The inputs that are given, and random ones.
 
     Sizes that are open are the first of `possible_sizes` and `OPEN` with which the model runs, or else the first.
-    Raises `InputError` for a name that the model lacks, a size of what the file has, and where memory has no room.
+    Raises `InputError` for what is given and not the model's, and where memory has no room.
     """
     from normfuse.frontends.onnx_open import demand_given, possible_sizes
     from normfuse.io.files import read_onnx
 
-    model, said = read_onnx(path)[0], how.given()
+    model = read_onnx(path)[0]
     demand_given(model, said)
-    given, choices = said.inputs, [sizes | dict(how.sizes) for sizes in possible_sizes(model)]
+    given, choices = said.inputs, [sizes | dict(said.sizes) for sizes in possible_sizes(model)]
     sizes = choices[0]
     shapes = {name: shape for name, shape in shapes_for(session, sizes, OPEN[0]).items() if name not in given}
     if (needed := DRAWN * sum(map(math.prod, shapes.values()))) > available():
@@ -346,7 +335,7 @@ def _child(asked: Mapping[str, Any]) -> None:
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts anew
     before = status("VmRSS")
     session = open_session(asked["path"], "cpu", how.threads, how.library, options)
-    feeds = make_feeds(session, asked["path"], how)
+    feeds = make_feeds(session, asked["path"], how.given())
     for _ in range(WARM_UP):
         session.run(None, feeds)
     print(max(status("VmHWM") - before, 0))

@@ -80,7 +80,7 @@ def choose(source: Path, config: Config, folder: Path, how: How | None, given: G
     choices = [c for n in range(len(tools) + 1) for c in combinations(tools, n)]
     made: dict[tuple[str, ...], Made] = {(): Made(source)}
     with tempfile.TemporaryDirectory(prefix="normfuse-") as rewritten:
-        inputs = _inputs(source, how, provider)
+        inputs = _inputs(source, how, given, provider)
         files, notes = [_File(source, None)], list[str]()
         for i, choice in enumerate(choices):
             file = _File(Path(rewritten) / f"{i}.onnx", ",".join(choice))
@@ -126,18 +126,25 @@ def _provider(config: Config) -> str:
     return "cuda" if cuda and config.target != "ort-cpu" else "cpu"
 
 
-def _inputs(source: Path, how: How, provider: str) -> list[dict[str, Array]]:
-    """What the models are run on. Raises `InputError` where the model as it is does not."""
+def _inputs(source: Path, how: How, given: Given, provider: str) -> list[dict[str, Array]]:
+    """What the models are run on; what is `given` by others than `how`, where they run on nothing else. Raises
+    `InputError` where the model as it is does not run."""
     session, known = _session(_File(source, None), how, provider), possible_sizes(read_onnx(source)[0])
     found: list[dict[str, Array]] = []
     if any(not isinstance(d, int) for i in session.get_inputs() for d in i.shape) and not (how.sizes or how.inputs):
         tried = ([longest(session, sizes, MOST_FILES, one) for sizes in SIZES] for one in known)
         found = next(([feeds for feeds in some if feeds is not None] for some in tried if any(some)), [])
-    found = found or [make_feeds(session, source, how)]
-    if why := _wrong(session, found):
-        if how.inputs:
-            raise InputError(f"{source} does not run on {how.inputs}: {why}")
-        raise InputError(f"{source} does not run on random inputs: {why}; give sizes, by --size NAME=N or How(sizes=)")
+    found = found or [make_feeds(session, source, how.given())]
+    why = _wrong(session, found)
+    if why and given.inputs and not how.inputs:
+        found = [make_feeds(session, source, given)]
+        why = _wrong(session, found)
+    if why and how.inputs:
+        raise InputError(f"{source} does not run on {how.inputs}: {why}")
+    if why:
+        sizes = "".join(f", {name}={n}" for name, n in how.sizes.items())
+        raise InputError(f"{source} does not run on random inputs{sizes}: {why}; give sizes, by --size NAME=N or "
+                         "How(sizes=), or inputs, by --inputs FILE.npz or How(inputs=)")  # fmt: skip
     return found
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,7 +94,7 @@ def run(source: Path, config: Config, folder: Path, progress: Progress | None = 
         from normfuse import fastest
 
         return fastest.choose(source, config, folder, how, given, progress)
-    tried = cuda if config.target == "ort-cuda" else lambda path: ""
+    tried = partial(cuda, given=given) if config.target == "ort-cuda" else lambda path: ""
     return replace(after(config.optimisers, {(): Made(source)}, folder, given, progress, tried), first=config.first)
 
 
@@ -110,9 +111,9 @@ def after(tools: tuple[str, ...], made: dict[tuple[str, ...], Made], folder: Pat
     return made[tools]
 
 
-def cuda(path: Path) -> str | None:
+def cuda(path: Path, given: Given) -> str | None:
     """Why ONNX Runtime does not run a model on CUDA, or nothing; None where it has no CUDA."""
-    from normfuse.bench import How, make_feeds
+    from normfuse.bench import make_feeds
     from normfuse.sessions import PROVIDERS, open_session
     from normfuse.cli_env import sessions_have
 
@@ -120,7 +121,7 @@ def cuda(path: Path) -> str | None:
         return None
     try:
         runtime = open_session(path, "cuda", 0, operators=False)
-        runtime.run(None, make_feeds(runtime, path, How()))
+        runtime.run(None, make_feeds(runtime, path, given))
     except Exception as why:
         return f"it does not run on CUDA: {first_line(why)}"
     return ""

@@ -98,7 +98,10 @@ def export(module: Any, args: tuple[Any, ...] | None, path: str | Path, config: 
             own = Given(_arguments(model, args, options.get("kwargs")))
         if config.first:
             files.write_new(model, made.path)
-            made = first.run(made.path, config, Path(folder), progress, how, said)
+            try:
+                made = first.run(made.path, config, Path(folder), progress, how, own)
+            except InputError as why:
+                raise InputError(str(why).replace(str(made.path), f"{target}: the export")) from why
             model, config = files.read_onnx(made.path)[0], replace(config, first=made.first)
         if made.stays:
             report = _untouched(model)
@@ -206,14 +209,23 @@ def _silent() -> Iterator[None]:
 
 def _arguments(model: ir.Model, args: tuple[Any, ...] | None, kwargs: Mapping[str, Any] | None) -> dict[str, Array]:
     """The arguments of a module by the inputs of its export, bfloat16 in float32, as numpy has none; nothing where they
-    are not these one by one."""
+    are not these one by one, or have no elements at hand."""
     import torch
     from torch.utils import _pytree
 
-    given = [v for v in _pytree.tree_leaves((args or (), dict(kwargs or {}))) if isinstance(v, torch.Tensor)]
+    from normfuse.frontends.onnx_open import demand_given
+
+    given = [v for v in _pytree.tree_leaves((args, dict(kwargs or {}))) if isinstance(v, torch.Tensor)]
     names = [str(v.name) for v in model.graph.inputs]
-    given = [v.float() if v.dtype == torch.bfloat16 else v for v in given]
-    return {n: v.numpy(force=True) for n, v in zip(names, given, strict=False)} if len(given) == len(names) else {}
+    if len(given) != len(names):
+        return {}
+    try:
+        wide = [v.float() if v.dtype == torch.bfloat16 else v for v in given]
+        found = {name: v.numpy(force=True) for name, v in zip(names, wide, strict=True)}
+        demand_given(model, Given(found))  # of keywords in another order, say
+    except Exception:  # torch raises anything for tensors without elements, of float8, and sparse ones
+        return {}
+    return found
 
 
 def _compare(before: ir.Model, after: ir.Model, given: Given, target: Path, converted: bool) -> dict[str, Any]:

@@ -224,6 +224,7 @@ def run_both(path_a: str | Path, path_b: str | Path, seed: int, given: Given
         drawn = {n: shape for n, shape in shapes_for(a, sizes[0], OPEN[0]).items() if n not in given.inputs}
         tried = ", ".join(f"{n} {'x'.join(map(str, shape)) or 'scalar'}" for n, shape in drawn.items())
         also = f"; drawn were {tried}, and others: {GIVE}" if drawn and kind is DoesNotRun else ""
+        also = also or "; give others" * (kind is DoesNotRun and bool(given.inputs))
         raise kind(f"the models do not run on these inputs: {first_line(why)}{also}") from why
     return feeds, wanted, first, second, a.get_providers()[0]
 
@@ -272,7 +273,7 @@ def demand_equal(found: dict[str, Any], where: str | Path) -> None:
     demand_compared(found, f"{where}: verify='model': ", f"{GIVE}, or use verify='sites'; nothing was written")
 
 
-GIVE = "give --inputs FILE.npz, or --size NAME=N"
+GIVE = "give --inputs FILE.npz, or --size NAME=N (in Python inputs and sizes)"
 
 
 def demand_compared(found: dict[str, Any], where: str = "", advice: str = GIVE) -> None:

@@ -311,7 +311,7 @@ def test_the_option(install: Install, model: Path, tmp_path: Path) -> None:
 def test_what_goes_first_for_cuda_is_tried_there(install: Install, model: Path, tmp_path: Path, runs: str | None,
                                                  told: str, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     install(FOLD)
-    monkeypatch.setattr(first, "cuda", lambda path: runs)
+    monkeypatch.setattr(first, "cuda", lambda path, given: runs)
     out = tmp_path / "out.onnx"
     report = normfuse.rewrite(model, out, Config(first="onnxsim", target="ort-cuda", ort_version="1.31"))
     assert first_note(report) == told
@@ -321,14 +321,14 @@ def test_what_goes_first_for_cuda_is_tried_there(install: Install, model: Path, 
 
 def test_how_it_is_tried(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("normfuse.cli_env.sessions_have", lambda: ["CPUExecutionProvider"])
-    assert first.cuda(model) is None
+    assert first.cuda(model, Given()) is None
     monkeypatch.setattr("normfuse.cli_env.sessions_have", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():  # the build for GPUs
-        assert first.cuda(model) == ""  # a machine without CUDA gives a session of the CPU
+        assert first.cuda(model, Given()) == ""  # a machine without CUDA gives a session of the CPU
     broken = onnx.load(model)
     broken.graph.node[0].op_type = "Nonsense"
     onnx.save(broken, tmp_path / "broken.onnx")
-    found = first.cuda(tmp_path / "broken.onnx")
+    found = first.cuda(tmp_path / "broken.onnx", Given())
     assert found is not None and found.startswith("it does not run on CUDA: ") and "\n" not in found
 
 

@@ -33,7 +33,7 @@ from normfuse.frontends.onnx_kernels import KERNELS
 from normfuse.frontends.onnx_open import given_sizes, input_dims, possible_sizes
 from normfuse.frontends.onnx_unknown import StandIns
 from normfuse.ort_values import Array
-from normfuse.sessions import Given, names_mask, open_shapes
+from normfuse.sessions import Given, is_float, names_mask, open_shapes
 
 if TYPE_CHECKING:
     from normfuse.frontends.onnx_convert import Editor
@@ -71,35 +71,42 @@ def certify(original: ir.Model, result: ir.Model, editor: Editor, config: Config
 
 def _sized(original: ir.Model, result: ir.Model, editor: Editor, given: Given, branch: str = "") -> Certificate:
     """The comparison on the first of the random inputs with which it runs, or else on those given."""
-    last, hidden = "", False
-    for inputs, shapes in _inputs(original, given):
-        if hidden and not inputs:
-            continue
-        try:
-            found = _certify(original, result, editor, inputs, shapes, branch)
-        except Exception as why:  # the reference evaluator raises anything; not certified means not kept
-            last = f"the certificate's check could not run: {first_line(why)[:200]}"
-            continue
-        if found is not None:
-            return found
-        last, hidden = "with random constants the outputs are not finite, or hide the norms", True
+    last = ""
+    for inputs, sizes in _stages(original, given):
+        for shapes in _shapes(original, sizes):
+            try:
+                found = _certify(original, result, editor, inputs, shapes, branch)
+            except Exception as why:  # the reference evaluator raises anything; not certified means not kept
+                last = f"the certificate's check could not run: {first_line(why)[:200]}"
+                continue
+            if found is not None:
+                return found
+            last = "with random constants the outputs are not finite, or hide the norms"
+            break
     return Certificate(False, message=last)
 
 
-def _inputs(model: ir.Model, given: Given) -> Iterator[tuple[Mapping[str, Array], Mapping[str, tuple[int, ...]]]]:
-    """Inputs that are not drawn, and the shapes of the others. First none, of the likeliest sizes first, and with as
-    many tokens in a cache as there are others, or with none, as where a mask has the name of theirs; at last those
-    given."""
+def _stages(model: ir.Model, given: Given) -> list[tuple[Mapping[str, Array], Mapping[str, int]]]:
+    """The inputs and sizes that are not drawn: none first, since what is given may hide a mistake, as one token does
+    in an attention; then the sizes, the inputs but for floats, and all that is given."""
+    sizes = given_sizes(model, given)
+    whole = {name: array for name, array in given.inputs.items() if not is_float(array)}
+    stages: list[tuple[Mapping[str, Array], Mapping[str, int]]] = [({}, {})]
+    stages += [({}, sizes)] if sizes else []
+    stages += [(whole, sizes)] if whole else []
+    return stages + ([(given.inputs, sizes)] if len(whole) < len(given.inputs) else [])
+
+
+def _shapes(model: ir.Model, given: Mapping[str, int]) -> Iterator[Mapping[str, tuple[int, ...]]]:
+    """The shapes of a model's inputs, of the likeliest sizes first, and with as many tokens in a cache as there are
+    others, or with none, as where a mask has the name of theirs."""
     tried = list[Mapping[str, tuple[int, ...]]]()
-    *images, known = (sizes | given_sizes(model, given) for sizes in possible_sizes(model))
+    *images, known = (sizes | dict(given) for sizes in possible_sizes(model))
     cases = [*product(images, SIZES[:1]), *product([known], SIZES)]
     for shapes in (input_shapes(model, one, (2, n, past)) for one, n in cases for past in (n, 0)):
         if shapes not in tried:
             tried.append(shapes)
-            yield {}, shapes
-    if given.inputs:
-        shapes = input_shapes(model, known, (2, SIZES[0], 0))
-        yield given.inputs, {name: shape for name, shape in shapes.items() if name not in given.inputs}
+            yield shapes
 
 
 def _certify(original: ir.Model, result: ir.Model, editor: Editor, own: Mapping[str, Array],
@@ -114,7 +121,7 @@ def _certify(original: ir.Model, result: ir.Model, editor: Editor, own: Mapping[
     read = after.read()
     failed: Exception | None = None
     for attempt in range(4):
-        feeds = inputs_for(original, shapes, attempt) | dict(own)
+        feeds = inputs_for(original, {n: s for n, s in shapes.items() if n not in own}, attempt) | dict(own)
         try:
             want = before.see(feeds, partial(numbers.random, attempt=attempt), names)
         except Exception as why:  # such as an index beyond a table of one row

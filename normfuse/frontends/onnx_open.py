@@ -13,7 +13,8 @@ from normfuse.errors import InputError
 from normfuse.frontends.onnx import Lowering, lower
 from normfuse.frontends.onnx_contrib import head_size
 from normfuse.frontends.onnx_fold import attribute
-from normfuse.sessions import Given
+from normfuse.frontends.onnx_infer import DTYPE_NAMES
+from normfuse.sessions import Given, is_float
 
 CACHES = {"MultiHeadAttention": (6, 7), "GroupQueryAttention": (3, 4)}
 """The inputs that hold the keys and values of what is past, of shape (batch, heads, tokens, size of a head)."""
@@ -55,7 +56,8 @@ def stated_sizes(model: ir.Model) -> dict[str, int]:
 
 
 def demand_given(model: ir.Model, given: Given) -> None:
-    """Raise `InputError` for an input that a model lacks, and a size that no input has or that a given one says."""
+    """Raise `InputError` for an input that a model lacks, or wants of another shape or type, and for a size that none
+    of its inputs has or that a given one has otherwise."""
     dims = input_dims(model)
     if unknown := sorted(set(given.inputs) - set(dims)):
         raise InputError(f"no input is named {unknown[0]!r}; the model has {', '.join(dims) or 'none'}")
@@ -63,11 +65,20 @@ def demand_given(model: ir.Model, given: Given) -> None:
     if absent := sorted(set(given.sizes) - set(symbols)):
         has = f"has {', '.join(symbols)}" if symbols else "has none that is open"
         raise InputError(f"no size of an input is named {absent[0]!r}; the model {has}")
-    held = given_sizes(model, Given(given.inputs))
-    if both := [name for name, n in given.sizes.items() if held.get(name, n) != n]:
-        by = next(name for name in given.inputs if both[0] in dims[name])
-        raise InputError(f"the size {both[0]!r} is that of input {by!r}, which is given; leave out "
-                         f"--size {both[0]}={given.sizes[both[0]]}, or --inputs")  # fmt: skip
+    for value in (v for v in model.graph.inputs if v.name in given.inputs):
+        name, array = value.name or "", given.inputs[value.name or ""]
+        want, fixed = dims[name], [d if isinstance(d, int) and d >= 0 else n for d, n in
+                                   zip(dims[name], array.shape, strict=False)]  # fmt: skip
+        if value.shape is not None and (len(want) != array.ndim or tuple(fixed) != array.shape):
+            shapes = ("x".join("?" if d is None else str(d) for d in shape) or "()" for shape in (array.shape, want))
+            raise InputError("input {!r} is given with shape {}, and the model wants {}".format(name, *shapes))
+        kind = DTYPE_NAMES[value.dtype] if isinstance(value.type, ir.TensorType) and value.dtype is not None else "?"
+        held = "bfloat16" if kind == "bfloat16" and is_float(array) else str(array.dtype)  # which it is made
+        if kind not in ("?", "string", held):
+            raise InputError(f"input {name!r} is given in {held}, and the model wants {kind}")
+        if both := [d for d, n in zip(want, array.shape, strict=False) if given.sizes.get(d, n) != n]:
+            raise InputError(f"the size {both[0]!r} is that of input {name!r}, which is given; leave out "
+                             f"--size {both[0]}={given.sizes[both[0]]}, or --inputs")  # fmt: skip
 
 
 def given_sizes(model: ir.Model, given: Given) -> dict[str, int]:
