@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 import normfuse
+from tests.cli_tools import run
 from tests.converted import D, proved, verdicts
 
 # -- torch ------------------------------------------------------------------------------------------------------------
@@ -154,6 +157,27 @@ def test_a_scaled_norm_in_torch(verify: Any) -> None:
         assert verdicts(report) == ["exact"]
         run = result.module() if isinstance(result, torch.export.ExportedProgram) else result
         torch.testing.assert_close(run(x), module(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["exact", "approximate"])
+def test_nothing_is_warned_of(mode: Any, tmp_path: Path) -> None:
+    """torch warns where the tree specs of a program are copied; a user may have made errors of warnings."""
+    torch.manual_seed(0)
+    module, x = Scaling().eval(), (torch.randn(2, 4),)
+    config, given = normfuse.Config(mode), None
+    if mode == "approximate":
+        config, given = normfuse.Config(mode, tolerance=0.9), [x, x]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        program = torch.export.export(module, x)
+        torch.export.save(program, tmp_path / "in.pt2")
+        for model, args in ((module, x), (program, ())):
+            assert normfuse.optimize(model, config, args=args, calibration=given)[1].converted == 1
+        out = tmp_path / "out.pt2"
+        assert normfuse.rewrite(tmp_path / "in.pt2", out, config, trust=True, calibration=given).converted == 1
+        exact = normfuse.Config("exact", verify="model")
+        assert normfuse.export(module, x, tmp_path / "out.onnx", exact).converted == 1
+        assert run("verify", tmp_path / "in.pt2", out, "--trust", "--json")[0] in (0, 1)
 
 
 class Rotated(nn.Module):

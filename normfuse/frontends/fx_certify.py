@@ -8,7 +8,6 @@ read and dropped after the last node that reads it.
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from normfuse.config import Config
 from normfuse.convert import LIMIT, SEEN, Certificate, Randomiser
 from normfuse.distance import normwise, tells, worst
 from normfuse.frontends.fx_effects import is_assert, name_of, tainted
+from normfuse.frontends.fx_graph import duplicate
 from normfuse.frontends.fx_run import FLOATS, here, method
 
 if TYPE_CHECKING:
@@ -208,7 +208,7 @@ def run_all(module: fx.GraphModule, batches: Sequence[list[Any]], constants: Map
 
 def with_own_state(module: torch.nn.Module) -> Any:
     """A copy to be run, which has the parameters of a module, and of all else what it writes is its own."""
-    return copy.deepcopy(module, {id(p): p for p in module.parameters()})
+    return duplicate(module, {id(p): p for p in module.parameters()})
 
 
 def _either(values: dict[fx.Node, Any], shared: dict[fx.Node, Any], node: fx.Node) -> Any:
@@ -218,7 +218,7 @@ def _either(values: dict[fx.Node, Any], shared: dict[fx.Node, Any], node: fx.Nod
 def _brought(module: torch.nn.Module, wide: bool) -> torch.nn.Module:
     """A copy on the CPU, `wide` in float64: its tensors, and the devices and types that its graphs name, without what
     these assert of types."""
-    own = copy.deepcopy(module).cpu()
+    own: torch.nn.Module = duplicate(module).cpu()
     own = own.double() if wide else own
     for part in own.modules():
         if isinstance(part, fx.GraphModule):

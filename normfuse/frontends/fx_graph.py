@@ -6,6 +6,7 @@ import copy
 import heapq
 import itertools
 import operator
+import warnings
 from collections import Counter
 from typing import Any
 
@@ -19,6 +20,13 @@ from normfuse.frontends import fx_effects
 from normfuse.frontends.fx_meta import is_tensor, meta_of
 
 PLAIN = (torch.Tensor, torch.nn.Parameter, FakeTensor, TensorMetadata)
+
+
+def duplicate(thing: Any, memo: dict[int, Any] | None = None) -> Any:
+    """A deep copy. Of tree specs torch warns that its own way of copying them is deprecated."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return copy.deepcopy(thing, memo)
 
 
 def copied(source: fx.GraphModule) -> fx.Graph:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import operator
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -26,7 +25,18 @@ from normfuse.frontends.fx import Lowering
 from normfuse.frontends.fx_check import Checker
 from normfuse.frontends.fx_emit import Emitter, emitted, level_of
 from normfuse.frontends.fx_fused import FusedEmitter
-from normfuse.frontends.fx_graph import alike, copied, gives_tuple, house, infer, operators, scattered, sort, take_out
+from normfuse.frontends.fx_graph import (
+    alike,
+    copied,
+    duplicate,
+    gives_tuple,
+    house,
+    infer,
+    operators,
+    scattered,
+    sort,
+    take_out,
+)
 from normfuse.frontends.fx_meta import meta_of, module_of, order_of
 from normfuse.graph import Node, Value
 from normfuse.norm import Norm, Refusal, Site, region
@@ -154,9 +164,7 @@ def _program(program: Any, changed: fx.GraphModule, **others: Any) -> Any:
     """A new exported program with another graph, and other parts where given."""
     parts = {"graph_signature": copy.deepcopy(program.graph_signature), "state_dict": program.state_dict,
              "constants": program.constants, **others}  # fmt: skip
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch's own copying of its tree specs
-        calls = copy.deepcopy(program.module_call_graph)
+    calls = duplicate(program.module_call_graph)
     for call in _lost_calls(program, changed):
         next(c for c in calls if c.fqn == call).signature = None
     return torch.export.ExportedProgram(
