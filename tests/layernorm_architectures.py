@@ -192,7 +192,7 @@ ARCHITECTURES: dict[str, dict[str, Case]] = {
         "cohere_qk": decoder("CohereForCausalLM", "CohereConfig", 7, 7, 1, **TEXT, num_key_value_heads=2,
                              use_qk_norm=True),
         "olmo": decoder("OlmoForCausalLM", "OlmoConfig", 5, 5, **TEXT),
-        "persimmon": decoder("PersimmonForCausalLM", "PersimmonConfig", 9, 9, 2, **TEXT),
+        "persimmon": decoder("PersimmonForCausalLM", "PersimmonConfig", 9, 9, 0, **TEXT),
         "nemotron": decoder("NemotronForCausalLM", "NemotronConfig", 5, 5, **TEXT, num_key_value_heads=2),
         "phimoe": decoder("PhimoeForCausalLM", "PhimoeConfig", 5, 5, **TEXT, num_key_value_heads=2, num_local_experts=2,
                           num_experts_per_tok=2),

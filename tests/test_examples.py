@@ -104,7 +104,7 @@ def test_onnxruntime_operators() -> None:
     pytest.importorskip("onnxruntime")
     out = example("onnxruntime_operators")
     assert "25 norms: RMSNorm, sandwich, QK-norm per head" in out
-    assert "4 qk_norm, 8 norm_add_norm" in out
+    assert "1 rms_norm, 4 qk_norm, 4 add_softmax, 8 norm_add_norm" in out
     if ort.library_path() is None:
         assert "the library is missing" in out
         return

@@ -41,6 +41,32 @@ def test_the_largest_of_three(op: str, eps: float, tmp_path: Path) -> None:
     assert normfuse.inspect(made).norms[0].eps == pytest.approx(eps)
 
 
+@pytest.mark.parametrize("op", ["LessOrEqual", "GreaterOrEqual", "Less"])
+def test_a_norm_behind_a_causal_mask(op: str, tmp_path: Path) -> None:
+    """As TorchScript exports T5: the mask is compared by operators for which onnx has no rule but what they are made
+    of."""
+    made = model("float[2,S,16] x, int64[1,1,S] i, int64[1,S,1] j", f"c = {op}(i, j) f = Where(c, zero, low) "
+                 "s = Softmax(f) h = MatMul(s, x) " + ROOT.format("h") + "y = Div(h, r)", "float[A,B,C] y",
+                 zero=np.float32(0), low=np.float32(-9))  # fmt: skip
+    feeds = {"x": numbers(2, 3, 16), "i": np.arange(3).reshape(1, 1, 3), "j": np.arange(3).reshape(1, 3, 1)}
+    check(made, [feeds], tmp_path, 1)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_stream_as_long_as_nobody_knows(target: str, tmp_path: Path) -> None:
+    """As TorchScript exports BERT: the token types are expanded to sizes that only a run tells, and so the stream has
+    unknown ones, which are the same in each layer."""
+    norm = ("{0}q = Mul({0}, {0}) {0}m = ReduceMean({0}q, last) {0}a = Add({0}m, eps) {0}r = Sqrt({0}a) "
+            "{0}n = Div({0}, {0}r) ")  # fmt: skip
+    made = model("float[B,S,16] x, int64[3] sizes", "e = Expand(token, sizes) h = Add(x, e) " + norm.format("h")
+                 + "f = MatMul(hn, w) k = Add(f, hn) " + norm.format("k") + "y = MatMul(kn, w)", "float[A,B,C] y",
+                 token=numbers(1, 1, 16), w=numbers(16, 16))  # fmt: skip
+    feeds = [{"x": numbers(*shape), "sizes": np.array([2, 3, 16])} for shape in ((2, 3, 16), (1, 3, 16), (1, 1, 16))]
+    result = check(made, feeds, tmp_path, 2, target)
+    added = [node.op_type for node in result.graph.node if "add_rms_norm" in node.op_type]
+    assert len(added) == (target == "normfuse")
+
+
 @pytest.mark.parametrize("square", ["Mul(c, c)", "Pow(c, two)"])
 @pytest.mark.parametrize("rows", ["c = Expand(token, twice)", "c = Identity(token)"])
 def test_a_norm_of_constants(rows: str, square: str, tmp_path: Path) -> None:

@@ -54,6 +54,8 @@ def infer_node(node: ir.Node, versions: Mapping[str, int], given: Mapping[str, V
     data = {name: onnx.numpy_helper.from_array(array) for name, array in arrays.items() if array.size <= MANY}
     try:
         found = onnx.shape_inference.infer_node_outputs(schema, proto, types, data)
+        if schema.has_function and any(not made.tensor_type.HasField("shape") for made in found.values()):
+            found |= _by_body(proto, types, versions)  # of an operator that has no rule, such as LessOrEqual
     except Exception:  # the C++ checker raises various kinds
         return {}
     out: dict[str, Facts] = {}
@@ -66,6 +68,17 @@ def infer_node(node: ir.Node, versions: Mapping[str, int], given: Mapping[str, V
         sizes = None if shape is None else tuple(_kept(d, symbols) for d in shape)
         out[name] = _moved(sizes, 1, -1) if last else sizes, dtype
     return out
+
+
+def _by_body(proto: onnx.NodeProto, types: Mapping[str, onnx.TypeProto], versions: Mapping[str, int]
+             ) -> dict[str, onnx.TypeProto]:  # fmt: skip
+    """The types of the results of a node that the standard says by other operators."""
+    inputs = [onnx.helper.make_value_info(name, types[name]) for name in dict.fromkeys(proto.input) if name]
+    outputs = [onnx.ValueInfoProto(name=name) for name in proto.output if name]
+    opsets = [onnx.helper.make_opsetid("", versions.get("", versions.get("ai.onnx", 1)))]
+    made = onnx.helper.make_model(onnx.helper.make_graph([proto], "one", inputs, outputs), opset_imports=opsets)
+    found = onnx.shape_inference.infer_shapes(made).graph.output
+    return {v.name: v.type for v in found if v.type.tensor_type.HasField("shape")}
 
 
 def _kept(d: Dim, symbols: set[Dim]) -> Dim:

@@ -85,7 +85,8 @@ class Values:
 
         Sizes win over symbols, and what follows from the inputs over what a `value_info` says. A number where the
         inputs have a symbol of their own may be left over from before they were made dynamic: it is not believed, but
-        for the size of a row, which weights settle.
+        for the size of a row, which weights settle. A size of which nothing is known gets a symbol too: what is made of
+        a value by additions and norms has its size, whatever that is.
         """
         stated, kind = shape_of(value.shape), None if value.dtype is None else DTYPE_NAMES[value.dtype]
         if shape is None and (stated is None or (self.open and 1 in stated)):
@@ -98,7 +99,7 @@ class Values:
             sizes, symbols = [d for d in dims if isinstance(d, int)], [d for d in dims if isinstance(d, str)]
             if shape is not None and dims[0] in self.open and (axis + 1 < len(shape) or 1 in sizes):
                 sizes = []
-            merged.append((sizes or symbols or [None])[0])
+            merged.append((sizes or symbols or [self.unknown(value.name or "", axis)])[0])
         return tuple(merged) if known else None, kind or dtype
 
     def _alone(self, value: ir.Value) -> Facts:
@@ -192,7 +193,10 @@ class Values:
         return found
 
     def unknown(self, name: str, axis: int = -1) -> Dim:
-        """A symbol for a size of which nothing is known but that it is one; None where the model has that symbol."""
+        """A symbol for a size of which nothing is known but that it is one; None where the model has that symbol, and
+        in the body of a function, whose names each call has."""
+        if self.call is not None:
+            return None
         symbol, low = " ".join((f"{axis} of {name}", *self.path)), self
         while symbol not in low.symbols() and low.outer is not None:
             low = low.outer
