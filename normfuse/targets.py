@@ -11,6 +11,7 @@ The first row that fits says what to do. The forms:
 - "skip": the contrib operators SkipLayerNormalization and SkipSimplifiedLayerNormalization, in domain com.microsoft
 - "leave": what the model has
 - "apart": a model's own Skip operator becomes the addition and the norm
+- "sum": an addition is written as Sum, which the runtime does not take into a slower operator
 - "float32": an operator of half types that is no norm, which the runtime would take apart, gets casts around it
 - "function": a Softmax becomes a call of a function, for which our library has a kernel
 - "refuse": as "leave", and it is a refusal, since the runtime has no kernel
@@ -44,9 +45,10 @@ class Row:
 
     `what` is "add_norm" for a residual addition and its norm, "norm" for a norm alone or inside one, "skip" for a Skip
     operator that the model has already, "half" for another operator, named `kind`, "masked" for a Softmax of what a
-    mask was added to, "conversion" for a LayerNorm that could be an RMSNorm ("leave": it is not made one, "operator":
-    it is). `since` and `before` are versions of the runtime, `types` those of the tensor that the operator would read,
-    `ranks` its ranks; `cast` is where the operator rounds half types, "" for any; `numerics` "" for either.
+    mask was added to, "sum" for the addition that a LayerNorm alone reads, "conversion" for a LayerNorm that could be
+    an RMSNorm ("leave": it is not made one, "operator": it is). `since` and `before` are versions of the runtime,
+    `types` those of the tensor that the operator would read, `ranks` its ranks; `cast` is where the operator rounds
+    half types, "" for any; `numerics` "" for either.
     """
 
     target: str
@@ -78,6 +80,7 @@ _TWO = "measured: 0.35 to 0.57 of the time of the model's own arithmetic, Skip o
 _APART = "measured: Skip operators 0.95 to 6.4 times as long as addition and norm"
 _APART_HALF = "measured: Skip operators 1 to 5 times as long as what they compute, the addition and norm in float32"
 _OURS = "measured in 1.31: 0.07 to 0.33 of the time of the Skip operator at 512x2048, with the library"
+_SUM = "measured in 1.31: 0.13 to 0.31 of the time of Add, which ONNX Runtime makes SkipLayerNormalization of"
 _NO_KERNEL = "tried in 1.23, 1.27, 1.31 and 1.32: no kernel for bfloat16"
 _FUSED = "measured in 1.31 on an H200: 0.54 to 0.81 of the time of addition and norm"
 _HALF = "measured in 1.31 on an H200: 0.56 to 0.64 of the time of addition and norm; rounds once (onnxruntime#28682)"
@@ -119,6 +122,7 @@ ROWS = (
     Row("ort-cpu", "layer_norm", "norm", ANY, "operator", _LAYER, before=(1, 30)),
     Row("ort-cpu", "rms_norm", "norm", ANY, "operator", _TWO, since=(1, 30)),
     Row("ort-cpu", "layer_norm", "norm", ANY, "operator", _TWO, since=(1, 30)),
+    Row("ort-cpu", "layer_norm", "sum", FLOAT, "sum", _SUM, since=(1, 30)),
     Row("ort-cpu", "layer_norm", "conversion", ANY, "leave", _NO_GAIN, before=(1, 27)),
     Row("ort-cpu", "layer_norm", "conversion", ANY, "operator", _GAIN, since=(1, 27)),
     *(Row("ort-cpu", op, "half", frozenset({"float16"}), "float32", _WIDE) for op in WIDE),
@@ -168,6 +172,10 @@ class Table:
         low, high = WIDE.get(op, (1, 0))
         return next(self._rows(op, "half", dtype), None) if low <= opset <= high else None
 
+    def summed(self, dtype: str | None) -> Row | None:
+        """The row that says to write the addition ahead of a LayerNorm as Sum, if one does."""
+        return next(self._rows("layer_norm", "sum", dtype), None)
+
     def masked(self, dtype: str | None) -> Row | None:
         """The row for a Softmax of what a mask was added to, if there is one."""
         return next(self._rows("Softmax", "masked", dtype), None)
@@ -183,7 +191,7 @@ class Table:
         new = f", newer than {_dotted(NEWEST)}, the newest measured" if self.version > NEWEST else ""
         head = [f"target {self.target}: {self.name}{new}"] if self.target in PROVIDERS else []
         what = {"add_norm": " with its addition", "skip": " in a Skip operator of the model",
-                "masked": " with its mask"}
+                "masked": " with its mask", "sum": ", the addition ahead"}
         return [*head, *(f"{n} x {row.kind}{what.get(row.what, '')}: {row.form} ({row.range}; {row.evidence})"
                         for row, n in used.items())]  # fmt: skip
 

@@ -33,7 +33,7 @@ def ratio(found: dict[str, Any], a: str, b: str) -> float:
 
 
 CPU = [row for row in ROWS if row.target == "ort-cpu" and row.form != "refuse"
-       and row.what not in ("conversion", "half", "masked")]  # fmt: skip
+       and row.what not in ("conversion", "half", "masked", "sum")]  # fmt: skip
 
 
 def gains(row: Row) -> list[float]:
@@ -102,6 +102,12 @@ def test_operators_in_float32_pay_where_they_were_measured_to() -> None:
         assert f"{min(ratios):.2f} to {max(ratios):.2f} of the time" in row.evidence and max(ratios) < 1
 
 
+def test_sums_pay_where_they_were_measured_to() -> None:
+    found = [o["Sum us"] / o["Add us"] for o in json.loads(RESULT.read_text())["sums"]["1.31.1"]]
+    (row,) = (row for row in ROWS if row.what == "sum")
+    assert f"{min(found):.2f} to {max(found):.2f} of the time" in row.evidence and len(found) == len(SHAPES)
+
+
 def test_softmaxes_pay_where_they_were_measured_to() -> None:
     found = json.loads((RESULT.parent / "softmax.json").read_text())["chains"]
 
@@ -127,7 +133,7 @@ def test_our_operators_against_the_skip_operators() -> None:
 
 def test_every_row_says_how_it_is_known() -> None:
     assert all(row.evidence.startswith(("measured", "tried", "cited")) for row in ROWS)
-    assert {row.form for row in ROWS} <= {"operator", "skip", "leave", "apart", "float32", "function", "refuse"}
+    assert {row.form for row in ROWS} <= {"operator", "skip", "leave", "apart", "float32", "function", "refuse", "sum"}
 
 
 @pytest.mark.parametrize("text", ["new", "1", "1.x", "31"])

@@ -35,6 +35,7 @@ from normfuse.frontends.onnx_repair import repair
 from normfuse.frontends.onnx_skip import SkipEmitter, take_apart, with_sum
 from normfuse.frontends.onnx_region import as_function, rest_of, results_of
 from normfuse.frontends.onnx_softmax import outline, softmaxes
+from normfuse.frontends.onnx_sum import summed
 from normfuse.frontends.onnx_twins import merge, twins
 from normfuse.graph import Node, Value
 from normfuse.passmanager import Abilities, fuse, plan
@@ -323,7 +324,7 @@ class OnnxModel:
             while not self._write_out(low, one):
                 self._again(low, one)
         edited = self._edit()
-        self.respelled += outline(self.model, self.softmaxes, self.opset)
+        self.respelled += outline(self.model, self.softmaxes, self.opset) + summed(self.lowerings, self.table)
         return edited or bool(self.repaired or self.merged or self.laid or self.respelled or self.sorted)
 
     def _edit(self) -> bool:

@@ -1,15 +1,16 @@
 """What a residual addition and a norm cost in ONNX Runtime on the CPU, in each form there is, by version of it; and
 what operators of float16 cost that it has in float32 only.
 
-python -m tests.bench.forms [--out FILE.json]
+python -m tests.bench.forms [--parts chains operators sums] [--out FILE.json]
 
 Chains of 12, one thread. The forms: the exporter's own spelling of the norm, which ONNX Runtime may fuse; an Add and
 the norm as one operator (where the version has no RMSNormalization its own name for it, SimplifiedLayerNormalization);
 the contrib operators that take in the addition; and, of half types, what these compute taken apart: the same addition
 and operator in float32, between casts. `error` is the largest distance to float64 on rows with a mean of
 100, in parts of the largest element. Under `operators`, those of `normfuse.targets.WIDE` in float16, as they are and in
-float32 between casts, on rows of 512 elements. Each run adds the installed version to the file, from which
-`normfuse.targets` is made.
+float32 between casts, on rows of 512 elements. Under `sums`, chains of LayerNorms behind an addition (post-norm) that
+is written as Add, of which ONNX Runtime makes SkipLayerNormalization, and as Sum. Each run adds the installed version
+to the file, from which `normfuse.targets` is made.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ SHAPES = ((1, 1024), (16, 1024), (128, 1024), (512, 2048))
 TYPES: dict[str, tuple[Any, int]] = {
     "float32": (np.float32, TensorProto.FLOAT), "float16": (np.float16, TensorProto.FLOAT16),
 }  # fmt: skip
+PARTS = ("chains", "operators", "sums")
 FORMS = ("spelled out", "add, norm", "skip", "apart")
 Array = npt.NDArray[Any]
 
@@ -190,17 +192,42 @@ def operator(op: str, m: int, repeats: int) -> dict[str, Any]:
     return {"operator": op, "rows": m, **middle}
 
 
+def sums(m: int, n: int, repeats: int) -> dict[str, Any]:
+    """Microseconds of an addition and a LayerNorm of float32, which alone reads it, by how the addition is written."""
+    chain = Chain("layer_norm", n, "float32", CHAIN)
+    rng = np.random.default_rng(1)
+    feeds = {name: rng.standard_normal((1, m, n)).astype(np.float32) for name in "xr"}
+    sessions, times = {}, dict[str, list[float]]()
+    for op in ("Add", "Sum"):
+        made = chain.model("add, norm", 18)
+        del made.graph.node[:]
+        chain.nodes, last = [], "x"
+        for i in range(CHAIN):
+            chain.op(op, f"{last} r", f"s{i}")
+            last = f"n{i}" if i < CHAIN - 1 else "y"
+            chain.normed(18, f"s{i} w{i} b{i}", last)
+        made.graph.node.extend(chain.nodes)
+        sessions[op], times[op] = session(made), []
+    for i in range(repeats + 3):
+        for op in sorted(sessions, reverse=bool(i % 2)):
+            started = time.perf_counter()
+            sessions[op].run(None, feeds)
+            times[op].append((time.perf_counter() - started) / CHAIN * 1e6)
+    middle = {f"{op} us": round(statistics.median(found[3:]), 2) for op, found in times.items()}
+    return {"cpu": environment()["cpu"], "rows": m, "n": n, **middle}
+
+
 def main() -> None:
     """Measure the installed version, print, and add it to the file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--repeats", type=int, default=40)
-    parser.add_argument("--operators-only", action="store_true", help="leave out the chains")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
     parser.add_argument("--out", type=Path, default=RESULT)
     given = parser.parse_args()
     version = ort.__version__
     opset = 23 if tuple(map(int, version.split(".")[:2])) >= (1, 23) else 18
     rows, cells = [], []
-    for kind in () if given.operators_only else ("rms_norm", "layer_norm"):
+    for kind in ("rms_norm", "layer_norm") if "chains" in given.parts else ():
         for dtype in TYPES:
             for m, n in SHAPES:
                 found = measure(kind, dtype, m, n, opset, given.repeats if m < 512 else given.repeats // 2)
@@ -211,14 +238,20 @@ def main() -> None:
                 errors = (f"{f['error']:.0e}" for f in found.values())
                 cells.append([kind, dtype, f"{m}x{n}", *times, *gap, *errors, *gap])
     print(f"ONNX Runtime {version}, us\n" + table(["kind", "type", "shape", *FORMS, *FORMS], cells, 3), flush=True)
-    ops = [operator(op, m, given.repeats) for op in WIDE for m in (16, 4096)]
+    ops = [operator(op, m, given.repeats) for op in WIDE for m in (16, 4096)] if "operators" in given.parts else []
     cells = [[o["operator"], f"{o['rows']}x512", f"{o['us']:.1f}", f"{o['float32 us']:.1f}",
               f"{o['float32 us'] / o['us']:.2f}"] for o in ops]  # fmt: skip
     print(table(["operator", "shape", "float16", "float32", "ratio"], cells, 2), flush=True)
+    written = [sums(m, n, given.repeats) for m, n in SHAPES] if "sums" in given.parts else []
+    cells = [[f"{o['rows']}x{o['n']}", f"{o['Add us']:.1f}", f"{o['Sum us']:.1f}", f"{o['Sum us'] / o['Add us']:.2f}"]
+             for o in written]  # fmt: skip
+    print(table(["shape", "Add", "Sum", "ratio"], cells, 1), flush=True)
     before = json.loads(given.out.read_text()) if given.out.exists() else {}
     known = {"versions": before.get("versions", {}) | ({version: rows} if rows else {}),
-             "operators": before.get("operators", {}) | {version: ops}}  # fmt: skip
-    about = {"environment": environment() | {"onnxruntime": "see versions"},
+             "operators": before.get("operators", {}) | ({version: ops} if ops else {}),
+             "sums": before.get("sums", {}) | ({version: written} if written else {})}  # fmt: skip
+    machine = environment() if "chains" in given.parts else before["environment"]
+    about = {"environment": machine | {"onnxruntime": "see versions"},
              "shapes": {"chain": CHAIN, "threads": 1, "eps": EPS}}  # fmt: skip
     result = about | {key: {v: found[v] for v in sorted(found, key=lambda v: tuple(map(int, v.split("."))))}
                       for key, found in known.items()}  # fmt: skip
