@@ -95,7 +95,7 @@ def export(module: Any, args: tuple[Any, ...] | None, path: str | Path, config: 
         demand_given(model, said)
         own = said
         if config.runs and not (said.inputs or said.sizes):
-            own = Given(_arguments(model, args, options.get("kwargs")))
+            own = Given(_arguments(program, args, options.get("kwargs")))
         if config.first:
             files.write_new(model, made.path)
             try:
@@ -207,22 +207,26 @@ def _silent() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _arguments(model: ir.Model, args: tuple[Any, ...] | None, kwargs: Mapping[str, Any] | None) -> dict[str, Array]:
+def _arguments(program: Any, args: tuple[Any, ...] | None, kwargs: Mapping[str, Any] | None) -> dict[str, Array]:
     """The arguments of a module by the inputs of its export, bfloat16 in float32, as numpy has none; nothing where they
     are not these one by one, or have no elements at hand."""
     import torch
+    from torch.export._tree_utils import reorder_kwargs
     from torch.utils import _pytree
 
     from normfuse.frontends.onnx_open import demand_given
 
-    given = [v for v in _pytree.tree_leaves((args, dict(kwargs or {}))) if isinstance(v, torch.Tensor)]
-    names = [str(v.name) for v in model.graph.inputs]
-    if len(given) != len(names):
-        return {}
+    model, exported = program.model, program.exported_program
     try:
+        named = dict(kwargs or {})  # in the order of the program, which may have been made before
+        named = reorder_kwargs(named, exported.call_spec.in_spec) if named and exported is not None else named
+        given = [v for v in _pytree.tree_leaves((args, named)) if isinstance(v, torch.Tensor)]
+        names = [str(v.name) for v in model.graph.inputs]
+        if len(given) != len(names):
+            return {}
         wide = [v.float() if v.dtype == torch.bfloat16 else v for v in given]
         found = {name: v.numpy(force=True) for name, v in zip(names, wide, strict=True)}
-        demand_given(model, Given(found))  # of keywords in another order, say
+        demand_given(model, Given(found))
     except Exception:  # torch raises anything for tensors without elements, of float8, and sparse ones
         return {}
     return found

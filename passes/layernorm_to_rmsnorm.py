@@ -26,6 +26,7 @@ from normfuse.graph import Graph, Node, Value
 from normfuse.norm import Refusal, Site, region
 from normfuse.passes.remove_dead import live
 from normfuse.recognise import Recognition
+from normfuse.sites import COPIES
 from normfuse.transfer import identity_layout
 
 
@@ -366,8 +367,8 @@ class _Planner:
     # -- fewer operators ----------------------------------------------------------------------------------------------
 
     def _sink(self) -> bool:
-        """Move an operator behind the node that alone asks for it, where whatever else changes for that node is asked
-        for by nobody else: one operator after token and position embeddings were added, not one on each."""
+        """Move an operator behind the node that alone asks for it, where what else that node reads is asked for by
+        nobody else: one operator after token and position embeddings were added, not one on each."""
         for (value, _), readers in self.operators.items():
             below = self._below(readers[0])
             if below is not None:
@@ -377,27 +378,22 @@ class _Planner:
 
     def _below(self, by: Reader) -> Value | None:
         while not isinstance(by, Site):
-            out = by[1]
-            if not self._alone(by):
+            node, out = by
+            if not all(self._alone(v, by) for v, _ in self._back(node, out, self.state[out])):
                 return None
             if self._stands(out) and self.state[out].whole(out):
                 return out
             by = self.askers[out][0]  # if it is not the only one, the next round of this loop ends it
         return None
 
-    def _alone(self, by: tuple[Node, Value]) -> bool:
-        """Whether all that changes for a node changes for nobody else."""
-        mine: set[Reader] = {by}
-        todo = {value for value, _ in self._back(*by, self.state[by[1]])}
-        while todo:  # the latest first: who asks for it is known by then
-            value = max(todo, key=lambda v: (-1 if v.producer is None else v.producer.index, v.index))
-            todo.remove(value)
-            if not mine.issuperset(self.askers[value]):
-                return False
-            if value in self.state and value.producer is not None:
-                mine.add((value.producer, value))
-                todo.update(v for v, _ in self._back(value.producer, value, self.state[value]))
-        return True
+    def _alone(self, value: Value, by: Reader) -> bool:
+        """Whether nobody else asks for an operand, or for what it is a copy or a view of."""
+        while self.askers.get(value) == [by]:
+            node = value.producer
+            if node is None or value not in self.state or (node.kind not in COPIES and node.kind != "cast"):
+                return True
+            (value, _), by = self._back(node, value, self.state[value])[0], (node, value)
+        return False
 
     def _drop(self) -> bool:
         """Give up connected parts of the plan that add as many operators as they convert norms."""

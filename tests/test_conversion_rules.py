@@ -340,19 +340,21 @@ def test_an_operator_does_not_sink_below_what_else_is_asked_for() -> None:
     for ahead in (False, True):
         g = Net()
         a, b = g.act(g.x), g.lin(g.x)
-        h = g.op("add", a, g.op("neg", b) if ahead else b)
+        h = g.op("add", a, g.op("cast", b) if ahead else b)
         y = g.op("add", two_norms(g, h), g.lin(g.norm(b)))
         plan = planned(g, y)
         assert counts(plan) == (3, 1, 0) and [v for v, _ in plan.operators] == [a]
 
 
-def test_an_operator_sinks_below_what_is_asked_for_twice_by_one_sum() -> None:
-    """b serves the sum alone, in two ways."""
+def test_operators_of_branches_side_by_side_sink_into_one() -> None:
+    """What the first sum reads is asked for by norms too; what the others read is not, so that one operator stands
+    behind the last, and one where the stream comes from."""
     g = Net()
-    a, b = g.act(g.x), g.lin(g.x)
-    h = g.op("add", a, g.op("add", g.op("neg", b), b))
+    x = h = g.lin(g.x)
+    for _ in range(3):
+        h = g.op("add", h, g.act(g.lin(g.norm(x))))
     plan = planned(g, two_norms(g, h))
-    assert counts(plan) == (2, 1, 0) and [v for v, _ in plan.operators] == [h]
+    assert counts(plan) == (5, 2, 0) and {v for v, _ in plan.operators} == {h, x}
 
 
 def test_an_operator_sinks_through_values_where_none_can_stand() -> None:

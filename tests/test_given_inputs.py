@@ -20,6 +20,7 @@ from normfuse.bench import How
 from normfuse.convert import Edits
 from normfuse.errors import InputError
 from normfuse.first import _longer, cuda
+from normfuse.onnx_export import _arguments
 from normfuse.sessions import Given
 from normfuse.verify import compare_models
 from tests.cli_tools import fails, program, run, saved
@@ -144,6 +145,16 @@ def test_floats_that_are_given_hide_no_wrong_edit(forgotten: list[str], tmp_path
     forgotten.append("w")
     report = normfuse.optimize(made, Config("exact"), how=how)[1]
     assert not report.converted and "differ by" in report.refusals[0].message
+
+
+def test_a_single_number_is_given_in_any_shape(tmp_path: Path) -> None:
+    lines = f"h = Mul(x, s) {NORM.format(y='y', x='h')}"
+    source = saved(model(f"float[B,{D}] x, float[] s", lines, opset=13), tmp_path / "in.onnx")
+    made = onnx.load(source)
+    made.graph.input[1].type.tensor_type.shape.SetInParent()
+    onnx.save(made, source)
+    for shape in ((), (1,)):
+        assert compare_models(source, source, inputs={"s": np.ones(shape, np.float32)})["equal"]
 
 
 def test_no_rows_that_are_given_take_no_conversion_away(tmp_path: Path) -> None:
@@ -294,6 +305,10 @@ def test_arguments_in_another_order(tmp_path: Path) -> None:
     report = normfuse.export(made, (), tmp_path / "o.onnx", EXACT, kwargs=turned)
     assert report.converted == 1 and report.model_check and report.model_check["equal"]
     made = torch.onnx.export(Two().eval(), (), kwargs=kwargs, dynamo=True, verbose=False)
+    found = _arguments(made, (), turned)
+    assert list(found) == ["a", "b"] and all((found[name] == kwargs[name].numpy()).all() for name in found)
+    assert _arguments(made, (), {"a": kwargs["a"].requires_grad_(), "b": kwargs["b"].bfloat16()}).keys() == {"a", "b"}
+    assert _arguments(made, (), {"a": kwargs["b"], "b": kwargs["a"]}) == _arguments(made, (), {"c": kwargs["a"]}) == {}
     several: list[Any] = [(kwargs["a"],), (kwargs["a"], kwargs["b"], kwargs["b"]), None, kwargs["a"]]
     for args in several:
         assert normfuse.export(made, args, tmp_path / "o.onnx", EXACT, overwrite=True).converted == 1

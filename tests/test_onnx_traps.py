@@ -68,13 +68,21 @@ def test_a_stream_as_long_as_nobody_knows(target: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("square", ["Mul(c, c)", "Pow(c, two)"])
-@pytest.mark.parametrize("rows", ["c = Expand(token, twice)", "c = Identity(token)"])
+@pytest.mark.parametrize("rows", ["c = Expand(token, twice)", "c = Identity(token)", "c = Identity(row)"])
 def test_a_norm_of_constants(rows: str, square: str, tmp_path: Path) -> None:
     """Such as a class token, which is small enough to be folded."""
     made = model("float[2,4,16] x", f"{rows} sq = {square} ms = ReduceMean(sq, last) a = Add(ms, eps) r = Sqrt(a) "
-                 "n = Div(c, r) y = Mul(x, n)", "float[A,B,C] y", token=numbers(1, 1, 16), twice=np.array([2, 1, 16]),
-                 two=np.float32(2))  # fmt: skip
+                 "n = Div(c, r) y = Mul(x, n)", "float[A,B,C] y", token=numbers(1, 1, 16), row=numbers(16),
+                 twice=np.array([2, 1, 16]), two=np.float32(2))  # fmt: skip
     check(made, [{"x": numbers(2, 4, 16)}], tmp_path, 1)
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (16, 1)])
+def test_a_mean_by_a_matrix_that_is_computed(shape: tuple[int, ...], tmp_path: Path) -> None:
+    """Small products of constants are folded, but for squares of which a mean is taken."""
+    made = model("float[N,16] x", "by = Mul(ones, part) sq = Mul(x, x) ms = MatMul(sq, by) a = Add(ms, eps) "
+                 "r = Sqrt(a) y = Div(x, r)", ones=np.ones(shape, np.float32), part=np.float32(1 / 16))  # fmt: skip
+    check(made, [{"x": numbers(3, 16)}], tmp_path, 1)
 
 
 def test_a_shape_that_the_caller_may_replace(tmp_path: Path) -> None:

@@ -69,7 +69,8 @@ def demand_given(model: ir.Model, given: Given) -> None:
         name, array = value.name or "", given.inputs[value.name or ""]
         want, fixed = dims[name], [d if isinstance(d, int) and d >= 0 else n for d, n in
                                    zip(dims[name], array.shape, strict=False)]  # fmt: skip
-        if value.shape is not None and (len(want) != array.ndim or tuple(fixed) != array.shape):
+        single = not want and array.size == 1  # which ONNX Runtime takes
+        if value.shape is not None and not single and (len(want) != array.ndim or tuple(fixed) != array.shape):
             shapes = ("x".join("?" if d is None else str(d) for d in shape) or "()" for shape in (array.shape, want))
             raise InputError("input {!r} is given with shape {}, and the model wants {}".format(name, *shapes))
         kind = DTYPE_NAMES[value.dtype] if isinstance(value.type, ir.TensorType) and value.dtype is not None else "?"

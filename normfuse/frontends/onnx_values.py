@@ -17,8 +17,6 @@ from normfuse.graph import FLOATS, Dim, Graph, Shape, Value
 from normfuse.ort_values import Array
 from normfuse.sessions import is_float
 
-SQUARES = ("Mul", "Pow")
-"""With these a norm may begin, also one of constants, such as a class token: numbers for many are not folded."""
 NUMBERS = ("MatMul", "InstanceNormalization", "BatchNormalization")
 """The operators that may read a tensor of one number as that number."""
 
@@ -239,13 +237,21 @@ class Values:
             return node.op_type in SIZES and self._sizes(node)
         else:
             array = fold(node, [None if v is None else self.arrays[v] for v in node.inputs])
-        if array is None or (node.op_type in SQUARES and array.ndim > 1 and array.size > 1 and is_float(array)):
+        if array is None or (array.size > 1 and is_float(array) and self._squared(node)):
             return False
         uniform = array.size > 1 and (node.op_type in ("ConstantOfShape", "Expand") or self._may_be_number(out, array))
         self._fold(out, array, uniform)
         if node.op_type not in ("Shape", "Size"):
             self.folded.append(node)
         return True
+
+    def _squared(self, node: ir.Node) -> bool:
+        """Whether a norm may begin here, also one of constants, such as a class token: a square of which a mean is
+        taken."""
+        a, b = (*node.inputs, None)[:2]
+        power = self.arrays.get(b) if node.op_type == "Pow" and b is not None else None
+        square = (node.op_type == "Mul" and a is b) or (power is not None and power.size == 1 and power.flat[0] == 2)
+        return square and any(user.op_type in ("ReduceMean", "ReduceSum") for user, _ in node.outputs[0].uses())
 
     def _large(self, out: ir.Value, tensor: Any) -> None:
         """A Constant node too large to fold, such as a weight."""
