@@ -74,6 +74,8 @@ def test_a_norm_of_constants(rows: str, square: str, tmp_path: Path) -> None:
     made = model("float[2,4,16] x", f"{rows} sq = {square} ms = ReduceMean(sq, last) a = Add(ms, eps) r = Sqrt(a) "
                  "n = Div(c, r) y = Mul(x, n)", "float[A,B,C] y", token=numbers(1, 1, 16), row=numbers(16),
                  twice=np.array([2, 1, 16]), two=np.float32(2))  # fmt: skip
+    made.graph.node.add(op_type="Constant", output=["held"]).attribute.append(
+        onnx.helper.make_attribute("value", onnx.numpy_helper.from_array(numbers(16))))  # a node without operands
     check(made, [{"x": numbers(2, 4, 16)}], tmp_path, 1)
 
 

@@ -248,9 +248,11 @@ class Values:
     def _squared(self, node: ir.Node) -> bool:
         """Whether a norm may begin here, also one of constants, such as a class token: a square of which a mean is
         taken."""
-        a, b = (*node.inputs, None)[:2]
-        power = self.arrays.get(b) if node.op_type == "Pow" and b is not None else None
-        square = (node.op_type == "Mul" and a is b) or (power is not None and power.size == 1 and power.flat[0] == 2)
+        if node.op_type not in ("Mul", "Pow"):
+            return False
+        a, b = node.inputs
+        power = self.arrays.get(b) if b is not None else None
+        square = a is b if node.op_type == "Mul" else power is not None and power.size == 1 and power.flat[0] == 2
         return square and any(user.op_type in ("ReduceMean", "ReduceSum") for user, _ in node.outputs[0].uses())
 
     def _large(self, out: ir.Value, tensor: Any) -> None:
