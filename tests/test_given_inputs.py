@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -318,6 +319,8 @@ def test_arguments_in_another_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize("first", ["onnxsim", "fastest"])
 def test_an_optimiser_of_an_export_is_compared_on_its_arguments(first: str, tmp_path: Path,
                                                                 monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    own = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: name == "onnxsim" or own(name, *more))
     monkeypatch.setattr("normfuse.first._attempt", lambda tool, source, target, _: str(copy(source, target))[:0])
     monkeypatch.setattr("normfuse.fastest.RESTARTS", 1)
     monkeypatch.setattr("normfuse.fastest.SECONDS", 0.01)

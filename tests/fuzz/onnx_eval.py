@@ -87,6 +87,7 @@ def _slice(a: Attrs, x: Array, *bounds: Array) -> Array:
 
 OPS: dict[str, Callable[..., Any]] = {
     "Add": lambda a, x, y: x + y, "Sub": lambda a, x, y: x - y, "Mul": lambda a, x, y: x * y,
+    "Sum": lambda a, x, y: x + y,
     "Div": lambda a, x, y: x / y, "Pow": lambda a, x, y: x ** y, "Neg": lambda a, x: -x,
     "Abs": lambda a, x: np.abs(x), "Sqrt": lambda a, x: np.sqrt(x), "Reciprocal": lambda a, x: 1 / x,
     "Max": lambda a, *xs: np.maximum.reduce(xs) if len({x.shape for x in xs}) == 1 else np.maximum(*xs),
