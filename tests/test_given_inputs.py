@@ -175,7 +175,8 @@ def test_branches_on_what_is_given(inside: str, tmp_path: Path) -> None:
     r = If (flag) <then_branch = t () => (float[] o) {{ {norm} }}, else_branch = e () => (float[] o) {{ {other} }}>
     y = Add(k, r)"""
     made = model("float[N] x, int64[2] shape, bool flag", lines, opset=13, w=numbers(D, D))
-    np.savez(tmp_path / "inputs.npz", shape=np.array([5, D]), x=numbers(5 * D))
+    made.graph.input[2].type.tensor_type.shape.SetInParent()
+    np.savez(tmp_path / "inputs.npz", shape=np.array([5, D]), x=numbers(5 * D), flag=np.array(True))
     report = normfuse.optimize(made, Config("exact"), how=How(inputs=tmp_path / "inputs.npz"))[1]
     assert report.converted == (2 if inside == "then" else 3), report.refusals
     assert not normfuse.optimize(made, Config("exact"))[1].converted
