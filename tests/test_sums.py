@@ -78,3 +78,15 @@ def test_where_it_stays(config: dict[str, Any], tmp_path: Path) -> None:
 def test_half_types_stay(tmp_path: Path) -> None:
     """Of these ONNX Runtime makes no slower operator."""
     assert "Sum" not in rewritten(made(f"s = Add(x, z) {OPERATOR} {END}", kind="float16"), tmp_path)[0]
+
+
+def test_in_a_branch(tmp_path: Path) -> None:
+    """What is written there is in the file, too."""
+    model = made(f"""y = If (f) <then_branch = t () => (float[1,4,16] o) {{ s = Add(x, z) {OPERATOR} o = Neg(n) }},
+                                 else_branch = e () => (float[1,4,16] p) {{ p = Neg(x) }}>""".replace("\n", " "))
+    model.graph.input.append(onnx.helper.make_tensor_value_info("f", onnx.TensorProto.BOOL, []))
+    onnx.save(model, tmp_path / "in.onnx")
+    config = Config(target="ort-cpu", ort_version="1.31", verify="model")
+    normfuse.rewrite(tmp_path / "in.onnx", tmp_path / "out.onnx", config)
+    (branch, _) = (attribute.g for attribute in onnx.load(tmp_path / "out.onnx").graph.node[0].attribute)
+    assert next(node.op_type for node in branch.node) == "Sum"
