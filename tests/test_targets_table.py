@@ -33,7 +33,7 @@ def ratio(found: dict[str, Any], a: str, b: str) -> float:
 
 
 CPU = [row for row in ROWS if row.target == "ort-cpu" and row.form != "refuse"
-       and row.what not in ("conversion", "half", "masked", "sum")]  # fmt: skip
+       and row.what not in ("conversion", "half", "masked", "scaled", "sum")]  # fmt: skip
 
 
 def gains(row: Row) -> list[float]:
@@ -108,6 +108,15 @@ def test_sums_pay_where_they_were_measured_to() -> None:
     assert f"{min(found):.2f} to {max(found):.2f} of the time" in row.evidence and len(found) == len(SHAPES)
 
 
+def test_scales_pay_where_they_were_measured_to() -> None:
+    versions = json.loads(RESULT.read_text())["scales"]
+    found = [(o["tokens"], o["FusedMatMul us"] / o["MatMul, Mul us"]) for v in versions.values() for o in v]
+    ratios, (row,) = [ratio for _, ratio in found], (row for row in ROWS if row.what == "scaled")
+    assert f"{min(ratios):.2f} to {max(ratios):.2f} of the time" in row.evidence
+    assert f"with 512 tokens at most {max(r for n, r in found if n == 512):.2f}" in row.evidence
+    assert {targets.runtime_version(v) for v in versions} == {(1, minor) for minor in range(20, 33)}
+
+
 def test_softmaxes_pay_where_they_were_measured_to() -> None:
     found = json.loads((RESULT.parent / "softmax.json").read_text())["chains"]
 
@@ -133,7 +142,8 @@ def test_our_operators_against_the_skip_operators() -> None:
 
 def test_every_row_says_how_it_is_known() -> None:
     assert all(row.evidence.startswith(("measured", "tried", "cited")) for row in ROWS)
-    assert {row.form for row in ROWS} <= {"operator", "skip", "leave", "apart", "float32", "function", "refuse", "sum"}
+    assert {row.form for row in ROWS} <= {"operator", "skip", "leave", "apart", "float32", "function", "product",
+                                       "refuse", "sum"}  # fmt: skip
 
 
 @pytest.mark.parametrize("text", ["new", "1", "1.x", "31"])

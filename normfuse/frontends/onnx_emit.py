@@ -411,4 +411,4 @@ def respell(node: ir.Node, nodes: Sequence[ir.Node], results: Mapping[ir.Value, 
     for old, value in results.items():
         value.name, value.shape, value.type = old.name, old.shape, old.type
         old.replace_all_uses_with(value, replace_graph_outputs=True)
-    node.graph.remove(node, safe=True)
+    discard([node], ())

@@ -28,7 +28,7 @@ from normfuse.frontends.onnx_emit import (
     unique,
 )
 from normfuse.frontends.onnx_fused import FusedEmitter, fused_already
-from normfuse.frontends.onnx_half import widen
+from normfuse.frontends.onnx_half import scale, widen
 from normfuse.frontends.onnx_layout import Turned, lay, turned
 from normfuse.frontends.onnx_ops import GROUP_NORMS
 from normfuse.frontends.onnx_repair import repair
@@ -324,7 +324,8 @@ class OnnxModel:
             while not self._write_out(low, one):
                 self._again(low, one)
         edited = self._edit()
-        self.respelled += outline(self.model, self.softmaxes, self.opset) + summed(self.lowerings, self.table)
+        self.respelled += outline(self.model, self.softmaxes, self.opset)
+        self.respelled += summed(self.lowerings, self.table) + scale(self.lowerings, self.table)
         return edited or bool(self.repaired or self.merged or self.laid or self.respelled or self.sorted)
 
     def _edit(self) -> bool:

@@ -1,7 +1,7 @@
 """What a residual addition and a norm cost in ONNX Runtime on the CPU, in each form there is, by version of it; and
 what operators of float16 cost that it has in float32 only.
 
-python -m tests.bench.forms [--parts chains operators sums] [--out FILE.json]
+python -m tests.bench.forms [--parts chains operators sums scales] [--out FILE.json]
 
 Chains of 12, one thread. The forms: the exporter's own spelling of the norm, which ONNX Runtime may fuse; an Add and
 the norm as one operator (where the version has no RMSNormalization its own name for it, SimplifiedLayerNormalization);
@@ -9,8 +9,9 @@ the contrib operators that take in the addition; and, of half types, what these 
 and operator in float32, between casts. `error` is the largest distance to float64 on rows with a mean of
 100, in parts of the largest element. Under `operators`, those of `normfuse.targets.WIDE` in float16, as they are and in
 float32 between casts, on rows of 512 elements. Under `sums`, chains of LayerNorms behind an addition (post-norm) that
-is written as Add, of which ONNX Runtime makes SkipLayerNormalization, and as Sum. Each run adds the installed version
-to the file, from which `normfuse.targets` is made.
+is written as Add, of which ONNX Runtime makes SkipLayerNormalization, and as Sum. Under `scales`, the scores of
+attention in float16, 16 heads of 64: a product and the number behind it, and FusedMatMul. Each run adds the
+installed version to the file, from which `normfuse.targets` is made.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ SHAPES = ((1, 1024), (16, 1024), (128, 1024), (512, 2048))
 TYPES: dict[str, tuple[Any, int]] = {
     "float32": (np.float32, TensorProto.FLOAT), "float16": (np.float16, TensorProto.FLOAT16),
 }  # fmt: skip
-PARTS = ("chains", "operators", "sums")
+PARTS = ("chains", "operators", "sums", "scales")
 FORMS = ("spelled out", "add, norm", "skip", "apart")
 Array = npt.NDArray[Any]
 
@@ -217,6 +218,36 @@ def sums(m: int, n: int, repeats: int) -> dict[str, Any]:
     return {"cpu": environment()["cpu"], "rows": m, "n": n, **middle}
 
 
+def scales(tokens: int, repeats: int) -> dict[str, Any]:
+    """Microseconds of the scores of attention in float16, as a product and a factor and as one operator.
+
+    Two of them with the same factor, as the layers of a model have: of a single one ONNX Runtime makes one operator.
+    """
+    node, contrib = helper.make_node, dict[str, Any](domain="com.microsoft", alpha=0.125)
+    chains = {"MatMul, Mul us": [one for i in "01" for one in (node("MatMul", [f"q{i}", f"k{i}"], [f"s{i}"]),
+                                                               node("Mul", [f"s{i}", "c"], [f"y{i}"]))],
+              "FusedMatMul us": [node("FusedMatMul", [f"q{i}", f"k{i}"], [f"y{i}"], **contrib)
+                                 for i in "01"]}  # fmt: skip
+    sides = {"q": [tokens, 64], "k": [64, tokens], "y": [tokens, tokens]}
+    shapes = {f"{name}{i}": [1, 16, *side] for name, side in sides.items() for i in "01"}
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT16, shape) for name, shape in shapes.items()]
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
+    rng = np.random.default_rng(1)
+    feeds = {name: rng.standard_normal(shape).astype(np.float16) for name, shape in shapes.items() if "y" not in name}
+    sessions, times = {}, dict[str, list[float]]()
+    for name, nodes in chains.items():
+        held = [numpy_helper.from_array(np.array(0.125, np.float16), "c")] if len(nodes) > 1 else []
+        graph = helper.make_graph(nodes, "two", ends[:4], ends[4:], held)
+        sessions[name], times[name] = session(helper.make_model(graph, opset_imports=opsets, ir_version=9)), []
+    for i in range(repeats + 3):
+        for name in sorted(sessions, reverse=bool(i % 2)):
+            started = time.perf_counter()
+            sessions[name].run(None, feeds)
+            times[name].append((time.perf_counter() - started) / 2 * 1e6)
+    middle = {name: round(statistics.median(found[3:]), 2) for name, found in times.items()}
+    return {"cpu": environment()["cpu"], "tokens": tokens, **middle}
+
+
 def main() -> None:
     """Measure the installed version, print, and add it to the file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -246,10 +277,15 @@ def main() -> None:
     cells = [[f"{o['rows']}x{o['n']}", f"{o['Add us']:.1f}", f"{o['Sum us']:.1f}", f"{o['Sum us'] / o['Add us']:.2f}"]
              for o in written]  # fmt: skip
     print(table(["shape", "Add", "Sum", "ratio"], cells, 1), flush=True)
+    scaled = [scales(n, given.repeats) for n in (1, 16, 128, 512)] if "scales" in given.parts else []
+    cells = [[f"{o['tokens']}", f"{o['MatMul, Mul us']:.1f}", f"{o['FusedMatMul us']:.1f}",
+              f"{o['FusedMatMul us'] / o['MatMul, Mul us']:.2f}"] for o in scaled]  # fmt: skip
+    print(table(["tokens", "MatMul, Mul", "FusedMatMul", "ratio"], cells, 1), flush=True)
     before = json.loads(given.out.read_text()) if given.out.exists() else {}
     known = {"versions": before.get("versions", {}) | ({version: rows} if rows else {}),
              "operators": before.get("operators", {}) | ({version: ops} if ops else {}),
-             "sums": before.get("sums", {}) | ({version: written} if written else {})}  # fmt: skip
+             "sums": before.get("sums", {}) | ({version: written} if written else {}),
+             "scales": before.get("scales", {}) | ({version: scaled} if scaled else {})}  # fmt: skip
     machine = environment() if "chains" in given.parts else before["environment"]
     about = {"environment": machine | {"onnxruntime": "see versions"},
              "shapes": {"chain": CHAIN, "threads": 1, "eps": EPS}}  # fmt: skip
