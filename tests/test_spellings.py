@@ -6,6 +6,7 @@ An output may be no further from float64 than the input graph's own was, give or
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -87,6 +88,15 @@ def test_fast_numerics_gives_an_operator_to_what_has_none(exporter: Exporter, op
     (norm,) = normfuse.rewrite(source, fast, normfuse.Config(numerics="fast")).norms
     assert norm.action == "fused" and norm.verified and "Cast, " in norm.emitted
     compare_runs(SPELLINGS[name], HALF, source, fast)
+
+
+@pytest.mark.parametrize(("config", "told"), [
+    ({"target": "normfuse"}, True), ({"target": "normfuse", "numerics": "fast"}, False), ({"target": "onnx"}, False),
+])  # fmt: skip
+def test_norms_that_have_no_kernel_are_told(config: dict[str, Any], told: bool, tmp_path: Path) -> None:
+    source = exported("dynamo", 18, HALF, "rms_rounded_rstd")
+    report = normfuse.rewrite(source, tmp_path / "out.onnx", normfuse.Config(**config))
+    assert any(note.startswith("1 norms round in an order of their own") for note in report.notes) == told
 
 
 def compare_runs(spelling: Spelling, dtype: torch.dtype, source: Path, target: Path) -> None:

@@ -252,6 +252,10 @@ class OnnxModel:
             found.append(f"{self.laid} norms took statistics in another layout than their result's: written in one")
         if self.sorted:
             found.append("the nodes were not in topological order, which ONNX demands: sorted")
+        own = sum(isinstance(edit, Replace) and edit.as_written for one in self.plans for edit in one.edits())
+        if own and self.config.target == "normfuse":
+            found.append(f"{own} norms round in an order of their own, for which the library has no kernel, so the "
+                         "bodies of their functions run (..._as_written); --numerics fast makes operators of most")
         used = Counter(self.respelled)
         for one in self.plans:
             sites = {site: edit for edit in one.edits() for site in edit.sites}
