@@ -311,3 +311,13 @@ def test_one_hot_in_the_check(depth: str, axis: int) -> None:
     (want,) = session(made.SerializeToString()).run(None, feeds)
     got: Any = next(iter(ReferenceEvaluator(made, new_ops=KERNELS).run(None, feeds)))
     assert np.array_equal(got, want) and got.dtype == want.dtype
+
+
+def test_a_batch_without_a_number_in_a_model_of_one() -> None:
+    """As torch exports it with an example of one: what runs for two is tried first, and then for one."""
+    lines = f"""k = Gather(table, i) q = Squeeze(k, first) h = Unsqueeze(q, first)
+    {OPERATOR.format('h', 'n')} y = MatMul(n, w)"""
+    made = model("int64[B,S] i", lines, first=np.array([0]), **HELD)
+    with pytest.raises(Exception, match="Squeeze"):
+        session(made.SerializeToString()).run(None, {"i": np.zeros((2, 3), np.int64)})
+    assert normfuse.optimize(made, normfuse.Config(layernorm_to_rmsnorm="exact"))[1].converted == 1

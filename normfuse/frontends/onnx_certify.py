@@ -99,11 +99,13 @@ def _stages(model: ir.Model, given: Given) -> list[tuple[Mapping[str, Array], Ma
 
 def _shapes(model: ir.Model, given: Mapping[str, int]) -> Iterator[Mapping[str, tuple[int, ...]]]:
     """The shapes of a model's inputs, of the likeliest sizes first, and with as many tokens in a cache as there are
-    others, or with none, as where a mask has the name of theirs."""
+    others, or with none, as where a mask has the name of theirs; in a batch of two, or else of one, for which a model
+    was made that gives its batch no number but was exported with one."""
     tried = list[Mapping[str, tuple[int, ...]]]()
     *images, known = (sizes | dict(given) for sizes in possible_sizes(model))
     cases = [*product(images, SIZES[:1]), *product([known], SIZES)]
-    for shapes in (input_shapes(model, one, (2, n, past)) for one, n in cases for past in (n, 0)):
+    wanted = ((one, (batch, n, past)) for batch in (2, 1) for one, n in cases for past in (n, 0))
+    for shapes in (input_shapes(model, *one) for one in wanted):
         if shapes not in tried:
             tried.append(shapes)
             yield shapes
