@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from normfuse.config import Config
 from normfuse.frontends.onnx import Lowering
+from normfuse.frontends.onnx_certify import MAX_ERROR_SIZE, Program, constants_of
 from normfuse.frontends.onnx_functions import DTYPES
 from normfuse.frontends.onnx_model import OnnxModel
 from normfuse.frontends.onnx_region import region, target_of
@@ -35,22 +36,26 @@ FUSIONS = ("LayerNormFusion", "LayerNormFusionL1", "LayerNormFusionL2", "Simplif
 def compare_rewritten(source: str | Path, result: str | Path, *, roundings: float = ROUNDINGS, seed: int = 0,
                       inputs: Mapping[str, Array] | None = None,
                       sizes: Mapping[str, int] | None = None) -> dict[str, Any]:  # fmt: skip
-    """What `compare_models` says of a model and its rewrite; where they differ, the norms in float64 decide, and then
-    how far the model is from itself: ONNX Runtime's optimisers leave out roundings to a half type of a model whose
-    outputs are float32.
+    """What `compare_models` says of a model and its rewrite; where they differ, the norms in float64 decide, and of a
+    model that computes in a half type and has outputs of float32 how far it is from itself, since ONNX Runtime's
+    optimisers leave out roundings, and then how far it is from float64.
 
     By the first they count as equal where no output of the rewrite is further from the model with its norms in float64
     than twice as far as the model itself is, give or take the roundings; of what is no float, such as a label, nothing
     may differ from that. Each output then has both distances, relative to its largest element: "before", the model's,
     and "after", the rewrite's. By the second, where the model's norms are exact, no output of the rewrite may be
-    further from the model's than twice as far as what the model gives without these optimisers: "unoptimised".
+    further from the model's than twice as far as what the model gives without these optimisers: "unoptimised". By the
+    third all of the model is in float64, as the first has its norms; "float64" is then "model".
     """
     def compare(given: Mapping[str, Array] | None) -> tuple[dict[str, Array], dict[str, Any]]:
         feeds, names, first, second, provider = run_both(source, result, seed, Given(given or {}, sizes or {}))
         found = compare_outputs(names, first, second, roundings, provider)
         if not found["equal"]:
-            found = _by_float64(found, source, feeds, names, first, second)
-        return feeds, found if found["equal"] else _by_itself(found, source, feeds, names, first)
+            found = _by_norms(found, source, feeds, names, first, second)
+        if not found["equal"] and _has_half(read_onnx(source)[0]):
+            found = _by_itself(found, source, feeds, names, first)
+            found = found if found["equal"] else _by_model(found, source, feeds, names, first, second)
+        return feeds, found
 
     return either_way(compare, inputs)
 
@@ -60,8 +65,6 @@ def _by_itself(found: dict[str, Any], source: str | Path, feeds: dict[str, Array
     """The verdict by how far the model is from what it gives without ONNX Runtime's optimisers; not where it is its
     norms that are inexact, or where it is further from itself than roundings to a half type take it."""
     roundings, outputs = found["tolerance"], found["outputs"]
-    if not _has_half(read_onnx(source)[0]):
-        return found
     try:
         plain = session(source, optimise=False).run(names, feeds)
     except Exception:  # such as an operator without a kernel, which the optimisers remove
@@ -87,9 +90,9 @@ def _has_half(model: ir.Model) -> bool:
     return bool(HALVES & (types | {ir.DataType(to.as_int()) for to in casts if not to.is_ref()}))
 
 
-def _by_float64(found: dict[str, Any], source: str | Path, feeds: dict[str, Array], names: list[str],
-                first: list[Any], second: list[Any]) -> dict[str, Any]:  # fmt: skip
-    roundings, provider = found["tolerance"], found["provider"]
+def _by_norms(found: dict[str, Any], source: str | Path, feeds: dict[str, Array], names: list[str],
+              first: list[Any], second: list[Any]) -> dict[str, Any]:  # fmt: skip
+    """The verdict by the model with its norms in float64."""
     model, _ = read_onnx(source)
     if not widen_norms(model):
         return found
@@ -98,6 +101,30 @@ def _by_float64(found: dict[str, Any], source: str | Path, feeds: dict[str, Arra
         exact = session(message, Path(source).parent, FUSIONS).run(names, feeds)
     except Exception:  # such as a norm of which ONNX Runtime has no kernel in float64
         return found
+    return _by_exact(found, exact, names, first, second, math.inf)
+
+
+def _by_model(found: dict[str, Any], source: str | Path, feeds: dict[str, Array], names: list[str],
+              first: list[Any], second: list[Any]) -> dict[str, Any]:  # fmt: skip
+    """The verdict by all of the model in float64; not where it is further from that than roundings to a half type take
+    it, or is too large for ONNX's reference operators."""
+    model = read_onnx(source)[0]
+    if sum(v.size for v in constants_of(model).values()) > MAX_ERROR_SIZE:
+        return found
+    try:
+        model.graph.sort()  # a converter to float16 appends its casts
+        wide = Program(model, True)
+        outputs = wide.run(feeds, wide.own)
+        exact = [outputs[name].astype(x.dtype) for name, x in zip(names, first, strict=True)]
+    except Exception:  # the reference evaluator raises anything
+        return found
+    return _by_exact(found, exact, names, first, second, ROUNDINGS * EPSILON["float16"]) | {"float64": "model"}
+
+
+def _by_exact(found: dict[str, Any], exact: list[Any], names: list[str], first: list[Any], second: list[Any],
+              most: float) -> dict[str, Any]:  # fmt: skip
+    """The verdict by what is exact, from which the model's own outputs are at most so far."""
+    roundings, provider = found["tolerance"], found["provider"]
     before, after = (compare_outputs(names, exact, own, roundings, provider) for own in (first, second))
     equal = True
     for output, old, new in zip(found["outputs"], before["outputs"], after["outputs"], strict=True):
@@ -106,7 +133,7 @@ def _by_float64(found: dict[str, Any], source: str | Path, feeds: dict[str, Arra
         output["before"], output["after"] = old["max_rel"], new["max_rel"]
         unit = EPSILON.get(output["dtype"], 0.0)
         allowed = 2 * old["max_rel"] + roundings * unit if unit else 0.0
-        equal = equal and math.isfinite(old["max_rel"]) and new["max_rel"] <= allowed
+        equal = equal and math.isfinite(old["max_rel"]) and old["max_rel"] <= most and new["max_rel"] <= allowed
     return found | {"equal": equal}
 
 
