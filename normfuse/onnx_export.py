@@ -121,7 +121,7 @@ def export(module: Any, args: tuple[Any, ...] | None, path: str | Path, config: 
                             "model to it")  # fmt: skip
     if any(refusal.code == "NF103" for refusal in report.refusals) and options.get("optimize", True):
         report.notes.append("NF103: torch.onnx.export's optimizer drops additions of 1e-8 and less, an eps too, and a "
-                            "row of zeros gives NaN then; with optimize=False it keeps them")  # fmt: skip
+                            "row of zeros gives NaN then; with optimize=False they stay where they can")  # fmt: skip
     report.seconds |= {"export": exported - started, "save": done - planned, "total": done - started}
     report.seconds = {k: round(v, 4) for k, v in report.seconds.items()}
     return report

@@ -252,3 +252,28 @@ def test_outputs_and_options_of_export(tmp_path: Path) -> None:
     report = normfuse.export(module, args, tmp_path / "o.onnx", opset_version=None)
     assert not any("was asked for" in note for note in report.notes)
     assert [path.name for path in tmp_path.iterdir()] == ["o.onnx"]
+
+
+class Heads(nn.Module):
+    """A LayerNorm of each head, with a weight for each head and an order of roundings that no operator has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(4, 16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        heads = x.view(x.shape[0], x.shape[1], 4, 16).transpose(1, 2)
+        variance = heads.var(-1, keepdim=True, unbiased=False)
+        return (heads - heads.mean(-1, keepdim=True)) * torch.rsqrt(variance + 1e-6) * self.weight[:, None, :]
+
+
+@pytest.mark.parametrize("target", ["onnx", "normfuse"])
+def test_a_norm_as_written_of_a_view_of_open_sizes(target: Any, tmp_path: Path) -> None:
+    """The function of its nodes also reads what the view is of, for its sizes; what checks it knows them."""
+    module, args, path = Heads().half(), (torch.randn(2, 7, 64).half(),), tmp_path / "out.onnx"
+    free = ({0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC},)
+    config = normfuse.Config(target=target, verify="model")
+    report = normfuse.export(module, args, path, config, opset_version=18, dynamic_shapes=free)
+    (norm,) = report.norms
+    assert norm.emitted.endswith("layer_norm_as_written") and norm.verified
+    assert report.model_check is not None and report.model_check["equal"]

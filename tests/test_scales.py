@@ -12,6 +12,7 @@ import pytest
 
 import normfuse
 from normfuse import Config
+from normfuse.frontends.onnx_emit import Emitter
 from normfuse.verify import compare_models
 
 PRODUCT = "p = MatMul(q, k)"
@@ -19,7 +20,7 @@ END = "y = Softmax(s)"
 HELD: dict[str, Any] = {
     "c": 0.125, "row": [0.125], "cube": [[[0.125]]], "four": [[[[0.125]]]], "deep": [[[[[0.125]]]]], "eight": 8.0,
     "third": 1 / 3, "zero": 0.0, "inf": np.inf, "wide": np.full(8, 0.125), "w": np.full((2, 3, 16, 8), 0.125),
-    "line": np.full(16, 0.125),
+    "line": np.full(16, 0.125), "minus": -3.0, "top": 65504.0, "axes": np.array([-1]), "eps": 1e-3,
 }  # fmt: skip
 
 
@@ -34,8 +35,10 @@ def made(lines: str, kind: str = "float16", outputs: str = "y", given: str = "")
         model.graph.input.append(onnx.helper.make_tensor_value_info(name, 9 if name == "f" else proto,
                                                                     shapes.get(name, [])))  # fmt: skip
     words = set(lines.replace("(", " ").replace(")", " ").replace(",", " ").split())
-    model.graph.initializer.extend(onnx.numpy_helper.from_array(np.asarray(v, dtype), n) for n, v in HELD.items()
-                                   if n in words)  # fmt: skip
+    for name, held in HELD.items():
+        array = np.asarray(held)
+        array = array if array.dtype.kind == "i" else array.astype(dtype)
+        model.graph.initializer.extend([onnx.numpy_helper.from_array(array, name)] if name in words else [])
     return model
 
 
@@ -64,7 +67,7 @@ def alphas(graph: onnx.GraphProto) -> list[float]:
     ("s = Mul(p, four)", 0.125), ("s = Div(p, eight)", 0.125), ("s = Mul(p, third)", float(np.float16(1 / 3))),
     ("t = Mul(p, c) s = Div(t, eight)", 1 / 64), ("t = Div(p, third) s = Mul(c, t)", 0.125 / float(np.float16(1 / 3))),
     ("t = Constant<value_float = 0.5>() h = Cast<to = 10>(t) s = Mul(p, h)", 0.5),
-    ("e = Sqrt(eight) s = Div(p, e)", 1 / float(np.float16(8**0.5))),
+    ("e = Sqrt(eight) s = Div(p, e)", 1 / float(np.float16(8**0.5))), ("s = Mul(p, minus)", -3.0),
 ])  # fmt: skip
 def test_the_number_behind_a_product(lines: str, alpha: float, tmp_path: Path) -> None:
     graph = rewritten(made(f"{PRODUCT} {lines} {END}"), tmp_path)
@@ -82,6 +85,55 @@ def test_what_stays(lines: str, tmp_path: Path) -> None:
     if "deep" in lines:
         model.graph.output[0].type.tensor_type.shape.dim.add()
     assert not alphas(rewritten(model, tmp_path, compare="zero" not in lines and "inf" not in lines))
+
+
+NORM = "{0}q = Mul({0}, {0}) {0}m = ReduceMean({0}q, axes) {0}e = Add({0}m, eps) {0}r = Sqrt({0}e) n = Div({0}, {0}r)"
+
+
+@pytest.mark.parametrize(("lines", "count"), [
+    (f"{PRODUCT} s = Mul(p, c) o = MatMul(s, q) t = Mul(o, c) r = MatMul(t, k) u = Div(r, eight) y = Neg(u)", 3),
+    (f"{NORM.format('q')} p = MatMul(n, k) s = Mul(p, c) {END}", 1),
+    (f"{PRODUCT} s = Mul(p, c) {NORM.format('s')} o = MatMul(n, q) y = Mul(o, c)", 2),
+])  # fmt: skip
+def test_products_of_what_is_written_anew(lines: str, count: int, tmp_path: Path) -> None:
+    """Of other products with their numbers, and of norms."""
+    graph = rewritten(made(lines), tmp_path)
+    assert len(alphas(graph)) == count and not [node for node in graph.node if node.op_type in ("Mul", "MatMul")]
+
+
+def test_a_weight_as_large_as_none() -> None:
+    """What float16 does not hold is told by the check of a norm, and not by NumPy."""
+    made = Emitter(18).constant(np.array(65504.0**2), "float16", "number").const_value
+    assert made is not None and np.isinf(made.numpy())
+
+
+def test_a_number_as_large_as_none(tmp_path: Path) -> None:
+    steps = " ".join(f"s{i + 1} = Mul(s{i}, top)" for i in range(9))
+    assert not alphas(rewritten(made(f"s0 = MatMul(q, k) {steps} y = Neg(s9)"), tmp_path, compare=False))
+
+
+def test_a_row_of_one_number_that_is_computed(tmp_path: Path) -> None:
+    """It is a number for a norm, and here it gives the product another shape."""
+    model = made("n = Constant<value_ints = [8]>() u = ConstantOfShape<value = float16[1] {14336}>(n) "
+                 "v = ReduceMax(k, axes) p = MatMul(q, v) s = Mul(p, u) y = Neg(s)")
+    assert not alphas(rewritten(model, tmp_path))
+
+
+@pytest.mark.parametrize("lines", [f"p = my.MatMul(q, k) s = Mul(p, c) {END}", f"{PRODUCT} s = my.Mul(p, c) {END}"])
+def test_operators_of_others(lines: str, tmp_path: Path) -> None:
+    model = made(lines)
+    model.opset_import.append(onnx.helper.make_opsetid("my", 1))
+    model.graph.value_info.extend(onnx.helper.make_tensor_value_info(name, 10, [2, 3, 8, 8]) for name in "ps")
+    assert not alphas(normfuse.optimize(model, Config(target="ort-cpu"))[0].graph)
+
+
+def test_a_product_outside_of_a_loop(tmp_path: Path) -> None:
+    """Within it would be computed each time."""
+    lines = f"""{PRODUCT} many = Constant<value_int = 3>() y = Loop (many, , q) <
+        body = b (int64 i, bool on, float16[2,3,8,16] h) => (bool go, float16[2,3,8,16] o) {{
+            go = Identity(on) s = Mul(p, c) t = MatMul(s, q) o = Add(t, h) }}>"""
+    graph = rewritten(made(lines.replace("\n", " ")), tmp_path)
+    assert not alphas(graph) and not alphas(graph.node[-1].attribute[0].g)
 
 
 def test_the_first_number_where_the_second_has_another_reader(tmp_path: Path) -> None:

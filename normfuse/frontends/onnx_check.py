@@ -66,7 +66,7 @@ class Checker:
                 constant = ir.tensor(np.array(found.constants[target], np.int64))
                 emitter.fresh.append(ir.Value(name="target", const_value=constant))
                 copies[edit.view] = emitter.fresh[-1]
-        made = self._made(low, edit, emitter, copies)
+        made = self._made(low, edit, emitter, copies, _sizes(edit, shapes))
         if made is None:
             return Check(False, message="the region reads what only a whole run knows")
         given = FusedEmitter(emitter).results(edit, made) if isinstance(edit, Fused) else made[-1].outputs
@@ -84,11 +84,12 @@ class Checker:
                     result = self._statistic(low, Replace(replace(edit.site, value=statistic)), formula, shapes)
         return result
 
-    def _made(self, low: Lowering, edit: Edit, emitter: Emitter, copies: dict[Value, ir.Value]) -> list[ir.Node] | None:
+    def _made(self, low: Lowering, edit: Edit, emitter: Emitter, copies: dict[Value, ir.Value],
+              sizes: dict[Dim, int]) -> list[ir.Node] | None:  # fmt: skip
         if isinstance(edit, Fused):
             return FusedEmitter(emitter).emit(edit, copies, "replacement")
         if edit.as_written:
-            own = as_function(low, edit.site, self.opset)
+            own = as_function(low, edit.site, self.opset, sizes)
             return None if own is None else emitter.call(own[0], [copies[v] for v in own[1]], "replacement")
         made = emitter.emit(edit.site.norm, copies[edit.site.norm.x], copies, "replacement")
         emitter.tail(made, rest_of(edit.site.value), copies, "replacement")

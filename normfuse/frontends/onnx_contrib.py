@@ -78,6 +78,8 @@ def _fused_matmul(low: Lowering, node: ir.Node) -> None:
     out = low.output(node, shape, a.dtype)
     if alpha == 1:
         return multiply(low, node, a, b, out)
+    if role == "attention" and (out.shape is None or out.shape[-1] != 1):  # no dot of rows, so nothing of a norm
+        return low.join(role, [a, b], [out], node)
     product = low.virtual(out.shape, out.dtype)
     multiply(low, node, a, b, product)
     low.emit("mul", [product, low.number(alpha, a.dtype)], out, node)

@@ -172,7 +172,8 @@ class Emitter:
 
     def constant(self, array: np.ndarray[Any, Any], dtype: str, hint: str) -> ir.Value:
         """A new initializer, shared by all who ask for the same one."""
-        data = array.astype(DTYPES[dtype].numpy())
+        with np.errstate(over="ignore"):  # an infinity is told by the check
+            data = array.astype(DTYPES[dtype].numpy())
         key = (hint, dtype, data.shape, array.tobytes())
         if key not in self.constants:
             name = f"normfuse_{hint}_{len(self.constants)}"

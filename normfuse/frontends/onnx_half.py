@@ -20,12 +20,10 @@ import onnx_ir as ir
 from normfuse.frontends.onnx import Lowering
 from normfuse.frontends.onnx_emit import names_of, respell
 from normfuse.frontends.onnx_infer import DTYPES
-from normfuse.frontends.onnx_values import Values
-from normfuse.graph import Value
 from normfuse.targets import WIDE, Row, Table
 
 MATRIX = 2
-TINY = float(np.finfo(np.float32).tiny)
+SMALLEST, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 SCALES = (("Mul", 0), ("Mul", 1), ("Div", 0))
 """By which operators, and where in them, a product may be read."""
 
@@ -50,7 +48,7 @@ def widen(lowerings: Sequence[Lowering], table: Table, opset: int) -> Counter[Ro
     return Counter(row for _, row in chosen)
 
 
-def scale(lowerings: Sequence[Lowering], table: Table) -> Counter[Row]:
+def scale(lowerings: Sequence[Lowering], table: Table, _: int) -> Counter[Row]:
     """Make one operator of a product of two computed values and the numbers that it is multiplied or divided by, where
     the target's table says so: FusedMatMul of ONNX Runtime's contrib operators, alpha * A @ B. Gives the row used, with
     how often.
@@ -58,17 +56,17 @@ def scale(lowerings: Sequence[Lowering], table: Table) -> Counter[Row]:
     used, found = names_of(low.source for low in lowerings), Counter[Row]()
     for low in lowerings:
         for node in [node for node in low.source if node.op_type == "MatMul" and not node.domain]:
-            out, operands = low.values.get(node.outputs[0]), [_known(low, v) for v in node.inputs]
-            row = None if out is None else table.scaled(out.dtype)
-            if row is None or any(v is None or v.fixed or (v.rank or 0) < MATRIX for v in operands):
+            row, operands = table.scaled(low.value(node.outputs[0]).dtype), low.inputs(node)
+            if row is None or any(v.fixed or (v.rank or 0) < MATRIX for v in operands):
                 continue
             scales = list(_scales(low, node))
-            alpha = float(np.float32(math.prod(by for _, by in scales)))
-            if not scales or not TINY <= abs(alpha) < math.inf:
+            alpha = math.prod(by for _, by in scales)
+            if not scales or not SMALLEST <= abs(alpha) <= LARGEST:
                 continue
-            last = scales[-1][0]
+            last = scales[-1][0].outputs[0]
             new = ir.Node("com.microsoft", "FusedMatMul", node.inputs, [ir.AttrFloat32("alpha", alpha)])
-            respell(last, [new], {last.outputs[0]: new.outputs[0]}, used)
+            low.values[new.outputs[0]] = low.value(last)  # another product may read it
+            respell(scales[-1][0], [new], {last: new.outputs[0]}, used)
             lowerings[0].source.opset_imports.setdefault(new.domain, 1)
             found[row] += 1
     return found
@@ -78,16 +76,9 @@ def _scales(low: Lowering, node: ir.Node) -> Iterator[tuple[ir.Node, float]]:
     """The operators that multiply a product by a number, one behind the other, each its only reader."""
     while not (out := node.outputs[0]).is_graph_output() and len(out.uses()) == 1:
         ((node, i),) = out.uses()
-        by, product = (None if v is None else _known(low, v) for v in (node.inputs[i - 1], out))
-        if (node.graph is not low.source or node.domain or (node.op_type, i) not in SCALES or by is None
-                or product is None or not by.number or by.shape is None or not {*by.shape} <= {1}
-                or len(by.shape) > (product.rank or 0)):  # fmt: skip
+        if node.graph is not low.source or node.domain or (node.op_type, i) not in SCALES:
+            return
+        by, product = low.value(node.inputs[i - 1]), low.value(out)
+        if not by.number or by.shape is None or not {*by.shape} <= {1} or len(by.shape) > (product.rank or 0):
             return
         yield node, by.number if node.op_type == "Mul" else 1 / by.number
-
-
-def _known(low: Values | None, value: ir.Value | None) -> Value | None:
-    """What is known of a value, of one of the graphs around too."""
-    while low is not None and value is not None and value not in low.values:
-        low = low.outer
-    return None if low is None or value is None else low.values[value]

@@ -93,7 +93,7 @@ class OnnxModel:
         self.table = Table(config)
         changes = (rewrite or config.converts) and self.opset > 0  # no operators of ONNX where none are imported
         self.respelled = Counter[Row]()
-        for step in (take_apart, widen) if changes else ():
+        for step in (take_apart, widen, scale) if changes else ():
             rows = step(self.lowerings, self.table, self.opset)
             self.respelled += rows
             if any(row.form != "leave" for row in rows):
@@ -328,8 +328,7 @@ class OnnxModel:
             while not self._write_out(low, one):
                 self._again(low, one)
         edited = self._edit()
-        self.respelled += outline(self.model, self.softmaxes, self.opset)
-        self.respelled += summed(self.lowerings, self.table) + scale(self.lowerings, self.table)
+        self.respelled += outline(self.model, self.softmaxes, self.opset) + summed(self.lowerings, self.table)
         return edited or bool(self.repaired or self.merged or self.laid or self.respelled or self.sorted)
 
     def _edit(self) -> bool:

@@ -139,9 +139,11 @@ def _ordered(nodes: dict[ir.Node, None], stop: set[ir.Value]) -> list[ir.Node]:
     return out
 
 
-def as_function(low: Lowering, site: Site, opset: int) -> tuple[ir.Function, list[Value]] | None:
-    """A function of the region's own nodes, so that every rounding stays, and the values to call it with."""
-    found = region(low, Replace(site))
+def as_function(low: Lowering, site: Site, opset: int,
+                sizes: dict[Dim, int] | None = None) -> tuple[ir.Function, list[Value]] | None:  # fmt: skip
+    """A function of the region's own nodes, so that every rounding stays, and the values to call it with; `sizes` as
+    for `region`."""
+    found = region(low, Replace(site), sizes)
     if found is None or any(v.native is None or v.dtype is None for v in found.boundary):
         return None
     values: dict[ir.Value, ir.Value] = {v.native: ir.Value(name=f"v{i}") for i, v in enumerate(found.boundary)}
