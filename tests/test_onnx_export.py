@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import normfuse
+import normfuse.ort
 from normfuse import onnx_export
 from normfuse.errors import InputError, UnsupportedError, VerificationError
 from normfuse.io import files
@@ -277,3 +279,15 @@ def test_a_norm_as_written_of_a_view_of_open_sizes(target: Any, tmp_path: Path) 
     (norm,) = report.norms
     assert norm.emitted.endswith("layer_norm_as_written") and norm.verified
     assert report.model_check is not None and report.model_check["equal"]
+
+
+@pytest.mark.skipif(normfuse.ort.library_path() is None, reason="installed without a C compiler")
+def test_a_graph_at_which_that_optimiser_ends_the_process(tmp_path: Path) -> None:
+    """Half attention of open sizes and, as NormFuse writes it, no Add behind it."""
+    layer = torch.nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, dropout=0.0).half().eval()
+    free = ({0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC},)
+    normfuse.export(layer, (torch.randn(2, 7, 32).half(),), tmp_path / "out.onnx",
+                    normfuse.Config(target="normfuse"), opset_version=18, dynamic_shapes=free)  # fmt: skip
+    program = ("import sys, onnxruntime, normfuse.ort; options = onnxruntime.SessionOptions(); "
+               "normfuse.ort.register(options, sys.argv[1]); onnxruntime.InferenceSession(sys.argv[1], options)")
+    assert subprocess.run([sys.executable, "-c", program, tmp_path / "out.onnx"]).returncode == 0

@@ -343,7 +343,7 @@ def test_only_operators_with_a_cuda_kernel_are_registered_for_cuda() -> None:
             self.entries: list[str] = []
 
         def add_session_config_entry(self, key: str, value: str) -> None:
-            assert key in ("normfuse.operators", "normfuse.registered")
+            assert key in ("normfuse.operators", "normfuse.registered", "optimization.disable_specified_optimizers")
             self.entries += [value] if key == "normfuse.operators" else []
 
         def get_session_config_entry(self, key: str) -> str:

@@ -350,6 +350,35 @@ const char *nf_cuda_run(const Spec *spec, const Args *args) { return (void)spec,
 """
 
 
+DISABLED = "optimization.disable_specified_optimizers"
+
+
+@compiled
+@pytest.mark.parametrize(("lines", "none"), [
+    ("y = Neg(x)", True), ("y = MatMul(x, x)", True), ("y = Conv(x, x)", False),
+    ("y = MaxPool<kernel_shape = [1]>(x)", False), ("y = GlobalAveragePool(x)", False),
+    ("y = com.microsoft.FusedConv(x, x)", False),
+    ("c = Shape(x) f = Cast<to = 9>(c) y = If(f) <then_branch = t () => (float[1] a) { a = Conv(x, x) }, "
+     "else_branch = e () => (float[1] b) { b = Neg(x) }>", False),
+    ("y = my.f(x)", False),
+])  # fmt: skip
+def test_an_optimiser_of_convolutions_is_left_out_where_there_are_none(lines: str, none: bool) -> None:
+    model = onnx.parser.parse_model(f"""<ir_version: 9, opset_import: ["": 18, "my": 1]>
+        g (float[1,1,1] x) => (float[1,1,1] y) {{ {lines} }}
+        <domain: "my", opset_import: ["": 18]> f (a) => (b) {{ b = Conv(a, a) }}""" if "my.f" in lines else
+        f'<ir_version: 9, opset_import: ["": 18]> g (float[1,1,1] x) => (float[1,1,1] y) {{ {lines} }}')  # fmt: skip
+    for given in ("", "GeluFusion"):
+        options = ort.SessionOptions()
+        if given:
+            options.add_session_config_entry(DISABLED, given)
+        normfuse.ort.register(options, model)
+        if none or given:
+            assert options.get_session_config_entry(DISABLED) == (given or "NchwcTransformer")
+        else:
+            with pytest.raises(RuntimeError):
+                options.get_session_config_entry(DISABLED)
+
+
 def test_operators_of_the_cuda_provider_do_not_disturb_the_cpu(tmp_path: Path) -> None:
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     assert compiler is not None

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -29,6 +30,7 @@ OLDEST = (1, 17)
 _ENTRY = "normfuse.operators"
 _DONE = "normfuse.registered"
 _DOMAIN = "normfuse"
+_DISABLED = "optimization.disable_specified_optimizers"
 
 
 def library_path() -> Path | None:
@@ -43,7 +45,9 @@ def register(options: Any, model: str | Path | onnx.ModelProto | None = None, pr
     Once for the same options, which hold for one model; ONNX Runtime refuses sessions with them after a second time.
     With the `model` that the session is to run, only the operators that it calls: ONNX Runtime takes about 0.1 ms for
     each operator that it is offered, and there are two thousand. With `provider="cuda"`, for sessions with the CUDA
-    provider, only those that have a CUDA kernel: the others run there by their bodies, and not on the CPU.
+    provider, only those that have a CUDA kernel: the others run there by their bodies, and not on the CPU. A `model`
+    without convolutions and pools is loaded without ONNX Runtime's NCHWc optimiser, which has nothing to do there and
+    ends the process at some graphs of float16 with open sizes (1.31), unless the options say what to disable.
 
     Raises `UnsupportedError` where the library was not compiled, where ONNX Runtime is missing or too old, or where it
     refuses the library; `InputError` where `model` is no model, `provider` not known, or the options hold the operators
@@ -61,13 +65,17 @@ def register(options: Any, model: str | Path | onnx.ModelProto | None = None, pr
                                f"this is {version}: update it, or load the model without them")  # fmt: skip
     if not hasattr(options, "register_custom_ops_library"):
         raise InputError(f"a {type(options).__name__} are no session options: give an onnxruntime.SessionOptions")
-    if _registered(options):
+    if _entry(options, _DONE):
         raise InputError("these session options hold NormFuse's operators already; make new ones for each model")
     wanted = None if provider == "cpu" else "cuda"
+    plain = False
     if model is not None:
-        found = set(names(provider))
+        model, found = _read(model), set(names(provider))
         wanted = " ".join(n for n in called(model, provider) if n in found)
+        plain = not _windows(model)
     try:
+        if plain and not _entry(options, _DISABLED):
+            options.add_session_config_entry(_DISABLED, "NchwcTransformer")
         if wanted is not None:
             options.add_session_config_entry(_ENTRY, wanted)
         options.register_custom_ops_library(str(path))
@@ -76,12 +84,12 @@ def register(options: Any, model: str | Path | onnx.ModelProto | None = None, pr
         raise UnsupportedError(f"ONNX Runtime {version} does not take the operators of {path}: {why}") from why
 
 
-def _registered(options: Any) -> bool:
-    """Whether the operators are in some session options."""
+def _entry(options: Any, name: str) -> str:
+    """What session options hold under a name; empty where there is no such entry."""
     try:
-        return bool(options.get_session_config_entry(_DONE))
-    except RuntimeError:  # there is no such entry
-        return False
+        return str(options.get_session_config_entry(name))
+    except RuntimeError:
+        return ""
 
 
 def names(provider: str = "cpu") -> list[str]:
@@ -119,6 +127,23 @@ def called(model: str | Path | onnx.ModelProto, provider: str = "cpu") -> list[s
 
     CUDA kernels normalise trailing axes, so that a function called with others keeps its body there.
     """
+    model = _read(model)
+    wanted = {f.name for f in model.functions if f.domain == _DOMAIN and "offset" not in f.attribute}
+    defined = {f.name for f in model.functions if f.domain == _DOMAIN}
+    bodies = set[str]()
+    for node in _nodes(model.graph.node):
+        if node.domain == _DOMAIN and node.op_type not in defined:
+            wanted.add(node.op_type)
+        for attribute in node.attribute:
+            if node.domain == _DOMAIN and attribute.name == "axes":
+                axes = sorted(attribute.ints)
+                bodies |= {node.op_type} if axes != list(range(-len(axes), 0)) else set()
+    if provider == "cuda":
+        wanted -= bodies
+    return sorted(wanted)
+
+
+def _read(model: str | Path | onnx.ModelProto) -> onnx.ModelProto:
     import onnx
 
     from normfuse.io.files import read_proto
@@ -127,18 +152,19 @@ def called(model: str | Path | onnx.ModelProto, provider: str = "cpu") -> list[s
         model = read_proto(Path(model))
     if not isinstance(model, onnx.ModelProto):
         raise InputError(f"a {type(model).__name__} is no model: give the path of one, or an onnx.ModelProto")
-    wanted = {f.name for f in model.functions if f.domain == _DOMAIN and "offset" not in f.attribute}
-    defined = {f.name for f in model.functions if f.domain == _DOMAIN}
-    graphs, bodies = [model.graph], set[str]()
-    while graphs:
-        for node in graphs.pop().node:
-            if node.domain == _DOMAIN and node.op_type not in defined:
-                wanted.add(node.op_type)
-            for attribute in node.attribute:
-                graphs += [attribute.g] if attribute.type == onnx.AttributeProto.GRAPH else attribute.graphs
-                if node.domain == _DOMAIN and attribute.name == "axes":
-                    axes = sorted(attribute.ints)
-                    bodies |= {node.op_type} if axes != list(range(-len(axes), 0)) else set()
-    if provider == "cuda":
-        wanted -= bodies
-    return sorted(wanted)
+    return model
+
+
+def _nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """Nodes, and those of the sub-graphs in them."""
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            for graph in (attribute.g, *attribute.graphs):
+                yield from _nodes(graph.node)
+
+
+def _windows(model: onnx.ModelProto) -> bool:
+    """Whether a model has operators that ONNX Runtime's NCHWc optimiser is for."""
+    bodies = [model.graph.node, *(f.node for f in model.functions)]
+    return any(node.op_type.endswith(("Conv", "Pool")) for body in bodies for node in _nodes(body))
