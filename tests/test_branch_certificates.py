@@ -64,13 +64,13 @@ def test_what_the_main_graph_computes_for_a_branch() -> None:
 QUANTISED = "q = QuantizeLinear(x, scale, zero) d = DequantizeLinear(q, scale, zero) o = MatMul(d, u)"
 @pytest.mark.parametrize(("lines", "outputs", "code"), [
     (branches(NORM.format("o"), QUANTISED), "float[] y", "NF305"),
-    (branches(NORM.format("o"), "o = Unsqueeze(x, first)") + """ other = Not(flag) z = If (other) <
-        then_branch = t2 () => (float[] p) { p = Squeeze(y, first) },
+    (branches(NORM.format("o"), "o = Unsqueeze(x, last)") + """ other = Not(flag) z = If (other) <
+        then_branch = t2 () => (float[] p) { p = Squeeze(y, last) },
         else_branch = e2 () => (float[] p) { p = Neg(x) }>""", "float[] z", "NF304")])
 def test_a_branch_is_not_in_the_way_of_the_rest(lines: str, outputs: str, code: str) -> None:
     """One that is quantised, and two that are never taken together, which no certificate can run."""
     held: dict[str, Any] = {"wm": numbers(4, D), "u": numbers(4, 5), "scale": np.float32(0.1), "zero": np.uint8(3)}
-    one = model("float[B,T,4] x, bool flag", f"{ALONE} {lines}", f"float[] r, {outputs}", **HELD | held, first=[0])
+    one = model("float[B,T,4] x, bool flag", f"{ALONE} {lines}", f"float[] r, {outputs}", **HELD | held, last=[-1])
     report = check(one, flags(ROWS), 1, verify="off" if code == "NF305" else "sites")
     assert [(n.conversion or {})["code"] for n in report.norms] == ["", code]
 
@@ -110,9 +110,9 @@ def test_constants_of_branches_beside_the_file(inner: bool, tmp_path: Path) -> N
 
 def test_what_failed_leaves_the_model_as_it_was() -> None:
     """With the constants in their branches."""
-    one = hide(made(NORM.format("o"), "q = Neg(x) o = Unsqueeze(q, first)", first=np.array([0])), 0, w=numbers(4, D))
+    one = hide(made(NORM.format("o"), "q = Neg(x) o = Unsqueeze(q, last)", last=np.array([-1])), 0, w=numbers(4, D))
     del one.graph.initializer[[i.name for i in one.graph.initializer].index("w")]
-    one.graph.node.append(onnx.helper.make_node("Squeeze", ["y", "first"], ["z"]))
+    one.graph.node.append(onnx.helper.make_node("Squeeze", ["y", "last"], ["z"]))
     one.graph.output[0].name = "z"
     report = check(one, [{"x": ROWS, "flag": np.array(False)}], 0, verify="sites")
     result = normfuse.optimize(one, EXACT)[0]
