@@ -13,6 +13,7 @@ from onnx.reference import ReferenceEvaluator
 
 import normfuse
 from normfuse.folding import Folder
+from normfuse.frontends import onnx_certify
 from normfuse.frontends.onnx_certify import OPERATORS
 from normfuse.frontends.onnx_kernels import KERNELS
 from normfuse.sessions import session
@@ -321,3 +322,18 @@ def test_a_batch_without_a_number_in_a_model_of_one() -> None:
     with pytest.raises(Exception, match="Squeeze"):
         session(made.SerializeToString()).run(None, {"i": np.zeros((2, 3), np.int64)})
     assert normfuse.optimize(made, normfuse.Config(layernorm_to_rmsnorm="exact"))[1].converted == 1
+
+
+@pytest.mark.parametrize(("error", "converted"), [(onnx_certify._DoesNotRun("no"), 1), (ValueError("no"), 0)])
+def test_a_result_that_does_not_run_for_two(error: Exception, converted: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only where the model itself does not either is a batch of one tried."""
+    own = onnx_certify._certify
+
+    def certify(*args: Any) -> Any:
+        if args[4]["i"][0] == 2:
+            raise error
+        return own(*args)
+
+    monkeypatch.setattr(onnx_certify, "_certify", certify)
+    made = model("int64[B,S] i", f"h = Gather(table, i) {OPERATOR.format('h', 'n')} y = MatMul(n, w)", **HELD)
+    assert normfuse.optimize(made, normfuse.Config(layernorm_to_rmsnorm="exact"))[1].converted == converted

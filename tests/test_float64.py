@@ -11,6 +11,7 @@ import pytest
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
 import normfuse
+from normfuse.frontends import onnx_wide
 from normfuse.frontends.onnx_wide import _has_half, compare_rewritten, widen_norms
 from normfuse.io.files import read_onnx, write_onnx
 from normfuse.sessions import session
@@ -164,6 +165,36 @@ def test_a_conversion_of_a_half_model_with_outputs_of_float32(wrong: bool, tmp_p
     assert found["equal"] != wrong and found["float64"] == "model"
     code, text, _ = run("verify", source, out)
     assert code == wrong and (wrong or "equal: from the input in float64, the result is" in text)
+
+
+@pytest.mark.parametrize("factor", [1.01, 1.02, 1.05])
+def test_a_stream_far_from_float64_excuses_nothing(factor: float, tmp_path: Path) -> None:
+    """A mean of 64 in float16 takes the model further from float64 than a wrong weight does."""
+    rng, paths = np.random.default_rng(0), []
+    held = {"W": rng.standard_normal((N, N)) / N**0.5, "v": rng.standard_normal(N)}
+    held["w"] = 1 + held["v"] / 10
+    text = f'''<ir_version: 8, opset_import: ["": 17]> g (float[A, {N}] x) => (float[B, {N}] y) {{
+        m = Cast<to=10>(x) h = MatMul(m, W) o = Add(h, c) t = Concat<axis=0>(o, o) n = LayerNormalization(t, w, v)
+        p = MatMul(n, W) z = LayerNormalization(p, g, v) y = Cast<to=1>(z) }}'''
+    for by in (1.0, factor):
+        made = onnx.parser.parse_model(text)
+        arrays = held | {"c": np.array(64.0), "g": held["w"] * by}
+        made.graph.initializer.extend(onnx.numpy_helper.from_array(a.astype("f2"), k) for k, a in arrays.items())
+        paths.append(saved(made, tmp_path / f"{by}.onnx"))
+    found = compare_rewritten(*paths)
+    assert not found["equal"] and found["outputs"][0]["before"] > 2 * onnx_wide.FEW * 2.0**-10
+
+
+def test_what_the_reference_takes_long_for_is_not_measured_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx_wide, "Program", None)
+    paths = []
+    for factor in (1, 2):
+        made = onnx.parser.parse_model(f'''<ir_version: 8, opset_import: ["": 17]>
+            g (float[1, 1, 8, 8] x) => (float[1, 1, 4, 4] y) <float16 w = {{15360}}, float16 v = {{0}}> {{
+                m = Cast<to=10>(x) l = Mul(m, w) f = Cast<to=1>(l) p = MaxPool<kernel_shape=[2, 2], strides=[2, 2]>(f)
+                s = Constant<value_float={factor}.0>() y = Mul(p, s) }}''')
+        paths.append(saved(made, tmp_path / f"{factor}.onnx"))
+    assert not compare_rewritten(*paths)["equal"]
 
 
 CHAOS = "s0 = Sigmoid(g) " + " ".join(f"a{i} = Sub(c1, s{i}) b{i} = Mul(a{i}, s{i}) c{i}_ = Add(b{i}, b{i}) "

@@ -101,6 +101,19 @@ def test_products_of_what_is_written_anew(lines: str, count: int, tmp_path: Path
     assert len(alphas(graph)) == count and not [node for node in graph.node if node.op_type in ("Mul", "MatMul")]
 
 
+@pytest.mark.parametrize("target", ["ort-cpu", "onnx"])
+@pytest.mark.parametrize("dot", ["MatMul(x, t) m = Mul(p, part)", "com.microsoft.FusedMatMul<alpha = 0.015625>(x, t)"])
+def test_a_dot_of_rows_is_a_step_of_a_norm(dot: str, target: Any, tmp_path: Path) -> None:
+    """Whether a factor is behind it or in it."""
+    name = "m" if "Fused" in dot else "p"
+    model = onnx.parser.parse_model(f'''<ir_version: 9, opset_import: ["": 18, "com.microsoft": 1]>
+        g (float16[2,5,1,64] x) => (float16[2,5,1,64] y)
+        <float16 part = {{9216}}, float16 eps = {{5243}}> {{
+            t = Transpose<perm = [0, 1, 3, 2]>(x) {name} = {dot} e = Add(m, eps) s = Sqrt(e) y = Div(x, s) }}''')
+    (norm,) = normfuse.optimize(model, Config(target=target))[1].norms
+    assert norm.action == "fused" and norm.verified
+
+
 def test_a_weight_as_large_as_none() -> None:
     """What float16 does not hold is told by the check of a norm, and not by NumPy."""
     made = Emitter(18).constant(np.array(65504.0**2), "float16", "number").const_value

@@ -303,6 +303,19 @@ class ReduceMean(OpRun):
         return (wide.astype(data.dtype),)
 
 
+class FusedMatMul(OpRun):
+    """ONNX Runtime's alpha * a @ b, each transposed first where it says so."""
+
+    op_domain = "com.microsoft"
+
+    def _run(self, a: Array, b: Array, alpha: float = 1.0, transA: int = 0, transB: int = 0,  # noqa: N803
+             transBatchA: int = 0, transBatchB: int = 0) -> tuple[Array]:  # fmt: skip # noqa: N803
+        if transBatchA or transBatchB:
+            raise NotImplementedError("FusedMatMul of transposed batches")
+        a, b = (np.swapaxes(m, -1, -2) if turned and m.ndim > 1 else m for m, turned in ((a, transA), (b, transB)))
+        return ((alpha * (a @ b)).astype(a.dtype),)
+
+
 class LayerNormalization(OpRun):
     """The norm in float32, rounded to the type of X before the scale, as ONNX says; the reference stays in half."""
 
@@ -345,7 +358,7 @@ class SimplifiedLayerNormalization(RMSNormalization):
 
 
 OPS: list[Any] = [
-    Expand, Gather, ReduceMean, LayerNormalization, RMSNormalization, SimplifiedLayerNormalization,
+    Expand, Gather, ReduceMean, FusedMatMul, LayerNormalization, RMSNormalization, SimplifiedLayerNormalization,
     type("SimplifiedLayerNormalization", (SimplifiedLayerNormalization,), {"op_domain": "com.microsoft"}),
 ]  # fmt: skip
 

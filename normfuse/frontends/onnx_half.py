@@ -56,8 +56,11 @@ def scale(lowerings: Sequence[Lowering], table: Table, _: int) -> Counter[Row]:
     used, found = names_of(low.source for low in lowerings), Counter[Row]()
     for low in lowerings:
         for node in [node for node in low.source if node.op_type == "MatMul" and not node.domain]:
-            row, operands = table.scaled(low.value(node.outputs[0]).dtype), low.inputs(node)
+            product, operands = low.value(node.outputs[0]), low.inputs(node)
+            row = table.scaled(product.dtype)
             if row is None or any(v.fixed or (v.rank or 0) < MATRIX for v in operands):
+                continue
+            if product.shape is None or product.shape[-1] == 1:  # a dot of rows may be a step of a norm
                 continue
             scales = list(_scales(low, node))
             alpha = math.prod(by for _, by in scales)

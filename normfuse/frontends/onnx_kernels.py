@@ -160,19 +160,6 @@ class LogSoftmax(Softmax):
         return np.asarray(e - np.log(total))
 
 
-class FusedMatMul(OpRun):
-    """ONNX Runtime's alpha * a @ b, each transposed first where it says so."""
-
-    op_domain = "com.microsoft"
-
-    def _run(self, a: Array, b: Array, alpha: float = 1.0, transA: int = 0, transB: int = 0,  # noqa: N803
-             transBatchA: int = 0, transBatchB: int = 0) -> tuple[Array]:  # fmt: skip # noqa: N803
-        if transBatchA or transBatchB:
-            raise NotImplementedError("FusedMatMul of transposed batches")
-        a, b = (np.swapaxes(m, -1, -2) if turned and m.ndim > 1 else m for m, turned in ((a, transA), (b, transB)))
-        return ((alpha * (a @ b)).astype(a.dtype),)
-
-
 class FastGelu(OpRun):
     """ONNX Runtime's x/2 * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3))), of x and a bias."""
 
@@ -244,6 +231,6 @@ class EmbedLayerNormalization(LayerNormalization):
         return (y, np.zeros(len(ids), np.int32), total)[: len(self.onnx_node.output)]
 
 
-KERNELS: list[Any] = [Conv, FusedConv, OneHot, GatherElements, Pad, Erf, Softmax, LogSoftmax, FusedMatMul, FastGelu,
+KERNELS: list[Any] = [Conv, FusedConv, OneHot, GatherElements, Pad, Erf, Softmax, LogSoftmax, FastGelu,
                       QuickGelu, Gelu, BiasGelu, EmbedLayerNormalization, SkipLayerNormalization,
                       SkipSimplifiedLayerNormalization]  # fmt: skip

@@ -47,7 +47,8 @@ def register(options: Any, model: str | Path | onnx.ModelProto | None = None, pr
     each operator that it is offered, and there are two thousand. With `provider="cuda"`, for sessions with the CUDA
     provider, only those that have a CUDA kernel: the others run there by their bodies, and not on the CPU. A `model`
     without convolutions and pools is loaded without ONNX Runtime's NCHWc optimiser, which has nothing to do there and
-    ends the process at some graphs of float16 with open sizes (1.31), unless the options say what to disable.
+    ends the process at some graphs of float16 with open sizes (1.31), unless the options say what to disable, or the
+    `disabled_optimizers` of the session do.
 
     Raises `UnsupportedError` where the library was not compiled, where ONNX Runtime is missing or too old, or where it
     refuses the library; `InputError` where `model` is no model, `provider` not known, or the options hold the operators
