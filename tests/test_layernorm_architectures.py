@@ -17,7 +17,7 @@ import normfuse
 from normfuse.convert import LIMIT
 from normfuse.distance import relative
 from normfuse.frontends import onnx_kernels
-from normfuse.frontends.onnx_kernels import KERNELS
+from normfuse.frontends.onnx_certify import OPERATORS
 from tests.layernorm_architectures import ARCHITECTURES, CASES, EXACT, Outcome, converted, outcome_of
 from tests.layernorm_models import CASES as OTHERS
 from tests.layernorm_models import to_onnx
@@ -204,7 +204,7 @@ def test_operators_of_the_check_that_the_reference_lacks() -> None:
     x = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
     session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
     want = session.run(None, {"x": x})
-    got = ReferenceEvaluator(proto, new_ops=KERNELS).run(None, {"x": x})
+    got = ReferenceEvaluator(proto, new_ops=OPERATORS).run(None, {"x": x})
     assert all(np.array_equal(a, b) for a, b in zip(want, got, strict=True))
 
 
@@ -237,7 +237,7 @@ def test_operators_of_onnx_runtime_in_the_check(line: str) -> None:
     want = session.run(None, {n: a.astype("f4") for n, a in feeds.items()})[0]
     for made, dtype in ((single, "f4"), (double, "f8")):
         given = {n: a.astype(dtype) for n, a in feeds.items()}
-        (got,) = ReferenceEvaluator(made, new_ops=KERNELS).run(None, given)
+        (got,) = ReferenceEvaluator(made, new_ops=OPERATORS).run(None, given)
         assert isinstance(got, np.ndarray) and got.dtype == dtype
         np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-6)
 
