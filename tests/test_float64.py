@@ -126,6 +126,15 @@ def test_a_label_has_no_leeway(tmp_path: Path) -> None:
         assert found["outputs"][0]["before"] * 2 >= found["outputs"][0]["after"]
 
 
+def multiply(path: Path, name: str, factor: float) -> None:
+    """A weight of a file, whose name has this in it."""
+    made = onnx.load(path)
+    weight = next(t for t in made.graph.initializer if name in t.name)
+    array = onnx.numpy_helper.to_array(weight) * np.float16(factor)
+    weight.CopyFrom(onnx.numpy_helper.from_array(array, weight.name))
+    onnx.save(made, path)
+
+
 @pytest.mark.parametrize("wrong", [False, True])
 def test_a_half_model_with_outputs_of_float32_is_measured_against_itself(wrong: bool, tmp_path: Path) -> None:
     """ONNX Runtime leaves out roundings to float16 of it, others than of its rewrite."""
@@ -134,11 +143,7 @@ def test_a_half_model_with_outputs_of_float32_is_measured_against_itself(wrong: 
     source, out = saved(made, tmp_path / "in.onnx"), tmp_path / "out.onnx"
     normfuse.rewrite(source, out, normfuse.Config(target="normfuse"))
     if wrong:
-        other = onnx.load(out)
-        weight = next(t for t in other.graph.initializer if "final_layer_norm.weight" in t.name)
-        array = onnx.numpy_helper.to_array(weight) * np.float16(1.02)
-        weight.CopyFrom(onnx.numpy_helper.from_array(array, weight.name))
-        onnx.save(other, out)
+        multiply(out, "final_layer_norm.weight", 1.02)
     assert not compare_models(source, out)["equal"]
     found = compare_rewritten(source, out)
     assert found["equal"] != wrong
@@ -156,11 +161,7 @@ def test_a_conversion_of_a_half_model_with_outputs_of_float32(wrong: bool, tmp_p
     config = normfuse.Config(layernorm_to_rmsnorm="exact", verify="model")
     assert normfuse.rewrite(source, out, config).converted == 5
     if wrong:
-        other = onnx.load(out)
-        weight = next(t for t in other.graph.initializer if "ln_f.weight" in t.name)
-        array = onnx.numpy_helper.to_array(weight) * np.float16(1.01)
-        weight.CopyFrom(onnx.numpy_helper.from_array(array, weight.name))
-        onnx.save(other, out)
+        multiply(out, "ln_f.weight", 1.01)
     found = compare_rewritten(source, out)
     assert found["equal"] != wrong and found["float64"] == "model"
     code, text, _ = run("verify", source, out)
