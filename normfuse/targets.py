@@ -48,9 +48,8 @@ class Row:
     operator that the model has already, "half" for another operator, named `kind`, "masked" for a Softmax of what a
     mask was added to, "scaled" for a product and the number that it is multiplied by, "sum" for the addition that a
     LayerNorm alone reads, "conversion" for a LayerNorm that could be an RMSNorm ("leave": it is not made one,
-    "operator": it is). `since` and `before` are versions of the runtime,
-    `types` those of the tensor that the operator would read, `ranks` its ranks; `cast` is where the operator rounds
-    half types, "" for any; `numerics` "" for either.
+    "operator": it is). `since` and `before` are versions of the runtime, `types` those of the tensor that the operator
+    would read, `ranks` its ranks; `cast` is where the operator rounds half types, "" for any; `numerics` "" for either.
     """
 
     target: str

@@ -34,6 +34,7 @@ from normfuse.frontends.onnx_open import given_sizes, input_dims, possible_sizes
 from normfuse.frontends.onnx_unknown import StandIns
 from normfuse.ort_values import Array
 from normfuse.sessions import Given, is_float, names_mask, open_shapes
+from normfuse.verify import DoesNotRun
 
 if TYPE_CHECKING:
     from normfuse.frontends.onnx_convert import Editor
@@ -81,17 +82,13 @@ def _sized(original: ir.Model, result: ir.Model, editor: Editor, given: Given, b
                 found = _certify(original, result, editor, inputs, shapes, branch)
             except Exception as why:  # the reference evaluator raises anything; not certified means not kept
                 last = f"the certificate's check could not run: {first_line(why)[:200]}"
-                runs = runs or not isinstance(why, _DoesNotRun)
+                runs = runs or not isinstance(why, DoesNotRun)
                 continue
             if found is not None:
                 return found
             last = "with random constants the outputs are not finite, or hide the norms"
             break
     return Certificate(False, message=last)
-
-
-class _DoesNotRun(Exception):
-    """The original does not run on these inputs."""
 
 
 def _stages(model: ir.Model, given: Given) -> list[tuple[Mapping[str, Array], Mapping[str, int]]]:
@@ -144,7 +141,7 @@ def _certify(original: ir.Model, result: ir.Model, editor: Editor, own: Mapping[
             break
     else:
         if failed is not None:
-            raise _DoesNotRun(first_line(failed)) from failed
+            raise DoesNotRun(first_line(failed)) from failed
         return None
     gap = worst(want, after.see(feeds, partial(numbers.edited, attempt=attempt), names))
     for other in others(feeds):
