@@ -52,21 +52,6 @@ def test_a_norm_behind_a_causal_mask(op: str, tmp_path: Path) -> None:
     check(made, [feeds], tmp_path, 1)
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_a_stream_as_long_as_nobody_knows(target: str, tmp_path: Path) -> None:
-    """As TorchScript exports BERT: the token types are expanded to sizes that only a run tells, and so the stream has
-    unknown ones, which are the same in each layer."""
-    norm = ("{0}q = Mul({0}, {0}) {0}m = ReduceMean({0}q, last) {0}a = Add({0}m, eps) {0}r = Sqrt({0}a) "
-            "{0}n = Div({0}, {0}r) ")  # fmt: skip
-    made = model("float[B,S,16] x, int64[3] sizes", "e = Expand(token, sizes) h = Add(x, e) " + norm.format("h")
-                 + "f = MatMul(hn, w) k = Add(f, hn) " + norm.format("k") + "y = MatMul(kn, w)", "float[A,B,C] y",
-                 token=numbers(1, 1, 16), w=numbers(16, 16))  # fmt: skip
-    feeds = [{"x": numbers(*shape), "sizes": np.array([2, 3, 16])} for shape in ((2, 3, 16), (1, 3, 16), (1, 1, 16))]
-    result = check(made, feeds, tmp_path, 2, target)
-    added = [node.op_type for node in result.graph.node if "add_rms_norm" in node.op_type]
-    assert len(added) == (target == "normfuse")
-
-
 @pytest.mark.parametrize("square", ["Mul(c, c)", "Pow(c, two)"])
 @pytest.mark.parametrize("rows", ["c = Expand(token, twice)", "c = Identity(token)", "c = Identity(row)"])
 def test_a_norm_of_constants(rows: str, square: str, tmp_path: Path) -> None:

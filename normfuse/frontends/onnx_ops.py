@@ -369,7 +369,7 @@ OPS: dict[str, Row] = {
     "Gather": role("gather"),
     "GatherElements": role("gather"),
     "GatherND": role("gather"),
-    "Slice": role("slice"),
+    "Slice": views.cut,
     "Split": role("slice"),
     "Concat": role("concat"),
     "Where": _where,

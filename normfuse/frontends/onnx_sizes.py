@@ -76,6 +76,33 @@ def _all(node: ir.Node, args: Sequence[Sizes], arrays: Arrays) -> Sizes:
     return None if args[0] is None else (_product(args[0]),)
 
 
+def _columns(args: Sequence[Sizes]) -> list[tuple[Dim, ...]] | None:
+    """The elements of vectors that stand side by side, of which those of one element are repeated."""
+    if any(a is None for a in args):
+        return None
+    vectors = [a for a in args if a is not None]
+    long = max(map(len, vectors))
+    return list(zip(*(v * long if len(v) == 1 else v for v in vectors), strict=True))
+
+
+def _equal(node: ir.Node, args: Sequence[Sizes], arrays: Arrays) -> Sizes:
+    columns = _columns(args)
+    return None if columns is None else tuple(_same_size(a, b) for a, b in columns)
+
+
+def _same_size(a: Dim, b: Dim) -> Dim:
+    """1 for two sizes that are the same, 0 for two that are not (a size is not negative), or that is not known."""
+    if a == b or (isinstance(a, int) and isinstance(b, int)):
+        return None if a is None else int(a == b)
+    negative = any(isinstance(d, int) and d < 0 for d in (a, b))
+    return 0 if negative and None not in (a, b) else None
+
+
+def _where(node: ir.Node, args: Sequence[Sizes], arrays: Arrays) -> Sizes:
+    columns = _columns(args)
+    return None if columns is None else tuple((b if c == 0 else None if c is None else a) for c, a, b in columns)
+
+
 SIZES: dict[str, Rule] = {
     "Shape": _shape,
     "Size": _size,
@@ -88,6 +115,8 @@ SIZES: dict[str, Rule] = {
     "Squeeze": _same,
     "Reshape": _same,
     "ReduceProd": _all,
+    "Equal": _equal,
+    "Where": _where,
 }
 
 
@@ -96,6 +125,8 @@ def rank_of(node: ir.Node, rank: int, arrays: Arrays) -> int | None:
     op, given = node.op_type, arrays[1] if len(arrays) > 1 else None
     if op in ("Cast", "Identity"):
         return rank
+    if op in ("Equal", "Where"):
+        return rank or None  # of a single element the others may have another rank
     if op == "Gather":
         return None if given is None else rank - 1 + given.ndim
     if op == "Reshape":

@@ -289,12 +289,13 @@ class Values:
             return False  # the rows of a matrix are no sizes
         numbers = [d for d in sizes if isinstance(d, int)]
         scalar = rank == 0
+        kind = ir.DataType.BOOL if node.op_type == "Equal" else ir.DataType.INT64
+        dtype = ir.DataType(attribute(node, "to", kind.value))
         if len(numbers) == len(sizes):
-            dtype = ir.DataType(attribute(node, "to", ir.DataType.INT64.value)).numpy()
-            self._fold(out, np.array(numbers[0] if scalar else numbers, dtype))
+            self._fold(out, np.array(numbers[0] if scalar else numbers, dtype.numpy()))
             return True
         value = self._leaf(out, False)
-        value.shape, value.dtype = (() if scalar else (len(sizes),)), value.dtype or "int64"
+        value.shape, value.dtype = (() if scalar else (len(sizes),)), value.dtype or DTYPE_NAMES[dtype]
         self.sizes[out] = sizes
         return True
 
@@ -304,7 +305,7 @@ class Values:
             return None
         self.value(value)
         array = self.arrays.get(value)
-        if array is not None and array.dtype.kind in "iu" and array.ndim <= 1:
+        if array is not None and array.dtype.kind in "iub" and array.ndim <= 1:
             return tuple(int(d) for d in array.reshape(-1))
         return self.sizes.get(value)
 

@@ -190,6 +190,21 @@ def expand(low: Lowering, node: ir.Node) -> None:
     out.number = x.number
 
 
+def cut(low: Lowering, node: ir.Node) -> None:
+    """A Slice: of one whose ends only a run tells, the axes that it does not cut have their sizes."""
+    x = low.value(node.inputs[0])
+    given = [None if v is None else low.array(v) for v in node.inputs[1:]]
+    if x.shape is None or len(given) < 2 or (given[0] is not None and given[1] is not None):
+        return low.opaque(node, "slice")  # nothing is known, or all of it by `onnx`
+    count = _length(low, node.inputs[1]) if len(given) < 3 or node.inputs[3] is None else 0
+    axes = given[2].reshape(-1).tolist() if len(given) > 2 and given[2] is not None else (
+        list(range(count)) if isinstance(count, int) and count else None)  # fmt: skip
+    if axes is None:
+        return low.opaque(node, "slice")
+    dims = [None if {i, i - len(x.shape)} & {*axes} else d for i, d in enumerate(x.shape)]
+    low.emit("slice", low.inputs(node), low.output(node, tuple(dims), x.dtype), node)
+
+
 def tile(low: Lowering, node: ir.Node) -> None:
     """Of an axis of one element a Tile makes what an Expand does."""
     x, times = low.value(node.inputs[0]), None if node.inputs[1] is None else low.array(node.inputs[1])
