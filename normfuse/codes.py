@@ -45,7 +45,8 @@ CODES: dict[str, Code] = {
         "eps is not positive",
         "No positive constant is added under the root, so a row of zeros gives a division by zero, which the norm "
         "operators do not reproduce. Example: x * rsqrt(mean(x^2)).",
-        "Add a small eps under the root, such as 1e-6, and export again.",
+        "Add a small eps under the root, such as 1e-6, and export again. If the model has one of 1e-8 or less, the "
+        "optimizer of torch.onnx.export has dropped it: export with optimize=False, or by normfuse.export.",
     ),
     "NF104": Code(
         "eps is no constant of the graph",

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import onnx
@@ -192,14 +193,42 @@ def test_a_difference_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("optimize", "norms"), [(True, 0), (False, 1)])
-def test_an_eps_that_the_exporter_drops_is_told_of(optimize: bool, norms: int, tmp_path: Path) -> None:
-    class Tiny(torch.nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x * torch.rsqrt(1e-8 + x.pow(2).mean(-1, keepdim=True))
+class Tiny(nn.Module):
+    """A length without eps, as CLIP has it, and a norm whose eps torch's exporter takes for 0."""
 
-    report = normfuse.export(Tiny(), (torch.randn(2, 8),), tmp_path / "o.onnx", optimize=optimize)
-    assert len(report.norms) == norms and any("optimize=False" in note for note in report.notes) is (not norms)
+    def __init__(self, eps: float | None) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Both of the same rows."""
+        length: Tensor = x / x.norm(dim=-1, keepdim=True)
+        return length + x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) if self.eps else length
+
+
+@pytest.mark.parametrize(("eps", "optimize", "norms", "told"), [
+    (1e-8, None, 1, "exported with optimize=False: "), (1e-12, None, 1, "exported with optimize=False: "),
+    (1e-8, True, 0, "NF103: "), (1e-8, False, 1, ""), (1e-6, None, 1, ""), (None, None, 0, ""),
+])  # fmt: skip
+def test_an_eps_that_the_exporter_drops(eps: float | None, optimize: bool | None, norms: int, told: str, tmp_path: Path,
+                                        monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """The module is exported again where that keeps the eps, and only there."""
+    calls = Mock(wraps=torch.onnx.export)
+    monkeypatch.setattr(torch.onnx, "export", calls)
+    options: dict[str, Any] = {} if optimize is None else {"optimize": optimize}
+    report = normfuse.export(Tiny(eps), (torch.randn(2, 8),), tmp_path / "o.onnx", **options)
+    assert len(report.norms) == report.fused == norms
+    notes = [note for note in report.notes if "drops additions" in note]
+    assert [note.startswith(told) and "the eps of 1 norm" in note for note in notes] == [True] * bool(told)
+    assert calls.call_count == 1 + ("exported with" in told)
+    if norms and not told:
+        check(Tiny(eps), (torch.randn(2, 8),), tmp_path / "o.onnx")
+
+
+def test_an_eps_that_an_export_made_before_lacks(tmp_path: Path) -> None:
+    program = torch.onnx.export(Tiny(1e-8).eval(), (torch.randn(2, 8),), dynamo=True, verbose=False)
+    report = normfuse.export(program, None, tmp_path / "o.onnx")
+    assert not report.norms and any("NF103: torch.onnx.export's optimizer drops" in note for note in report.notes)
 
 
 def test_others_print_and_log_while_a_module_is_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
