@@ -89,47 +89,43 @@ def export(module: Any, args: tuple[Any, ...] | None, path: str | Path, config: 
         program = _exported(module, args, options)
     elif options:
         raise InputError(f"the program is exported already; {next(iter(options))!r} has no effect")
+    eps_note: list[str] = []
+    if program is not module and "optimize" not in options and (lost := _lost_eps(program)):
+        again = _exported(module, args, options | {"optimize": False})
+        if not _lost_eps(again):
+            program = again
+            eps_note = [f"exported with optimize=False: {DROPS}, here the eps of {lost}"]
     exported = time.perf_counter()
     assert _kind(program) == "program"
-
-    def optimised(program: Any) -> tuple[ir.Model, Report]:
-        with tempfile.TemporaryDirectory(prefix="normfuse-") as folder:
-            model, made, ours = program.model.clone(), first.Made(Path(folder) / "export.onnx"), config
-            demand_given(model, said)
-            own = said
-            if config.runs and not (said.inputs or said.sizes):
-                own = Given(_arguments(program, args, options.get("kwargs")))
-            if config.first:
-                files.write_new(model, made.path)
-                try:
-                    made = first.run(made.path, config, Path(folder), progress, how, own)
-                except InputError as why:
-                    raise InputError(str(why).replace(str(made.path), f"{target}: the export")) from why
-                model, ours = files.read_onnx(made.path)[0], replace(config, first=made.first)
-            if made.stays:
-                report = _untouched(model)
-            else:
-                model, report, *_ = _rewrite_ir(model, ours, progress, calibration, own)
-            made.tell(report)
-            if config.verify == "model":
-                report.model_check = _compare(program.model, model, own, target, config.converts)
-        return model, report
-
-    model, report = optimised(program)
-    if lost := _lost_eps(program, report):
-        if program is not module and "optimize" not in options:
-            again = optimised(_exported(module, args, options | {"optimize": False}))
-            if _without_eps(again[1]) < _without_eps(report):
-                model, report = again
-                report.notes.append(f"exported with optimize=False: {DROPS}, here the eps of {lost}")
+    with tempfile.TemporaryDirectory(prefix="normfuse-") as folder:
+        model, made = program.model.clone(), first.Made(Path(folder) / "export.onnx")
+        demand_given(model, said)
+        own = said
+        if config.runs and not (said.inputs or said.sizes):
+            own = Given(_arguments(program, args, options.get("kwargs")))
+        if config.first:
+            files.write_new(model, made.path)
+            try:
+                made = first.run(made.path, config, Path(folder), progress, how, own)
+            except InputError as why:
+                raise InputError(str(why).replace(str(made.path), f"{target}: the export")) from why
+            model, config = files.read_onnx(made.path)[0], replace(config, first=made.first)
+        if made.stays:
+            report = _untouched(model)
         else:
-            report.notes.append(f"NF103: {DROPS}, here the eps of {lost}, so that a row of zeros gives NaN; with "
-                                "optimize=False it stays")  # fmt: skip
+            model, report, *_ = _rewrite_ir(model, config, progress, calibration, own)
+        made.tell(report)
+        if config.verify == "model":
+            report.model_check = _compare(program.model, model, own, target, config.converts)
     if progress is not None:
         progress("saving", 0.9)
     planned = time.perf_counter()
     size = files.write_new(model, target)
     done = time.perf_counter()
+    if not eps_note and any(refusal.code == "NF103" for refusal in report.refusals) and (lost := _lost_eps(program)):
+        eps_note = [f"NF103: {DROPS}, here the eps of {lost}, so that a row of zeros gives NaN; with optimize=False it "
+                    "stays"]  # fmt: skip
+    report.notes += eps_note
     report.notes.append(f"exported by torch.onnx.export at opset {report.opset}; {size / 2**20:.1f} MiB of weights")
     if options.get("opset_version") not in (None, report.opset):
         report.notes.append(f"opset {options['opset_version']} was asked for: torch.onnx.export does not convert this "
@@ -139,20 +135,16 @@ def export(module: Any, args: tuple[Any, ...] | None, path: str | Path, config: 
     return report
 
 
-def _without_eps(report: Report) -> int:
-    """How many norms lack only an eps."""
-    return sum(refusal.code == "NF103" for refusal in report.refusals)
-
-
-def _lost_eps(program: Any, report: Report) -> str:
+def _lost_eps(program: Any) -> str:
     """How many norms of a program lost their eps on the way to ONNX, in words; nothing for none."""
     from normfuse.api import inspect
 
-    count = _without_eps(report)
-    if count and (exported := getattr(program, "exported_program", None)) is not None:
-        count -= _without_eps(inspect(exported))
-    else:
-        count = 0
+    def lacking(one: Any) -> int:
+        return sum(refusal.code == "NF103" for refusal in inspect(one).refusals)
+
+    exported = program.exported_program
+    count = 0 if exported is None else lacking(program)
+    count -= lacking(exported) if count else 0
     return f"{count} norm{'s' if count > 1 else ''}" if count > 0 else ""
 
 

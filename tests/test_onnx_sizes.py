@@ -36,9 +36,10 @@ def test_a_stream_as_long_as_nobody_knows(target: str, tmp_path: Path) -> None:
     ("c = Equal(to, minus2) f = Where(c, to, fives)", False),
     # a batch of one becomes one of five, and what the caller gives may be -1
     ("c = Equal(to, ones) f = Where(c, fives, to)", False),
-    ("c = Equal(given, minus2) f = Where(c, fives, to)", False),
+    ("c = Equal(to, ones) f = Where(c, to, fives)", False),
     ("t2 = Concat<axis=0>(given0, s1) c = Equal(t2, minus2) f = Where(c, fives, t2)", False),
-])  # fmt: skip
+    ("c = Equal(given, minus2) f = Where(c, fives, to)", False),
+    ])  # fmt: skip
 def test_sizes_that_are_replaced(lines: str, same: bool, tmp_path: Path) -> None:
     """An addition is taken in where the other summand is surely as large as the stream."""
     vectors = {"zero0": [0], "one0": [1], "minus1": [-1], "minus2": [-1, -1], "ones": [1, 1], "fives": [5, 5],
@@ -55,22 +56,29 @@ def test_sizes_that_are_replaced(lines: str, same: bool, tmp_path: Path) -> None
     assert any("add_rms_norm" in node.op_type for node in result.graph.node) == same
 
 
-@pytest.mark.parametrize(("cut", "same"), [
-    ("Slice(table, zero0, end, one0, one0)", True),
-    ("Slice(table, zero0, end, minus2)", True),
-    ("Slice(table, end, last0, one0)", True),
-    ("Slice(table, zero0, end)", False),
-    ("Slice(table, zero0, end, zero0)", False),
-    ("Slice(table, zero0, end, axes)", False),
-    ("Slice(table, zero0, end, , one0)", False),
+@pytest.mark.parametrize(("cut", "over", "same"), [
+    ("Slice(table, zero0, end, one0, one0)", 1, True),
+    ("Slice(table, zero0, end, minus2)", 1, True),
+    ("Slice(table, end, eight, one0)", 1, True),
+    ("Slice(table, zero0, eight, one0)", 1, True),
+    ("Slice(table, zero0, end)", 1, False),
+    ("Slice(table, zero0, end, zero0)", 1, False),
+    ("Slice(table, zero0, end, axes)", 1, False),
+    ("Slice(table, zero0, end, , one0)", 1, False),
+    ("Slice(table, zero0, end)", 0, True),
+    ("Slice(table, zero0, end, zero0)", 0, True),
+    ("Slice(table, zero0, end, minus2)", 0, False),
+    ("Slice(table, zero0, end, axes)", 0, False),
 ])
-def test_a_table_that_is_cut_to_the_length_of_a_run(cut: str, same: bool, tmp_path: Path) -> None:
-    """The other axes keep their sizes, and the one that is cut may have any."""
-    constants = {"zero0": 0, "one0": 1, "minus2": -2, "last0": 64}
+def test_a_table_that_is_cut_to_the_length_of_a_run(cut: str, over: int, same: bool, tmp_path: Path) -> None:
+    """The axes that are not cut keep their sizes, and the one that is cut may have any."""
+    constants = {"zero0": 0, "one0": 1, "minus2": -2, "eight": 8, "summed": over}
     held: dict[str, Any] = {name: np.array([number]) for name, number in constants.items()}
-    made = model("float[3,1,16] x, int64[S] z, int64[1] axes", f"end = Shape(z) c = {cut} p = ReduceSum(c, minus2) "
-                 "h = MatMul(x, w) k = Add(h, p) " + NORM.format("k") + "y = MatMul(kn, w)", "float[A,B,C] y",
-                 w=numbers(16, 16), table=numbers(3, 64, 16), **held)  # fmt: skip
-    feeds = [{"x": numbers(3, 1, 16), "z": np.arange(n), "axes": np.array([0])} for n in (1, 3)]
+    shape = [3, 8, 16]
+    shape[over] = 1
+    made = model(f"float[{','.join(map(str, shape))}] x, int64[S] z, int64[1] axes", f"end = Shape(z) c = {cut} "
+                 "p = ReduceSum(c, summed) h = MatMul(x, w) k = Add(h, p) " + NORM.format("k") + "y = MatMul(kn, w)",
+                 "float[A,B,C] y", w=numbers(16, 16), table=numbers(3, 8, 16), **held)  # fmt: skip
+    feeds = [{"x": numbers(*shape), "z": np.arange(n), "axes": np.array([1 - over])} for n in (1, 8)]
     result = check(made, feeds, tmp_path, 1, "normfuse")
     assert any("add_rms_norm" in node.op_type for node in result.graph.node) == same

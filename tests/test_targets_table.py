@@ -33,7 +33,7 @@ def ratio(found: dict[str, Any], a: str, b: str) -> float:
 
 
 CPU = [row for row in ROWS if row.target == "ort-cpu" and row.form != "refuse"
-       and row.what not in ("conversion", "half", "masked", "scaled", "sum")]  # fmt: skip
+       and row.what not in ("conversion", "half", "masked", "scaled", "sum", "convolved")]  # fmt: skip
 
 
 def gains(row: Row) -> list[float]:
@@ -117,6 +117,15 @@ def test_scales_pay_where_they_were_measured_to() -> None:
     assert {targets.runtime_version(v) for v in versions} == {(1, minor) for minor in range(20, 33)}
 
 
+def test_constants_behind_convolutions_pay_where_they_were_measured_to() -> None:
+    versions = json.loads(RESULT.read_text())["convolutions"]
+    ratios = [o["taken in us"] / o["one number us"] for found in versions.values() for o in found]
+    rows = [row for row in ROWS if row.what == "convolved"]
+    assert [row.target for row in rows] == ["onnx", "ort-cpu", "normfuse"] and max(ratios) < 1
+    assert all(f"{min(ratios):.2f} to {max(ratios):.2f} of the time" in row.evidence for row in rows)
+    assert {targets.runtime_version(v) for v in versions} == {(1, minor) for minor in range(20, 33)}
+
+
 def test_softmaxes_pay_where_they_were_measured_to() -> None:
     found = json.loads((RESULT.parent / "softmax.json").read_text())["chains"]
 
@@ -143,7 +152,7 @@ def test_our_operators_against_the_skip_operators() -> None:
 def test_every_row_says_how_it_is_known() -> None:
     assert all(row.evidence.startswith(("measured", "tried", "cited")) for row in ROWS)
     assert {row.form for row in ROWS} <= {"operator", "skip", "leave", "apart", "float32", "function", "product",
-                                       "refuse", "sum"}  # fmt: skip
+                                       "refuse", "sum", "taken in"}  # fmt: skip
 
 
 @pytest.mark.parametrize("text", ["new", "1", "1.x", "31"])

@@ -3,8 +3,8 @@
     Conv(x, W, b) * s + t      computed as      Conv(x, s*W, s*b + t)
 
 ONNX Runtime's optimiser does that (ConvMulFusion, ConvAddFusion) where the constant is the second operand and has a
-number for each channel. Paddle2ONNX writes it first, and as one number for all. What is written here is the same
-product, bit for bit, in any runtime.
+number for each channel, or is a number without axes that the result is multiplied by. Paddle2ONNX writes it first, and
+as one number with an axis. What is written here is the same product or sum, bit for bit, in any runtime.
 """
 
 from __future__ import annotations
@@ -17,32 +17,41 @@ import onnx_ir as ir
 
 from normfuse.frontends.onnx import Lowering
 from normfuse.frontends.onnx_emit import names_of, respell, unique
+from normfuse.frontends.onnx_fold import attribute, constant_of
+from normfuse.frontends.onnx_infer import DTYPE_NAMES
+from normfuse.ort_values import Array
 from normfuse.targets import Row, Table
 
 IMAGE = 4
 """The rank from which on ONNX Runtime does it."""
+LARGE = 1e6
+"""Weights multiplied by more, or by less than its inverse, might leave the range of their type."""
+Shape = tuple[int, ...]
 
 
-def by_channel(lowerings: Sequence[Lowering], table: Table) -> Counter[Row]:
+def take_in(lowerings: Sequence[Lowering], table: Table, _: int) -> Counter[Row]:
     """Write these constants so where the target's table says so. Gives the row used, with how often."""
     used, found = names_of(low.source for low in lowerings), Counter[Row]()
     for low in lowerings:
         for conv in [node for node in low.source if node.op_type == "Conv" and not node.domain]:
-            shape = _constant(low, conv.inputs[1])
-            row = None if shape is None else table.convolved(low.value(conv.inputs[1]).dtype)
-            if row is None or shape is None or len(shape) < IMAGE:
+            weight = _tensor(conv.inputs[1])
+            row = None if weight is None else table.convolved(DTYPE_NAMES[weight.dtype])
+            if row is None or weight is None or len(weight.shape) < IMAGE:
                 continue
-            full = (shape[0], *(1,) * (len(shape) - 2))
-            for node, at in list(_behind(low, conv, full)):
-                value, constant = node.inputs[1 - at], node.inputs[at]
-                assert constant is not None
-                if (given := _constant(low, constant)) in (full, (1, *full)) and at == 1:
+            channels = int(weight.shape.numpy()[0])
+            full = (channels, *(1,) * (len(weight.shape) - 2))
+            for node, at, array in list(_behind(low.source, conv, full)):
+                form = () if node.op_type == "Mul" else full
+                whole = array.shape in (full, (1, *full))
+                if at == 1 and (whole or array.shape == form):
                     continue
-                if given not in (full, (1, *full)):
-                    array = np.broadcast_to(np.reshape(low.arrays[constant], ()), full).copy()
-                    name = unique(f"{constant.name}_by_channel", used)
-                    constant = ir.Value(name=name, shape=ir.Shape(full), type=constant.type,
-                                        const_value=ir.Tensor(array, name=name))  # fmt: skip
+                value, constant = node.inputs[1 - at], node.inputs[at]
+                if not whole:
+                    assert constant is not None
+                    name = unique(f"{constant.name}_as_taken_in", used)
+                    tensor = ir.Tensor(np.full(form, array.reshape(())), name=name)
+                    constant = ir.Value(name=name, shape=ir.Shape(form), type=ir.TensorType(tensor.dtype),
+                                        const_value=tensor)  # fmt: skip
                     low.source.register_initializer(constant)
                 new = ir.Node("", node.op_type, [value, constant])
                 respell(node, [new], {node.outputs[0]: new.outputs[0]}, used)
@@ -50,28 +59,40 @@ def by_channel(lowerings: Sequence[Lowering], table: Table) -> Counter[Row]:
     return found
 
 
-def _constant(low: Lowering, value: ir.Value | None) -> tuple[int, ...] | None:
-    """The shape of what is the same in every run, and known to be by ONNX Runtime."""
-    known = None if value is None else low.values.get(value)
-    if known is None or known.shape is None or not (known.leaf and known.fixed) or known.overridable:
+def _tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
+    """The constant that a value is in the file: nothing that is computed, or that the caller may replace."""
+    node = None if value is None else value.producer()
+    while node is not None and node.op_type == "Identity" and not node.domain:
+        value = node.inputs[0]
+        node = None if value is None else value.producer()
+    if node is None:
+        return None if value is None or value.is_graph_input() else value.const_value
+    if node.op_type != "Constant" or node.domain:
         return None
-    return tuple(d for d in known.shape if isinstance(d, int))
+    tensor: ir.TensorProtocol | None = attribute(node, "value")
+    array = constant_of(node) if tensor is None else None
+    return tensor if array is None else ir.Tensor(array)
 
 
-def _behind(low: Lowering, conv: ir.Node, full: tuple[int, ...]) -> Iterator[tuple[ir.Node, int]]:
-    """The products and sums with constants, one behind the other, each its only reader, and where the constant is."""
+def _behind(graph: ir.Graph, conv: ir.Node, full: Shape) -> Iterator[tuple[ir.Node, int, Array]]:
+    """The products and sums with constants, one behind the other, each its only reader; where the constant is, and the
+    constant."""
     value = conv.outputs[0]
     while not value.is_graph_output() and len(value.uses()) == 1:
         ((node, at),) = value.uses()
-        if node.graph is not low.source or node.domain or len(node.outputs) > 1:
+        if node.graph is not graph or node.domain or len(node.outputs) > 1:
             return
         if node.op_type in ("Mul", "Add"):
-            constant = node.inputs[1 - at]
-            shape = _constant(low, constant)
-            one = shape is not None and {*shape} <= {1} and len(shape) <= len(full) + 1 and constant in low.arrays
-            if shape not in (full, (1, *full)) and not one:
+            tensor = _tensor(node.inputs[1 - at])
+            shape = None if tensor is None else tuple(tensor.shape.numpy())
+            one = shape is not None and {*shape} <= {1} and len(shape) <= len(full) + 1
+            if tensor is None or (shape not in (full, (1, *full)) and not one):
                 return
-            yield node, 1 - at
+            array = np.asarray(tensor.numpy())
+            sizes = np.abs(array)
+            if not (sizes <= LARGE).all() or (node.op_type == "Mul" and not (sizes >= 1 / LARGE).all()):
+                return
+            yield node, 1 - at, array
         elif node.op_type != "Identity" and (node.op_type, at) != ("BatchNormalization", 0):
             return
         value = node.outputs[0]

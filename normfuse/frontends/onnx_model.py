@@ -17,7 +17,7 @@ from normfuse.errors import InputError, UnsupportedError, first_line
 from normfuse.field import Prover
 from normfuse.frontends.onnx import SORTED, Lowering, lower
 from normfuse.frontends.onnx_check import MOST, Checker
-from normfuse.frontends.onnx_conv import by_channel
+from normfuse.frontends.onnx_conv import take_in
 from normfuse.frontends.onnx_emit import (
     DOMAIN,
     Emitter,
@@ -94,7 +94,7 @@ class OnnxModel:
         self.table = Table(config)
         changes = (rewrite or config.converts) and self.opset > 0  # no operators of ONNX where none are imported
         self.respelled = Counter[Row]()
-        for step in (take_apart, widen, scale) if changes else ():
+        for step in (take_apart, widen, scale, take_in) if changes else ():
             rows = step(self.lowerings, self.table, self.opset)
             self.respelled += rows
             if any(row.form != "leave" for row in rows):
@@ -330,7 +330,6 @@ class OnnxModel:
                 self._again(low, one)
         edited = self._edit()
         self.respelled += outline(self.model, self.softmaxes, self.opset) + summed(self.lowerings, self.table)
-        self.respelled += by_channel(self.lowerings, self.table)
         return edited or bool(self.repaired or self.merged or self.laid or self.respelled or self.sorted)
 
     def _edit(self) -> bool:

@@ -91,11 +91,11 @@ def _equal(node: ir.Node, args: Sequence[Sizes], arrays: Arrays) -> Sizes:
 
 
 def _same_size(a: Dim, b: Dim) -> Dim:
-    """1 for two sizes that are the same, 0 for two that are not (a size is not negative), or that is not known."""
-    if a == b or (isinstance(a, int) and isinstance(b, int)):
-        return None if a is None else int(a == b)
-    negative = any(isinstance(d, int) and d < 0 for d in (a, b))
-    return 0 if negative and None not in (a, b) else None
+    """1 for two sizes that are the same, 0 for two that are not (none is negative), None where only a run tells."""
+    if a is None or b is None:
+        return None
+    numbers = [d for d in (a, b) if isinstance(d, int)]
+    return 1 if a == b else 0 if len(numbers) == len((a, b)) or min(numbers, default=0) < 0 else None
 
 
 def _where(node: ir.Node, args: Sequence[Sizes], arrays: Arrays) -> Sizes:

@@ -1,7 +1,7 @@
 """What a residual addition and a norm cost in ONNX Runtime on the CPU, in each form there is, by version of it; and
 what operators of float16 cost that it has in float32 only.
 
-python -m tests.bench.forms [--parts chains operators sums scales] [--out FILE.json]
+python -m tests.bench.forms [--parts chains operators sums scales convolutions] [--out FILE.json]
 
 Chains of 12, one thread. The forms: the exporter's own spelling of the norm, which ONNX Runtime may fuse; an Add and
 the norm as one operator (where the version has no RMSNormalization its own name for it, SimplifiedLayerNormalization);
@@ -10,8 +10,10 @@ and operator in float32, between casts. `error` is the largest distance to float
 100, in parts of the largest element. Under `operators`, those of `normfuse.targets.WIDE` in float16, as they are and in
 float32 between casts, on rows of 512 elements. Under `sums`, chains of LayerNorms behind an addition (post-norm) that
 is written as Add, of which ONNX Runtime makes SkipLayerNormalization, and as Sum. Under `scales`, the scores of
-attention in float16, 16 heads of 64: a product and the number behind it, and FusedMatMul. Each run adds the
-installed version to the file, from which `normfuse.targets` is made.
+attention in float16, 16 heads of 64: a product and the number behind it, and FusedMatMul. Under `convolutions`, chains
+of depthwise and pointwise ones, each multiplied by a number and added to one, as Paddle2ONNX writes it, and as ONNX
+Runtime takes them into the weights: both second, the latter for each channel. Each run adds the installed version to
+the file, from which `normfuse.targets` is made.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ SHAPES = ((1, 1024), (16, 1024), (128, 1024), (512, 2048))
 TYPES: dict[str, tuple[Any, int]] = {
     "float32": (np.float32, TensorProto.FLOAT), "float16": (np.float16, TensorProto.FLOAT16),
 }  # fmt: skip
-PARTS = ("chains", "operators", "sums", "scales")
+PARTS = ("chains", "operators", "sums", "scales", "convolutions")
+IMAGES = ((16, 24, 160), (64, 12, 160), (256, 6, 80))
+"""Channels, height and width."""
 FORMS = ("spelled out", "add, norm", "skip", "apart")
 Array = npt.NDArray[Any]
 
@@ -248,6 +252,37 @@ def scales(tokens: int, repeats: int) -> dict[str, Any]:
     return {"cpu": environment()["cpu"], "tokens": tokens, **middle}
 
 
+def convolutions(channels: int, height: int, width: int, repeats: int) -> dict[str, Any]:
+    """Microseconds of a convolution and two constants behind it, in two spellings."""
+    rng = np.random.default_rng(1)
+    sessions, times = {}, dict[str, list[float]]()
+    for name in ("one number", "taken in"):
+        taken, nodes, held, x = name == "taken in", list[Any](), dict[str, Any](), "x"
+        for i in range(CHAIN):
+            groups = channels if i % 2 else 1
+            side = 3 if i % 2 else 1
+            held[f"w{i}"] = rng.standard_normal((channels, channels // groups, side, side)) / (channels / groups) ** 0.5
+            held |= {f"b{i}": np.zeros(channels), f"s{i}": np.full(() if taken else 1, 1.5),
+                     f"t{i}": np.full((channels, 1, 1) if taken else 1, 0.25)}  # fmt: skip
+            nodes += [helper.make_node("Conv", [x, f"w{i}", f"b{i}"], [f"c{i}"], group=groups, pads=[side // 2] * 4),
+                      helper.make_node("Mul", [f"s{i}", f"c{i}"][:: -1 if taken else 1], [f"m{i}"]),
+                      helper.make_node("Add", [f"m{i}", f"t{i}"], [f"y{i}"])]  # fmt: skip
+            x = f"y{i}"
+        ends = [helper.make_tensor_value_info(v, 1, [1, channels, height, width]) for v in ("x", x)]
+        weights = [numpy_helper.from_array(v.astype(np.float32), n) for n, v in held.items()]
+        graph = helper.make_graph(nodes, "images", ends[:1], ends[1:], weights)
+        opsets = [helper.make_opsetid("", 14)]
+        sessions[name], times[name] = session(helper.make_model(graph, opset_imports=opsets, ir_version=8)), []
+    feeds = {"x": rng.standard_normal((1, channels, height, width)).astype(np.float32)}
+    for i in range(repeats + 3):
+        for name in sorted(sessions, reverse=bool(i % 2)):
+            started = time.perf_counter()
+            sessions[name].run(None, feeds)
+            times[name].append((time.perf_counter() - started) / CHAIN * 1e6)
+    middle = {f"{name} us": round(statistics.median(found[3:]), 2) for name, found in times.items()}
+    return {"cpu": environment()["cpu"], "image": [channels, height, width], **middle}
+
+
 def main() -> None:
     """Measure the installed version, print, and add it to the file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -281,11 +316,16 @@ def main() -> None:
     cells = [[f"{o['tokens']}", f"{o['MatMul, Mul us']:.1f}", f"{o['FusedMatMul us']:.1f}",
               f"{o['FusedMatMul us'] / o['MatMul, Mul us']:.2f}"] for o in scaled]  # fmt: skip
     print(table(["tokens", "MatMul, Mul", "FusedMatMul", "ratio"], cells, 1), flush=True)
+    images = [convolutions(*image, given.repeats) for image in IMAGES] if "convolutions" in given.parts else []
+    cells = [["x".join(map(str, o["image"])), f"{o['one number us']:.1f}", f"{o['taken in us']:.1f}",
+              f"{o['taken in us'] / o['one number us']:.2f}"] for o in images]  # fmt: skip
+    print(table(["image", "one number", "taken in", "ratio"], cells, 1), flush=True)
     before = json.loads(given.out.read_text()) if given.out.exists() else {}
     known = {"versions": before.get("versions", {}) | ({version: rows} if rows else {}),
              "operators": before.get("operators", {}) | ({version: ops} if ops else {}),
              "sums": before.get("sums", {}) | ({version: written} if written else {}),
-             "scales": before.get("scales", {}) | ({version: scaled} if scaled else {})}  # fmt: skip
+             "scales": before.get("scales", {}) | ({version: scaled} if scaled else {}),
+             "convolutions": before.get("convolutions", {}) | ({version: images} if images else {})}  # fmt: skip
     machine = environment() if "chains" in given.parts else before["environment"]
     about = {"environment": machine | {"onnxruntime": "see versions"},
              "shapes": {"chain": CHAIN, "threads": 1, "eps": EPS}}  # fmt: skip
