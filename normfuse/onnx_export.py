@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from normfuse.config import Config, config_of, demand_use
-from normfuse.errors import InputError, UnsupportedError, path_of
+from normfuse.errors import InputError, NormFuseError, UnsupportedError, path_of
 from normfuse.ort_values import Array
 from normfuse.process import tidy
 from normfuse.report import Report
@@ -117,11 +117,11 @@ def export(module: Any, args: tuple[Any, ...] | None, path: str | Path, config: 
         made.tell(report)
         if config.verify == "model":
             report.model_check = _compare(program.model, model, own, target, config.converts)
-    if progress is not None:
-        progress("saving", 0.9)
-    planned = time.perf_counter()
-    size = files.write_new(model, target)
-    done = time.perf_counter()
+        if progress is not None:
+            progress("saving", 0.9)
+        planned = time.perf_counter()
+        size = files.write_new(model, target)
+        done = time.perf_counter()
     if not eps_note and any(refusal.code == "NF103" for refusal in report.refusals) and (lost := _lost_eps(program)):
         eps_note = [f"NF103: {DROPS}, here the eps of {lost}, so that a row of zeros gives NaN; with optimize=False it "
                     "stays"]  # fmt: skip
@@ -144,7 +144,10 @@ def _lost_eps(program: Any) -> str:
 
     exported = program.exported_program
     count = 0 if exported is None else lacking(program)
-    count -= lacking(exported) if count else 0
+    try:
+        count -= lacking(exported) if count else 0
+    except NormFuseError:
+        return ""  # nobody can tell
     return f"{count} norm{'s' if count > 1 else ''}" if count > 0 else ""
 
 

@@ -34,13 +34,13 @@ def take_in(lowerings: Sequence[Lowering], table: Table, _: int) -> Counter[Row]
     used, found = names_of(low.source for low in lowerings), Counter[Row]()
     for low in lowerings:
         for conv in [node for node in low.source if node.op_type == "Conv" and not node.domain]:
-            weight = _tensor(conv.inputs[1])
+            weight = _tensor(conv.inputs[1]) if len(conv.inputs) > 1 else None
             row = None if weight is None else table.convolved(DTYPE_NAMES[weight.dtype])
             if row is None or weight is None or len(weight.shape) < IMAGE:
                 continue
             channels = int(weight.shape.numpy()[0])
             full = (channels, *(1,) * (len(weight.shape) - 2))
-            for node, at, array in list(_behind(low.source, conv, full)):
+            for node, at, array in list(_behind(low.source, conv, weight.dtype, full)):
                 form = () if node.op_type == "Mul" else full
                 whole = array.shape in (full, (1, *full))
                 if at == 1 and (whole or array.shape == form):
@@ -74,7 +74,7 @@ def _tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
     return tensor if array is None else ir.Tensor(array)
 
 
-def _behind(graph: ir.Graph, conv: ir.Node, full: Shape) -> Iterator[tuple[ir.Node, int, Array]]:
+def _behind(graph: ir.Graph, conv: ir.Node, dtype: ir.DataType, full: Shape) -> Iterator[tuple[ir.Node, int, Array]]:
     """The products and sums with constants, one behind the other, each its only reader; where the constant is, and the
     constant."""
     value = conv.outputs[0]
@@ -86,7 +86,7 @@ def _behind(graph: ir.Graph, conv: ir.Node, full: Shape) -> Iterator[tuple[ir.No
             tensor = _tensor(node.inputs[1 - at])
             shape = None if tensor is None else tuple(tensor.shape.numpy())
             one = shape is not None and {*shape} <= {1} and len(shape) <= len(full) + 1
-            if tensor is None or (shape not in (full, (1, *full)) and not one):
+            if tensor is None or tensor.dtype != dtype or (shape not in (full, (1, *full)) and not one):
                 return
             array = np.asarray(tensor.numpy())
             sizes = np.abs(array)
