@@ -68,8 +68,9 @@ def test_the_conversion_of_a_pretrained_model(tmp_path: Path) -> None:
     x = np.random.default_rng(0).standard_normal((4, 3, 48, 320)).astype(np.float32)
     plain = onnxruntime.SessionOptions()  # ONNX Runtime's optimiser rounds the weights of convolutions anew: 5e-6
     plain.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    files = (("ocr.onnx", plain), ("ocr_rms.onnx", plain), ("ocr_rms.onnx", None))
     sessions = [onnxruntime.InferenceSession(str(tmp_path / name), options, providers=["CPUExecutionProvider"])
-                for name, options in (("ocr.onnx", plain), ("ocr_rms.onnx", plain), ("ocr_rms.onnx", None))]  # fmt: skip
+                for name, options in files]  # fmt: skip
     want, got, fast = (session.run(None, {"x": x})[0] for session in sessions)
     assert np.abs(want - got).max() <= 2e-6
     assert (want.argmax(-1) == got.argmax(-1)).all() and (want.argmax(-1) == fast.argmax(-1)).all()
