@@ -377,6 +377,8 @@ def test_the_recogniser_of_pp_ocr(tmp_path: Path) -> None:
     report = normfuse.rewrite(source, out, EXACT)
     assert counts(report) == (5, 5, 1)
     images = np.random.default_rng(0).uniform(-1, 1, (8, 3, 48, 320)).astype(np.float32)
-    before, after = (session(path).run(None, {"x": images})[0] for path in (source, out))
-    assert before.shape[:2] == (8, 40)
-    assert np.abs(before - after).max() <= 2e-6 and (before.argmax(-1) == after.argmax(-1)).all()
+    # ONNX Runtime's optimiser rounds the weights of convolutions anew, of the original too
+    before, after, fast = (session(path, optimise=optimise).run(None, {"x": images})[0]
+                           for path, optimise in ((source, False), (out, False), (out, True)))  # fmt: skip
+    assert before.shape[:2] == (8, 40) and np.abs(before - after).max() <= 2e-6
+    assert all((before.argmax(-1) == other.argmax(-1)).all() for other in (after, fast))
