@@ -24,8 +24,9 @@ HELD: dict[str, Any] = {
     "one": [1.5], "scalar": 0.75, "cube": [[[1.25]]], "four": [[[[0.5]]]], "deep": [[[[[0.5]]]]],
     "full": RNG.standard_normal((C, 1, 1)), "batch": RNG.standard_normal((1, C, 1, 1)),
     "line": RNG.standard_normal(C), "wide": RNG.standard_normal((1, C)), "rows": RNG.standard_normal((2, 1, 1, 1)),
-    "mean": np.zeros(C), "ones": np.ones(C), "last": np.array([-1]),
-    "huge": [1e30], "tiny": [1e-30], "nan": [np.nan], "flag": np.array(True),
+    "mean": np.zeros(C), "ones": np.ones(C),
+    "huge": [1e30], "tiny": [1e-30], "thousand": [2000.0], "nan": [np.nan], "flag": np.array(True),
+    "last": np.array([-1]), "three": np.array(3), "eps": 1e-5,
 }  # fmt: skip
 
 
@@ -89,7 +90,6 @@ def rewritten(model: onnx.ModelProto, folder: Path, **config: Any) -> tuple[onnx
     ("m = Mul(one, c) i = Identity(m) y = Add(i, one)", 2), ("m = Add(c, batch) i = Identity(m) y = Mul(one, i)", 1),
     ("k = Constant<value_float = 0.5>() y = Add(k, c)", 1), ("i = Identity(one) y = Mul(i, c)", 1),
     ("k = Constant<value_floats = [0.5]>() i = Identity(k) y = Mul(c, i)", 1),
-    ("n = BatchNormalization(c, ones, mean, mean, ones) y = Mul(scalar, n)", 1),
 ])  # fmt: skip
 @pytest.mark.parametrize("target", ["onnx", "ort-cpu", "normfuse"])
 def test_a_constant_goes_into_the_convolution(lines: str, count: int, target: str, tmp_path: Path) -> None:
@@ -105,7 +105,8 @@ def test_a_constant_goes_into_the_convolution(lines: str, count: int, target: st
     "y = Mul(c, line)", "y = Mul(wide, c)", "y = Add(c, rows)", "y = Mul(deep, c)",  # not for each channel
     "y = Div(c, one)", "y = Sub(one, c)", "m = Neg(c) y = Mul(one, m)", "y = Mul(c, c)", "y = Add(c, x2)",
     "m = Mul(one, c) y = Add(m, c)",  # it has another reader
-    "n = Relu(c) y = Mul(n, one)", "y = Mul(huge, c)", "y = Mul(c, tiny)", "y = Add(c, huge)", "y = Mul(nan, c)",
+    "n = Relu(c) y = Mul(n, one)", "n = BatchNormalization(c, ones, mean, mean, ones) y = Mul(one, n)",
+    "y = Mul(huge, c)", "y = Mul(c, tiny)", "y = Add(c, thousand)", "y = Mul(nan, c)",
     "e = Exp(one) y = Mul(e, c)",  # ONNX Runtime's, not that of anybody else
     "z = Shape<start = 3>(c) f = Cast<to = 1>(z) y = Mul(f, c)",
 ])  # fmt: skip
@@ -113,6 +114,28 @@ def test_what_stays(lines: str, tmp_path: Path) -> None:
     outputs = "float[a,b,c,d] y" if "deep" not in lines else "float[a,b,c,d,e] y"
     second = "x2 = Conv<pads = [1, 1, 1, 1]>(x, other) " if "x2" in lines else ""
     assert rewritten(made(second + CONV + lines, outputs), tmp_path)[1] == 0
+
+
+def test_a_chain_and_weights_that_would_leave_the_range(tmp_path: Path) -> None:
+    """The factors of a chain count together, and the weights with them."""
+    lines = CONV + "m = Mul(thousand, c) n = Mul(thousand, m) y = Mul(thousand, n)"
+    assert rewritten(made(lines), tmp_path)[1] == 1
+    for size, count in ((1e25, 1), (1e32, 0), (1e-32, 0)):
+        model = made(CONV + "y = Mul(one, c)")
+        (weight,) = (v for v in model.graph.initializer if v.name == "w")
+        weight.CopyFrom(numpy_helper.from_array((numpy_helper.to_array(weight) * size).astype(np.float32), "w"))
+        assert rewritten(model, tmp_path)[1] == count
+
+
+def test_a_shape_that_only_a_norm_reads(tmp_path: Path) -> None:
+    """It is gone once the norm is one operator, and a second rewrite would find the convolution without it."""
+    lines = CONV + ("m = Mul(one, c) p = Mul(m, m) s = ReduceSum(p, last) sh = Shape(c) n = Gather(sh, three) "
+                    "f = Cast<to = 1>(n) q = Div(s, f) e = Add(q, eps) r = Sqrt(e) y = Div(m, r)")  # fmt: skip
+    onnx.save(made(lines), tmp_path / "in.onnx")
+    report = normfuse.rewrite(tmp_path / "in.onnx", tmp_path / "out.onnx")
+    assert report.fused == 1 and any("1 x Conv" in note for note in report.notes)
+    normfuse.rewrite(tmp_path / "out.onnx", tmp_path / "again.onnx")
+    assert (tmp_path / "again.onnx").read_bytes() == (tmp_path / "out.onnx").read_bytes()
 
 
 def test_outputs_of_the_graph(tmp_path: Path) -> None:
@@ -150,6 +173,13 @@ def test_one_constant_behind_two(tmp_path: Path) -> None:
                     "z = Mul(x, one)")  # fmt: skip
     graph, found = rewritten(made(lines, "float[a,b,c,d] y, float[e,f,g,h] z"), tmp_path)
     assert found == 2 and "one" in {v.name for v in graph.initializer}
+
+
+def test_many_that_share_one_constant(tmp_path: Path) -> None:
+    lines = "c0 = Identity(x) " + "".join(f"d{i} = Conv<pads = [1, 1, 1, 1]>(c0, w) p{i} = Mul(one, d{i}) "
+                                          for i in range(20)) + "y = Sum(" + ", ".join(f"p{i}" for i in range(20)) + ")"
+    graph, found = rewritten(made(lines), tmp_path)
+    assert found == 20 and len(graph.initializer) == 2
 
 
 def test_within_a_branch(tmp_path: Path) -> None:

@@ -24,8 +24,11 @@ from normfuse.targets import Row, Table
 
 IMAGE = 4
 """The rank from which on ONNX Runtime does it."""
-LARGE = 1e6
-"""Weights multiplied by more, or by less than its inverse, might leave the range of their type."""
+WEIGHTS = 1e30
+FACTORS = 1e6
+SUMMANDS = 1e3
+"""The largest, and of weights and factors by their inverses the smallest, with which nothing leaves the range of
+float32, and no sum rounds more than a product does."""
 Shape = tuple[int, ...]
 
 
@@ -33,26 +36,28 @@ def take_in(lowerings: Sequence[Lowering], table: Table, _: int) -> Counter[Row]
     """Write these constants so where the target's table says so. Gives the row used, with how often."""
     used, found = names_of(low.source for low in lowerings), Counter[Row]()
     for low in lowerings:
+        made: dict[tuple[ir.Value | None, Shape], ir.Value] = {}
         for conv in [node for node in low.source if node.op_type == "Conv" and not node.domain]:
             weight = _tensor(conv.inputs[1]) if len(conv.inputs) > 1 else None
             row = None if weight is None else table.convolved(DTYPE_NAMES[weight.dtype])
             if row is None or weight is None or len(weight.shape) < IMAGE:
                 continue
-            channels = int(weight.shape.numpy()[0])
-            full = (channels, *(1,) * (len(weight.shape) - 2))
-            for node, at, array in list(_behind(low.source, conv, weight.dtype, full)):
+            full = (int(weight.shape.numpy()[0]), *(1,) * (len(weight.shape) - 2))
+            news = [one for one in _behind(low.source, conv, weight.dtype, full) if not _fits(*one, full)]
+            if not news or not 1 / WEIGHTS <= np.abs(weight.numpy()).max(initial=0) <= WEIGHTS:
+                continue
+            for node, at, array in news:
                 form = () if node.op_type == "Mul" else full
-                whole = array.shape in (full, (1, *full))
-                if at == 1 and (whole or array.shape == form):
-                    continue
                 value, constant = node.inputs[1 - at], node.inputs[at]
-                if not whole:
-                    assert constant is not None
-                    name = unique(f"{constant.name}_as_taken_in", used)
-                    tensor = ir.Tensor(np.full(form, array.reshape(())), name=name)
-                    constant = ir.Value(name=name, shape=ir.Shape(form), type=ir.TensorType(tensor.dtype),
-                                        const_value=tensor)  # fmt: skip
-                    low.source.register_initializer(constant)
+                if array.shape not in (full, (1, *full)):
+                    key = constant, form
+                    if key not in made:
+                        name = unique(f"{constant.name if constant else ''}_as_taken_in", used)
+                        tensor = ir.Tensor(np.full(form, array.reshape(())), name=name)
+                        made[key] = ir.Value(name=name, shape=ir.Shape(form), type=ir.TensorType(tensor.dtype),
+                                             const_value=tensor)  # fmt: skip
+                        low.source.register_initializer(made[key])
+                    constant = made[key]
                 new = ir.Node("", node.op_type, [value, constant])
                 respell(node, [new], {node.outputs[0]: new.outputs[0]}, used)
                 found[row] += 1
@@ -74,12 +79,20 @@ def _tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
     return tensor if array is None else ir.Tensor(array)
 
 
+def _fits(node: ir.Node, at: int, array: Array, full: Shape) -> bool:
+    """Whether a constant stands as ONNX Runtime takes it in."""
+    return at == 1 and (array.shape in (full, (1, *full)) or (node.op_type == "Mul" and not array.shape))
+
+
 def _behind(graph: ir.Graph, conv: ir.Node, dtype: ir.DataType, full: Shape) -> Iterator[tuple[ir.Node, int, Array]]:
     """The products and sums with constants, one behind the other, each its only reader; where the constant is, and the
     constant."""
-    value = conv.outputs[0]
-    while not value.is_graph_output() and len(value.uses()) == 1:
-        ((node, at),) = value.uses()
+    value, least, most = conv.outputs[0], 1.0, 1.0
+    while not value.is_graph_output():
+        readers = [use for use in value.uses() if use[0].op_type != "Shape"]  # which a norm may do without
+        if len(readers) != 1:
+            return
+        ((node, at),) = readers
         if node.graph is not graph or node.domain or len(node.outputs) > 1:
             return
         if node.op_type in ("Mul", "Add"):
@@ -90,9 +103,13 @@ def _behind(graph: ir.Graph, conv: ir.Node, dtype: ir.DataType, full: Shape) -> 
                 return
             array = np.asarray(tensor.numpy())
             sizes = np.abs(array)
-            if not (sizes <= LARGE).all() or (node.op_type == "Mul" and not (sizes >= 1 / LARGE).all()):
+            if node.op_type == "Mul":
+                least, most = least * float(sizes.min(initial=np.inf)), most * float(sizes.max(initial=0))
+                if not 1 / FACTORS <= least <= most <= FACTORS:
+                    return
+            elif not (sizes <= SUMMANDS).all():
                 return
             yield node, 1 - at, array
-        elif node.op_type != "Identity" and (node.op_type, at) != ("BatchNormalization", 0):
+        elif node.op_type != "Identity":
             return
         value = node.outputs[0]
