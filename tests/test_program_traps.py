@@ -236,13 +236,24 @@ def test_an_operand_that_gives_a_type_or_shape(like: Callable[[Tensor, Tensor], 
 
 @pytest.mark.parametrize("move", [
     lambda x: x.movedim(1, -1), lambda x: torch.moveaxis(x, (1,), (-1,)), lambda x: x.movedim((2, 1), (1, 2)),
-    lambda x: x.mH, lambda x: x.adjoint(),
+    lambda x: x.mH, lambda x: x.adjoint(), torch.ops.aten.mT, torch.ops.aten.mH,  # as Dynamo writes it from 2.15 on
 ])  # fmt: skip
 def test_axes_that_are_moved(move: Callable[[Tensor], Tensor]) -> None:
     def f(x: Tensor, r: Tensor) -> Tensor:
         return x * torch.rsqrt(move(x).pow(2).mean(-1) + EPS).unsqueeze(1) + r
 
     x, r = torch.randn(2, 8, 5), torch.randn(2, 8, 5)
+    torch.testing.assert_close(compiled(f)(x, r), f(x, r))
+    report = normfuse.last_report()
+    assert report is not None and [n.axes for n in report.norms] == [[-2]]
+
+
+@pytest.mark.parametrize("move", [lambda x: x.T, lambda x: x.H, torch.ops.aten.numpy_T, torch.ops.aten.matrix_H])
+def test_axes_of_a_matrix_that_are_turned(move: Callable[[Tensor], Tensor]) -> None:
+    def f(x: Tensor, r: Tensor) -> Tensor:
+        return x * torch.rsqrt(move(x).pow(2).mean(-1) + EPS) + r
+
+    x, r = torch.randn(8, 5), torch.randn(8, 5)
     torch.testing.assert_close(compiled(f)(x, r), f(x, r))
     report = normfuse.last_report()
     assert report is not None and [n.axes for n in report.norms] == [[-2]]

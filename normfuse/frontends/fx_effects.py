@@ -80,8 +80,9 @@ def name_of(node: fx.Node) -> str | None:
         return str(target)
     if node.op != "call_function":
         return None
-    if isinstance(target, OpOverload):
-        namespace, _, name = target._schema.name.partition("::")
+    if isinstance(target, (OpOverload, OpOverloadPacket)):
+        full = target._schema.name if isinstance(target, OpOverload) else target._qualified_op_name
+        namespace, _, name = full.partition("::")
         return name if namespace in ("aten", "prims") else f"{namespace}::{name}"
     try:
         place = f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', '')}"

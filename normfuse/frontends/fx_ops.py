@@ -295,7 +295,7 @@ OPS: dict[str, Row] = _table(
         "repeat tile repeat_interleave": guarded(views.repeat),
         "permute": guarded(views.permute),
         "transpose swapaxes swapdims t": guarded(views.transpose),
-        "numpy_T mT mH adjoint": guarded(views.turned),
+        "numpy_T matrix_H mT mH adjoint": guarded(views.turned),
         "movedim moveaxis": guarded(views.moved),
         "getattr": guarded(views.attribute),
         "getitem __getitem__": guarded(views.getitem),

@@ -162,7 +162,7 @@ def moved(call: Call) -> bool:
 
 
 def turned(call: Call) -> bool:
-    """x.T reverses all axes, x.mT the last two; of real tensors x.mH is the same."""
+    """x.T reverses all axes, x.mT the last two; of real tensors x.H and x.mH are the same."""
     x = call.tensor()
     rank = len(x.shape or ())
     last = not {name_of(call.node), call.get(1, "name")}.isdisjoint(("mT", "mH", "adjoint"))
@@ -172,7 +172,7 @@ def turned(call: Call) -> bool:
 
 def attribute(call: Call) -> bool:
     """getattr(x, "T")."""
-    return call.get(1, "name") in ("T", "mT", "mH") and turned(call)
+    return call.get(1, "name") in ("T", "H", "mT", "mH") and turned(call)
 
 
 def getitem(call: Call) -> bool:
