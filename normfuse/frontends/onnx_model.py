@@ -240,6 +240,11 @@ class OnnxModel:
         if defaults:
             found.append(f"{len(defaults)} initializers are inputs as well: a caller may replace them, so they are no "
                          "constants; python -m onnxruntime.tools.remove_initializer_from_input takes them off")
+        calls = {node.op_identifier() for node in RecursiveGraphIterator(self.model.graph) if node.domain == DOMAIN}
+        if lost := sorted(f"{DOMAIN}.{call[1]}" for call in calls - set(self.model.functions)):
+            found.append(f"the file calls {', '.join(lost)} and does not define it: it runs only where "
+                         "normfuse.ort.register has loaded our operators, and its norms there are not read; some tools "
+                         "drop functions, such as onnx.version_converter: run them before NormFuse")
         return found
 
     def notes(self) -> list[str]:

@@ -145,8 +145,10 @@ def _spliced(model: ir.Model, source: Source) -> onnx.ModelProto:
             del graph.initializer[i]
     graph.initializer.extend(ir.to_proto(v.const_value) for name, v in wanted.items()
                              if name not in known and v.const_value is not None)  # fmt: skip
+    types = {tensor.name: tensor.data_type for tensor in graph.initializer}
     for i in reversed(range(len(graph.value_info))):
-        if graph.value_info[i].name in gone:
+        name, said = graph.value_info[i].name, graph.value_info[i].type.tensor_type.elem_type
+        if name in gone or types.get(name, said) != said:  # the second is left over from a converter of types
             del graph.value_info[i]
     proto.ir_version = model.ir_version
     stated = {entry.domain or "ai.onnx" for entry in proto.opset_import}
