@@ -140,6 +140,7 @@ def rewrite(src_path: str | Path, dst_path: str | Path, config: Config | None = 
         if not dry_run:
             if progress is not None:
                 progress("saving", 0.9)
+            files.check_target(source, target, overwrite, in_place)  # what is there by now
             copied = None if progress is None else partial(_copied, progress)
             if changed:
                 left = files.write_onnx(model, target, original, refer, copied, check, source, edited=not plain)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
@@ -51,6 +51,8 @@ def last_report() -> Report | None:
 def backend(graph: fx.GraphModule, inputs: Sequence[Any], *, mode: str | None = None,
             options: dict[str, Any] | None = None) -> Callable[..., Any]:  # fmt: skip
     """The entry point for Dynamo. Raises `InputError` for an option that is not known."""
+    if options is not None and not isinstance(options, Mapping):
+        raise InputError(f"options={options!r}: give a dict, such as {{'inner': 'inductor'}}")
     inner, mode, config = _options(options or {}, mode)
     training = torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in inputs)
     graph = rewrite(graph, config, inner, training)
@@ -112,7 +114,7 @@ def _demand_constants(graph: fx.GraphModule, config: Config) -> None:
         )
 
 
-def _options(options: dict[str, Any], mode: str | None) -> tuple[str, str | None, Config]:
+def _options(options: Mapping[str, Any], mode: str | None) -> tuple[str, str | None, Config]:
     given = {"mode": mode, **options}
     known = ["inner", "mode", *(f.name for f in fields(Config) if f.name not in FILES)]
     for name in given:

@@ -43,6 +43,8 @@ from normfuse.sessions import (
 SCHEMA = 1
 WARM_UP, LEAST, MOST, SECONDS = 3, 11, 2000, 5.0
 """Rounds that do not count; without a given number, as many rounds as take so long, within these bounds."""
+MOST_THREADS = 64
+"""The most threads on a machine with fewer processors: they wait for each other, and hundreds of them do not end."""
 DRAWN = 12
 """Bytes that it takes to draw an element at random and to hold it."""
 
@@ -81,8 +83,9 @@ class How:
             raise InputError(f"library={self.library!r} is not True or False")
         if self.rounds is not None and self.rounds < 3:
             raise InputError(f"rounds={self.rounds}: it takes 3 rounds to tell a median from chance")
-        if not 0 <= self.threads < 2**31:
-            raise InputError(f"threads={self.threads}: give 1 or more, or 0 for what ONNX Runtime takes")
+        most = max(MOST_THREADS, os.cpu_count() or 1)
+        if not 0 <= self.threads <= most:
+            raise InputError(f"threads={self.threads}: give 1 to {most}, or 0 for what ONNX Runtime takes")
 
     def given(self) -> Given:
         """The sizes, and the inputs read. Raises `InputError` for a file that is no .npz."""

@@ -62,6 +62,7 @@ class _Finder:
         self.budget = BUDGET * len(graph.nodes) + 1000
         self.branches: list[Branch] = []
         self.by_add: dict[Node, Branch] = {}
+        self.added = {self.base(v) for add in self.placer.adds for v in add.inputs}
 
     def run(self) -> list[list[Layer]]:
         for add in self.placer.adds:
@@ -100,7 +101,8 @@ class _Finder:
                 return
             before = self.by_add.get(start.producer) if start.producer is not None else None
             parts = self._parts(before.start, other) if before is not None else []
-            if before is not None and parts:  # x + f(x) + g(x), added one after the other
+            if before is not None and parts and not any(before.add in part.nodes for part in parts):
+                # x + f(x) + g(x), added one after the other
                 self.by_add[add] = before
                 before.add = add
                 before.parts += parts
@@ -178,7 +180,7 @@ class _Finder:
         if producer is None:
             return
         if site.placement == "post_residual":
-            if x.producer in self.by_add:
+            if x.producer in self.by_add and x not in self.added:  # else the stream goes on beside the norm
                 self.by_add[x.producer].stream.append(site)
             return
         for branch, part in holders.get(producer, ()):

@@ -66,6 +66,7 @@ def test_it_needs_no_import() -> None:
 
 
 @pytest.mark.parametrize(("more", "message"), [
+    ({"options": 5}, "options=5: give a dict"),
     ({"options": {"numeric": "exact"}}, "has no option 'numeric'; it has inner, mode, layernorm_to_rmsnorm, numerics"),
     ({"options": {"inner": "tvm"}}, "inner='tvm' is not known; choose one of 'inductor', 'aot_eager', 'eager'"),
     ({"options": {"numerics": "loose"}}, "numerics='loose' is not known"),

@@ -374,7 +374,8 @@ def test_models_of_other_types(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("options", "said"), [
     ({"rounds": "x"}, "rounds='x' is not a whole number"), ({"threads": True}, "threads=True is not a whole number"),
-    ({"threads": 1.5}, "threads=1.5 is not a whole number"), ({"sizes": [("a", 1)]}, "give a dict of sizes by name"),
+    ({"threads": 1.5}, "threads=1.5 is not a whole number"), ({"threads": 99999}, "give 1 to [0-9]+, or 0"),
+    ({"sizes": [("a", 1)]}, "give a dict of sizes by name"),
     ({"sizes": {3: 3}}, "give a dict of sizes by name"), ({"sizes": {"a": 0}}, "'a'.=0: give a number from 1"),
     ({"sizes": {"a": "x"}}, "'a'.='x' is not a whole number"), ({"inputs": 3}, "inputs is a int and not the path"),
     ({"library": "no"}, "library='no' is not True or False"),

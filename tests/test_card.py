@@ -188,6 +188,25 @@ def test_attention_on_packed_rows_is_of_the_rows_themselves(read: str, kind: str
     assert card is not None and [formulas for _, formulas, _ in blocks(card)] == [[pre(kind)]]
 
 
+class BesideTheStream(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linears = torch.nn.ModuleList([torch.nn.Linear(16, 16) for _ in range(2)])
+        self.norms = torch.nn.ModuleList([torch.nn.RMSNorm(16) for _ in range(2)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for linear, norm in zip(self.linears, self.norms, strict=True):
+            x = x + linear(x)
+            x = x + norm(x)
+        return x
+
+
+def test_a_norm_that_is_added_to_what_it_is_of() -> None:
+    """It is no part of x + linear(x), nor is that added a second time."""
+    card = normfuse.inspect(torch.export.export(BesideTheStream(), (torch.ones(2, 16),))).card
+    assert card is not None and [formulas for _, formulas, _ in blocks(card)] == [["x + linear(x)"]]
+
+
 @pytest.mark.parametrize("target", ["onnx", "normfuse", "ort-cpu"])
 @pytest.mark.parametrize("name", ["gemma3", "olmo2", "deepseek_v3", "gpt2"])
 def test_a_rewritten_model_has_the_same_blocks(name: str, target: Target, tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.abc
 import json
 import os
 import pkgutil
 import resource
+import runpy
 import signal
 import stat
 import subprocess
@@ -16,12 +18,16 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
+import torch
 
 import normfuse
 from normfuse.cli import main
 from normfuse.cli_process import ending
+from normfuse.io import files
+from normfuse.sessions import session
 from tests.cli_tools import RMS, cli, program, rms_file
 
 
@@ -74,7 +80,7 @@ def test_a_link_is_written_through(tmp_path: Path) -> None:
 def test_a_link_to_a_model_with_weights_beside_it(tmp_path: Path) -> None:
     (tmp_path / "blobs").mkdir()
     source = rms_file(tmp_path / "blobs" / "m.onnx")
-    onnx.save(onnx.load(source), source, save_as_external_data=True, location="w.bin", size_threshold=0)
+    onnx.save(onnx.load(source), source, save_as_external_data=True, location="w.bin", size_threshold=64)
     for name, to in (("link.onnx", "blobs/m.onnx"), ("w.bin", "blobs/w.bin"), ("blobs/near.onnx", "m.onnx")):
         (tmp_path / name).symlink_to(to)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -231,3 +237,62 @@ def test_what_others_may_not_read(lines: str, tmp_path: Path) -> None:
     (tmp_path / "out.onnx").chmod(0o640)  # what is replaced says
     normfuse.rewrite(source, tmp_path / "out.onnx", overwrite=True)
     assert stat.S_IMODE((tmp_path / "out.onnx").stat().st_mode) == 0o640
+
+
+@pytest.mark.parametrize("door", ["onnx", "pt2", "export"])
+def test_a_file_that_appears_meanwhile(door: str, tmp_path: Path) -> None:
+    """Nothing is replaced that nobody allowed to be replaced, also if it was not there when the run began."""
+    target = tmp_path / ("out.pt2" if door == "pt2" else "out.onnx")
+
+    def progress(what: str, share: float) -> None:
+        if what == "saving":
+            target.write_text("precious")
+
+    with pytest.raises(normfuse.InputError, match="exists already"):
+        if door == "onnx":
+            normfuse.rewrite(rms_file(tmp_path / "in.onnx"), target, progress=progress)
+        elif door == "pt2":
+            normfuse.rewrite(program(tmp_path / "in.pt2"), target, progress=progress, trust=True)
+        else:
+            normfuse.export(torch.nn.RMSNorm(8), (torch.ones(2, 8),), target, progress=progress)
+    assert target.read_text() == "precious"
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted({target.name, *(["in." + door] * (door != "export"))})
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_weights_that_another_run_has_written_since(whole: bool, tmp_path: Path,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """Their name is made from their content, so both runs have the same, and the one that fails takes its own away."""
+    source, target = rms_file(tmp_path / "in.onnx"), tmp_path / "out.onnx"
+    onnx.save(onnx.load(source), source, save_as_external_data=True, location="w.bin", size_threshold=64)
+    serialised = files._serialised
+
+    def other(*given: Any) -> bytes:  # between the weights and the model
+        monkeypatch.setattr(files, "_serialised", serialised)
+        assert len(list(tmp_path.glob("out-*.data"))) == 1
+        if whole:
+            normfuse.rewrite(source, target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files, "_serialised", other)
+    with pytest.raises(KeyboardInterrupt):
+        normfuse.rewrite(source, target)
+    assert target.exists() == whole and len(list(tmp_path.glob("out-*.data"))) == whole
+    if whole:
+        x = {"x": np.ones((2, 16), np.float32)}
+        assert (session(target).run(None, x)[0] == session(source).run(None, x)[0]).all()
+
+
+def test_ctrl_c_before_the_command_line_is_read(monkeypatch: pytest.MonkeyPatch,
+                                                capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    class Interrupt(importlib.abc.MetaPathFinder):
+        def find_spec(self, name: str, *rest: object) -> None:
+            if name == "normfuse.cli":
+                raise KeyboardInterrupt
+
+    monkeypatch.delattr(normfuse, "cli", raising=False)
+    monkeypatch.delitem(sys.modules, "normfuse.cli", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Interrupt(), *sys.meta_path])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("normfuse", run_name="__main__")
+    assert ended.value.code == 130 and capsys.readouterr().err == "normfuse: interrupted\n"

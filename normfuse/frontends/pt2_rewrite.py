@@ -55,6 +55,7 @@ def rewrite(source: Path, target: Path, config: Config, *, dry_run: bool, overwr
     planned = time.perf_counter()
     if not dry_run:
         tell("saving", 0.8)
+        files.check_target(source, target, overwrite, in_place)  # what is there by now
         if changed:
             _save(result, source, target)
         elif not (target.exists() and target.samefile(source)):

@@ -41,6 +41,7 @@ ALIGNED: Any = {"alignment": 4096} if "alignment" in signature(_WRITE).parameter
 """onnx-ir aligns large tensors by itself before 1.1, and since then only when it is asked to."""
 ANNOTATIONS = "normfuse.annotations"
 Copied = Callable[[int, int], None]
+Made = dict[Path, os.stat_result]
 
 
 @dataclass(slots=True)
@@ -277,7 +278,7 @@ def _weights(model: ir.Model) -> list[tuple[ir.Value, ir.TensorProtocol]]:
     return [(v, t) for v in values if (t := v.const_value) is not None and t.dtype != ir.DataType.STRING]
 
 
-def _unload(weights: dict[ir.Value, ir.TensorProtocol], target: Path, made: list[Path]) -> None:
+def _unload(weights: dict[ir.Value, ir.TensorProtocol], target: Path, made: Made) -> None:
     """Write weights into a file beside a model, which they are in now; its name is made from its content."""
     try:
         with tempfile.TemporaryDirectory(prefix=".normfuse-", dir=target.parent) as folder:
@@ -302,15 +303,17 @@ def _parts(tensors: Iterable[External]) -> list[tuple[int, int]]:
 
 
 @contextlib.contextmanager
-def _made() -> Iterator[list[Path]]:
-    """A list for the files that are new; they are gone again if it does not come to a model that reads them."""
-    made: list[Path] = []
+def _made() -> Iterator[Made]:
+    """For the files that are new; they are gone again if it does not come to a model that reads them, but for those in
+    whose place another process has put its own: the same content has the same name."""
+    made: Made = {}
     try:
         yield made
     except BaseException:
-        for path in made:
+        for path, held in made.items():
             with contextlib.suppress(OSError):
-                path.unlink()
+                if os.path.samestat(path.stat(), held):
+                    path.unlink()
         raise
 
 
@@ -353,25 +356,25 @@ def _named(target: Path, data: Path) -> str:
     return f"{stem}-{digest.hexdigest()}.data"
 
 
-def _name_data(data: Path, target: Path, made: list[Path]) -> str:
+def _name_data(data: Path, target: Path, made: Made) -> str:
     """Give a data file that was written its name."""
     name = _named(target, data)
     with data.open("rb") as f:
         os.fsync(f.fileno())
     if not (target.parent / name).exists():
-        made.append(target.parent / name)
+        made[target.parent / name] = data.stat()
     os.replace(data, target.parent / name)
     return name
 
 
-def _copy_data(file: DataFile, target: Path, advance: Callable[[int], None] | None, made: list[Path],
+def _copy_data(file: DataFile, target: Path, advance: Callable[[int], None] | None, made: Made,
                parts: Sequence[tuple[int, int]]) -> str:  # fmt: skip
     """Copy a data file next to a model, by the file system; the name is that of the content that was written."""
 
     def named(data: Path) -> str:
         name = _named(target, data)
         if not (target.parent / name).exists():
-            made.append(target.parent / name)
+            made[target.parent / name] = data.stat()
         return name
 
     source = file.open()
