@@ -140,15 +140,15 @@ def rewrite(src_path: str | Path, dst_path: str | Path, config: Config | None = 
         if not dry_run:
             if progress is not None:
                 progress("saving", 0.9)
-            files.check_target(source, target, overwrite, in_place)  # what is there by now
+            put = files.over if overwrite or in_place else files.fresh
             copied = None if progress is None else partial(_copied, progress)
             if changed:
-                left = files.write_onnx(model, target, original, refer, copied, check, source, edited=not plain)
+                left = files.write_onnx(model, target, original, refer, copied, check, source, not plain, put)
                 if made.path == source and target.samefile(source):
                     report.notes += [f"the weights are copied under a name made from their content; {old} is not read "
                                      "by the model any more" for old in left]  # fmt: skip
             elif not (target.exists() and target.samefile(made.path)):
-                files.copy_onnx(model, made.path, target, refer, copied)
+                files.copy_onnx(model, made.path, target, refer, copied, put)
     done = time.perf_counter()
     made.tell(report)
     if made.notes:

@@ -101,8 +101,8 @@ class _Finder:
                 return
             before = self.by_add.get(start.producer) if start.producer is not None else None
             parts = self._parts(before.start, other) if before is not None else []
-            if before is not None and parts and not any(before.add in part.nodes for part in parts):
-                # x + f(x) + g(x), added one after the other
+            parts = [part for part in parts if before is None or before.add not in part.nodes]
+            if before is not None and parts:  # x + f(x) + g(x), added one after the other
                 self.by_add[add] = before
                 before.add = add
                 before.parts += parts

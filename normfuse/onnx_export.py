@@ -121,8 +121,7 @@ def export(module: Any, args: tuple[Any, ...] | None, path: str | Path, config: 
         if progress is not None:
             progress("saving", 0.9)
         planned = time.perf_counter()
-        files.check_target(None, target, overwrite, False)  # what is there by now
-        size = files.write_new(model, target)
+        size = files.write_new(model, target, files.over if overwrite else files.fresh)
         done = time.perf_counter()
     if not eps_note and any(refusal.code == "NF103" for refusal in report.refusals) and (lost := _lost_eps(program)):
         eps_note = [f"NF103: {DROPS}, here the eps of {lost}, so that a row of zeros gives NaN; with optimize=False it "

@@ -82,8 +82,7 @@ def reduce(src_path: str | Path, dst_path: str | Path, config: Config | None = N
     done = reduce_model(proto, config, progress)
     if done is None:
         return None
-    files.check_target(source, target, overwrite, in_place=None)  # what is there by now
-    files.write_bytes(done[0].SerializeToString(), target)
+    files.write_bytes(done[0].SerializeToString(), target, put=files.over if overwrite else files.fresh)
     return done[1]
 
 

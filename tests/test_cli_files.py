@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.abc
 import json
 import os
@@ -24,6 +25,7 @@ import pytest
 import torch
 
 import normfuse
+from normfuse import reduce
 from normfuse.cli import main
 from normfuse.cli_process import ending
 from normfuse.io import files
@@ -239,28 +241,70 @@ def test_what_others_may_not_read(lines: str, tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "out.onnx").stat().st_mode) == 0o640
 
 
-@pytest.mark.parametrize("door", ["onnx", "pt2", "export"])
-def test_a_file_that_appears_meanwhile(door: str, tmp_path: Path) -> None:
-    """Nothing is replaced that nobody allowed to be replaced, also if it was not there when the run began."""
-    target = tmp_path / ("out.pt2" if door == "pt2" else "out.onnx")
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("door", ["onnx", "with weights", "nothing to do", "pt2", "export", "reduce", "page"])
+def test_a_file_that_appears_meanwhile(door: str, links: bool, tmp_path: Path,
+                                       monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """Nothing is replaced that nobody allowed to be replaced, also if it was not there when the run began; on file
+    systems that give a file one name only as well."""
+    target = tmp_path / {"pt2": "out.pt2", "page": "out.html"}.get(door, "out.onnx")
+    source = tmp_path / ("in.pt2" if door == "pt2" else "in.onnx")
+    rms_file(source, "y = Relu(x)" if door == "nothing to do" else RMS)
+    if door == "with weights":
+        onnx.save(onnx.load(source), source, save_as_external_data=True, location="w.bin", size_threshold=64)
+    names = {p.name for p in tmp_path.iterdir()}
+    fsync = os.fsync
 
-    def progress(what: str, share: float) -> None:
-        if what == "saving":
+    def late(handle: int) -> None:  # of the output itself, which is named next
+        if not target.exists() and (door != "with weights" or list(tmp_path.glob("*.data"))):
             target.write_text("precious")
+        fsync(handle)
 
+    def no_links(*names: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "fsync", late)
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
     with pytest.raises(normfuse.InputError, match="exists already"):
-        if door == "onnx":
-            normfuse.rewrite(rms_file(tmp_path / "in.onnx"), target, progress=progress)
+        if door == "page":
+            normfuse.inspect(source).save_html(target)
+        elif door == "reduce":
+            monkeypatch.setattr(reduce, "reduce_model", lambda model, *rest: (model, None))
+            reduce.reduce(source, target)
+        elif door in ("onnx", "with weights", "nothing to do"):
+            normfuse.rewrite(source, target)
         elif door == "pt2":
-            normfuse.rewrite(program(tmp_path / "in.pt2"), target, progress=progress, trust=True)
+            normfuse.rewrite(program(source), target, trust=True)
         else:
-            normfuse.export(torch.nn.RMSNorm(8), (torch.ones(2, 8),), target, progress=progress)
+            normfuse.export(torch.nn.RMSNorm(8), (torch.ones(2, 8),), target)
     assert target.read_text() == "precious"
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted({target.name, *(["in." + door] * (door != "export"))})
+    assert {p.name for p in tmp_path.iterdir()} == {*names, target.name}
 
 
-@pytest.mark.parametrize("whole", [True, False])
-def test_weights_that_another_run_has_written_since(whole: bool, tmp_path: Path,
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("lines", [RMS, "y = Relu(x)"])
+def test_file_systems_that_give_a_file_one_name(links: bool, lines: str, tmp_path: Path,
+                                                monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """The result is the same, and nothing else is left."""
+    def no_links(*names: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    source = rms_file(tmp_path / "in.onnx", lines)
+    onnx.save(onnx.load(source), source, save_as_external_data=True, location="w.bin", size_threshold=64)
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    for overwrite in (False, True):
+        normfuse.rewrite(source, tmp_path / "out.onnx", overwrite=overwrite)
+        (data,) = tmp_path.glob("out-*.data")
+        assert {p.name for p in tmp_path.iterdir()} == {"in.onnx", "w.bin", "out.onnx", data.name}
+        assert all(p.stat().st_nlink == 1 for p in tmp_path.iterdir())
+        x = {"x": np.ones((2, 16), np.float32)}
+        assert (session(tmp_path / "out.onnx").run(None, x)[0] == session(source).run(None, x)[0]).all()
+
+
+@pytest.mark.parametrize("whole", [0, 1, 2, 3, 4, 5])
+def test_weights_that_another_run_has_written_since(whole: int, tmp_path: Path,
                                                     monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     """Their name is made from their content, so both runs have the same, and the one that fails takes its own away."""
     source, target = rms_file(tmp_path / "in.onnx"), tmp_path / "out.onnx"
@@ -270,14 +314,14 @@ def test_weights_that_another_run_has_written_since(whole: bool, tmp_path: Path,
     def other(*given: Any) -> bytes:  # between the weights and the model
         monkeypatch.setattr(files, "_serialised", serialised)
         assert len(list(tmp_path.glob("out-*.data"))) == 1
-        if whole:
-            normfuse.rewrite(source, target)
+        for _ in range(whole):  # the number of the first file of weights is given to another one
+            normfuse.rewrite(source, target, overwrite=True)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(files, "_serialised", other)
     with pytest.raises(KeyboardInterrupt):
         normfuse.rewrite(source, target)
-    assert target.exists() == whole and len(list(tmp_path.glob("out-*.data"))) == whole
+    assert target.exists() == bool(whole) and len(list(tmp_path.glob("out-*.data"))) == bool(whole)
     if whole:
         x = {"x": np.ones((2, 16), np.float32)}
         assert (session(target).run(None, x)[0] == session(source).run(None, x)[0]).all()

@@ -66,8 +66,10 @@ class OnnxModel:
 
     def __init__(self, model: ir.Model, config: Config, rewrite: bool, progress: Progress | None = None,
                  own: bool = True) -> None:  # fmt: skip
-        if not own and (model.functions or model.ir_version < FIRST_WITH_DEFAULTS):
+        if not own and (model.functions or model.ir_version < FIRST_WITH_DEFAULTS or _misstated(model)):
             model = model.clone()  # it is read in another form
+        for value, dtype in _misstated(model):
+            value.type = ir.TensorType(dtype)
         self.model, self.config, self.own = model, config, own
         self.progress = progress or (lambda what, share: None)
         self.opset = model.graph.opset_imports.get("", model.graph.opset_imports.get("ai.onnx", 0))
@@ -242,7 +244,7 @@ class OnnxModel:
                          "constants; python -m onnxruntime.tools.remove_initializer_from_input takes them off")
         calls = {node.op_identifier() for node in RecursiveGraphIterator(self.model.graph) if node.domain == DOMAIN}
         if lost := sorted(f"{DOMAIN}.{call[1]}" for call in calls - set(self.model.functions)):
-            found.append(f"the file calls {', '.join(lost)} and does not define it: it runs only where "
+            found.append(f"the file calls {', '.join(lost)} and does not define it: it runs at most where "
                          "normfuse.ort.register has loaded our operators, and its norms there are not read; some tools "
                          "drop functions, such as onnx.version_converter: run them before NormFuse")
         return found
@@ -431,6 +433,14 @@ class OnnxModel:
         params = [v.native.producer() for edit in one.edits() for v in edit.parameters()]
         # a view of a parameter may have been seen through
         discard([*reversed(gone), *(node for node in params if node is not None)], lowered)
+
+
+def _misstated(model: ir.Model) -> list[tuple[ir.Value, ir.DataType]]:
+    """The initializers of which a value_info states another type than they have, as a tool leaves it that changed them
+    (ONNX Runtime loads such files), and that type. One that is an input as well has the type of the input."""
+    found = [(v, v.const_value.dtype) for graph in model.graphs() for v in graph.initializers.values()
+             if v.const_value is not None and not v.is_graph_input()]  # fmt: skip
+    return [(value, dtype) for value, dtype in found if value.dtype not in (None, dtype)]
 
 
 def operators(model: ir.Model) -> dict[str, int]:

@@ -124,8 +124,6 @@ class Values:
 
     def _initializer(self, value: ir.Value) -> None:
         tensor = value.const_value
-        if tensor is not None and value.dtype != tensor.dtype:  # a value_info of before a tool gave it another type
-            value.type = ir.TensorType(tensor.dtype)
         number = None
         if tensor is not None and tensor.dtype != ir.DataType.STRING:
             size, integer = tensor.size, tensor.dtype.is_integer()

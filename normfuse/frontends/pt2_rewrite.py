@@ -18,7 +18,7 @@ from normfuse.errors import InputError, NormFuseError, UnsupportedError, first_l
 from normfuse.frontends import fx_model, pt2_run
 from normfuse.io import files
 from normfuse.io.pt2 import Archive
-from normfuse.io.write import write
+from normfuse.io.write import Put, write
 from normfuse.report import Report
 from normfuse.verify import demand_equal, roundings_for
 
@@ -55,12 +55,12 @@ def rewrite(source: Path, target: Path, config: Config, *, dry_run: bool, overwr
     planned = time.perf_counter()
     if not dry_run:
         tell("saving", 0.8)
-        files.check_target(source, target, overwrite, in_place)  # what is there by now
+        put = files.over if overwrite or in_place else files.fresh
         if changed:
-            _save(result, source, target)
+            _save(result, source, target, put)
         elif not (target.exists() and target.samefile(source)):
             with source.open("rb") as original:
-                _write(source, target, lambda f: shutil.copyfileobj(original, f, files.CHUNK))
+                _write(source, target, lambda f: shutil.copyfileobj(original, f, files.CHUNK), put)
     done = time.perf_counter()
     report.seconds |= {"load": loaded - started, "save": done - planned, "total": done - started}
     report.seconds = {k: round(v, 4) for k, v in report.seconds.items()}
@@ -82,16 +82,16 @@ def _check_options(source: Path, target: Path, config: Config, refer: bool) -> N
         raise InputError(f"{source}: a .pt2 holds its weights itself; leave --external-data out")
 
 
-def _save(program: torch.export.ExportedProgram, source: Path, target: Path) -> None:
+def _save(program: torch.export.ExportedProgram, source: Path, target: Path, put: Put) -> None:
     try:
-        _write(source, target, lambda f: torch.export.save(program, f))
+        _write(source, target, lambda f: torch.export.save(program, f), put)
     except NormFuseError:
         raise
     except Exception as why:
         raise UnsupportedError(f"{target}: torch.export.save does not save the result: {first_line(why)}") from why
 
 
-def _write(source: Path, target: Path, fill: Callable[[Any], object]) -> None:
+def _write(source: Path, target: Path, fill: Callable[[Any], object], put: Put) -> None:
     """Write a file whole or not at all."""
 
     def filled(handle: int) -> None:
@@ -100,7 +100,7 @@ def _write(source: Path, target: Path, fill: Callable[[Any], object]) -> None:
             if f.error is not None:
                 raise f.error
 
-    write(target, filled, like=source)
+    write(target, filled, like=source, put=put)
 
 
 class _Taking(io.FileIO):

@@ -133,4 +133,4 @@ def write(page: str, target: Path, models: Iterable[Path], overwrite: bool) -> N
     from normfuse.io import files
 
     check(target, models, overwrite)
-    files.write_bytes(page.encode("utf-8", "backslashreplace"), target)
+    files.write_bytes(page.encode("utf-8", "backslashreplace"), target, put=files.over if overwrite else files.fresh)

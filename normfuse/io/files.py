@@ -25,11 +25,11 @@ from normfuse.errors import InputError, UnsupportedError, first_line
 from normfuse.io.data import DataFile, DataFiles, External, secure
 from normfuse.io.message import check_message
 from normfuse.io.pt2 import foreign, is_zip
-from normfuse.io.write import check_target, copy, extents, through, write, write_bytes
+from normfuse.io.write import Put, among, check_target, copy, discard, extents, fresh, over, through, write, write_bytes
 
 __all__ = [
-    "Source", "check_target", "copy_onnx", "from_proto", "read_onnx", "read_proto", "through", "to_proto",
-    "write_bytes", "write_new", "write_onnx",
+    "Source", "check_target", "copy_onnx", "fresh", "from_proto", "over", "read_onnx", "read_proto", "through",
+    "to_proto", "write_bytes", "write_new", "write_onnx",
 ]  # fmt: skip
 
 PROTO_LIMIT = 2**31 - 1
@@ -41,7 +41,6 @@ ALIGNED: Any = {"alignment": 4096} if "alignment" in signature(_WRITE).parameter
 """onnx-ir aligns large tensors by itself before 1.1, and since then only when it is asked to."""
 ANNOTATIONS = "normfuse.annotations"
 Copied = Callable[[int, int], None]
-Made = dict[Path, os.stat_result]
 
 
 @dataclass(slots=True)
@@ -188,7 +187,7 @@ def _bytes(source: Path) -> bytes:
 
 def write_onnx(model: ir.Model, target: Path, source: Source | None = None, reference: bool = False,
                progress: Copied | None = None, check: Callable[[Path], object] | None = None,
-               like: Path | None = None, edited: bool = False) -> list[Path]:  # fmt: skip
+               like: Path | None = None, edited: bool = False, put: Put = over) -> list[Path]:  # fmt: skip
     """Save a model whole or not at all; give back the files of weights of which it has copies now.
 
     External data is copied next to it under a name made from its content.
@@ -199,7 +198,7 @@ def write_onnx(model: ir.Model, target: Path, source: Source | None = None, refe
     stays where it is, which has to be in the folder of `target` or below; otherwise `progress` is called with the bytes
     copied so far and all that there are. `check` is given the model under a temporary name in the same folder, where it
     finds its weights; what it raises undoes all. A new file has the permissions of the one it is `like`, or is a copy
-    of.
+    of; `put` gives the model its name.
     """
     tensors = list(external_tensors(model)) if source is None or source.external or edited else []
     files = {tensor: tensor.file() for tensor in tensors}
@@ -211,7 +210,7 @@ def write_onnx(model: ir.Model, target: Path, source: Source | None = None, refe
     beside = {v: t for v, t in loose if t.nbytes > SMALL and not isinstance(t, External)}
     beside = beside if sum(t.nbytes for t in beside.values()) > INLINE else {}
     total, before = sum(file.size for file in moved), 0
-    with _made() as made:
+    with _made() as weights:
         try:
             for file in moved:
                 if reference:
@@ -219,19 +218,19 @@ def write_onnx(model: ir.Model, target: Path, source: Source | None = None, refe
                     continue
                 advance = None if progress is None else partial(_more, progress, before, total)
                 parts = _parts(t for t, held in files.items() if held is file) if edited else []
-                moved[file] = _copy_data(file, target, advance, made, parts)
+                moved[file] = _copy_data(file, target, advance, weights, parts)
                 before += file.size
             for tensor, file in files.items():
                 tensor._location = moved[file]
             if beside:
-                _unload(beside, target, made)
+                _unload(beside, target, weights)
             proto = to_proto(model) if tensors or source is None or edited else _spliced(model, source)
         finally:
             for tensor, location in old:
                 tensor._location = location
             for value, held in beside.items():
                 value.const_value = held
-        write_bytes(_serialised(proto, target), target, check, like)
+        write_bytes(_serialised(proto, target), target, check, like, put)
     return [file.path for file, name in moved.items() if not reference and not file.path.samefile(target.parent / name)]
 
 
@@ -248,27 +247,27 @@ def external_tensors(model: ir.Model) -> Iterator[External]:
 
 
 def copy_onnx(model: ir.Model, source: Path, target: Path, reference: bool = False,
-              progress: Copied | None = None) -> None:  # fmt: skip
+              progress: Copied | None = None, put: Put = over) -> None:  # fmt: skip
     """Save a model that was not changed: the same bytes, unless external data has to get a new name."""
     if next(external_tensors(model), None) is None:
-        write_bytes(_bytes(source), target, like=source)
+        write_bytes(_bytes(source), target, like=source, put=put)
     else:
-        write_onnx(model, target, None, reference, progress, like=source)
+        write_onnx(model, target, None, reference, progress, like=source, put=put)
 
 
-def write_new(model: ir.Model, target: Path) -> int:
+def write_new(model: ir.Model, target: Path, put: Put = over) -> int:
     """Save a model that is in memory; its weights beside it where there are more than `INLINE` bytes of them.
 
     Gives back the bytes of all weights. The model's initializers become external tensors.
     """
     size = sum(tensor.nbytes for _, tensor in _weights(model))
     if size <= INLINE:
-        write_onnx(model, target)
+        write_onnx(model, target, put=put)
         return size
-    with _made() as made:
+    with _made() as beside:
         weights = {v: t for v, t in _weights(model) if t.nbytes > SMALL or isinstance(t, ir.ExternalTensor)}
-        _unload(weights, target, made)
-        write_bytes(_serialised(to_proto(model), target), target)
+        _unload(weights, target, beside)
+        write_bytes(_serialised(to_proto(model), target), target, put=put)
     return size
 
 
@@ -278,12 +277,12 @@ def _weights(model: ir.Model) -> list[tuple[ir.Value, ir.TensorProtocol]]:
     return [(v, t) for v in values if (t := v.const_value) is not None and t.dtype != ir.DataType.STRING]
 
 
-def _unload(weights: dict[ir.Value, ir.TensorProtocol], target: Path, made: Made) -> None:
+def _unload(weights: dict[ir.Value, ir.TensorProtocol], target: Path, beside: Put) -> None:
     """Write weights into a file beside a model, which they are in now; its name is made from its content."""
     try:
         with tempfile.TemporaryDirectory(prefix=".normfuse-", dir=target.parent) as folder:
             found = _WRITE(list(weights.values()), folder, "data", **ALIGNED)
-            name = _name_data(Path(folder) / "data", target, made)
+            name = _name_data(Path(folder) / "data", target, beside)
     except OSError as why:
         raise InputError(f"{target}: its weights cannot be written: {first_line(why)}") from None
     files = DataFiles(target)
@@ -303,17 +302,14 @@ def _parts(tensors: Iterable[External]) -> list[tuple[int, int]]:
 
 
 @contextlib.contextmanager
-def _made() -> Iterator[Made]:
-    """For the files that are new; they are gone again if it does not come to a model that reads them, but for those in
-    whose place another process has put its own: the same content has the same name."""
-    made: Made = {}
+def _made() -> Iterator[Put]:
+    """Gives files of weights their names; those that are new are gone again if it does not come to a model that reads
+    them."""
+    made: dict[Path, os.stat_result] = {}
     try:
-        yield made
+        yield among(made)
     except BaseException:
-        for path, held in made.items():
-            with contextlib.suppress(OSError):
-                if os.path.samestat(path.stat(), held):
-                    path.unlink()
+        discard(made)
         raise
 
 
@@ -356,29 +352,21 @@ def _named(target: Path, data: Path) -> str:
     return f"{stem}-{digest.hexdigest()}.data"
 
 
-def _name_data(data: Path, target: Path, made: Made) -> str:
+def _name_data(data: Path, target: Path, put: Put) -> str:
     """Give a data file that was written its name."""
     name = _named(target, data)
     with data.open("rb") as f:
         os.fsync(f.fileno())
-    if not (target.parent / name).exists():
-        made[target.parent / name] = data.stat()
-    os.replace(data, target.parent / name)
+    put(data, target.parent / name)
     return name
 
 
-def _copy_data(file: DataFile, target: Path, advance: Callable[[int], None] | None, made: Made,
+def _copy_data(file: DataFile, target: Path, advance: Callable[[int], None] | None, put: Put,
                parts: Sequence[tuple[int, int]]) -> str:  # fmt: skip
     """Copy a data file next to a model, by the file system; the name is that of the content that was written."""
-
-    def named(data: Path) -> str:
-        name = _named(target, data)
-        if not (target.parent / name).exists():
-            made[target.parent / name] = data.stat()
-        return name
-
     source = file.open()
     try:
-        return write(target, lambda handle: copy(source, handle, advance, parts), named, like=file.path).name
+        return write(target, lambda handle: copy(source, handle, advance, parts), partial(_named, target),
+                     like=file.path, put=put).name  # fmt: skip
     finally:
         os.close(source)

@@ -18,7 +18,64 @@ from normfuse.errors import InputError, first_line
 from normfuse.process import demand_going
 
 CHUNK = 2**26
+NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+"""What file systems say where a file cannot have two names."""
 Advance = Callable[[int], None]
+Put = Callable[[Path, Path], None]
+"""Gives a file that lies under a temporary name (first) its own."""
+
+
+def over(temporary: Path, target: Path) -> None:
+    """In place of what has the name."""
+    os.replace(temporary, target)
+
+
+def fresh(temporary: Path, target: Path) -> None:
+    """Raises `InputError` if anything has the name, also since a moment."""
+    if not _taken(temporary, target):
+        raise InputError(f"{target}: exists already, since a moment ago; choose another name, or replace it with "
+                         "--overwrite")  # fmt: skip
+
+
+def among(made: dict[Path, os.stat_result]) -> Put:
+    """A `Put` for files that may be there already, with the same content; it notes in `made` those that are new."""
+
+    def put(temporary: Path, target: Path) -> None:
+        again = target in made  # of two files of the same content
+        made[target] = temporary.stat()
+        if again or not _taken(temporary, target):
+            os.replace(temporary, target)
+            if not again:
+                del made[target]
+
+    return put
+
+
+def discard(made: dict[Path, os.stat_result]) -> None:
+    """Take files away again, but for those in whose place another process has put its own."""
+    for path, own in made.items():
+        with contextlib.suppress(OSError):  # the number of a file that is gone may be given to another one
+            now = path.stat()
+            if os.path.samestat(now, own) and now.st_mtime_ns == own.st_mtime_ns:
+                path.unlink()
+
+
+def _taken(temporary: Path, target: Path) -> bool:
+    """Whether a file got a name that nothing had."""
+    try:
+        os.link(temporary, target)
+    except FileExistsError:
+        return False
+    except OSError as why:
+        if why.errno not in NO_LINKS:
+            raise
+        if os.path.lexists(target):
+            return False
+        os.replace(temporary, target)
+    else:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+    return True
 
 
 def check_target(source: Path | None, target: Path, overwrite: bool, in_place: bool | None) -> None:
@@ -54,7 +111,7 @@ def through(source: Path, target: Path) -> Path:
 
 
 def write_bytes(data: bytes, target: Path, check: Callable[[Path], object] | None = None,
-                like: Path | None = None) -> None:  # fmt: skip
+                like: Path | None = None, put: Put = over) -> None:  # fmt: skip
     """Write a file whole or not at all; raises `InputError` where the system does not let it, and what `check` does."""
 
     def fill(handle: int) -> None:
@@ -62,12 +119,14 @@ def write_bytes(data: bytes, target: Path, check: Callable[[Path], object] | Non
         while view:
             view = view[os.write(handle, view[:CHUNK]) :]
 
-    write(target, fill, check=check, like=like)
+    write(target, fill, check=check, like=like, put=put)
 
 
 def write(target: Path, fill: Callable[[int], None], named: Callable[[Path], str] | None = None,
-          check: Callable[[Path], object] | None = None, like: Path | None = None) -> Path:  # fmt: skip
-    """Have `fill` write to an open file, and give it its name: that of `target`, or what `named` makes of the content.
+          check: Callable[[Path], object] | None = None, like: Path | None = None,
+          put: Put = over) -> Path:  # fmt: skip
+    """Have `fill` write to an open file, and `put` give it its name: that of `target`, or what `named` makes of the
+    content.
 
     `check` is called before, with the temporary name. The permissions are those of the file that is replaced, or of the
     file that it is `like`, of which the umask takes its share. Raises `InputError` where the system does not let it;
@@ -87,7 +146,7 @@ def write(target: Path, fill: Callable[[int], None], named: Callable[[Path], str
         demand_going()
         if named is not None:
             target = target.parent / named(Path(temporary))
-        os.replace(temporary, target)
+        put(Path(temporary), target)
     except BaseException as why:
         with contextlib.suppress(OSError):
             if temporary:

@@ -108,7 +108,8 @@ def prepared(name: str) -> Iterator[tuple[Case, Path, bytes | None, bytes | None
             os.chdir(here)
 
 
-CALLS = ("open", "write", "pwrite", "truncate", "fchmod", "fsync", "replace", "rename", "copy_file_range", "mkdir")
+CALLS = ("open", "write", "pwrite", "truncate", "fchmod", "fsync", "replace", "rename", "link", "copy_file_range",
+         "mkdir")
 FAULTS = (errno.ENOSPC, errno.EIO, errno.EACCES, errno.EROFS, errno.EDQUOT)
 
 
