@@ -201,10 +201,19 @@ class BesideTheStream(torch.nn.Module):
         return x
 
 
-def test_a_norm_that_is_added_to_what_it_is_of() -> None:
+class BesideABranch(BesideTheStream):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x + self.linears[0](x)
+        return y + (torch.relu(self.linears[1](x)) + self.norms[0](y))
+
+
+@pytest.mark.parametrize(("module", "formula"), [
+    (BesideTheStream, "x + linear(x)"), (BesideABranch, "x + feed-forward(x) + linear(x)"),
+])
+def test_a_norm_that_is_added_to_what_it_is_of(module: type[torch.nn.Module], formula: str) -> None:
     """It is no part of x + linear(x), nor is that added a second time."""
-    card = normfuse.inspect(torch.export.export(BesideTheStream(), (torch.ones(2, 16),))).card
-    assert card is not None and [formulas for _, formulas, _ in blocks(card)] == [["x + linear(x)"]]
+    card = normfuse.inspect(torch.export.export(module(), (torch.ones(2, 16),))).card
+    assert card is not None and [formulas for _, formulas, _ in blocks(card)] == [[formula]]
 
 
 @pytest.mark.parametrize("target", ["onnx", "normfuse", "ort-cpu"])
