@@ -11,6 +11,7 @@ import pytest
 
 import normfuse
 from normfuse.errors import InputError, UnsupportedError
+from normfuse.sessions import session
 from tests.cli_tools import saved
 from tests.onnx_texts import OLD, ROOT, SUM, ZERO, check, model, numbers
 
@@ -198,3 +199,16 @@ def test_elements_of_a_sequence_have_sizes_of_their_own(tmp_path: Path) -> None:
     made = model("seq(float[b, 16]) s", lines, zero=np.array(0), one=np.array(1))
     done = check(made, [{"s": [numbers(3, 16), numbers(3, 16)]}], tmp_path, 1, "normfuse")
     assert not any(node.op_type.startswith("add_rms_norm") for node in done.graph.node)
+
+
+@pytest.mark.parametrize("stated", ["seq(float[N,16])", "seq(float[A,B])"])
+def test_a_sequence_that_is_an_output(stated: str, tmp_path: Path) -> None:
+    """What is taken from it has the sizes of what was put into it, whatever the output states."""
+    lines = "d = Neg(x) s = SequenceConstruct(x, d) h = SequenceAt(s, one) " + ROOT.format("h") + "y = Div(h, r)"
+    made = model("float[N,16] x", lines, f"float[A,B] y, {stated} s", one=np.array(1))
+    onnx.save(made, tmp_path / "in.onnx")
+    report = normfuse.rewrite(tmp_path / "in.onnx", tmp_path / "out.onnx")
+    assert [(n.action, n.size) for n in report.norms] == [("fused", 16)]
+    x = {"x": numbers(3, 16)}
+    before, after = (session(tmp_path / name).run(None, x) for name in ("in.onnx", "out.onnx"))
+    np.testing.assert_allclose(after[0], before[0], rtol=1e-5)

@@ -64,8 +64,6 @@ class Values:
             d for v in source.inputs for d in shape_of(v.shape) or () if isinstance(d, str)}  # fmt: skip
         self.folded: list[ir.Node] = []
         for value in source.inputs:
-            if isinstance(value.type, (ir.SequenceType, ir.OptionalType)):
-                self.others[value.name or ""] = ir.to_proto(value).type
             self._leaf(value, fixed=False)
         for value in source.initializers.values():
             if value in self.values:
@@ -86,6 +84,9 @@ class Values:
         for the size of a row, which weights settle. A size of which nothing is known gets a symbol too: what is made of
         a value by additions and norms has its size, whatever that is.
         """
+        if isinstance(value.type, (ir.SequenceType, ir.OptionalType)):
+            self._alone(value)
+            self.others.setdefault(value.name or "", ir.to_proto(value).type)
         stated, kind = shape_of(value.shape), None if value.dtype is None else DTYPE_NAMES[value.dtype]
         if shape is None and (stated is None or (self.open and 1 in stated)):
             shape, own = self._alone(value)

@@ -18,8 +18,6 @@ from normfuse.errors import InputError, first_line
 from normfuse.process import demand_going
 
 CHUNK = 2**26
-NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
-"""What file systems say where a file cannot have two names."""
 Advance = Callable[[int], None]
 Put = Callable[[Path, Path], None]
 """Gives a file that lies under a temporary name (first) its own."""
@@ -66,9 +64,7 @@ def _taken(temporary: Path, target: Path) -> bool:
         os.link(temporary, target)
     except FileExistsError:
         return False
-    except OSError as why:
-        if why.errno not in NO_LINKS:
-            raise
+    except OSError:  # not all file systems give a file two names
         if os.path.lexists(target):
             return False
         os.replace(temporary, target)
