@@ -204,7 +204,8 @@ class BesideTheStream(torch.nn.Module):
 class BesideABranch(BesideTheStream):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = x + self.linears[0](x)
-        return y + (torch.relu(self.linears[1](x)) + self.norms[0](y))
+        beside: torch.Tensor = torch.relu(self.linears[1](x)) + self.norms[0](y)
+        return y + beside
 
 
 @pytest.mark.parametrize(("module", "formula"), [
