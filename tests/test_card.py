@@ -203,7 +203,7 @@ class BesideTheStream(torch.nn.Module):
 
 class BesideABranch(BesideTheStream):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = x + self.linears[0](x)
+        y: torch.Tensor = x + self.linears[0](x)
         beside: torch.Tensor = torch.relu(self.linears[1](x)) + self.norms[0](y)
         return y + beside
 
