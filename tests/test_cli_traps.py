@@ -105,7 +105,7 @@ def test_damaged_inputs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("args", "said"), [
-    (("bench", "in.onnx", "--threads", str(2**31)), "--threads 2147483648: give 1 or more"),
+    (("bench", "in.onnx", "--threads", str(2**31)), "--threads 2147483648: give 1 to"),
     (("verify", "in.onnx", "in.onnx", "--seed", "-1"), "--seed -1: give a number from 0"),
     (("verify", "in.onnx", "gone.pt2"), "gone.pt2"),
     (("rewrite", "in.onnx", "o.onnx", "--tolerance", "0"), "--tolerance 0.0 is no positive, finite number"),

@@ -61,7 +61,7 @@ NOTHING: Any = None
     (lambda p: bench.bench([], bench.How()), "give a list of one model, or of two"),
     (lambda p: bench.bench(str(p), bench.How()), "give a list of one model, or of two"),
     (lambda p: bench.How(rounds=0), "rounds=0: it takes 3 rounds"),
-    (lambda p: bench.How(threads=-1), "threads=-1: give 1 or more"),
+    (lambda p: bench.How(threads=-1), "threads=-1: give 1 to"),
 ])  # fmt: skip
 def test_arguments_of_another_kind(call: Any, said: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=f"^{said}"):
