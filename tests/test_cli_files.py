@@ -82,7 +82,7 @@ def test_a_link_is_written_through(tmp_path: Path) -> None:
 def test_a_link_to_a_model_with_weights_beside_it(tmp_path: Path) -> None:
     (tmp_path / "blobs").mkdir()
     source = rms_file(tmp_path / "blobs" / "m.onnx")
-    onnx.save(onnx.load(source), source, save_as_external_data=True, location="w.bin", size_threshold=64)
+    onnx.save(onnx.load(source), source, save_as_external_data=True, location="w.bin", size_threshold=0)
     for name, to in (("link.onnx", "blobs/m.onnx"), ("w.bin", "blobs/w.bin"), ("blobs/near.onnx", "m.onnx")):
         (tmp_path / name).symlink_to(to)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -241,6 +241,11 @@ def test_what_others_may_not_read(lines: str, tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "out.onnx").stat().st_mode) == 0o640
 
 
+def no_links(*names: object) -> None:
+    """`os.link` on a file system that gives a file one name only."""
+    raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+
 @pytest.mark.parametrize("links", [True, False])
 @pytest.mark.parametrize("door", ["onnx", "with weights", "nothing to do", "pt2", "export", "reduce", "page"])
 def test_a_file_that_appears_meanwhile(door: str, links: bool, tmp_path: Path,
@@ -259,9 +264,6 @@ def test_a_file_that_appears_meanwhile(door: str, links: bool, tmp_path: Path,
         if not target.exists() and (door != "with weights" or list(tmp_path.glob("*.data"))):
             target.write_text("precious")
         fsync(handle)
-
-    def no_links(*names: object) -> None:
-        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 
     monkeypatch.setattr(os, "fsync", late)
     if not links:
@@ -287,9 +289,6 @@ def test_a_file_that_appears_meanwhile(door: str, links: bool, tmp_path: Path,
 def test_file_systems_that_give_a_file_one_name(links: bool, lines: str, tmp_path: Path,
                                                 monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     """The result is the same, and nothing else is left."""
-    def no_links(*names: object) -> None:
-        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
-
     source = rms_file(tmp_path / "in.onnx", lines)
     onnx.save(onnx.load(source), source, save_as_external_data=True, location="w.bin", size_threshold=64)
     if not links:
