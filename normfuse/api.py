@@ -314,7 +314,8 @@ def _rewrite_ir(model: ir.Model, config: Config, progress: Progress | None, cali
 
             if progress is not None:
                 progress("calibrating", 0.1)
-            again = onnx_model.OnnxModel(model, replace(config, target="onnx"), rewrite=False)
+            alone = config if config.target == "standard" else replace(config, target="onnx")  # without neighbours
+            again = onnx_model.OnnxModel(model, alone, rewrite=False)
             records = [r for r in records if r.verdict != "kept"]
             more, approximation = approximate_model(again, config, calibration, records)
             records += more

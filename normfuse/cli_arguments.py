@@ -114,7 +114,8 @@ def _config_arguments(parser: argparse.ArgumentParser, modes: Sequence[str]) -> 
     add("--untie", action="store_true", help="copy a weight to be edited that something else reads too")
     add("--force", action="store_true", help="convert LayerNorms also where nothing is gained on the target")
     add("--fold-scale", action="store_true", help="multiply the weight of each RMSNorm into the layers behind it")
-    add("--target", choices=get_args(Target), default=default.target, help="where the result will run (onnx: anywhere)")
+    add("--target", choices=get_args(Target), default=default.target,
+        help="where the result will run (onnx; standard: where no functions are taken)")  # fmt: skip
     add("--ort-version", default=default.ort_version, metavar="X.Y",
         help="the ONNX Runtime of targets ort-cpu and ort-cuda (the one installed)")  # fmt: skip
     add("--numerics", choices=get_args(Numerics), default=default.numerics,

@@ -12,8 +12,10 @@ from normfuse.errors import InputError
 
 LayerNormToRMSNorm = Literal["off", "exact", "approximate"]
 Numerics = Literal["exact", "fast"]
-Target = Literal["onnx", "ort-cpu", "ort-cuda", "normfuse"]
+Target = Literal["onnx", "standard", "ort-cpu", "ort-cuda", "normfuse"]
 Verify = Literal["sites", "model", "off"]
+OF_TORCH = ("onnx", "normfuse")
+"""The targets of a model that torch runs."""
 OPTIMISERS = ("onnxscript", "onnxsim")
 FASTEST = "fastest"
 
@@ -43,10 +45,11 @@ class Config:
       the norm); beyond it nothing is done, and it is an error.
     - `numerics`: "exact" keeps every rounding of the model; "fast" may compute a norm in float32 where the model
       computes it in a narrower or mixed type.
-    - `target`: where the result will run; "onnx" is standard operators and model-local functions, for any runtime;
-      "ort-cpu" and "ort-cuda" are ONNX Runtime with that provider, whose forms come from a measured table
-      (`normfuse.targets`); "normfuse" also takes the additions beside a norm and pairs of norms into one operator of
-      the family of `normfuse.ops`: in an ONNX model a model-local function, which any runtime still runs.
+    - `target`: where the result will run; "onnx" is standard operators and model-local functions; "standard" is
+      standard operators alone, for runtimes that take no functions (OpenVINO, TVM, tract); "ort-cpu" and "ort-cuda"
+      are ONNX Runtime with that provider, whose forms come from a measured table (`normfuse.targets`); "normfuse"
+      also takes the additions beside a norm and pairs of norms into one operator of the family of `normfuse.ops`: in
+      an ONNX model a model-local function, which any runtime that takes functions still runs.
     - `ort_version`: the ONNX Runtime of targets "ort-cpu" and "ort-cuda", such as "1.31"; "" for the one installed.
     - `first`: optimisers of others that have the model before NormFuse, with commas: "onnxsim" folds constants and
       scales, "onnxscript" (its `optimize_for_ort`) fuses attention and more into operators of ONNX Runtime's CPU
@@ -117,7 +120,7 @@ class Config:
 
     def takes(self, optimiser: str) -> bool:
         """Whether the target can have what an optimiser writes."""
-        return optimiser != "onnxscript" or self.target != "onnx"
+        return optimiser != "onnxscript" or self.target not in ("onnx", "standard")
 
     @property
     def runs(self) -> bool:
@@ -161,6 +164,6 @@ def demand_use(config: Config, calibration: Any) -> None:
 
 def demand_torch(config: Config) -> None:
     """Raise `InputError` for a runtime that does not run what torch does."""
-    if config.target in ("ort-cpu", "ort-cuda"):
+    if config.target not in OF_TORCH:
         raise InputError(f"target={config.target!r} is for ONNX models, and torch runs this one; leave it out, or make "
                          "an ONNX model by normfuse.export")  # fmt: skip

@@ -368,7 +368,7 @@ def test_statistics_in_float16_have_no_standard_operator(tmp_path: Path) -> None
     targets: list[Any] = [*TARGETS]
     for target in targets:
         done, report = normfuse.optimize(made, normfuse.Config(target=target))
-        assert [n.action for n in report.norms] == ["fused"]
+        assert [n.action for n in report.norms] == ["kept" if target == "standard" else "fused"]
         stock = any(node.op_type == "LayerNormalization" for node in done.graph.node)
         assert stock == (target == "ort-cpu")
         if not stock:

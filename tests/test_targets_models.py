@@ -39,7 +39,7 @@ def placed(name: str, kind: str) -> Counter[str]:
     return Counter({op: n * LAYERS for op, n in layers.items()}) + MORE.get(name, Counter())
 
 
-@pytest.mark.parametrize(("target", "version"), [*CHOICES, ("normfuse", "")])
+@pytest.mark.parametrize(("target", "version"), [*CHOICES, ("standard", ""), ("normfuse", "")])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_family(name: str, target: str, version: str, tmp_path: Path) -> None:
     family, source, out = FAMILIES[name], cached_export(name, 18), tmp_path / "out.onnx"
@@ -66,6 +66,10 @@ def test_family(name: str, target: str, version: str, tmp_path: Path) -> None:
         assert all(n.action in ("fused", "kept") or n.kind == "layer_norm" for n in report.norms)
     else:
         assert all(n.action in ("fused", "kept") for n in report.norms)
+    if target == "standard":
+        assert {(n.domain, n.op_type) for n in onnx.load(out).graph.node if n.domain or n.op_type in made} <= {
+            ("", "LayerNormalization")}  # fmt: skip
+        assert not onnx.load(out).functions
     want = placed(name, report.norms[-1].kind)
     beside = want["add_rms_norm"] + want["norm_add_norm"]
     if target == "ort-cuda" or version == "1.29":
@@ -74,7 +78,7 @@ def test_family(name: str, target: str, version: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "target", "version"), share(
     ((name, *choice) for name in ("llama", "gemma3", "olmo2", "gpt2")
-     for choice in (*CHOICES, ("onnx", ""), ("normfuse", ""))), 2),
+     for choice in (*CHOICES, ("onnx", ""), ("standard", ""), ("normfuse", ""))), 2),
 )  # fmt: skip
 def test_half_precision_is_no_further_from_float64(name: str, target: str, version: str, tmp_path: Path) -> None:
     family, out = FAMILIES[name], tmp_path / "out.onnx"
@@ -104,7 +108,8 @@ def loaded(path: Path) -> tuple[Any, Counter[str]]:
 
 
 @pytest.mark.parametrize(("name", "target"), [
-    *share(((name, "onnx") for name in FAMILIES), 2), *share(((name, "normfuse") for name in FAMILIES), 2, 1),
+    *share(((name, "onnx") for name in FAMILIES), 2), *share(((name, "standard") for name in FAMILIES), 4),
+    *share(((name, "normfuse") for name in FAMILIES), 2, 1),
 ])  # fmt: skip
 def test_it_runs_without_our_library(name: str, target: str, tmp_path: Path) -> None:
     """In ONNX's reference evaluator, and in ONNX Runtime, where all that is more in it are norms; results are equal."""
@@ -127,7 +132,7 @@ def test_it_runs_without_our_library(name: str, target: str, tmp_path: Path) -> 
         assert np.abs(found - want).max() <= 1e-5 * np.abs(want).max()
 
 
-@pytest.mark.parametrize(("target", "version"), [("onnx", ""), *CHOICES, ("normfuse", "")])
+@pytest.mark.parametrize(("target", "version"), [("onnx", ""), ("standard", ""), *CHOICES, ("normfuse", "")])
 def test_the_recogniser_of_pp_ocr(target: str, version: str, tmp_path: Path) -> None:
     """A pretrained model, exported by Paddle, its LayerNorms spelled out."""
     found = importlib.util.find_spec("rapidocr_onnxruntime")
@@ -137,7 +142,8 @@ def test_the_recogniser_of_pp_ocr(target: str, version: str, tmp_path: Path) -> 
     config = normfuse.Config(target=target, ort_version=version)  # type: ignore[arg-type]
     report = normfuse.rewrite(source, out, config)
     assert len(report.norms) == 5 and not report.refusals
-    assert {n.action for n in report.norms} == ({"left"} if version == "1.29" else {"fused"})
+    action = "left" if version == "1.29" else "kept" if target == "standard" else "fused"  # it spells them as we do
+    assert {n.action for n in report.norms} == {action}
     onnx.checker.check_model(out, full_check=True)
     if target == "normfuse":
         assert operators(onnx.load(out))["bias_add_layer_norm"] == 4

@@ -104,7 +104,7 @@ class _Editor:
 
     def __init__(self, one: OnnxModel) -> None:
         self.one, self.low = one, one.lowerings[0]
-        self.emitter = Emitter(one.opset, fold=False)
+        self.emitter = Emitter(one.opset, fold=False, inline=one.emitter.inline)
         self.layers: dict[Site, Layer] = {}
         self.biases: dict[Site, ir.Value] = {}
         self.emitted: dict[Site, str] = {}

@@ -43,8 +43,8 @@ FLOAT_TYPES = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, DOU
 class Checker:
     """Checks edits of one model; remembers what it has checked by the text of region and replacement."""
 
-    def __init__(self, opset: int, numerics: str = "exact") -> None:
-        self.opset, self.exact = opset, numerics == "exact"
+    def __init__(self, opset: int, numerics: str = "exact", inline: bool = False) -> None:
+        self.opset, self.exact, self.inline = opset, numerics == "exact", inline
         self.done: dict[bytes, Check] = {}
 
     def check(self, low: Lowering, edit: Edit) -> Check:
@@ -58,7 +58,7 @@ class Checker:
             return Check(False, message="the region depends on values that cannot be reproduced alone")
         boundary = found.boundary
         old = _proto(low, edit, found, self.opset)
-        emitter = Emitter(self.opset, spelled=True)
+        emitter = Emitter(self.opset, spelled=True, inline=self.inline)
         copies = {v: ir.Value(name=v.native.name) for v in boundary if v.native is not None}
         if isinstance(edit, Fused) and edit.view is not None:
             target = edit.view.native.producer().inputs[1]

@@ -112,7 +112,7 @@ class _Means:
         self.one, self.low, self.config = one, low, config
         self.known: dict[Value, bool] = {}
         self.locks: dict[Value, str | None] = {}
-        self.emitter, self.table = Emitter(one.opset, fold=False), Table(config)
+        self.emitter, self.table = Emitter(one.opset, fold=False, inline=one.emitter.inline), Table(config)
         self.used = one.names()
 
     def means(self) -> Means:

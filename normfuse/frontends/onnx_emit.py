@@ -20,7 +20,7 @@ import onnx_ir as ir
 
 from normfuse.errors import UnsupportedError
 from normfuse.frontends.onnx_infer import DTYPES
-from normfuse.frontends.onnx_functions import function_for, function_name
+from normfuse.frontends.onnx_functions import Constant, function_for, operators_for
 from normfuse.frontends.onnx_region import rest_of
 from normfuse.graph import Node, Shape, Value
 from normfuse.norm import Expr, Norm, reads_x
@@ -36,8 +36,9 @@ Rows = Callable[[Expr, str, str], ir.Value]
 class Emitter:
     """Makes the ONNX nodes of norms for one model; functions and initializers they need collect here."""
 
-    def __init__(self, opset: int, spelled: bool = False, fold: bool = True) -> None:
+    def __init__(self, opset: int, spelled: bool = False, fold: bool = True, inline: bool = False) -> None:
         self.opset = opset
+        self.inline = inline  # write the operators of a function in its place
         self.fold = fold  # make a computed weight a constant
         self.spelled = spelled  # write every norm as a function, whose body any evaluator can run in any type
         self.functions: dict[ir.OperatorIdentifier, ir.Function] = {}
@@ -92,7 +93,13 @@ class Emitter:
         """The operators that a norm becomes, but for the making of its weight."""
         inner, wide = inside(norm)
         names = ["Cast"] if not reads_x(norm) and norm.x.dtype != norm.compute else []
-        names.append(NATIVE[norm.kind][0] if self.native(norm) else f"function {DOMAIN}.{norm.kind}")
+        if self.inline and not self.native(norm):
+            scale, bias = (None if e is None or wide else ir.Value() for e in (norm.weight, norm.bias))
+            bias = None if norm.kind == "rms_norm" else bias
+            made = self._operators(norm, ir.Value(), scale, bias, lambda *_: ir.Value())
+            names += [node.op_type for node in made]
+        else:
+            names.append(NATIVE[norm.kind][0] if self.native(norm) else f"function {DOMAIN}.{norm.kind}")
         if norm.kind == "rms_norm" and norm.bias is not None and not wide:
             names.append("Add")
         names += ["Cast"] * len(_casts(norm, inner))
@@ -132,18 +139,20 @@ class Emitter:
             attrs = [ir.AttrInt64("axis", -len(norm.axes)), *attrs]
             if stash != "float32":
                 attrs.append(ir.AttrInt64("stash_type", DTYPES[stash].value))
-            core = ir.Node("", NATIVE[norm.kind][0], inputs, attrs, num_outputs=3 if statistics else 1, name=name)
+            outputs = 3 if statistics else 1
+            nodes.append(ir.Node("", NATIVE[norm.kind][0], inputs, attrs, num_outputs=outputs, name=name))
+        elif self.inline:
+            made = self._operators(norm, x, weight, None if rms_bias else bias, self.constant)
+            for node in made:
+                node.name = f"{name}/{node.op_type.lower()}"
+            nodes += made
         else:
-            rank = len(norm.x.shape or ())
             key = (norm.kind, weight is not None, bias is not None and not rms_bias, inner, stash, self.opset)
-            last = norm.axes == (rank - 1,) and rank > 1  # ORT's fusion takes no other, and breaks those of rank 1
-            unseen = (self.unseen and norm.kind == "layer_norm") or not last
-            function = function_for(*key, norm.eps, unseen)
+            function = function_for(*key, norm.eps, self._unseen(norm))
             self.functions[function.identifier()] = function
-            attrs = [ir.AttrInt64s("axes", [a - rank for a in norm.axes]), *attrs]
-            core = ir.Node(DOMAIN, function_name(*key, norm.eps, unseen), inputs, attrs, name=name)
-        nodes.append(core)
-        y = core.outputs[0]
+            attrs = [ir.AttrInt64s("axes", _from_the_end(norm)), *attrs]
+            nodes.append(ir.Node(DOMAIN, function.name, inputs, attrs, name=name))
+        y = nodes[-1].outputs[0]
         if rms_bias and bias is not None:
             nodes.append(ir.Node("", "Add", [y, bias], name=f"{name}/add"))
             y = nodes[-1].outputs[0]
@@ -154,6 +163,17 @@ class Emitter:
                 operand = rows(expr, norm.dtype, op.lower())
                 y = self._node(nodes, op, [y, operand], name)
         return nodes
+
+    def _unseen(self, norm: Norm) -> bool:
+        """Whether ONNX Runtime is not to make one operator of a norm: its own takes the last axis of several."""
+        last = norm.axes == (len(norm.x.shape or ()) - 1,) and norm.axes != (0,)
+        return (self.unseen and norm.kind == "layer_norm") or not last
+
+    def _operators(self, norm: Norm, x: ir.Value, scale: ir.Value | None, bias: ir.Value | None,
+                   constant: Constant) -> list[ir.Node]:  # fmt: skip
+        """What the function of a norm is made of."""
+        return operators_for(norm.kind, x, scale, bias, inside(norm)[0], norm.compute or "", self.opset, norm.eps,
+                             self._unseen(norm), _from_the_end(norm), constant)  # fmt: skip
 
     def call(self, function: ir.Function, inputs: list[ir.Value], name: str) -> list[ir.Node]:
         """A node that calls a function made of the model's own nodes."""
@@ -252,6 +272,11 @@ def inside(norm: Norm) -> tuple[str, bool]:
 def _casts(norm: Norm, inner: str) -> list[str]:
     """The types that the result of the operator is cast to, in order."""
     return [b for a, b in pairwise((inner, norm.narrow or inner, norm.dtype)) if a != b]
+
+
+def _from_the_end(norm: Norm) -> list[int]:
+    """The axes of a norm, from the end."""
+    return [axis - len(norm.x.shape or ()) for axis in norm.axes]
 
 
 def plain(expr: Expr) -> bool:

@@ -10,19 +10,22 @@ form is the one that runtimes know how to fuse themselves.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from normfuse.facts import number
+from normfuse import facts
 
 DTYPES = {
     "float16": ir.DataType.FLOAT16,
     "bfloat16": ir.DataType.BFLOAT16,
     "float32": ir.DataType.FLOAT,
     "float64": ir.DataType.DOUBLE,
+    "int64": ir.DataType.INT64,
 }
+Constant = Callable[["np.ndarray[Any, Any]", str, str], ir.Value]
 SHORT = {"float16": "f16", "bfloat16": "bf16", "float32": "f32", "float64": "f64"}
 
 
@@ -35,7 +38,7 @@ def function_name(kind: str, weighted: bool, biased: bool, inner: str, stash: st
     if inner != "float32" or stash != "float32":
         parts += [SHORT[inner]] if inner == stash else [SHORT[inner], "in", SHORT[stash]]
     if opset < 12:
-        parts.append("eps" + number(eps).replace("-", "m").replace(".", "p"))
+        parts.append("eps" + facts.number(eps).replace("-", "m").replace(".", "p"))
     return "_".join(parts)
 
 
@@ -46,23 +49,48 @@ def function_for(kind: str, weighted: bool, biased: bool, inner: str, stash: str
     `unseen`: ONNX Runtime is not to make one operator of it.
     """
     x = ir.Value(name="x")
-    inputs = [x] + [ir.Value(name=n) for n, on in (("scale", weighted), ("bias", biased)) if on]
+    scale, bias = (ir.Value(name=n) if on else None for n, on in (("scale", weighted), ("bias", biased)))
+    nodes = operators_for(kind, x, scale, bias, inner, stash, opset, eps, unseen)
+    result = nodes[-1].outputs[0]
+    result.name = "y"
+    inputs = [v for v in (x, scale, bias) if v is not None]
+    graph = ir.Graph(inputs, [result], nodes=nodes, opset_imports={"": opset}, name="")
+    kinds = {"axes": ir.AttributeType.INTS, "epsilon": ir.AttributeType.FLOAT}
+    attributes: list[Any] = [ir.Attr(attr, kind, None) for attr, kind in kinds.items()]
+    name = function_name(kind, weighted, biased, inner, stash, opset, eps, unseen)
+    function = ir.Function("normfuse", name, graph=graph, attributes=attributes)
+    function.doc_string = _FORMULA[kind]
+    return function
+
+
+def operators_for(kind: str, x: ir.Value, scale: ir.Value | None, bias: ir.Value | None, inner: str, stash: str,
+                  opset: int, eps: float, unseen: bool = False, axes: Sequence[int] | None = None,
+                  constant: Constant | None = None) -> list[ir.Node]:  # fmt: skip
+    """The nodes of a norm of x, the last of which gives it; without `axes`, these and eps are attributes of a call.
+
+    `constant` gives the value of an array in a type, under a name; without it there are nodes for them.
+    """
     nodes: list[ir.Node] = []
 
     def op(name: str, args: list[ir.Value], out: str, *attrs: ir.Attr) -> ir.Value:
         nodes.append(ir.Node("", name, args, attrs, name=f"n{len(nodes)}"))
-        nodes[-1].outputs[0].name = out
+        nodes[-1].outputs[0].name = out if axes is None else None  # in a graph they could be those of others
         return nodes[-1].outputs[0]
 
-    def constant(c: float, out: str) -> ir.Value:
-        array = np.array(c).astype(DTYPES[stash].numpy())
-        return op("Constant", [], out, ir.AttrTensor("value", ir.Tensor(array, dtype=DTYPES[stash], name=out)))
+    def number(c: float | Sequence[int], dtype: str, out: str) -> ir.Value:
+        if constant is not None:
+            return constant(np.array(c), dtype, out)
+        array = np.array(c).astype(DTYPES[dtype].numpy())
+        return op("Constant", [], out, ir.AttrTensor("value", ir.Tensor(array, dtype=DTYPES[dtype], name=out)))
 
     def mean(v: ir.Value, out: str) -> ir.Value:
         if opset < 18:
-            return op("ReduceMean", [v], out, ir.RefAttr("axes", "axes", ir.AttributeType.INTS))
-        axes = op("Constant", [], f"{out}_axes", ir.RefAttr("value_ints", "axes", ir.AttributeType.INTS))
-        return op("ReduceMean", [v, axes], out)
+            given = ir.RefAttr("axes", "axes", ir.AttributeType.INTS) if axes is None else ir.AttrInt64s("axes", axes)
+            return op("ReduceMean", [v], out, given)
+        if axes is not None:
+            return op("ReduceMean", [v, number(axes, "int64", "axes")], out)
+        given = ir.RefAttr("value_ints", "axes", ir.AttributeType.INTS)
+        return op("ReduceMean", [v, op("Constant", [], f"{out}_axes", given)], out)
 
     def cast(v: ir.Value, dtype: str, out: str) -> ir.Value:
         return op("Cast", [v], out, ir.AttrInt64("to", DTYPES[dtype].value))
@@ -73,11 +101,13 @@ def function_for(kind: str, weighted: bool, biased: bool, inner: str, stash: str
     # ONNX Runtime 1.31 takes Pow for the start of its own fusion, any Mul behind the body for the scale, even one that
     # is wider than x, and 1e-5 for an eps that is not a float32: in these cases it must not see the pattern. Nor behind
     # a Cast from float64, which it takes into a LayerNormalization of mixed types that it has no kernel for.
-    seen = weighted and stash == "float32" and not unseen
-    squared = op("Pow", [value, constant(2.0, "two")], "squared") if seen else op("Mul", [value, value], "squared")
+    if scale is not None and stash == "float32" and not unseen:
+        squared = op("Pow", [value, number(2.0, stash, "two")], "squared")
+    else:
+        squared = op("Mul", [value, value], "squared")
     statistic = mean(squared, "variance" if kind == "layer_norm" else "mean_square")
-    if opset < 12:
-        small = constant(eps, "eps")
+    if opset < 12 or axes is not None:
+        small = number(eps, stash, "eps")
     else:
         small = op("Constant", [], "eps", ir.RefAttr("value_float", "epsilon", ir.AttributeType.FLOAT))
         small = small if stash == "float32" else cast(small, stash, "eps_cast")
@@ -85,18 +115,11 @@ def function_for(kind: str, weighted: bool, biased: bool, inner: str, stash: str
     value = op("Div", [value, root], "normalized")
     if inner != stash:
         value = cast(value, inner, "rounded")
-    if weighted:
-        value = op("Mul", [value, inputs[1]], "scaled")
-    if biased:
-        value = op("Add", [value, inputs[-1]], "shifted")
-    value.name = "y"
-    graph = ir.Graph(inputs, [value], nodes=nodes, opset_imports={"": opset}, name="")
-    kinds = {"axes": ir.AttributeType.INTS, "epsilon": ir.AttributeType.FLOAT}
-    attributes: list[Any] = [ir.Attr(attr, kind, None) for attr, kind in kinds.items()]
-    name = function_name(kind, weighted, biased, inner, stash, opset, eps, unseen)
-    function = ir.Function("normfuse", name, graph=graph, attributes=attributes)
-    function.doc_string = _FORMULA[kind]
-    return function
+    if scale is not None:
+        value = op("Mul", [value, scale], "scaled")
+    if bias is not None:
+        value = op("Add", [value, bias], "shifted")
+    return nodes
 
 
 Body = tuple[list[ir.Value], list[ir.Node], list[ir.Value]]
@@ -127,14 +150,9 @@ def function_body(function: ir.Function, call: ir.Node) -> Body | None:
 
 def spelled(kind: str, values: list[ir.Value], axes: list[int], eps: float, opset: int) -> list[ir.Node]:
     """The nodes of a float32 norm of the first value, with those behind it as scale and bias; the last one gives it."""
-    function = function_for(kind, len(values) > 1, len(values) > 2, "float32", "float32", opset, eps)
-    attributes = [ir.AttrInt64s("axes", axes), ir.AttrFloat32("epsilon", eps)]
-    # without inputs, of which it would be a reader
-    body = function_body(function, ir.Node(function.domain, function.name, [], attributes))
-    assert body is not None
-    for formal, actual in zip(body[0], values, strict=True):
-        formal.replace_all_uses_with(actual)
-    return body[1]
+    x, scale, bias = [*values, None, None][:3]
+    assert x is not None
+    return operators_for(kind, x, scale, bias, "float32", "float32", opset, eps, axes=axes)
 
 
 _FORMULA = {

@@ -9,7 +9,13 @@ from dataclasses import replace
 
 import onnx
 import onnx_ir as ir
-from onnx_ir.passes.common import InlinePass, RemoveInitializersFromInputsPass, RemoveUnusedFunctionsPass
+from onnx_ir.passes.common import (
+    InlinePass,
+    LiftConstantsToInitializersPass,
+    RemoveInitializersFromInputsPass,
+    RemoveUnusedFunctionsPass,
+    RemoveUnusedOpsetsPass,
+)
 from onnx_ir.traversal import RecursiveGraphIterator
 
 from normfuse.config import Config
@@ -82,7 +88,7 @@ class OnnxModel:
         if model.ir_version < FIRST_WITH_DEFAULTS:
             RemoveInitializersFromInputsPass()(model)  # every initializer had to be an input, which nobody could give
             model.ir_version = FIRST_WITH_DEFAULTS
-        self.emitter = Emitter(self.opset)
+        self.emitter = Emitter(self.opset, inline=config.target == "standard")
         self.emitter.portable = config.target not in PROVIDERS
         self.progress("reading", 0.0)
         self.operators_before = operators(self.model)
@@ -171,6 +177,8 @@ class OnnxModel:
     def _abilities(self, low: Lowering) -> Abilities:
         can = Abilities(self._expressible, functions=True, statistics=self.emitter.gives_statistics, leave=self._leave,
                         done=self._done)  # fmt: skip
+        if self.emitter.inline:
+            return replace(can, functions=False)
         if low.mapped:
             return replace(can, expressible=self._expressible_mapped, functions=False)
         wide = self.config.target == "normfuse" or self.config.target in PROVIDERS
@@ -264,6 +272,10 @@ class OnnxModel:
         if own and self.config.target == "normfuse":
             found.append(f"{own} norms round in an order of their own, for which the library has no kernel, so the "
                          "bodies of their functions run (..._as_written); --numerics fast makes operators of most")
+        calls = sum("function" in self.label(edit) for one in self.plans for edit in one.edits())
+        if calls and self.config.target == "onnx":
+            found.append(f"{calls} norms are calls of functions now, which not every runtime takes (OpenVINO, TVM and "
+                         "tract do not): target 'standard' writes their operators instead")
         used = Counter(self.respelled)
         for one in self.plans:
             sites = {site: edit for edit in one.edits() for site in edit.sites}
@@ -275,19 +287,23 @@ class OnnxModel:
         return found + self.table.lines(used)
 
     def _inline(self) -> bool:
-        if all(f.domain == DOMAIN for f in self.model.functions.values()):
+        kept = () if self.config.target == "standard" else (DOMAIN,)
+        if all(f.domain in kept for f in self.model.functions.values()):
             return False
         try:
             for function in self.model.functions.values():
                 _align(function, self.model.graph.opset_imports)
-            InlinePass(criteria=lambda f: f.domain != DOMAIN)(self.model)
+            InlinePass(criteria=lambda f: f.domain not in kept)(self.model)
+            if not kept:  # a Constant that was an attribute of the call is none that every runtime takes
+                LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(self.model)
+                RemoveUnusedOpsetsPass()(self.model)
         except Exception as why:
             raise InputError(f"the model's functions cannot be inlined: {first_line(why)}") from why
         return True
 
     def check(self) -> None:
         """Compare every replaced region with its replacement; roll back those that differ, and try what is left."""
-        checker, self.prover = Checker(self.opset, self.config.numerics), Prover()
+        checker, self.prover = Checker(self.opset, self.config.numerics, self.emitter.inline), Prover()
         for low, one in zip(self.lowerings, self.plans, strict=True):
             while not self._check(checker, low, one):
                 self._again(low, one)
@@ -316,7 +332,7 @@ class OnnxModel:
         for i, edit in enumerate(edits):
             self.progress("verifying", 0.3 + 0.5 * i / len(edits))
             result = checker.check(low, edit)
-            if not result.ok and result.same and isinstance(edit, Replace) and not low.mapped:
+            if not result.ok and result.same and isinstance(edit, Replace) and self._abilities(low).functions:
                 # the same function, less exact: keep the model's own arithmetic
                 written = Replace(edit.site, as_written=True)
                 one.replace[one.replace.index(edit)] = edit = written
@@ -336,8 +352,11 @@ class OnnxModel:
             while not self._write_out(low, one):
                 self._again(low, one)
         edited = self._edit()
+        if edited and self.emitter.inline:
+            merge(twins(self.model))  # several norms of one value
         self.respelled += outline(self.model, self.softmaxes, self.opset) + summed(self.lowerings, self.table)
-        return edited or bool(self.repaired or self.merged or self.laid or self.respelled or self.sorted)
+        inlined = self.inlined and self.emitter.inline
+        return edited or inlined or bool(self.repaired or self.merged or self.laid or self.respelled or self.sorted)
 
     def _edit(self) -> bool:
         if not any(one.edits() for one in self.plans):

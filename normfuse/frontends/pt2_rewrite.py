@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.export
 
-from normfuse.config import Config
+from normfuse.config import OF_TORCH, Config
 from normfuse.errors import InputError, NormFuseError, UnsupportedError, first_line
 from normfuse.frontends import fx_model, pt2_run
 from normfuse.io import files
@@ -75,9 +75,9 @@ def _check_options(source: Path, target: Path, config: Config, refer: bool) -> N
                          f"{source.name} to normfuse.export")  # fmt: skip
     if target.suffix != ".pt2" and target != source:
         raise InputError(f"{target}: a .pt2 becomes a .pt2; give an output that ends in .pt2")
-    if config.target in ("ort-cpu", "ort-cuda") or config.ort_version:
-        raise InputError(f"{source}: ONNX Runtime does not run a .pt2; leave --target and --ort-version out, or make "
-                         "an ONNX model by normfuse.export")  # fmt: skip
+    if config.target not in OF_TORCH or config.ort_version:
+        raise InputError(f"{source}: torch runs a .pt2, and target {config.target!r} is for ONNX models; leave "
+                         "--target and --ort-version out, or make an ONNX model by normfuse.export")  # fmt: skip
     if refer:
         raise InputError(f"{source}: a .pt2 holds its weights itself; leave --external-data out")
 

@@ -20,6 +20,7 @@ import onnx
 import torch
 
 import normfuse
+from normfuse.config import OF_TORCH
 from normfuse.report import Report
 from tests.fuzz import moved, onnx_eval, to_fx, to_onnx
 from tests.fuzz.generator import generate
@@ -82,7 +83,7 @@ def judge(seed: int, only: str = "") -> Verdict:
 
 def config(seed: int, rng: random.Random) -> normfuse.Config:
     """A configuration: a target, a numerics, and in most cases no verification, so that the algebra is on trial."""
-    target: Any = rng.choice(("onnx", "onnx", "normfuse", "ort-cpu"))
+    target: Any = rng.choice(("onnx", "standard", "normfuse", "ort-cpu"))
     version = "1.31"
     if other := later(seed, "target"):
         target, version = other.choice(("ort-cuda", "ort-cpu")), other.choice(("1.24", "1.29", "1.31"))
@@ -159,7 +160,8 @@ class _Trial:
     def in_fx(self) -> None:
         module = to_fx.write(self.program)
         before = str(module.graph)
-        config = self.config if not self.config.ort_version else replace(self.config, target="onnx", ort_version="")
+        known = self.config.target in OF_TORCH
+        config = self.config if known else replace(self.config, target="onnx", ort_version="")
         made, report = normfuse.optimize(module, config)
         after = str(made.graph)
         if str(module.graph) != before:
