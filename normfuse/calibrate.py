@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from normfuse.distance import alike, largest, normwise
-from normfuse.errors import InputError, VerificationError
+from normfuse.errors import InputError, VerificationError, first_line
 from normfuse.ort_values import Array
 
 Hook = Callable[[list[Array]], list[Array] | None]
@@ -258,8 +258,7 @@ def load(path: str | Path) -> dict[str, Array]:
                     raise InputError(f"{path} holds no arrays; {advice}")
                 return {name: file[name] for name in file.files}
     except (ValueError, EOFError, OSError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error) as why:
-        text = (str(why).strip() or type(why).__name__).splitlines()[0]  # numpy and zipfile raise all of these
-        raise InputError(f"{path} is not a readable .npz file ({text}); {advice}") from why
+        raise InputError(f"{path} is not a readable .npz file ({first_line(why)}); {advice}") from why
 
 
 def named_batches(given: Any, inputs: Mapping[str, tuple[Sequence[Any] | None, Any]],

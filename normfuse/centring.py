@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import prod
 
-from normfuse.facts import MEAN, Refused, add, mul
+from normfuse.facts import MEAN, Refused, add, has, mul
 from normfuse.graph import FLOATS, Node, Shape, Value
 from normfuse.recognise import Recognition
 from normfuse.transfer import identity_layout
@@ -94,8 +94,7 @@ def centred(found: Recognition, value: Value, want: Centre) -> bool:
     for fact in found.facts.get(value.index, {}).values():
         if fact.root.axes != (want.axis,) or fact.kappa or fact.absolute:
             continue
-        varying = any(a[0] == "p" for poly in (fact.alpha, fact.beta) for key in poly for a, _ in key)
-        if varying or fact.layout != identity_layout(fact.root.value):
+        if has(fact.alpha, "p") or has(fact.beta, "p") or fact.layout != identity_layout(fact.root.value):
             continue
         with suppress(Refused):
             if not add(mul(fact.alpha, {MEAN: 1.0}), fact.beta):

@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from normfuse.centring import Centre, Channels
+from normfuse.centring import Centre, Channels, Links
+from normfuse.facts import ONE
 from normfuse.graph import Graph, Node, Value
 from normfuse.norm import Expr, Norm, Refusal, Site, region
 from normfuse.passes.fold_affine import Contraction
+from normfuse.plan import Reason
 from normfuse.recognise import Recognition
 from normfuse.sites import Chooser
+from normfuse.transfer import identity_layout
 
 Reader = tuple[Node, Value] | Site
 """Who asks: a node for one of its results, or a norm."""
@@ -92,6 +95,10 @@ class Conversion:
     folded: dict[Site, Site] = field(default_factory=dict)
     proof: dict[Site, Proof] = field(default_factory=dict)
 
+    def keep(self, site: Site, code: str, why: str) -> None:
+        """Leave a LayerNorm as it is, and say why."""
+        self.kept[site] = Refusal(code, site.label, why)
+
     def changed(self) -> list[Site]:
         """The norms that become others."""
         return list(dict.fromkeys([*self.sites, *self.folded]))
@@ -138,6 +145,7 @@ class Proof:
     edits: list[str] = field(default_factory=list)
     operators: list[str] = field(default_factory=list)
     depends: list[str] = field(default_factory=list)
+    uniform: list[Value] = field(default_factory=list)
 
 
 def rms(norm: Norm, x: Value | None = None) -> Norm:
@@ -169,3 +177,119 @@ def parts_of(found: Recognition, site: Site) -> list[Site]:
     facts = {v.index: {key: found.facts[v.index][key]} for v in values if key in found.facts.get(v.index, ())}
     chosen = Chooser(Graph(nodes=nodes), facts, operands, set(), {}).sites()
     return [replace(s, placement=site.placement, attends=site.attends) for s in chosen if s.norm.kind == site.norm.kind]
+
+
+class Candidates:
+    """The LayerNorms that a conversion may take, and what goes with their nodes when they are made anew."""
+
+    def __init__(self, found: Recognition, can: Means, alive: set[Node]) -> None:
+        self.found, self.can, self.alive = found, can, alive
+        self.out = Conversion()
+        self.sites: list[Site] = []
+        self.cones: dict[tuple[Node, Value], list[int]] = {}  # nodes that cannot tell along which axis x is centred
+        self.inside: dict[Value, list[Site]] = {}
+        for site in found.sites:
+            if site.norm.kind != "layer_norm":
+                continue
+            if (why := self._unfit(site)) is not None:
+                self.out.keep(site, *why)
+                continue
+            self.sites.append(site)
+            inner = self.out.inner.get(site, site)
+            for v in (v for n in region(inner.value, inner.norm) for v in n.outputs if v is not inner.value):
+                self.inside.setdefault(v, []).append(site)
+
+    def _unfit(self, site: Site) -> Reason | None:
+        norm = site.norm
+        if site.value.producer not in self.alive:
+            return "NF301", "no output of the graph depends on it"
+        if len(norm.axes) != 1:
+            return "NF301", f"it normalises over {len(norm.axes)} axes at once"
+        if norm.size is None:
+            return "NF301", "the size of its axis is not known"
+        self._cone(site)
+        inner = operator_of(site)
+        if inner is not site:
+            self.out.inner[site] = inner
+            self._cone(inner)
+        if inner.norm.x.native is None:
+            return "NF301", "its input is a value inside another operator"
+        return self.can.fits(site, inner)
+
+    def _cone(self, site: Site) -> None:
+        """The nodes of a norm that nothing outside of it reads cannot tell whether its input is centred, if they read
+        the input itself, or one copy or cast of it that has other readers."""
+        nodes = region(site.value, site.norm)
+        inside = set(nodes)
+        while True:
+            leaks = {n for n in inside for v in n.outputs if v is not site.value and
+                     (v.kept or any(u not in inside and u in self.alive for u in v.uses))}  # fmt: skip
+            if not leaks:
+                break
+            inside -= leaks
+        x = site.norm.x
+        outside = set(nodes) - inside
+        read = {v for n in inside for v in n.inputs if v is x or v.producer in outside}
+        for v in read if len(read) == 1 and all(self._copies(v, site) for v in read) else {x}:
+            for node in v.uses:
+                if node in inside:
+                    self.cones.setdefault((node, v), []).append(site.norm.axes[0])
+
+    def _copies(self, value: Value, site: Site) -> bool:
+        """Whether a value of a norm is its input, in another type at most."""
+        root = site.fact.root
+        fact = self.found.facts.get(value.index, {}).get(root.key())
+        plain = fact is not None and fact.alpha == {ONE: 1.0} and not fact.beta
+        return plain and fact is not None and fact.layout == identity_layout(root.value)
+
+
+def prove(plan: Conversion, site: Site, told: dict[Value, Site], links: Callable[[Value, dict[Value, None]], Links],
+          alive: set[Node]) -> Proof:  # fmt: skip
+    """The derivation of one norm, down to constants or to what an earlier norm has shown; `links` are the operands that
+    a value needs centred, and notes the constants that have to be one number for that."""
+    proof, seen = Proof(), set[Value]()
+    todo = [plan.inner.get(site, site).norm.x]
+    while todo:
+        value = todo.pop()
+        if value in seen:
+            continue
+        seen.add(value)
+        if value in plan.seeds:
+            proof.operators.append(f"behind {value.name}: {plan.seeds[value]}")
+            continue
+        if value not in plan.values:
+            proof.derivation.append(f"{value.name} has mean zero already")
+            continue
+        if value in told:
+            proof.derivation.append(f"{value.name}: as shown for {told[value].label}")
+            continue
+        told[value] = site
+        node, own = value.producer, dict[Value, None]()
+        if node is None:
+            scales = "".join(f"{g.name} * " for g in plan.values[value].scales)
+            proof.edits.append(f"{scales}{value.name}: mean taken away along axis {plan.values[value].axis}"
+                               + _blocks(plan.values[value], value))  # fmt: skip
+            continue
+        operands = links(value, own)
+        proof.uniform += own
+        proof.depends += [f"{v.name} is one number all over" for v in own]
+        names = ", ".join(v.name or "a value inside" for v, _ in operands) or "nothing"
+        if value.native is not None:
+            proof.derivation.append(f"{value.name} = {node.op}: needs {names}")
+        readers = [u.name or u.op for u in dict.fromkeys(value.uses) if u in alive]
+        if value.native is not None and readers:
+            proof.readers.append(f"{value.name}: {', '.join(readers)}")
+        todo += [v for v, _ in reversed(operands)]
+    return proof
+
+
+def _blocks(want: Centre, value: Value) -> str:
+    n, only = len(want.blocks), want.only
+    whole = replace(want, only=None).whole(value) or (n == 1 and want.scales)
+    part = "" if only is None else f", at {', '.join(map(str, only[1]))} of axis {only[0]}"
+    return part if whole else f"{part}, in {count(n, 'block')} of {want.blocks[0][1]}"
+
+
+def count(n: int | list[Value], what: str) -> str:
+    n = n if isinstance(n, int) else len(n)
+    return f"{n} {what}{'s' if n != 1 else ''}"

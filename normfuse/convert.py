@@ -12,7 +12,7 @@ import numpy as np
 from normfuse.centring import Centre
 from normfuse.conversion import Conversion
 from normfuse.graph import Node, Value
-from normfuse.norm import Expr, Norm, Site, region
+from normfuse.norm import Expr, Norm, Site, end_of, region
 from normfuse.ort_values import Array
 from normfuse.passes.fold_affine import Contraction
 from normfuse.records import record_of
@@ -297,11 +297,8 @@ def still(sites: Sequence[Site], done: Sequence[Record]) -> list[Site]:
 
 def names_of(site: Site) -> list[str]:
     """The names of the values that a norm is made of, the last one first, or of an operator that nobody reads."""
-    end = site.value
-    while end.native is None and end.uses:
-        end = end.uses[0].outputs[0]
     nodes = region(site.value, site.norm)
-    values = [end, *(v for node in nodes for v in node.outputs)]
+    values = [end_of(site.value), *(v for node in nodes for v in node.outputs)]
     return _names(values) or _names(nodes)
 
 

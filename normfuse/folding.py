@@ -9,7 +9,7 @@ from normfuse.centring import Channels
 from normfuse.conversion import Conversion, Groups, rms
 from normfuse.convert import Edits, Get
 from normfuse.graph import Graph, Value
-from normfuse.norm import Expr, Norm, Site
+from normfuse.norm import Expr, Norm, Site, end_of
 from normfuse.ort_values import Array
 from normfuse.passes.fold_affine import Contraction, Linear, Readers, constants, elements
 
@@ -79,11 +79,8 @@ class Folder:
         return [c for c, _ in weight] == [1] and all(self.full(v, 1) for _, factors in weight for v, _ in factors)
 
     def _readers(self, site: Site) -> list[Contraction]:
-        end = site.value
-        while end.native is None and end.uses:
-            end = end.uses[0].outputs[0]
         axes = site.norm.axes
-        return self.readers.of(end, axes[0]) or [] if len(axes) == 1 else []
+        return self.readers.of(end_of(site.value), axes[0]) or [] if len(axes) == 1 else []
 
 
 def folds_note(plan: Conversion) -> list[str]:

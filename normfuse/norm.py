@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 from normfuse.facts import (
-    M2, MEAN, MEAN_SQ, ONE, SQ_MEAN, Fact, Poly, Refused, mul, number, root_poly,
+    M2, MEAN, MEAN_SQ, ONE, SQ_MEAN, Fact, Poly, Refused, has, mul, number, root_poly,
 )  # fmt: skip
 from normfuse.graph import PRECISION, Node, Value
 
@@ -103,7 +103,7 @@ def match(fact: Fact) -> Match:
     weight: Poly = {}
     for key, c in fact.alpha.items():
         weight[tuple(f for f in key if f[0] != atom)] = _whole(c)
-    if any(a[0] == "m" for key in weight for a, _ in key):
+    if has(weight, "m"):
         raise Refused("NF106", "x is scaled by a mean besides the root")
     bias = fact.beta
     if kind == "layer_norm":
@@ -130,9 +130,9 @@ def _under(under: Poly) -> tuple[str, float]:
     square, centre = rest.pop(SQ_MEAN, 0.0), rest.pop(MEAN_SQ, 0.0)
     eps = rest.pop(ONE, 0.0)
     if rest:
-        if any(a[0] == "p" for key in rest for a, _ in key):
+        if has(rest, "p"):
             raise Refused("NF104", "eps is not a constant of the graph")
-        if any(a[0] == "T" for key in rest for a, _ in key):
+        if has(rest, "T"):
             raise Refused("NF101", "eps is added outside the root: std + eps is not sqrt(var + eps)")
         raise Refused("NF106", "under the root stands another statistic than a mean square or a variance")
     if abs(square - 1.0) > NEAR or not (centre == 0.0 or abs(centre + 1.0) <= NEAR):
@@ -140,6 +140,11 @@ def _under(under: Poly) -> tuple[str, float]:
     if eps <= 0:
         raise Refused("NF103", f"eps is {number(eps)}; a norm needs a positive eps under the root")
     return ("layer_norm" if centre else "rms_norm"), eps
+
+
+def plain(expr: Expr) -> bool:
+    """A single parameter, as it is."""
+    return len(expr) == 1 and expr[0][0] == 1.0 and len(expr[0][1]) == 1 and expr[0][1][0][1] == 1
 
 
 def reads_x(norm: Norm) -> bool:
@@ -207,6 +212,13 @@ def region(value: Value, norm: Norm) -> list[Node]:
             out.add(node)
             todo.extend(node.inputs)
     return sorted(out, key=lambda node: -node.index)
+
+
+def end_of(value: Value) -> Value:
+    """The value of the graph that a value inside an operator ends in: itself, where it is one."""
+    while value.native is None and value.uses:
+        value = value.uses[0].outputs[0]
+    return value
 
 
 def is_op(value: Value, norm: Norm) -> bool:

@@ -28,6 +28,7 @@ from normfuse.frontends.onnx_model import OnnxModel
 from normfuse.frontends.onnx_open import possible_sizes
 from normfuse.frontends.onnx_wide import compare_rewritten
 from normfuse.io import files
+from normfuse.io.message import nodes_of
 from normfuse.norm import region
 from normfuse.sessions import run_random, session
 from normfuse.verify import EPSILON, roundings_for
@@ -111,8 +112,8 @@ def failure_of(model: onnx.ModelProto, config: Config, folder: Path) -> Failure 
         raise
     except Exception as why:
         frame = traceback.extract_tb(why.__traceback__)[-1]
-        text = (str(why) or type(why).__name__).splitlines()[0]
-        return Failure("crash", f"{type(why).__name__} {frame.name}", f"{type(why).__name__} in {frame.name}: {text}")
+        kind = type(why).__name__
+        return Failure("crash", f"{kind} {frame.name}", f"{kind} in {frame.name}: {first_line(why)}")
     for refusal in report.refusals:
         if refusal.code == "NF201":
             return Failure("rolled back", "", f"{refusal.node}: {refusal.message}")
@@ -138,8 +139,7 @@ def _difference(model: onnx.ModelProto, made: onnx.ModelProto, config: Config, f
             onnx.checker.check_model(made)
         after = session(paths[1])
     except Exception as why:
-        text = (str(why).strip() or type(why).__name__).splitlines()[0]
-        return Failure("invalid", "", f"the rewritten model does not load: {text}")
+        return Failure("invalid", "", f"the rewritten model does not load: {first_line(why)}")
     try:
         sizes = possible_sizes(files.read_onnx(paths[0])[0])
         feeds, tops = run_random(before, None, sizes=sizes)[0], dict[int, float]()
@@ -283,13 +283,7 @@ class _Search:
 
 def _count(model: onnx.ModelProto) -> int:
     """Nodes, those of sub-graphs and functions too."""
-    todo: list[Any] = [model.graph.node, *(f.node for f in model.functions)]
-    total = 0
-    while todo:
-        nodes = todo.pop()
-        total += len(nodes)
-        todo += [a.g.node for node in nodes for a in node.attribute if a.type == onnx.AttributeProto.GRAPH]
-    return total
+    return sum(1 for body in (model.graph, *model.functions) for _ in nodes_of(body))
 
 
 def _reads(node: onnx.NodeProto) -> list[str]:
@@ -356,13 +350,7 @@ def _assembled(model: onnx.ModelProto, nodes: Iterable[onnx.NodeProto], reads: I
 
 def _called(model: onnx.ModelProto) -> set[tuple[str, str]]:
     """Every operator that the graph and the functions use."""
-    todo: list[Any] = [model.graph.node, *(f.node for f in model.functions)]
-    found: set[tuple[str, str]] = set()
-    while todo:
-        for node in todo.pop():
-            found.add((node.domain, node.op_type))
-            todo += [a.g.node for a in node.attribute if a.type == onnx.AttributeProto.GRAPH]
-    return found
+    return {(node.domain, node.op_type) for body in (model.graph, *model.functions) for node in nodes_of(body)}
 
 
 def _needed(model: onnx.ModelProto, outputs: list[str]) -> onnx.ModelProto:

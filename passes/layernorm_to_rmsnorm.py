@@ -20,14 +20,12 @@ from collections.abc import Callable, Hashable
 from dataclasses import replace
 
 from normfuse.centring import PARTED, Blocked, Centre, Links, Part, back, centred, joined, united
-from normfuse.conversion import Conversion, Groups, Means, Operator, Proof, Reader, operator_of
-from normfuse.facts import ONE
+from normfuse.conversion import Candidates, Conversion, Groups, Means, Operator, Reader, count, prove
 from normfuse.graph import Graph, Node, Value
-from normfuse.norm import Refusal, Site, region
+from normfuse.norm import Site
 from normfuse.passes.remove_dead import live
 from normfuse.recognise import Recognition
 from normfuse.sites import COPIES
-from normfuse.transfer import identity_layout
 
 
 def convert(graph: Graph, found: Recognition, can: Means) -> Conversion:
@@ -39,13 +37,8 @@ class _Planner:
     def __init__(self, graph: Graph, found: Recognition, can: Means) -> None:
         self.graph, self.found, self.can = graph, found, can
         self.alive = live(graph)
-        self.out = Conversion()
-        self.sites: list[Site] = []
-        self.cones: dict[tuple[Node, Value], list[int]] = {}
-        self.inside: dict[Value, list[Site]] = {}  # what goes with the nodes of a norm when that is made anew
-        for site in found.sites:
-            if site.norm.kind == "layer_norm":
-                self._candidate(site)
+        chosen = Candidates(found, can, self.alive)
+        self.out, self.sites, self.cones, self.inside = chosen.out, chosen.sites, chosen.cones, chosen.inside
         self.seeds: dict[Value, str] = {}  # values that stay as they are, with an operator behind them if asked for
         self.stuck: dict[Value, str] = {}  # values that can neither be centred nor be followed by an operator
         self.copies: set[Value] = set()
@@ -55,63 +48,12 @@ class _Planner:
         self.operators: dict[Operator, list[Reader]] = {}
         self.raw: set[Value] = set()  # values that this round has found must stay as they are
 
-    def _candidate(self, site: Site) -> None:
-        norm = site.norm
-        if site.value.producer not in self.alive:
-            return self._keep(site, "NF301", "no output of the graph depends on it")
-        if len(norm.axes) != 1:
-            return self._keep(site, "NF301", f"it normalises over {len(norm.axes)} axes at once")
-        if norm.size is None:
-            return self._keep(site, "NF301", "the size of its axis is not known")
-        self._cone(site)
-        inner = operator_of(site)
-        if inner is not site:
-            self.out.inner[site] = inner
-            self._cone(inner)
-        if inner.norm.x.native is None:
-            return self._keep(site, "NF301", "its input is a value inside another operator")
-        why = self.can.fits(site, inner)
-        if why is not None:
-            return self._keep(site, *why)
-        self.sites.append(site)
-        for v in (v for node in region(inner.value, inner.norm) for v in node.outputs if v is not inner.value):
-            self.inside.setdefault(v, []).append(site)
-
-    def _keep(self, site: Site, code: str, why: str) -> None:
-        self.out.kept[site] = Refusal(code, site.label, why)
-
-    def _cone(self, site: Site) -> None:
-        """The nodes of a norm that nothing outside of it reads cannot tell whether its input is centred, if they read
-        the input itself, or one copy or cast of it that has other readers."""
-        nodes = region(site.value, site.norm)
-        inside = set(nodes)
-        while True:
-            leaks = {n for n in inside for v in n.outputs if v is not site.value and
-                     (v.kept or any(u not in inside and u in self.alive for u in v.uses))}  # fmt: skip
-            if not leaks:
-                break
-            inside -= leaks
-        x = site.norm.x
-        outside = set(nodes) - inside
-        read = {v for n in inside for v in n.inputs if v is x or v.producer in outside}
-        for v in read if len(read) == 1 and all(self._copies(v, site) for v in read) else {x}:
-            for node in v.uses:
-                if node in inside:
-                    self.cones.setdefault((node, v), []).append(site.norm.axes[0])
-
-    def _copies(self, value: Value, site: Site) -> bool:
-        """Whether a value of a norm is its input, in another type at most."""
-        root = site.fact.root
-        fact = self.found.facts.get(value.index, {}).get(root.key())
-        plain = fact is not None and fact.alpha == {ONE: 1.0} and not fact.beta
-        return plain and fact is not None and fact.layout == identity_layout(root.value)
-
     # -- the loop -----------------------------------------------------------------------------------------------------
 
     def run(self) -> Conversion:
         while self.sites:
             for site, why in self.can.partial({site: self.out.inner.get(site, site) for site in self.sites}).items():
-                self._keep(site, "NF301", why)
+                self.out.keep(site, "NF301", why)
             self.sites = [site for site in self.sites if site not in self.out.kept]
             self._ask()
             steps = self._unread, self._torn, self._stepped, self._sink, self._public, self._drop
@@ -207,7 +149,7 @@ class _Planner:
     def _refuse(self, by: Reader, why: str) -> None:
         self.again = True
         if isinstance(by, Site):
-            self._keep(by, "NF302", why)
+            self.out.keep(by, "NF302", why)
             self.sites = [site for site in self.sites if site is not by]
         elif by[1] not in self.seeds and by[1] not in self.stuck:
             self._stop(by[1], why)
@@ -420,8 +362,8 @@ class _Planner:
         for site in lost:
             places = first[groups.of(site)]
             norms = sum(groups.of(s) is groups.of(site) for s in self.sites)
-            needed = f"{_count(places, 'centring operator')} would be needed for {_count(norms, 'norm')}"
-            self._keep(site, "NF303", f"{needed}: {self.seeds[places[0]]}")
+            needed = f"{count(places, 'centring operator')} would be needed for {count(norms, 'norm')}"
+            self.out.keep(site, "NF303", f"{needed}: {self.seeds[places[0]]}")
         self.sites = [site for site in self.sites if site not in self.out.kept]
         return bool(lost)
 
@@ -434,11 +376,10 @@ class _Planner:
         out.sites, out.values, out.operators = self.sites, dict(self.state), dict(self.operators)
         out.seeds = {v: self.seeds[v] for v, _ in self.operators}
         out.edits = {v: want for v, want in self.state.items() if v.producer is None}
-        uniform: dict[Value, None] = {}
         told: dict[Value, Site] = {}
         for site in self.sites:
-            self._prove(site, told, uniform)
-        out.uniform = list(uniform)
+            out.proof[site] = prove(out, site, told, self._links, self.alive)
+        out.uniform = list(dict.fromkeys(v for proof in out.proof.values() for v in proof.uniform))
         scaled = {v.producer: None for v, want in self.state.items()
                   if any(c.scales != want.scales for _, c in self._links(v))}  # fmt: skip
         out.scaled = [node for node in scaled if node is not None]
@@ -457,52 +398,3 @@ class _Planner:
             return found
 
         return self._back(node, value, self.state[value], is_uniform)
-
-    def _prove(self, site: Site, told: dict[Value, Site], uniform: dict[Value, None]) -> None:
-        """The derivation of one norm, down to constants or to what an earlier norm has shown."""
-        proof = self.out.proof[site] = Proof()
-        todo: list[tuple[Value, Centre]] = [self._wish(site)]
-        seen: set[Value] = set()
-        while todo:
-            value, _ = todo.pop()
-            if value in seen:
-                continue
-            seen.add(value)
-            if value in self.seeds:
-                proof.operators.append(f"behind {value.name}: {self.seeds[value]}")
-                continue
-            if value not in self.state:
-                proof.derivation.append(f"{value.name} has mean zero already")
-                continue
-            if value in told:
-                proof.derivation.append(f"{value.name}: as shown for {told[value].label}")
-                continue
-            told[value] = site
-            node, own = value.producer, dict[Value, None]()
-            if node is None:
-                scales = "".join(f"{g.name} * " for g in self.state[value].scales)
-                proof.edits.append(f"{scales}{value.name}: mean taken away along axis {self.state[value].axis}"
-                                   + _blocks(self.state[value], value))  # fmt: skip
-                continue
-            links = self._links(value, own)
-            uniform.update(own)
-            proof.depends += [f"{v.name} is one number all over" for v in own]
-            names = ", ".join(v.name or "a value inside" for v, _ in links) or "nothing"
-            if value.native is not None:
-                proof.derivation.append(f"{value.name} = {node.op}: needs {names}")
-            readers = [u.name or u.op for u in dict.fromkeys(value.uses) if u in self.alive]
-            if value.native is not None and readers:
-                proof.readers.append(f"{value.name}: {', '.join(readers)}")
-            todo += list(reversed(links))
-
-
-def _blocks(want: Centre, value: Value) -> str:
-    n, only = len(want.blocks), want.only
-    whole = replace(want, only=None).whole(value) or (n == 1 and want.scales)
-    part = "" if only is None else f", at {', '.join(map(str, only[1]))} of axis {only[0]}"
-    return part if whole else f"{part}, in {_count(n, 'block')} of {want.blocks[0][1]}"
-
-
-def _count(n: int | list[Value], what: str) -> str:
-    n = n if isinstance(n, int) else len(n)
-    return f"{n} {what}{'s' if n != 1 else ''}"

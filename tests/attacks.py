@@ -194,6 +194,19 @@ def _branch() -> onnx.GraphProto:
 
 
 @attack
+def initializer_of_a_branch_in_a_function(inside: Path, outside: Path) -> onnx.ModelProto:
+    """Which the model calls."""
+    model = norm_model()
+    choice = helper.make_node("If", ["p"], ["q"], then_branch=_branch(), else_branch=_branch())
+    model.functions.append(helper.make_function("own", "F", ["p"], ["q"], [choice], [helper.make_opsetid("", 17)]))
+    model.opset_import.append(helper.make_opsetid("own", 1))
+    model.graph.input.append(helper.make_tensor_value_info("yes", TensorProto.BOOL, []))
+    model.graph.node.append(helper.make_node("F", ["yes"], ["z"], domain="own"))
+    model.graph.output.append(helper.make_tensor_value_info("z", TensorProto.FLOAT, [64]))
+    return model
+
+
+@attack
 def initializer_of_a_branch(inside: Path, outside: Path) -> onnx.ModelProto:
     model = norm_model()
     model.graph.initializer.append(numpy_helper.from_array(np.array(True), "yes"))

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from normfuse.frontends.onnx_emit import Emitter, register_functions
-from normfuse.frontends.onnx_functions import DTYPES, function_for
+from normfuse.frontends.onnx_functions import function_for
 from normfuse.frontends.onnx_fused import FusedEmitter, function_name
+from normfuse.frontends.onnx_infer import DTYPES
 from normfuse.graph import PRECISION, Value
 from normfuse.norm import Expr, Norm, Site
 from normfuse.plan import Fused

@@ -164,6 +164,29 @@ def test_a_reference_out_of_the_folder(tmp_path: Path) -> None:
     onnx.checker.check_model(tmp_path / "out.onnx")
 
 
+def test_weights_in_a_branch_of_a_function(tmp_path: Path) -> None:
+    """They go with the model, too."""
+    text = """<ir_version: 9, opset_import: ["" : 17, "own" : 1]> g (float[3, 8] x, bool c) => (float[3, 8] y)
+        { y = own.F(x, c) }
+        <domain: "own", opset_import: ["" : 17]> F (a, p) => (q)
+        { q = If(p) <then_branch = t () => (float[3, 8] o) <float[8] w = {1, 2, 3, 4, 5, 6, 7, 8}>
+            { eps = Constant<value = float {1e-5}>() s = Mul(a, a) m = ReduceMean<axes = [-1]>(s) e = Add(m, eps)
+              r = Sqrt(e) d = Div(a, r) o = Mul(d, w) }, else_branch = f () => (float[3, 8] n) { n = Neg(a) }> }"""
+    made = onnx.parser.parse_model(text)
+    (weight,) = made.functions[0].node[0].attribute[0].g.initializer
+    (tmp_path / "w.bin").write_bytes(numpy_helper.to_array(weight).tobytes())
+    numbers = numpy_helper.to_array(weight).copy()
+    weight.CopyFrom(TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[8]))
+    weight.data_location = TensorProto.EXTERNAL
+    weight.external_data.add(key="location", value="w.bin")
+    onnx.save(made, tmp_path / "in.onnx")
+    (tmp_path / "other").mkdir()
+    assert normfuse.rewrite(tmp_path / "in.onnx", tmp_path / "other" / "out.onnx").fused == 1
+    x = np.arange(24, dtype=np.float32).reshape(3, 8)
+    (y,) = session(tmp_path / "other" / "out.onnx").run(None, {"x": x, "c": np.array(True)})
+    np.testing.assert_allclose(y, x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5) * numbers, rtol=1e-5)
+
+
 @pytest.mark.parametrize("flags", [
     (), *(pytest.param(f, marks=pytest.mark.slow) for f in (("-q",), ("--json",))),
 ])  # fmt: skip

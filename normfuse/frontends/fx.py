@@ -232,9 +232,7 @@ class Lowering:
         self._leaf(node, fixed, _single(constant))
 
     def _attribute(self, node: fx.Node) -> None:
-        found: Any = self.module
-        for part in str(node.target).split("."):
-            found = getattr(found, part, None)
+        found = fx_effects.held(self.module, node.target)
         if isinstance(found, fx.GraphModule):
             self.subgraphs.append(str(node.target))
         elif isinstance(found, torch.Tensor):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import fx
 
@@ -15,17 +15,24 @@ if TYPE_CHECKING:
     from normfuse.frontends.fx import Lowering
 
 
-class Call:
-    """One node being lowered, with its arguments by position or name."""
+class Arguments:
+    """Those of a node, by position or name."""
 
-    def __init__(self, low: Lowering, node: fx.Node) -> None:
-        self.low, self.node = low, node
+    low: Lowering
+    node: fx.Node
 
     def get(self, i: int, *names: str, default: Any = None) -> Any:
         """The i-th argument, or the one of these names."""
         if 0 <= i < len(self.node.args):
             return self.node.args[i]
         return next((self.node.kwargs[n] for n in names if n in self.node.kwargs), default)
+
+
+class Call(Arguments):
+    """One node being lowered."""
+
+    def __init__(self, low: Lowering, node: fx.Node) -> None:
+        self.low, self.node = low, node
 
     def value(self, i: int, *names: str, like: Value | None = None) -> Value | None:
         """A tensor operand, or a number as a constant."""
@@ -65,6 +72,14 @@ class Call:
     def emit_to(self, kind: str, inputs: list[Value], out: Value, **attrs: Any) -> Value:
         """Append a neutral node that gives a value; the value."""
         return self.low.emit(kind, inputs, self.node, out, **attrs)
+
+
+R = TypeVar("R")
+
+
+def by_name(rows: dict[str, R]) -> dict[str, R]:
+    """A table whose keys are several names each."""
+    return {name: row for names, row in rows.items() for name in names.split()}
 
 
 class Unfit(Exception):

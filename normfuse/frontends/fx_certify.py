@@ -20,7 +20,8 @@ from normfuse.calibrate import Hook
 from normfuse.config import Config
 from normfuse.convert import LIMIT, SEEN, Certificate, Randomiser
 from normfuse.distance import normwise, tells, worst
-from normfuse.frontends.fx_effects import is_assert, name_of, tainted
+from normfuse.errors import first_line
+from normfuse.frontends.fx_effects import held, is_assert, name_of, tainted
 from normfuse.frontends.fx_graph import duplicate
 from normfuse.frontends.fx_run import FLOATS, here, method
 
@@ -41,8 +42,7 @@ def certify(original: fx.GraphModule, result: fx.GraphModule, editor: Editor, we
     try:
         return _certify(original, result, editor, weights, inputs())
     except Exception as why:  # running a graph raises anything; not certified means not kept
-        text = (str(why).strip() or type(why).__name__).splitlines()[0]
-        return Certificate(False, message=f"the certificate's check could not run: {text[:200]}")
+        return Certificate(False, message=f"the certificate's check could not run: {first_line(why)[:200]}")
 
 
 def _certify(original: fx.GraphModule, result: fx.GraphModule, editor: Editor, weights: Weights,
@@ -176,17 +176,15 @@ def run_all(module: fx.GraphModule, batches: Sequence[list[Any]], constants: Map
                     see(node)
                 continue
             if node.op == "get_attr":
-                found: Any = module
-                for part in str(node.target).split("."):
-                    found = getattr(found, part, None)
+                found = held(module, node.target)
                 if not isinstance(found, torch.Tensor):
                     shared[node] = _brought(found, wide) if isinstance(found, torch.nn.Module) else found
                 continue
             for operand in node.all_input_nodes:
                 if operand not in runs[0] and operand not in shared:
-                    held = give(operand.name if operand.op == "placeholder" else str(operand.target))
+                    given = give(operand.name if operand.op == "placeholder" else str(operand.target))
                     for values in runs if writes else [shared]:
-                        values[operand] = own(held)
+                        values[operand] = own(given)
             outputs = []
             for values in runs:
                 args, kwargs = fx.map_arg((node.args, node.kwargs), partial(_either, values, shared))

@@ -15,6 +15,7 @@ from torch._ops import OpOverload
 
 from normfuse.centring import Blocked, Centre, Channels, Links
 from normfuse.frontends.fx import Lowering
+from normfuse.frontends.fx_call import Arguments, by_name
 from normfuse.frontends.fx_effects import name_of
 from normfuse.frontends.fx_meta import is_tensor, meta_of
 from normfuse.graph import Node, Shape, Value
@@ -29,18 +30,12 @@ DROPOUT = frozenset("dropout dropout_ native_dropout alpha_dropout feature_dropo
 QUANTISED = ("quantized", "quantized_decomposed", "torchao", "torch_ao")
 
 
-class At:
+class At(Arguments):
     """The arguments of one node, by position or name, for one of its results."""
 
     def __init__(self, low: Lowering, node: fx.Node, out: Value, index: int) -> None:
         self.low, self.node, self.out, self.index = low, node, out, index
         self.aten = isinstance(node.target, OpOverload)
-
-    def get(self, i: int, *names: str, default: Any = None) -> Any:
-        """The i-th argument, or the one of these names."""
-        if 0 <= i < len(self.node.args):
-            return self.node.args[i]
-        return next((self.node.kwargs[n] for n in names if n in self.node.kwargs), default)
 
     def tensor(self, i: int, *names: str) -> Value:
         """A tensor operand; raises `Blocked` where it is none of known rank."""
@@ -541,11 +536,7 @@ def _attention(at: At, want: Centre) -> Links:
     return [(v, want.moved((v.rank or 0) - 1))]
 
 
-def _table(rows: dict[str, Row]) -> dict[str, Row]:
-    return {name: row for names, row in rows.items() for name in names.split()}
-
-
-ROWS: dict[str, Row] = _table(
+ROWS: dict[str, Row] = by_name(
     {
         "linear": _linear,
         "matmul __matmul__ mm bmm": _matmul,

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
+from normfuse.errors import first_line
 from normfuse.frontends.fx import Lowering
 from normfuse.frontends.fx_effects import is_assert, name_of
 from normfuse.frontends.fx_emit import Emitter
@@ -84,8 +85,7 @@ class Checker:
                         return Check(False, message=f"gives {new.types[k]} instead of {old.types[k]}")
                     worst = max(worst, found, key=lambda check: check.after)
         except Exception as why:  # torch raises anything; not checked means not kept
-            text = (str(why) or type(why).__name__).splitlines()[0]
-            return Check(False, message=f"the check could not run: {text[:200]}")
+            return Check(False, message=f"the check could not run: {first_line(why)[:200]}")
         return worst
 
     def _replacement(self, low: Lowering, edit: Edit, boundary: list[Value], symbols: dict[str, int]) -> _Program:

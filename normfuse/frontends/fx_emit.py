@@ -25,11 +25,11 @@ from normfuse.frontends.fx_call import shape_of_pair
 from normfuse.frontends.fx_meta import is_tensor, meta_of, order_of
 from normfuse.frontends.fx_norms import HALF
 from normfuse.graph import PRECISION, Shape, Value
-from normfuse.norm import Expr, Norm, region
+from normfuse.norm import Expr, Norm, plain, region
+from normfuse.plan import Reason
 
 aten = torch.ops.aten
 Operands = Callable[[Value], fx.Node]
-Reason = tuple[str, str]
 
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 _EITHER = frozenset({"aten::_fused_rms_norm"})
@@ -164,7 +164,7 @@ def _rounds_alike(norm: Norm) -> bool:
     if norm.dtype != norm.x.dtype or (norm.kind == "rms_norm" and norm.bias is not None):
         return False
     return all(
-        expr is None or (is_one(expr) and lossless(expr[0][1][0][0], norm.x.dtype) is not None)
+        expr is None or (plain(expr) and lossless(expr[0][1][0][0], norm.x.dtype) is not None)
         for expr in (norm.weight, norm.bias)
     )
 
@@ -314,11 +314,6 @@ def _joined(expr: Expr, norm: Norm) -> bool:
     shape, wide = shape_of_expr(expr) or (), width(norm)
     known = all(isinstance(d, int) for d in (*shape, *wide))
     return known and not _spreads(expr, norm) and math.prod(shape) == math.prod(wide)  # type: ignore[arg-type]
-
-
-def is_one(expr: Expr) -> bool:
-    """A single parameter, as it is."""
-    return len(expr) == 1 and expr[0][0] == 1.0 and len(expr[0][1]) == 1 and expr[0][1][0][1] == 1
 
 
 def lossless(value: Value, dtype: str | None) -> Value | None:

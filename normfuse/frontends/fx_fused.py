@@ -17,10 +17,10 @@ from torch import fx
 import normfuse.ops  # noqa: F401 - registers the operators
 from normfuse.frontends.fx import Lowering
 from normfuse.frontends.fx_effects import MODES, is_assert, name_of, shared, written
-from normfuse.frontends.fx_emit import Maker, Operands, early_factor, is_one, lossless, shape_of_expr, width
+from normfuse.frontends.fx_emit import Maker, Operands, early_factor, lossless, shape_of_expr, width
 from normfuse.frontends.fx_meta import is_tensor, meta_of, size_of
 from normfuse.graph import PRECISION, Value
-from normfuse.norm import Expr, Norm, region
+from normfuse.norm import Expr, Norm, plain, region
 from normfuse.plan import Fused, Reason
 
 
@@ -75,7 +75,7 @@ def attributes(norm: Norm, numerics: str, narrow: str | None) -> Attributes:
 def _offset(norm: Norm) -> tuple[Value | None, float]:
     """(w, c) where the weight is c + w, added in the type of the arithmetic, as Gemma writes it."""
     assert norm.weight is not None
-    if not is_one(norm.weight):
+    if not plain(norm.weight):
         return None, 0.0
     value = norm.weight[0][1][0][0]
     node = value.producer
@@ -215,7 +215,7 @@ class FusedEmitter:
         """A weight or bias of shape (N,), in the narrowest type that holds it."""
         if expr is None:
             return None
-        value = expr[0][1][0][0] if is_one(expr) else None
+        value = expr[0][1][0][0] if plain(expr) else None
         if value is not None and weight and how.offset:
             value = _offset(maker.spec)[0]
         if value is None or value.shape != width(maker.spec):

@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from normfuse.frontends import fx_norms as norms
 from normfuse.frontends import fx_views as views
-from normfuse.frontends.fx_call import Call, Row, Unfit, axes_of, guarded, shape_of_pair
+from normfuse.frontends.fx_call import Call, Row, Unfit, axes_of, by_name, guarded, shape_of_pair
 from normfuse.frontends.fx_effects import name_of, without_history
 from normfuse.frontends.fx_meta import elsewhere, is_tensor, meta_of
 from normfuse.graph import Value
@@ -55,7 +55,6 @@ def last_step(call: Call, kind: str, a: Value, b: Value) -> bool:
 
 
 def unary(kind: str) -> Row:
-    """The same kind, one operand."""
     """The same kind, one operand."""
     return guarded(lambda call: call.emit(kind, [call.tensor()]))
 
@@ -242,11 +241,7 @@ def role(kind: str) -> Row:
     return row
 
 
-def _table(rows: dict[str, Row]) -> dict[str, Row]:
-    return {name: row for names, row in rows.items() for name in names.split()}
-
-
-OPS: dict[str, Row] = _table(
+OPS: dict[str, Row] = by_name(
     {
         "add __add__ __radd__": binary("add"),
         "sub subtract __sub__": binary("sub"),

@@ -114,8 +114,7 @@ def _trace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         with torch.no_grad():
             return torch.export.export(module, args, kwargs, strict=False)
     except Exception as why:  # the tracer raises anything
-        text = (str(why).strip() or type(why).__name__).splitlines()[0]
-        raise InputError(f"{type(module).__name__} cannot be traced with these inputs: {text[:300]}") from why
+        raise InputError(f"{type(module).__name__} cannot be traced with these inputs: {first_line(why)}") from why
 
 
 def _run(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> list[torch.Tensor]:

@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 from torch import fx, nn
 
 from normfuse.frontends.fx_effects import held, hooked, is_assert
-from normfuse.frontends.fx_emit import is_one
 from normfuse.frontends.module_trial import Trial
 from normfuse.graph import PRECISION, Node, Value
-from normfuse.norm import Expr, Site
+from normfuse.norm import Expr, Site, plain
 
 
 class NormModule(NamedTuple):
@@ -168,7 +167,7 @@ class Places:
     def unfit_approximated(self, site: Site, inner: Site) -> str | None:
         """The same where its bias is edited."""
         bias = inner.norm.bias
-        native = bias[0][1][0][0].native if bias is not None and is_one(bias) else None
+        native = bias[0][1][0][0].native if bias is not None and plain(bias) else None
         name = self.targets.get(native.name) if isinstance(native, fx.Node) else None
         return self.unfit(site, inner) or (None if name is None else self.elsewhere(name))
 
@@ -197,7 +196,7 @@ def offset_of(expr: Expr | None) -> float | None:
     None where it is something else."""
     if expr is None:
         return 0.0
-    if not is_one(expr):
+    if not plain(expr):
         return None
     node = (value := _uncast(expr[0][1][0][0])).producer
     if node is None:

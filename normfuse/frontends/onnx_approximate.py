@@ -19,7 +19,7 @@ from normfuse.errors import InputError, NormFuseError, first_line
 from normfuse.frontends import onnx_channels as table
 from normfuse.frontends.onnx_certify import Program
 from normfuse.frontends.onnx_emit import Emitter, unique
-from normfuse.frontends.onnx_infer import DTYPES
+from normfuse.frontends.onnx_infer import DTYPE_NAMES, DTYPES
 from normfuse.frontends.onnx_model import OnnxModel
 from normfuse.frontends.onnx_region import gives_more, own_sum, target_of
 from normfuse.graph import Value
@@ -143,7 +143,7 @@ class _Editor:
         bias = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype),
                         const_value=ir.Tensor(np.zeros(shape, dtype.numpy()), dtype=dtype, name=name))  # fmt: skip
         self.low.source.register_initializer(bias)
-        leaf = Value(name, shape, {v: k for k, v in DTYPES.items()}[dtype], leaf=True, fixed=True, native=bias)
+        leaf = Value(name, shape, DTYPE_NAMES[dtype], leaf=True, fixed=True, native=bias)
         changed = replace(rms(norm), bias=((1.0, ((leaf, 1),)),))
         self.one.plans[0].replace.append(Replace(replace(inner, norm=changed, is_op=False)))
         self.layers[site] = Layer(site.label, norm.x.native.name, native.name, native.name, norm.axes[0] - rank, old)

@@ -20,6 +20,7 @@ import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
+from normfuse.errors import first_line
 from normfuse.frontends.onnx import Lowering
 from normfuse.frontends.onnx_emit import DOMAIN, Emitter
 from normfuse.frontends.onnx_fused import FusedEmitter
@@ -110,8 +111,7 @@ class Checker:
                     return found
                 worst = max(worst, found, key=lambda check: check.after)
         except Exception as why:  # the reference evaluator raises anything; not checked means not kept
-            text = (str(why) or type(why).__name__).splitlines()[0]
-            return Check(False, message=f"the check could not run: {text[:200]}")
+            return Check(False, message=f"the check could not run: {first_line(why)[:200]}")
         return worst
 
     def _statistic(self, low: Lowering, edit: Replace, formula: Callable[[Array, Norm], Array],

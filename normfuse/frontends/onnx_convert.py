@@ -24,7 +24,7 @@ from normfuse.frontends.onnx_model import OnnxModel
 from normfuse.frontends.onnx_region import gives_more, own_sum
 from normfuse.frontends.onnx_skip import with_sum
 from normfuse.graph import FLOATS, Node, Value
-from normfuse.norm import Site
+from normfuse.norm import Site, end_of
 from normfuse.ort_values import Array
 from normfuse.passes.layernorm_to_rmsnorm import convert
 from normfuse.passes.remove_dead import RemoveDead
@@ -324,14 +324,8 @@ class Editor:
         RemoveDead()(plan)
         one.apply()
         for site, edit in labels.items():
-            native = one._now(edit.site.value if edit.site.value.native is not None else _last(edit.site.value))
+            native = one._now(end_of(edit.site.value))
             self.results[site] = native.name or "", one.label(edit)
-
-
-def _last(value: Value) -> Value:
-    while value.native is None and value.uses:
-        value = value.uses[0].outputs[0]
-    return value
 
 
 def _reroute(node: ir.Node, old: ir.Value, new: ir.Value) -> None:

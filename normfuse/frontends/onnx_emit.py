@@ -23,7 +23,7 @@ from normfuse.frontends.onnx_infer import DTYPES
 from normfuse.frontends.onnx_functions import Constant, function_for, operators_for
 from normfuse.frontends.onnx_region import rest_of
 from normfuse.graph import Node, Shape, Value
-from normfuse.norm import Expr, Norm, reads_x
+from normfuse.norm import Expr, Norm, plain, reads_x
 
 NATIVE = {"layer_norm": ("LayerNormalization", 17), "rms_norm": ("RMSNormalization", 23)}
 DOMAIN = "normfuse"
@@ -277,11 +277,6 @@ def _casts(norm: Norm, inner: str) -> list[str]:
 def _from_the_end(norm: Norm) -> list[int]:
     """The axes of a norm, from the end."""
     return [axis - len(norm.x.shape or ()) for axis in norm.axes]
-
-
-def plain(expr: Expr) -> bool:
-    """A single parameter, as it is."""
-    return len(expr) == 1 and expr[0][0] == 1.0 and len(expr[0][1]) == 1 and expr[0][1][0][1] == 1
 
 
 def _shape(norm: Norm) -> tuple[Any, ...]:

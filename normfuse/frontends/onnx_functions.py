@@ -17,15 +17,10 @@ import numpy as np
 import onnx_ir as ir
 
 from normfuse import facts
+from normfuse.frontends.onnx_infer import DTYPES
 
-DTYPES = {
-    "float16": ir.DataType.FLOAT16,
-    "bfloat16": ir.DataType.BFLOAT16,
-    "float32": ir.DataType.FLOAT,
-    "float64": ir.DataType.DOUBLE,
-    "int64": ir.DataType.INT64,
-}
 Constant = Callable[["np.ndarray[Any, Any]", str, str], ir.Value]
+"""Gives the value of an array in a type, under a name."""
 SHORT = {"float16": "f16", "bfloat16": "bf16", "float32": "f32", "float64": "f64"}
 
 

@@ -18,7 +18,8 @@ from onnx_ir.traversal import RecursiveGraphIterator
 from normfuse.facts import number
 from normfuse.frontends.onnx import Lowering
 from normfuse.frontends.onnx_emit import DOMAIN, Emitter, inside
-from normfuse.frontends.onnx_functions import DTYPES, SHORT, function_body
+from normfuse.frontends.onnx_functions import SHORT, function_body
+from normfuse.frontends.onnx_infer import DTYPES
 from normfuse.graph import Shape, Value
 from normfuse.norm import Expr, Norm, Site
 from normfuse.plan import Fused, Reason

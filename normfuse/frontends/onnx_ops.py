@@ -15,8 +15,7 @@ import onnx_ir as ir
 
 from normfuse.frontends import onnx_views as views
 from normfuse.frontends.onnx_fold import attribute
-from normfuse.frontends.onnx_functions import DTYPES as FLOAT_TYPES
-from normfuse.frontends.onnx_infer import DTYPE_NAMES
+from normfuse.frontends.onnx_infer import DTYPE_NAMES, DTYPES
 from normfuse.graph import FLOATS, Shape, Value
 
 if TYPE_CHECKING:
@@ -47,7 +46,7 @@ _UNIFORM: dict[str, Callable[[float, float], float]] = {
 
 def rounded(number: float, dtype: str | None) -> float:
     """A number in the precision of a type; integers stay as they are."""
-    return float(np.array(number).astype(FLOAT_TYPES[dtype].numpy())) if dtype in FLOAT_TYPES else number
+    return float(np.array(number).astype(DTYPES[dtype].numpy())) if dtype in FLOATS else number
 
 
 def _sum(low: Lowering, node: ir.Node) -> None:
@@ -83,7 +82,7 @@ def _cast(low: Lowering, node: ir.Node) -> None:
     dtype = inputs[1].dtype if to is None else low.dtype_name(ir.DataType(to))
     out = low.output(node, inputs[0].shape, dtype)
     low.emit("cast", inputs[:1], out, node)
-    if inputs[0].number is not None and dtype in FLOAT_TYPES:
+    if inputs[0].number is not None and dtype in FLOATS:
         out.number = rounded(inputs[0].number, dtype)
 
 

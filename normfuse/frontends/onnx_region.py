@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from normfuse.graph import Dim, Node, Value
-from normfuse.norm import Site
+from normfuse.norm import Site, end_of
 from normfuse.ort_values import Array
 from normfuse.plan import Edit, Replace
 
@@ -41,8 +41,7 @@ def rest_of(value: Value) -> list[Node]:
 
 def target_of(site: Site) -> Value:
     """The value of the graph that a replacement computes."""
-    rest = rest_of(site.value)
-    return rest[-1].outputs[0] if rest else site.value
+    return end_of(site.value)
 
 
 def gives_more(site: Site) -> bool:

@@ -12,14 +12,14 @@ import numpy as np
 import onnx_ir as ir
 
 from normfuse.frontends.onnx import Lowering
-from normfuse.frontends.onnx_emit import Emitter, names_of, plain, respell
+from normfuse.frontends.onnx_emit import Emitter, names_of, respell
 from normfuse.frontends.onnx_fold import attribute
 from normfuse.frontends.onnx_functions import spelled
 from normfuse.frontends.onnx_fused import FusedEmitter, narrowed
 from normfuse.frontends.onnx_infer import DTYPES
 from normfuse.frontends.onnx_contrib import SKIP_EPSILON
 from normfuse.graph import Value
-from normfuse.norm import Expr, Site, region
+from normfuse.norm import Expr, Site, plain, region
 from normfuse.passes.remove_dead import live
 from normfuse.plan import Fused, Reason
 from normfuse.targets import HALF, Row, Table

@@ -6,7 +6,7 @@ the operator computes, or not at all; with a function that nobody chose for it, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ import onnx
 from onnx.reference.op_run import OpRun
 
 from normfuse.graph import FLOATS, Value
+from normfuse.io.message import graphs_of, nodes_of
 from normfuse.ort_values import Array
 
 COMPUTED = ("", "ai.onnx", "ai.onnx.ml", "ai.onnx.preview.training")
@@ -36,10 +37,9 @@ class StandIns:
     def operators(self, graph: onnx.GraphProto, known: Iterable[type[OpRun]]) -> list[type[OpRun]]:
         """Classes for the reference evaluator, for those operators of a graph that are not `known`."""
         have = {(one.op_domain, one.__name__) for one in known}
-        for one in _graphs(graph):
+        for one in graphs_of(graph):
             self.read |= {v.name for v in one.output} | {name for node in one.node for name in node.input}
-        nodes = [node for one in _graphs(graph) for node in one.node]
-        found = {(node.domain, node.op_type) for node in nodes if node.domain not in COMPUTED} - have
+        found = {(node.domain, node.op_type) for node in nodes_of(graph) if node.domain not in COMPUTED} - have
         self.used |= {op for _, op in found}
         return [type(op, (_StandIn,), {"op_domain": domain, "stand": self}) for domain, op in sorted(found)]
 
@@ -81,10 +81,3 @@ class _StandIn(OpRun):
                 total = total + np.resize(flat * (1.5 + some), total.shape) + flat @ some / np.sqrt(flat.size)
             outputs.append(total)
         return tuple(outputs)
-
-
-def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    yield graph
-    for attr in (attr for node in graph.node for attr in node.attribute):
-        for inner in [attr.g] if attr.HasField("g") else attr.graphs:
-            yield from _graphs(inner)

@@ -16,10 +16,12 @@ import onnx_ir as ir
 from normfuse.config import Config
 from normfuse.frontends.onnx import Lowering
 from normfuse.frontends.onnx_certify import MAX_ERROR_SIZE, Program, constants_of
-from normfuse.frontends.onnx_functions import DTYPES
+from normfuse.frontends.onnx_check import FLOAT_TYPES
+from normfuse.frontends.onnx_infer import DTYPES
 from normfuse.frontends.onnx_model import OnnxModel, operators
 from normfuse.frontends.onnx_region import region, target_of
 from normfuse.frontends.onnx_skip import take_apart
+from normfuse.io.data import graphs
 from normfuse.io.files import read_onnx, to_proto
 from normfuse.ort_values import Array
 from normfuse.plan import Replace
@@ -27,7 +29,6 @@ from normfuse.sessions import Given, session
 from normfuse.targets import Table
 from normfuse.verify import EPSILON, ROUNDINGS, compare_outputs, either_way, run_both
 
-FLOATS = frozenset(DTYPES.values())
 HALVES = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 FEW = 2.0
 """How far from float64 a model may be that is measured against all of itself there, in roundings of float16 (seen: up
@@ -88,11 +89,9 @@ def _by_itself(found: dict[str, Any], source: str | Path, feeds: dict[str, Array
 
 def _has_half(model: ir.Model) -> bool:
     """Whether some of a model is computed in a half type: that is cast to, or a parameter has it."""
-    bodies = [model.graph, *(f.graph for f in model.functions.values())]
-    graphs = [graph for body in bodies for graph in (body, *body.subgraphs())]
-    types = {v.dtype for graph in graphs for v in (*graph.inputs, *graph.initializers.values())}
-    nodes = [node for graph in graphs for node in graph if node.op_type == "Cast" and node.domain in ("", "ai.onnx")]
-    casts = [node.attributes["to"] for node in nodes]
+    types = {v.dtype for graph in graphs(model) for v in (*graph.inputs, *graph.initializers.values())}
+    nodes = (node for graph in graphs(model) for node in graph)
+    casts = [node.attributes["to"] for node in nodes if node.op_type == "Cast" and node.domain in ("", "ai.onnx")]
     return bool(HALVES & (types | {ir.DataType(to.as_int()) for to in casts if not to.is_ref()}))
 
 
@@ -172,19 +171,19 @@ def _widen(low: Lowering, nodes: dict[ir.Node, None]) -> None:
     graph = low.source
     for node in [n for n in graph if n in nodes]:
         for i, value in enumerate(node.inputs):
-            if value is None or value in made or types[value] not in FLOATS:
+            if value is None or value in made or types[value] not in FLOAT_TYPES:
                 continue
             if value not in wide:
                 wide[value] = _cast(graph, value, ir.DataType.DOUBLE, before=node)
             node.replace_input_with(i, wide[value])
         to = node.attributes.get("to")
-        if to is not None and ir.DataType(to.as_int()) in FLOATS:
+        if to is not None and ir.DataType(to.as_int()) in FLOAT_TYPES:
             node.attributes["to"] = ir.AttrInt64("to", ir.DataType.DOUBLE)
     for node in [n for n in graph if n in nodes]:
         for value in node.outputs:
             dtype = types[value]
             readers = [(user, i) for user, i in value.uses() if user not in nodes]
-            if dtype not in FLOATS:
+            if dtype not in FLOAT_TYPES:
                 continue
             value.dtype = ir.DataType.DOUBLE  # what a file states of a value inside a norm has to be true
             if not readers and not value.is_graph_output():

@@ -12,6 +12,7 @@ import os
 import stat
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,13 @@ class External(ir.ExternalTensor):
         file.write(self._bytes())
 
 
+def graphs(model: ir.Model) -> Iterator[ir.Graph]:
+    """All graphs of a model: sub-graphs too, and those of functions."""
+    for body in (model.graph, *(f.graph for f in model.functions.values())):
+        yield body
+        yield from body.subgraphs()
+
+
 def secure(model: ir.Model, files: DataFiles | None = None) -> list[External]:
     """Have all external tensors of a model read by way of `files`, or else from the folders that they say themselves.
 
@@ -180,7 +188,7 @@ def secure(model: ir.Model, files: DataFiles | None = None) -> list[External]:
         made.append(External(tensor, files or folders.setdefault(base, DataFiles(Path(base) / "the model"))))
         return made[-1]
 
-    for graph in [model.graph, *model.graph.subgraphs(), *(f.graph for f in model.functions.values())]:
+    for graph in graphs(model):
         for value in graph.initializers.values():
             if isinstance(value.const_value, ir.ExternalTensor):
                 value.const_value = safe(value.const_value)

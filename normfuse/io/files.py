@@ -22,7 +22,7 @@ import onnx
 import onnx_ir as ir
 
 from normfuse.errors import InputError, UnsupportedError, first_line
-from normfuse.io.data import DataFile, DataFiles, External, secure
+from normfuse.io.data import DataFile, DataFiles, External, graphs, secure
 from normfuse.io.message import check_message
 from normfuse.io.pt2 import foreign, is_zip
 from normfuse.io.write import Put, among, check_target, copy, discard, extents, fresh, over, through, write, write_bytes
@@ -236,7 +236,7 @@ def write_onnx(model: ir.Model, target: Path, source: Source | None = None, refe
 
 def external_tensors(model: ir.Model) -> Iterator[External]:
     """All tensors of a model whose elements are in another file."""
-    for graph in [model.graph, *model.graph.subgraphs(), *(f.graph for f in model.functions.values())]:
+    for graph in graphs(model):
         for value in graph.initializers.values():
             if isinstance(value.const_value, External):
                 yield value.const_value

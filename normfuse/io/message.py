@@ -205,7 +205,7 @@ def _distinct(names: Sequence[str], what: str, where: str) -> None:
 def _check_calls(main: onnx.GraphProto, functions: dict[tuple[str, str, str], onnx.FunctionProto], where: str) -> None:
     """Raise `InputError` where functions call themselves, or become too many nodes when they are inlined."""
     sizes: dict[tuple[str, str, str], int] = {}
-    calls = {key: [k for n in _nodes(f) for k in [(n.domain, n.op_type, n.overload)]] for key, f in functions.items()}
+    calls = {key: [k for n in nodes_of(f) for k in [(n.domain, n.op_type, n.overload)]] for key, f in functions.items()}
     todo = [(key, False) for key in functions]
     open_: set[tuple[str, str, str]] = set()
     while todo:
@@ -220,16 +220,22 @@ def _check_calls(main: onnx.GraphProto, functions: dict[tuple[str, str, str], on
                 raise InputError(f"{where}: function {key[1][:100]!r} calls itself")
             open_.add(key)
             todo += [(key, True), *((k, False) for k in calls[key] if k in functions and k not in sizes)]
-    if sum(sizes.get((n.domain, n.op_type, n.overload), 1) for n in _nodes(main)) > MOST_NODES:
+    if sum(sizes.get((n.domain, n.op_type, n.overload), 1) for n in nodes_of(main)) > MOST_NODES:
         raise InputError(f"{where}: with its functions inlined it is more than {MOST_NODES:,} nodes")
 
 
-def _nodes(graph: Any) -> Iterator[onnx.NodeProto]:
-    for node in graph.node:
-        yield node
-        for attr in node.attribute:
-            for inner in [attr.g] if attr.type == onnx.AttributeProto.GRAPH else attr.graphs:
-                yield from _nodes(inner)
+def graphs_of(graph: Any) -> Iterator[Any]:
+    """A graph or function, and the sub-graphs in it, at any depth."""
+    todo = [graph]
+    for one in todo:
+        yield one
+        todo += [g for node in one.node for attr in node.attribute
+                 for g in ([attr.g] if attr.type == onnx.AttributeProto.GRAPH else attr.graphs)]  # fmt: skip
+
+
+def nodes_of(graph: Any) -> Iterator[onnx.NodeProto]:
+    """The nodes of these."""
+    return (node for one in graphs_of(graph) for node in one.node)
 
 
 def _check_tensor(tensor: onnx.TensorProto, name: str) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import ctypes
 from collections import Counter
-from collections.abc import Iterable, Iterator
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -128,11 +127,13 @@ def called(model: str | Path | onnx.ModelProto, provider: str = "cpu") -> list[s
 
     CUDA kernels normalise trailing axes, so that a function called with others keeps its body there.
     """
+    from normfuse.io.message import nodes_of
+
     model = _read(model)
     wanted = {f.name for f in model.functions if f.domain == _DOMAIN and "offset" not in f.attribute}
     defined = {f.name for f in model.functions if f.domain == _DOMAIN}
     bodies = set[str]()
-    for node in _nodes(model.graph.node):
+    for node in nodes_of(model.graph):
         if node.domain == _DOMAIN and node.op_type not in defined:
             wanted.add(node.op_type)
         for attribute in node.attribute:
@@ -156,16 +157,9 @@ def _read(model: str | Path | onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
-def _nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
-    """Nodes, and those of the sub-graphs in them."""
-    for node in nodes:
-        yield node
-        for attribute in node.attribute:
-            for graph in (attribute.g, *attribute.graphs):
-                yield from _nodes(graph.node)
-
-
 def _windows(model: onnx.ModelProto) -> bool:
     """Whether a model has operators that ONNX Runtime's NCHWc optimiser is for."""
-    bodies = [model.graph.node, *(f.node for f in model.functions)]
-    return any(node.op_type.endswith(("Conv", "Pool")) for body in bodies for node in _nodes(body))
+    from normfuse.io.message import nodes_of
+
+    bodies = (model.graph, *model.functions)
+    return any(node.op_type.endswith(("Conv", "Pool")) for body in bodies for node in nodes_of(body))
