@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from normfuse.centring import Centre
-from normfuse.conversion import Conversion
+from normfuse.conversion import Conversion, Proof
 from normfuse.graph import Node, Value
 from normfuse.norm import Expr, Norm, Site, end_of, region
 from normfuse.ort_values import Array
@@ -129,11 +129,7 @@ class Record:
     verdict: str
     code: str = ""
     reason: str = ""
-    derivation: list[str] = field(default_factory=list)
-    readers: list[str] = field(default_factory=list)
-    edits: list[str] = field(default_factory=list)
-    operators: list[str] = field(default_factory=list)
-    value_dependent: list[str] = field(default_factory=list)
+    proof: Proof = field(default_factory=Proof)
     check: Certificate | None = None
     result: str = ""
     emitted: str = ""
@@ -141,12 +137,16 @@ class Record:
     path: Path = ()
 
     @staticmethod
+    def kept(site: Site, code: str, why: str) -> Record:
+        """The record of a norm that stays a LayerNorm."""
+        return Record(site, "kept", code, why)
+
+    @staticmethod
     def of(plan: Conversion, site: Site, check: Certificate | None, result: tuple[str, str]) -> Record:
         """The record of a converted norm."""
         proof = plan.proof[site]
         verdict = "exact with an operator" if proof.operators else "exact"
-        return Record(site, verdict, "", "; ".join(proof.operators), proof.derivation, proof.readers, proof.edits,
-                      proof.operators, proof.depends, check, *result)  # fmt: skip
+        return Record(site, verdict, "", "; ".join(proof.operators), proof, check, *result)
 
     @staticmethod
     def folded(plan: Conversion, site: Site, check: Certificate | None, result: tuple[str, str]) -> Record:
@@ -173,8 +173,8 @@ class Record:
         out: dict[str, Any] = {"verdict": self.verdict, "code": self.code, "reason": self.reason}
         if self.verdict in ("kept", "approximate"):
             return out | self.layer
-        out |= {"derivation": self.derivation, "readers": self.readers, "edits": self.edits,
-                "operators": self.operators, "value_dependent": self.value_dependent}  # fmt: skip
+        out |= {"derivation": self.proof.derivation, "readers": self.proof.readers, "edits": self.proof.edits,
+                "operators": self.proof.operators, "value_dependent": self.proof.depends}  # fmt: skip
         if self.check is not None:
             out["check"] = {"max_rel": self.check.gap, "limit": LIMIT, "constants": self.check.constants,
                             "error_before": self.check.before, "error_after": self.check.after}  # fmt: skip
@@ -215,11 +215,6 @@ class Randomiser:
         if attempt:
             return np.asarray(array + scale * (0.01 + 0.01 * noise))
         return np.asarray(scale * (0.2 + np.abs(noise)) if array.min() >= 0 else scale * (0.5 + noise))
-
-
-def refusals(site: Site, code: str, why: str) -> Record:
-    """The record of a norm that stays a LayerNorm."""
-    return Record(site, "kept", code, why)
 
 
 def apply(want: Centre, array: Array, scales: Sequence[Array]) -> Array:

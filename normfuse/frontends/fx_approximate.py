@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten
 from normfuse.calibrate import Approximation, Hook, Layer, calibrate, each, matching
 from normfuse.config import Config
 from normfuse.conversion import operator_of, rms
-from normfuse.convert import Record, refusals, still
+from normfuse.convert import Record, still
 from normfuse.errors import InputError, NormFuseError, first_line
 from normfuse.frontends import fx_channels as table
 from normfuse.frontends.fx_certify import run_all
@@ -50,7 +50,7 @@ def approximate_program(program: Any, config: Config, given: Any, done: Sequence
     if not sites:
         return program, found, None
     if (why := table.hazard(whole.graph, source)) is not None:
-        found.records = [refusals(site, "NF305", why) for site in sites]
+        found.records = [Record.kept(site, "NF305", why) for site in sites]
         return program, found, None
     numbers, emitter = Numbers(Weights(source, tensors)), Emitter(whole.emitter.level, "fast")
     layers: dict[Site, tuple[Layer, Value]] = {}
@@ -62,7 +62,7 @@ def approximate_program(program: Any, config: Config, given: Any, done: Sequence
         if len(inner.norm.axes) != 1 or bias is None:
             why = "it has no bias of its own to put the correction into, or several axes"
         if why is not None or bias is None:
-            found.records.append(refusals(site, "NF301", why or ""))
+            found.records.append(Record.kept(site, "NF301", why or ""))
             continue
         old = numbers.array(bias)
         assert old is not None

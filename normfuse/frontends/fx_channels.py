@@ -56,9 +56,9 @@ class At(Arguments):
         """The refusal of a row."""
         return Blocked(f"{name_of(self.node) or self.node.target} {self.node.name} {why}")
 
-    def axis(self, i: int, *names: str, rank: int, default: int = 0) -> int:
+    def axis(self, i: int, *names: str, rank: int) -> int:
         """An argument that is an axis, counted from the front."""
-        found = self.get(i, *names, default=default)
+        found = self.get(i, *names, default=0)
         if not isinstance(found, int):
             raise self.blocked("has an axis known only at run time")
         return found % max(rank, 1)

@@ -14,7 +14,7 @@ from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from normfuse.centring import Centre, Links
 from normfuse.config import Config
 from normfuse.conversion import Conversion, Means, operator_of, parts_of, rms
-from normfuse.convert import Certificate, Edits, Overflow, Record, changes, refusals, with_copies
+from normfuse.convert import Certificate, Edits, Overflow, Record, changes, with_copies
 from normfuse.errors import InputError
 from normfuse.folding import Folder, fold, folds_note
 from normfuse.frontends import fx_channels as table
@@ -149,11 +149,11 @@ def convert_graph(source: fx.GraphModule, config: Config, state: Mapping[str, to
     whole.plan.clear()
     whole.plan.refused.clear()
     low, norms = whole.low, [s for s in whole.plan.found.sites if s.norm.kind == "layer_norm"]
-    records = [refusals(s, "NF301", "it stands in a sub-graph of the model") for part in whole.parts()[1:]
+    records = [Record.kept(s, "NF301", "it stands in a sub-graph of the model") for part in whole.parts()[1:]
                for s in part.plan.found.sites if s.norm.kind == "layer_norm"]  # fmt: skip
     why = table.hazard(whole.graph, source)
     if why is not None:
-        return Converted(source, records=records + [refusals(s, "NF305", why) for s in norms])
+        return Converted(source, records=records + [Record.kept(s, "NF305", why) for s in norms])
     numbers, emitter = Numbers(weights), Emitter(whole.emitter.level, "fast")
 
     def fits(site: Site, inner: Site) -> tuple[str, str] | None:
@@ -186,7 +186,7 @@ def convert_graph(source: fx.GraphModule, config: Config, state: Mapping[str, to
         place=lambda value: table.floating(value) and (host is None or host.can_place(value)),
         partial=host.partial if host is not None else lambda norms: {},
         blind=lambda node, value, want: table.blind(low, node, value, want)))  # fmt: skip
-    records += [refusals(s, r.code, r.message) for s, r in plan.kept.items()]
+    records += [Record.kept(s, r.code, r.message) for s, r in plan.kept.items()]
     if host is None:  # a module keeps its norms' parameters
         folder = Folder(low.graph, plan, linear, channels, numbers.twins, numbers.full)
         folder.run(whole.plan.found.sites, config.fold_scale)
@@ -200,7 +200,7 @@ def convert_graph(source: fx.GraphModule, config: Config, state: Mapping[str, to
     except Overflow as why:
         check = Certificate(False, message=str(why))
     if check is not None and not check.ok:
-        failed = [refusals(s, "NF304", check.message) for s in plan.changed()]
+        failed = [Record.kept(s, "NF304", check.message) for s in plan.changed()]
         return Converted(source, records=records + failed)
     records += changes(plan, check, editor.results)
     return Converted(module, editor.tensors, editor.edits.copies, records, plan, folds_note(plan))
@@ -360,7 +360,7 @@ def rebuilt(program: Any, found: Converted) -> Any:
 
 def convert_module(module: fx.GraphModule, config: Config) -> tuple[fx.GraphModule, Converted]:
     """Convert a graph module whose weights are its attributes; a weight that is an input of the graph stays."""
-    found = convert_graph(module, config, None, Weights(module, {}), lambda: inputs_of(module.graph, {}))
+    found = convert_graph(module, config, None, Weights(module, {}), lambda: inputs_of(module.graph))
     for path, tensor in found.tensors.items():
         parent, _, name = path.rpartition(".")
         if path in found.copies or not isinstance(_attribute(module, path), torch.Tensor):
@@ -403,14 +403,14 @@ def user_inputs(program: Any) -> list[Any]:
     return copy.copy(tree_flatten((args, kwargs))[0])
 
 
-def inputs_of(graph: fx.Graph, skip: Mapping[str, Any]) -> list[Any]:
+def inputs_of(graph: fx.Graph) -> list[Any]:
     """Random inputs by the meta of the placeholders: floats normal with mean 0.5, integers 0 or 1."""
     from normfuse.frontends.fx_meta import is_tensor, meta_of, size_of
 
     generator, symbols = torch.Generator().manual_seed(0), dict[str, int]()
     out: list[Any] = []
     for node in graph.nodes:
-        if node.op != "placeholder" or node.name in skip:
+        if node.op != "placeholder":
             continue
         meta = meta_of(node)
         if not is_tensor(meta):

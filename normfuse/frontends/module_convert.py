@@ -16,7 +16,7 @@ from torch import nn
 
 from normfuse.config import Config
 from normfuse.conversion import Conversion
-from normfuse.convert import refusals, tell
+from normfuse.convert import Record, tell
 from normfuse.errors import InputError, UnsupportedError, first_line
 from normfuse.frontends.fx_approximate import approximate_program
 from normfuse.frontends.fx_certify import with_own_state
@@ -79,7 +79,7 @@ def convert_module(module: nn.Module, config: Config, args: Sequence[Any], kwarg
         except _Unfit as why:
             failed = str(why)
         if failed:
-            found.records = [refusals(r.site, "NF304", failed) if r.verdict != "kept" else r for r in found.records]
+            found.records = [Record.kept(r.site, "NF304", failed) if r.verdict != "kept" else r for r in found.records]
             new_program, out, cost = program, copy.deepcopy(module), None
     report = _report(program, new_program, config, found)
     report.approximation = cost

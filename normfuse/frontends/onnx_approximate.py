@@ -14,7 +14,7 @@ import onnx_ir as ir
 from normfuse.calibrate import Approximation, Hook, Layer, calibrate, matching, named_batches
 from normfuse.config import Config
 from normfuse.conversion import operator_of, rms
-from normfuse.convert import Record, refusals, still
+from normfuse.convert import Record, still
 from normfuse.errors import InputError, NormFuseError, first_line
 from normfuse.frontends import onnx_channels as table
 from normfuse.frontends.onnx_certify import Program
@@ -44,7 +44,7 @@ def approximate_model(one: OnnxModel, config: Config, given: Any,
     if not sites:
         return records, None
     if (why := table.hazard(low)) is not None:
-        return records + [refusals(site, "NF305", why) for site in sites], None
+        return records + [Record.kept(site, "NF305", why) for site in sites], None
     on = matching([s.label for s in sites], config.norms, [record.site.label for record in done])
     taken = list(compress(sites, on))
     editor, alive = _Editor(one), live(low.graph)
@@ -52,7 +52,7 @@ def approximate_model(one: OnnxModel, config: Config, given: Any,
         inner = operator_of(site)
         why = editor.unfit(inner) if site.value.producer in alive else "no output of the graph depends on it"
         if why is not None:
-            records.append(refusals(site, "NF301", why))
+            records.append(Record.kept(site, "NF301", why))
         else:
             editor.add(site, inner)
     if not editor.layers:
@@ -94,8 +94,8 @@ def _inside(one: OnnxModel, done: Sequence[Record]) -> list[Record]:
     records = []
     for low, plan in zip(one.lowerings[1:], one.plans[1:], strict=True):
         for site in still(plan.found.sites, [record for record in done if record.path == low.path]):
-            records.append(refusals(site, "NF301", "it stands in a sub-graph of the model, where nothing is measured"))
-            records[-1].path = low.path
+            kept = Record.kept(site, "NF301", "it stands in a sub-graph of the model, where nothing is measured")
+            records.append(replace(kept, path=low.path))
     return records
 
 

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from normfuse.centring import Centre
 from normfuse.config import Config
 from normfuse.conversion import Conversion, Means, rms
-from normfuse.convert import Certificate, Edits, Overflow, Record, changes, refusals, with_copies
+from normfuse.convert import Certificate, Edits, Overflow, Record, changes, with_copies
 from normfuse.errors import InputError
 from normfuse.folding import Folder, fold, folds_note
 from normfuse.frontends import onnx_channels as table
@@ -46,7 +46,7 @@ def convert_model(one: OnnxModel, config: Config, given: Given) -> tuple[ir.Mode
     if any(is_if(node) for node in one.model.graph) and sites:
         one.read(flat=True)
     paths = one.paths()
-    records = [refusals(site, "NF301", "it stands in a sub-graph of the model") for other in one.plans[1:]
+    records = [Record.kept(site, "NF301", "it stands in a sub-graph of the model") for other in one.plans[1:]
                for site in other.found.sites if site.norm.kind == "layer_norm"]  # fmt: skip
     done = _converted(one, config, given)
     for record in (*records, *done.records):
@@ -74,7 +74,7 @@ def _converted(one: OnnxModel, config: Config, given: Given) -> _Done:
     low, plan, records = one.lowerings[0], one.plans[0], list[Record]()
     why = table.hazard(low)
     if why is not None:
-        kept = [refusals(site, "NF305", why) for site in plan.found.sites if site.norm.kind == "layer_norm"]
+        kept = [Record.kept(site, "NF305", why) for site in plan.found.sites if site.norm.kind == "layer_norm"]
         return _Done(one.model, kept, failed=True)
     means = _Means(one, low, config)
     asked = means.means()
@@ -95,13 +95,13 @@ def _converted(one: OnnxModel, config: Config, given: Given) -> _Done:
         except Overflow as why:
             check = Certificate(False, message=str(why))
         if check is not None and not check.ok:
-            records = [refusals(site, "NF304", check.message) for site in found.changed()]
-            records += [refusals(s, r.code, r.message) for s, r in found.kept.items()]
+            records = [Record.kept(site, "NF304", check.message) for site in found.changed()]
+            records += [Record.kept(s, r.code, r.message) for s, r in found.kept.items()]
             return _Done(before, records, failed=True)
         records = changes(found, check, editor.results)
         if check is not None and check.any_of:
             notes.append(f"the certificate computes no {', '.join(check.any_of)}: it holds whatever that is")
-    records += [refusals(s, r.code, r.message) for s, r in found.kept.items()]
+    records += [Record.kept(s, r.code, r.message) for s, r in found.kept.items()]
     return _Done(one.model, records, notes)
 
 

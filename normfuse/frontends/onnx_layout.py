@@ -164,8 +164,6 @@ def _written(low: Lowering, node: Node) -> bool:
 
 def lay(low: Lowering, found: Recognition, norms: Sequence[Turned], opset: int, used: set[str | None]) -> int:
     """Write norms in the layout of their results; how many could be. `used`: the names of the whole model."""
-    if not norms:
-        return 0
     inside = {node.native for norm in norms for node in norm.nodes}
     needed = {node.native for node in live(low.graph)} - inside
     places = {node: i for i, node in enumerate(low.source)}

@@ -274,8 +274,8 @@ class OnnxModel:
                          "bodies of their functions run (..._as_written); --numerics fast makes operators of most")
         calls = sum("function" in self.label(edit) for one in self.plans for edit in one.edits())
         if calls and self.config.target == "onnx":
-            found.append(f"{calls} norms are calls of functions now, which not every runtime takes (OpenVINO, TVM and "
-                         "tract do not): target 'standard' writes their operators instead")
+            found.append(f"{calls} norms are calls of functions now; for runtimes that take none (OpenVINO, TVM, tract) "
+                         "there is target 'standard'")
         used = Counter(self.respelled)
         for one in self.plans:
             sites = {site: edit for edit in one.edits() for site in edit.sites}

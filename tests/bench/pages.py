@@ -189,6 +189,25 @@ def conversions() -> Rows:
         yield [one["model"], one["where"], one["converted"], *ms, f"{one['ratio']:.3f}"]
 
 
+def runtimes() -> Rows:
+    """Of how many families other runtimes run the files."""
+    found = results("runtimes")
+    names = {"openvino": "OpenVINO", "tvm": "TVM"}
+    for runtime, version in found["versions"].items():
+        for opset in (18, 23):
+            rows = [row[runtime] for row in found["families"] if row["opset"] == opset]
+            cells = [sum(isinstance(row[which], float) for row in rows)
+                     for which in ("input", "onnx", "standard", "normfuse")]
+            yield [f"{names.get(runtime, runtime)} {version}", opset, *cells]
+
+
+def spellings() -> Rows:
+    """What OpenVINO makes of them."""
+    found = results("runtimes")["spellings"]
+    for which, name in (("input", "as exported"), ("standard", "with `--target standard`")):
+        yield [name, *(found[which][kind] for kind in ("RMS", "MVN", "parts"))]
+
+
 def speed() -> Rows:
     """Seconds of each tool to optimise a file."""
     tools = ("onnx_ir load+save", "onnxruntime optimise+save", "normfuse, verify off", "normfuse, verify sites",
@@ -217,7 +236,10 @@ PAGES: dict[str, list[tuple[str, Callable[[], Rows]]]] = {
         ("| operator, rows x N |", kernels(lambda one: one["rows"] >= 4096)),
         ("| operator, rows x N |", kernels(lambda one: one["rows"] == 16)),
     ],
-    "docs/targets.md": [("| ONNX Runtime |", forms("rms_norm")), ("| ONNX Runtime |", forms("layer_norm"))],
+    "docs/targets.md": [
+        ("| runtime |", runtimes), ("| spellings |", spellings),
+        ("| ONNX Runtime |", forms("rms_norm")), ("| ONNX Runtime |", forms("layer_norm")),
+    ],
     "docs/layernorm-to-rmsnorm.md": [("| rows x size |", layernorms), ("| model | where |", conversions)],
     "docs/latency.md": [
         ("| model |", latency("latency-intel", NEWEST,
