@@ -44,7 +44,10 @@ _last: list[Report] = []
 
 
 def last_report() -> Report | None:
-    """What the backend did to the graph that it compiled last; None before the first."""
+    """What the backend did to the graph that it compiled last; None before the first.
+
+    Of an `InductorPass` too, but for code that Inductor had in its cache: then it is not called.
+    """
     return _last[-1] if _last else None
 
 

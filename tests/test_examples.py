@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import runpy
 import subprocess
@@ -18,11 +19,16 @@ SHOWN = re.compile(r"<!-- output: examples/compile.py -->\n```\n(.*?)```", re.DO
 
 @pytest.mark.slow  # twenty kernels of Inductor
 @pytest.mark.parametrize("more", [[], ["--plugin"]])
-def test_compile(more: list[str]) -> None:
+def test_compile(more: list[str], tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     argv = [sys.executable, str(EXAMPLES / "compile.py"), *more]
-    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    own = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, env=own)
     assert done.returncode == 0, done.stderr
+    if more:  # a second time its code comes from the cache, and the plugin is not called
+        again = subprocess.run(argv, capture_output=True, text=True, check=False, env=own)
+        assert again.stdout.splitlines()[:2] == done.stdout.splitlines()[:2]
+        assert again.returncode == 1 and "from an earlier run" in again.stderr
     losses = [(float(loss), float(gradient)) for loss, gradient in
               re.findall(r"loss (\S+), largest gradient (\S+)", done.stdout)]  # fmt: skip
     assert len(losses) == 2 and losses[0] == pytest.approx(losses[1], rel=1e-5)

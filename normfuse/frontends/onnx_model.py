@@ -272,10 +272,10 @@ class OnnxModel:
         if own and self.config.target == "normfuse":
             found.append(f"{own} norms round in an order of their own, for which the library has no kernel, so the "
                          "bodies of their functions run (..._as_written); --numerics fast makes operators of most")
-        calls = sum("function" in self.label(edit) for one in self.plans for edit in one.edits())
-        if calls and self.config.target == "onnx":
-            found.append(f"{calls} norms are calls of functions now; for runtimes that take none (OpenVINO, TVM, tract) "
-                         "there is target 'standard'")
+        edits = [edit for one in self.plans for edit in one.edits()] if self.config.target == "onnx" else []
+        if calls := sum("function" in self.label(edit) for edit in edits):
+            found.append(f"{calls} norms are calls of functions now; for runtimes that take none (OpenVINO, TVM, "
+                         "tract) there is target 'standard'")
         used = Counter(self.respelled)
         for one in self.plans:
             sites = {site: edit for edit in one.edits() for site in edit.sites}
