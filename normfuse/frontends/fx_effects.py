@@ -320,16 +320,19 @@ def held(module: Any, path: Any) -> Any:
     return module
 
 
-def tainted(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes whose memory somebody overwrites after them, with all that may share it. Linear in the graph.
+def tainted(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """The nodes whose memory somebody overwrites after them, with all that may share it, and the writes to that memory,
+    in their order. Linear in the graph.
 
     What is made of that memory once it was written for the last time, a view say, stays what it is.
     """
-    last: dict[fx.Node, int] = {}
-    for i, node in enumerate(graph.nodes):
-        last.update(dict.fromkeys(written(node), i))
-    if not last:
-        return set()
+    places = {node: i for i, node in enumerate(graph.nodes)}
+    writes: dict[fx.Node, dict[fx.Node, None]] = {}
+    for node in graph.nodes:
+        for n in written(node):
+            writes.setdefault(n, {})[node] = None
+    if not writes:
+        return {}
     parent: dict[fx.Node, fx.Node] = {}
 
     def find(node: fx.Node) -> fx.Node:
@@ -346,7 +349,9 @@ def tainted(graph: fx.Graph) -> set[fx.Node]:
         storage = storage_of(node)
         if storage is not None:
             parent[find(owners.setdefault(storage, node))] = find(node)
-    until: dict[fx.Node, int] = {}
-    for node, i in last.items():
-        until[find(node)] = max(i, until.get(find(node), i))
-    return {node for i, node in enumerate(graph.nodes) if i < until.get(find(node), 0)}
+    found: dict[fx.Node, dict[fx.Node, None]] = {}
+    for node, by in writes.items():
+        found.setdefault(find(node), {}).update(by)
+    ordered = {root: sorted(by, key=places.__getitem__) for root, by in found.items()}
+    each = ((node, ordered.get(find(node), [])) for node in places)
+    return {node: by for node, by in each if by and places[node] < places[by[-1]]}

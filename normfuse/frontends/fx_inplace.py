@@ -1,4 +1,5 @@
-"""Writes in place that nobody else sees, read as what they compute: ``r.add_(eps)`` as ``r.add(eps)``.
+"""Writes in place that nobody else sees, read as what they compute: ``r.add_(eps)`` as ``r.add(eps)``. And tensors that
+are read once their memory was written for the last time (``x[mask] = token; norm(x)``), under a name of their own.
 
 A graph is read so, and what of it no operator takes up is written in place again.
 """
@@ -24,13 +25,18 @@ _WIDENED = frozenset("pow rsqrt reciprocal addcmul addcdiv".split())
 """What autocast computes in float32, unless it is in place."""
 _OPERATORS: dict[Any, Any] = {operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul,
                               operator.itruediv: operator.truediv, operator.ipow: operator.pow}  # fmt: skip
+_WRITES_NUMBERS = frozenset(
+    """setitem iadd isub imul itruediv copy_ fill_ zero_ add_ sub_ mul_ div_ masked_fill_ masked_scatter_ index_put_
+    index_copy_ index_fill_ index_add_ scatter_ scatter_add_""".split()
+)
+"""What changes the elements of a tensor alone, and not its shape or where they lie."""
 MOST = 64
 """Tensors in one memory up to which it is asked who reads them."""
 
 
 def writes(graph: fx.Graph) -> bool:
-    """Whether `read_as_pure` may change a graph."""
-    return any(_pure(node) is not None for node in graph.nodes)
+    """Whether `read_as_pure` or `name_settled` may change a graph."""
+    return any(_pure(node) is not None or fx_effects.name_of(node) in _WRITES_NUMBERS for node in graph.nodes)
 
 
 def read_as_pure(graph: fx.Graph, exported: bool) -> Targets:
@@ -44,6 +50,32 @@ def read_as_pure(graph: fx.Graph, exported: bool) -> Targets:
     for node, target in found.items():
         node.target = target
     return before
+
+
+def name_settled(graph: fx.Graph, exported: bool) -> list[fx.Node]:
+    """Have what reads a tensor behind the last write to its memory read an alias of it, which stays what it is; gives
+    the aliases, for `unname`. The outputs of an `exported` program keep their names.
+    """
+    made = []
+    found = fx_effects.tainted(graph)
+    place = {node: i for i, node in enumerate(graph.nodes)} if found else {}
+    for node, writes in found.items():
+        late = [u for u in node.users if place[u] > place[writes[-1]] and not (exported and u.op == "output")]
+        if late and is_tensor(meta_of(node)) and all(fx_effects.name_of(w) in _WRITES_NUMBERS for w in writes):
+            with graph.inserting_after(writes[-1]):
+                alias = graph.call_function(torch.ops.aten.alias.default, (node,))
+            alias.meta = dict(node.meta)
+            for user in late:
+                user.replace_input_with(node, alias)
+            made.append(alias)
+    return made
+
+
+def unname(graph: fx.Graph, aliases: Collection[fx.Node]) -> None:
+    """Take the aliases away again: whoever reads one stands behind the last write."""
+    for node in [node for node in graph.nodes if node in aliases]:
+        node.replace_all_uses_with(node.args[0])
+        graph.erase_node(node)
 
 
 def write_again(graph: fx.Graph, before: Targets, exported: bool, old: Collection[fx.Node]) -> None:

@@ -207,6 +207,7 @@ class _Module:
         self.operators_before = operators(source.graph)
         self.written = fx_inplace.read_as_pure(self.graph, self.exported)
         self.old = frozenset(self.graph.nodes if self.written else ())
+        self.aliases = frozenset(fx_inplace.name_settled(self.graph, self.exported))
         self.low = Lowering(source, self.graph, state, autocast)
         self.emitter = Emitter(level or level_of(self.graph), config.numerics)
         self.fused = FusedEmitter(self.emitter.level, config.numerics, eager)
@@ -318,6 +319,7 @@ class _Module:
             self._remove()
             if self.exported:
                 take_out(self.graph, scattered(self.graph) - scattered(self.source.graph))
+        fx_inplace.unname(self.graph, self.aliases)
         fx_inplace.write_again(self.graph, self.written, self.exported, self.old)
         self.graph.lint()
         made = fx.GraphModule(self.source, self.graph, type(self.source).__name__)
