@@ -33,6 +33,7 @@ from normfuse.frontends import fx_model
 from normfuse.frontends.fx_meta import meta_of
 from normfuse.norm import Site
 from normfuse.ops.register import decompose_on_cpu, stays
+from normfuse.plan import ALONE
 from normfuse.report import Report
 
 log = logging.getLogger("normfuse.backend")
@@ -78,8 +79,8 @@ def rewrite(graph: fx.GraphModule, config: Config, inner: str = "inductor", trai
         if (cuda and training) or (pair and not (cuda and inner == "inductor")):
             return None
         if site.is_op:
-            return "it is one operator already, and has no neighbour to take in"
-        return "no neighbour to take in: Inductor fuses it as well" if inner == "inductor" else None
+            return f"it is one operator already, and has {ALONE}"
+        return f"{ALONE}: Inductor fuses it as well" if inner == "inductor" else None
 
     if config.converts:
         _demand_constants(graph, config)

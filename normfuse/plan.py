@@ -10,6 +10,8 @@ from normfuse.norm import Norm, Refusal, Site
 from normfuse.recognise import Recognition
 
 Reason = tuple[str, str]
+ALONE = "no neighbour to take in"
+"""A reason to leave a norm; where there is one that cannot be taken in, that takes its place."""
 """Why not, as (code, message)."""
 
 
@@ -125,7 +127,8 @@ class Plan:
     """Edits to one graph and the refusals met on the way, by site where they belong to one.
 
     `broken` holds fusions that were tried and failed, by operator's name and first site: a smaller one may still do.
-    `left` holds sites that are not worth replacing, with the reason.
+    `left` holds sites that are not worth replacing, with the reason; `apart`, why an operator cannot take a site and
+    what stands beside it.
     """
 
     graph: Graph
@@ -136,6 +139,7 @@ class Plan:
     refused: dict[Site, Refusal] = field(default_factory=dict)
     broken: dict[tuple[str, Site], Refusal] = field(default_factory=dict)
     left: dict[Site, str] = field(default_factory=dict)
+    apart: dict[Site, str] = field(default_factory=dict)
 
     def edits(self) -> list[Edit]:
         """All edits, the wider ones first."""
@@ -147,6 +151,7 @@ class Plan:
         self.fused.clear()
         self.remove.clear()
         self.left.clear()
+        self.apart.clear()
 
     def refuse(self, site: Site, why: Refusal) -> None:
         """Leave a site as it is, and say why."""
@@ -171,6 +176,7 @@ class Plan:
             return False
         why = can.operator(edit)
         if why is not None:
+            self.apart.update(dict.fromkeys(edit.sites if edit.op != "norm" else (), why[1]))
             return False
         self.fused.append(edit)
         return True

@@ -21,7 +21,7 @@ from normfuse.facts import MEAN
 from normfuse.graph import Graph, Node, Value
 from normfuse.norm import Refusal, Site, region
 from normfuse.passes.remove_dead import live
-from normfuse.plan import Abilities, Edit, Fused, Plan, Reason, Replace
+from normfuse.plan import ALONE, Abilities, Edit, Fused, Plan, Reason, Replace
 from normfuse.transfer import REDUCTIONS
 
 E = TypeVar("E", Replace, Fused)
@@ -42,7 +42,8 @@ class FuseNorm:
                 continue
             reason = self.can.leave(site, False) if self.can.leave is not None else None
             if reason is not None:
-                plan.left[site] = reason
+                apart = plan.apart.get(site)
+                plan.left[site] = reason.replace(ALONE, f"a neighbour that stays: {apart}") if apart else reason
                 continue
             own = Fused("norm", (site,), (site.norm.x,), (site.value,))
             if self.can.leave is not None and plan.fuse(own, self.can):

@@ -8,7 +8,7 @@ import sys
 import uuid
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -124,6 +124,29 @@ def test_a_norm_whose_fusion_failed_says_so(monkeypatch: pytest.MonkeyPatch) -> 
     torch.compile(two, backend="normfuse", options={"inner": "eager"})(torch.randn(4, 8), torch.ones(8))
     (norm,) = (normfuse.last_report() or normfuse.Report()).norms
     assert norm.action == "left" and norm.reason.startswith("as add_layer_norm it failed: ")
+
+
+def test_a_neighbour_that_cannot_be_taken_in_is_told() -> None:
+    """The stream of a ViT without a token for the class lies in memory as its convolution left it."""
+    class ViT(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patches, self.places = nn.Conv2d(3, 16, 8, 8), nn.Parameter(torch.randn(1, 16, 16))
+            self.norms = nn.ModuleList(nn.LayerNorm(16) for _ in range(3))
+            self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.patches(x).flatten(2).transpose(1, 2) + self.places
+            for norm, linear in zip(self.norms, self.layers, strict=False):
+                x = x + linear(norm(x))
+            return cast(Tensor, self.norms[-1](x))
+
+    with torch.no_grad():
+        torch.compile(ViT(), backend="normfuse", options={"inner": "eager"})(torch.randn(2, 3, 32, 32))
+    report = normfuse.last_report()
+    assert report is not None and [n.action for n in report.norms] == ["left"] * 3
+    apart = "it is one operator already, and has a neighbour that stays: its result would lie in memory in another way"
+    assert all(n.reason.startswith(apart) for n in report.norms[1:])
 
 
 def test_report_and_log_say_what_was_done_and_why_not(caplog: pytest.LogCaptureFixture) -> None:
