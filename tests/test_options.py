@@ -72,10 +72,10 @@ def test_weights_under_an_old_name_are_named(tmp_path: Path) -> None:
     source = rms_file(tmp_path / "in.onnx")
     onnx.save(onnx.load(source), source, save_as_external_data=True, location="in.data", size_threshold=0)
     (calls,) = normfuse.rewrite(source, tmp_path / "other.onnx").notes
-    assert "calls of functions" in calls
+    assert "functions of the model" in calls
     _, left = normfuse.rewrite(source, source, in_place=True).notes
     assert left.endswith(f"{tmp_path / 'in.data'} is not read by the model any more")
-    assert not normfuse.rewrite(source, source, in_place=True).notes  # with nothing to do
+    assert normfuse.rewrite(source, source, in_place=True).notes == [calls]  # with nothing to do
 
 
 @pytest.mark.parametrize(("call", "said"), [

@@ -22,7 +22,7 @@ from onnx.reference.op_run import OpRun
 
 from normfuse.errors import first_line
 from normfuse.frontends.onnx import Lowering
-from normfuse.frontends.onnx_emit import DOMAIN, Emitter
+from normfuse.frontends.onnx_emit import DOMAIN, Emitter, unique
 from normfuse.frontends.onnx_fused import FusedEmitter
 from normfuse.frontends.onnx_region import VIEWS, Region, as_function, region, rest_of, results_of
 from normfuse.graph import Dim, Value
@@ -70,6 +70,9 @@ class Checker:
         made = self._made(low, edit, emitter, copies, _sizes(edit, shapes))
         if made is None:
             return Check(False, message="the region reads what only a whole run knows")
+        used: set[str | None] = {v.native.name for v in boundary}
+        for fresh in emitter.fresh:
+            fresh.name = unique(fresh.name or "", used)
         given = FusedEmitter(emitter).results(edit, made) if isinstance(edit, Fused) else made[-1].outputs
         for value, new_value in zip(results_of(edit), given, strict=True):
             new_value.name = value.native.name

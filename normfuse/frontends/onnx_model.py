@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import (
     InlinePass,
-    LiftConstantsToInitializersPass,
     RemoveInitializersFromInputsPass,
     RemoveUnusedFunctionsPass,
     RemoveUnusedOpsetsPass,
@@ -59,6 +59,7 @@ SLIM = 2**15
 """How many elements a row may have for its weight by channel to be spread over it in exchange for an
 InstanceNormalization, which is nearly as fast."""
 SIMPLIFIED = "SimplifiedLayerNormalization"
+NUMBERS = ("value_int", "value_ints", "value_float", "value_floats")
 ROUNDS = 8
 """How often at most a graph is read again for norms in two layouts."""
 Progress = Callable[[str, float], None]
@@ -118,6 +119,7 @@ class OnnxModel:
         self.checks: dict[Site, Check] = {}
         self.moved: dict[ir.Value, ir.Value] = {}
         self.written: dict[Site, tuple[ir.Function, list[Value]]] = {}
+        self.spelled: set[ir.Node] = set()  # nodes of norms, but for the last ones
 
     def _plan(self, rewrite: bool) -> None:
         self.plans = [plan(low.graph, self.config, self._abilities(low), rewrite) for low in self.lowerings]
@@ -272,9 +274,9 @@ class OnnxModel:
         if own and self.config.target == "normfuse":
             found.append(f"{own} norms round in an order of their own, for which the library has no kernel, so the "
                          "bodies of their functions run (..._as_written); --numerics fast makes operators of most")
-        edits = [edit for one in self.plans for edit in one.edits()] if self.config.target == "onnx" else []
-        if calls := sum("function" in self.label(edit) for edit in edits):
-            found.append(f"{calls} norms are calls of functions now; for runtimes that take none (OpenVINO, TVM, "
+        calls = sum(node.domain == DOMAIN for node in RecursiveGraphIterator(self.model.graph))
+        if calls and self.config.target == "onnx":
+            found.append(f"{calls} operators are functions of the model; for runtimes that take none (OpenVINO, TVM, "
                          "tract) there is target 'standard'")
         used = Counter(self.respelled)
         for one in self.plans:
@@ -293,13 +295,27 @@ class OnnxModel:
         try:
             for function in self.model.functions.values():
                 _align(function, self.model.graph.opset_imports)
+            self._complete()
             InlinePass(criteria=lambda f: f.domain not in kept)(self.model)
-            if not kept:  # a Constant that was an attribute of the call is none that every runtime takes
-                LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(self.model)
+            if not kept:
+                RemoveUnusedFunctionsPass()(self.model)  # type: ignore[no-untyped-call]
                 RemoveUnusedOpsetsPass()(self.model)
+                _plain_constants(self.model)
         except Exception as why:
             raise InputError(f"the model's functions cannot be inlined: {first_line(why)}") from why
         return True
+
+    def _complete(self) -> None:
+        """Give calls all the results that their functions have, by names: onnx_ir inlines no others."""
+        used = self.names()
+        bodies: list[ir.Graph | ir.Function] = [self.model.graph, *self.model.functions.values()]
+        for body in bodies:
+            for node in RecursiveGraphIterator(body):
+                function = self.model.functions.get(node.op_identifier())
+                if function is not None:
+                    node.resize_outputs(max(len(node.outputs), len(function.outputs)))
+                    for value in node.outputs:
+                        value.name = value.name or unique("unread", used)
 
     def check(self) -> None:
         """Compare every replaced region with its replacement; roll back those that differ, and try what is left."""
@@ -342,7 +358,8 @@ class OnnxModel:
                 self.checks |= dict.fromkeys(edit.sites, result)
             if not result.ok:
                 failed = True
-                one.fail(edit, Refusal("NF201", edit.sites[0].label, result.message))
+                own = result.same and self.emitter.inline  # its roundings, which a function would keep
+                one.fail(edit, Refusal("NF117" if own else "NF201", edit.sites[0].label, result.message))
         return not failed
 
     def apply(self) -> bool:
@@ -352,8 +369,8 @@ class OnnxModel:
             while not self._write_out(low, one):
                 self._again(low, one)
         edited = self._edit()
-        if edited and self.emitter.inline:
-            merge(twins(self.model))  # several norms of one value
+        if self.emitter.inline:  # several norms of one value; what the model has stays as it is
+            merge({node: one for node, one in twins(self.model).items() if node in self.spelled})
         self.respelled += outline(self.model, self.softmaxes, self.opset) + summed(self.lowerings, self.table)
         inlined = self.inlined and self.emitter.inline
         return edited or inlined or bool(self.repaired or self.merged or self.laid or self.respelled or self.sorted)
@@ -394,6 +411,7 @@ class OnnxModel:
             node.name = name if i == 0 else unique(node.name or name, used)
             if node is not nodes[-1]:
                 node.outputs[0].name = unique(f"{old.name}_{i}", used)
+        self.spelled.update(nodes[:-1])
         nodes[-1].doc_string = producer.doc_string
         producer.graph.insert_before(producer, nodes)
         if isinstance(edit, Fused):
@@ -460,6 +478,15 @@ def _misstated(model: ir.Model) -> list[tuple[ir.Value, ir.DataType]]:
     found = [(v, v.const_value.dtype) for graph in model.graphs() for v in graph.initializers.values()
              if v.const_value is not None and not v.is_graph_input()]  # fmt: skip
     return [(value, dtype) for value, dtype in found if value.dtype not in (None, dtype)]
+
+
+def _plain_constants(model: ir.Model) -> None:
+    """Have Constants of numbers say them as a tensor, as every runtime takes them."""
+    for node in RecursiveGraphIterator(model.graph):
+        name = next((name for name in NUMBERS if name in node.attributes), None)
+        if node.op_type == "Constant" and node.domain in ("", "ai.onnx") and name is not None:
+            array = np.array(node.attributes.pop(name).value, np.int64 if "int" in name else np.float32)
+            node.attributes.add(ir.AttrTensor("value", ir.tensor(array)))
 
 
 def operators(model: ir.Model) -> dict[str, int]:
