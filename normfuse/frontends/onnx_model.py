@@ -4,22 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 
-import numpy as np
-import onnx
 import onnx_ir as ir
-from onnx_ir.passes.common import (
-    InlinePass,
-    RemoveInitializersFromInputsPass,
-    RemoveUnusedFunctionsPass,
-    RemoveUnusedOpsetsPass,
-)
+from onnx_ir.passes.common import RemoveUnusedFunctionsPass
 from onnx_ir.traversal import RecursiveGraphIterator
 
 from normfuse.config import Config
-from normfuse.errors import InputError, UnsupportedError, first_line
 from normfuse.field import Prover
 from normfuse.frontends.onnx import SORTED, Lowering, lower
 from normfuse.frontends.onnx_check import MOST, Checker
@@ -29,7 +21,6 @@ from normfuse.frontends.onnx_emit import (
     Emitter,
     discard,
     evaluate,
-    names_of,
     register_functions,
     spread,
     unique,
@@ -38,6 +29,7 @@ from normfuse.frontends.onnx_fused import FusedEmitter, fused_already
 from normfuse.frontends.onnx_half import scale, widen
 from normfuse.frontends.onnx_layout import Turned, lay, turned
 from normfuse.frontends.onnx_ops import GROUP_NORMS
+from normfuse.frontends.onnx_read import make_readable, names_in, safe_to_read
 from normfuse.frontends.onnx_repair import repair
 from normfuse.frontends.onnx_skip import SkipEmitter, take_apart, with_sum
 from normfuse.frontends.onnx_region import as_function, rest_of, results_of
@@ -52,14 +44,10 @@ from normfuse.norm import VIEWS, Norm, Refusal, Site, region
 from normfuse.targets import PROVIDERS, Row, Table
 from normfuse.verify import Check
 
-OLDEST_OPSET = 9
-FIRST_WITH_DEFAULTS = 4
-"""The version of the format from which an initializer need not be an input; one that is may be replaced by a caller."""
 SLIM = 2**15
 """How many elements a row may have for its weight by channel to be spread over it in exchange for an
 InstanceNormalization, which is nearly as fast."""
 SIMPLIFIED = "SimplifiedLayerNormalization"
-NUMBERS = ("value_int", "value_ints", "value_float", "value_floats")
 ROUNDS = 8
 """How often at most a graph is read again for norms in two layouts."""
 Progress = Callable[[str, float], None]
@@ -73,22 +61,10 @@ class OnnxModel:
 
     def __init__(self, model: ir.Model, config: Config, rewrite: bool, progress: Progress | None = None,
                  own: bool = True) -> None:  # fmt: skip
-        if not own and (model.functions or model.ir_version < FIRST_WITH_DEFAULTS or _misstated(model)):
-            model = model.clone()  # it is read in another form
-        for value, dtype in _misstated(model):
-            value.type = ir.TensorType(dtype)
+        model = model if own else safe_to_read(model)
         self.model, self.config, self.own = model, config, own
         self.progress = progress or (lambda what, share: None)
-        self.opset = model.graph.opset_imports.get("", model.graph.opset_imports.get("ai.onnx", 0))
-        if not self.opset and any(node.domain in ("", "ai.onnx") for node in model.graph):
-            raise InputError("the model does not say which ONNX opset it uses")
-        if 0 < self.opset < OLDEST_OPSET:
-            raise UnsupportedError(f"opset {self.opset} is older than {OLDEST_OPSET}; convert it with "
-                                   "onnx.version_converter first")  # fmt: skip
-        self.inlined = self._inline()
-        if model.ir_version < FIRST_WITH_DEFAULTS:
-            RemoveInitializersFromInputsPass()(model)  # every initializer had to be an input, which nobody could give
-            model.ir_version = FIRST_WITH_DEFAULTS
+        self.opset, self.inlined = make_readable(model, () if config.target == "standard" else (DOMAIN,))
         self.emitter = Emitter(self.opset, inline=config.target == "standard")
         self.emitter.portable = config.target not in PROVIDERS
         self.progress("reading", 0.0)
@@ -173,8 +149,7 @@ class OnnxModel:
 
     def names(self) -> set[str | None]:
         """All that has a name in the model, its sub-graphs included."""
-        graphs = list(self.model.graphs())
-        return names_of(graphs) | set(self.model.graph.initializers) | {node.name for one in graphs for node in one}
+        return names_in(self.model)
 
     def _abilities(self, low: Lowering) -> Abilities:
         can = Abilities(self._expressible, functions=True, statistics=self.emitter.gives_statistics, leave=self._leave,
@@ -287,35 +262,6 @@ class OnnxModel:
                 if row is not None and (edit is not None or not (site.is_op or row.form == "operator")):
                     used[row] += 1
         return found + self.table.lines(used)
-
-    def _inline(self) -> bool:
-        kept = () if self.config.target == "standard" else (DOMAIN,)
-        if all(f.domain in kept for f in self.model.functions.values()):
-            return False
-        try:
-            for function in self.model.functions.values():
-                _align(function, self.model.graph.opset_imports)
-            self._complete()
-            InlinePass(criteria=lambda f: f.domain not in kept)(self.model)
-            if not kept:
-                RemoveUnusedFunctionsPass()(self.model)  # type: ignore[no-untyped-call]
-                RemoveUnusedOpsetsPass()(self.model)
-                _plain_constants(self.model)
-        except Exception as why:
-            raise InputError(f"the model's functions cannot be inlined: {first_line(why)}") from why
-        return True
-
-    def _complete(self) -> None:
-        """Give calls all the results that their functions have, by names: onnx_ir inlines no others."""
-        used = self.names()
-        bodies: list[ir.Graph | ir.Function] = [self.model.graph, *self.model.functions.values()]
-        for body in bodies:
-            for node in RecursiveGraphIterator(body):
-                function = self.model.functions.get(node.op_identifier())
-                if function is not None:
-                    node.resize_outputs(max(len(node.outputs), len(function.outputs)))
-                    for value in node.outputs:
-                        value.name = value.name or unique("unread", used)
 
     def check(self) -> None:
         """Compare every replaced region with its replacement; roll back those that differ, and try what is left."""
@@ -472,39 +418,10 @@ class OnnxModel:
         discard([*reversed(gone), *(node for node in params if node is not None)], lowered)
 
 
-def _misstated(model: ir.Model) -> list[tuple[ir.Value, ir.DataType]]:
-    """The initializers of which a value_info states another type than they have, as a tool leaves it that changed them
-    (ONNX Runtime loads such files), and that type. One that is an input as well has the type of the input."""
-    found = [(v, v.const_value.dtype) for graph in model.graphs() for v in graph.initializers.values()
-             if v.const_value is not None and not v.is_graph_input()]  # fmt: skip
-    return [(value, dtype) for value, dtype in found if value.dtype not in (None, dtype)]
-
-
-def _plain_constants(model: ir.Model) -> None:
-    """Have Constants of numbers say them as a tensor, as every runtime takes them."""
-    for node in RecursiveGraphIterator(model.graph):
-        name = next((name for name in NUMBERS if name in node.attributes), None)
-        if node.op_type == "Constant" and node.domain in ("", "ai.onnx") and name is not None:
-            array = np.array(node.attributes.pop(name).value, np.int64 if "int" in name else np.float32)
-            node.attributes.add(ir.AttrTensor("value", ir.tensor(array)))
-
-
 def operators(model: ir.Model) -> dict[str, int]:
     """The nodes of a model by operator, with its domain where that is not ONNX's own; those of sub-graphs included."""
     found = Counter((node.domain, node.op_type) for node in ir.traversal.RecursiveGraphIterator(model.graph))
     return {op if domain in ("", "ai.onnx") else f"{domain}.{op}": n for (domain, op), n in found.items()}
-
-
-def _align(function: ir.Function, imports: Mapping[str, int]) -> None:
-    """Let a function import the opset of the model, where all operators in it are the same in both."""
-    for domain, version in function.opset_imports.items():
-        wanted = imports.get(domain)
-        if wanted is None or wanted == version or domain not in ("", "ai.onnx"):
-            continue
-        nodes = [node for node in RecursiveGraphIterator(function.graph) if node.domain == domain]
-        since = [{onnx.defs.get_schema(node.op_type, v, "").since_version for v in (version, wanted)} for node in nodes]
-        if all(len(versions) == 1 for versions in since):
-            function.opset_imports[domain] = wanted
 
 
 def _narrows(node: Node) -> bool:
