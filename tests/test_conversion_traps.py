@@ -150,7 +150,7 @@ def test_the_bias_of_a_norm_behind_a_cast(width: int) -> None:
                  k=numbers(width, 5), o=numbers(5))  # fmt: skip
     del made.graph.initializer[[v.name for v in made.graph.initializer].index("b")]
     report = check(made, [{"x": ROWS}], 1, verify="sites")
-    assert report.notes[0].startswith("the biases of 1 norms went into")
+    assert any(note.startswith("the biases of 1 norms went into") for note in report.notes)
 
 
 def test_a_scale_that_spreads_what_it_scales_stays() -> None:

@@ -64,7 +64,7 @@ def test_what_is_computed_twice_is_one_value(twice: str, kept: bool) -> None:
     assert any("merged" in note for note in report.notes) == (twice != "cast")  # it is found as it is
     assert report.nodes_before == len(given.graph.node)
     again, report = normfuse.optimize(made)
-    assert again.SerializeToString() == made.SerializeToString() and not report.notes
+    assert again.SerializeToString() == made.SerializeToString() and not any("merged" in n for n in report.notes)
     assert given.SerializeToString() == before
 
 
