@@ -22,6 +22,8 @@ from normfuse.recognise import recognise
 def plan(graph: Graph, config: Config, can: Abilities, rewrite: bool = True) -> Plan:
     """Recognise the norms of a graph, label their places and, for a rewrite, decide what to change."""
     out = Plan(graph, recognise(graph))
+    for site in out.found.sites:
+        site.is_op = site.is_op and not can.foreign(site)
     place(graph, out.found.sites)
     if rewrite:
         fuse(out, config, can)

@@ -120,6 +120,7 @@ class Abilities:
     operator: Callable[[Fused], Reason | None] | None = None
     leave: Callable[[Site, bool], str | None] | None = None
     done: Callable[[Site], bool] = lambda site: False
+    foreign: Callable[[Site], bool] = lambda site: False
 
 
 @dataclass(slots=True, eq=False)

@@ -83,6 +83,7 @@ _TWO = "measured: 0.35 to 0.57 of the time of the model's own arithmetic, Skip o
 _APART = "measured: Skip operators 0.95 to 6.4 times as long as addition and norm"
 _APART_HALF = "measured: Skip operators 1 to 5 times as long as what they compute, the addition and norm in float32"
 _OURS = "measured in 1.31: 0.07 to 0.33 of the time of the Skip operator at 512x2048, with the library"
+_NOT_STANDARD = "cited: an operator of ONNX Runtime, and not of the standard (ContribOperators.md)"
 _SUM = "measured in 1.31: 0.13 to 0.31 of the time of Add, which ONNX Runtime makes SkipLayerNormalization of"
 _NO_KERNEL = "tried in 1.23, 1.27, 1.31 and 1.32: no kernel for bfloat16"
 _FUSED = "measured in 1.31 on an H200: 0.54 to 0.81 of the time of addition and norm"
@@ -111,6 +112,7 @@ ROWS = (
     Row("ort-cpu", "layer_norm", "skip", frozenset({"float16"}), "apart", _APART_HALF, since=(1, 30)),
     Row("normfuse", "rms_norm", "skip", HALF | FLOAT, "apart", _OURS),
     Row("normfuse", "layer_norm", "skip", HALF | FLOAT, "apart", _OURS),
+    *(Row("standard", kind, "skip", HALF | FLOAT, "apart", _NOT_STANDARD) for kind in ("rms_norm", "layer_norm")),
     Row("normfuse", "Softmax", "half", frozenset({"float16"}), "function", _SOFTMAX_HALF),
     Row("normfuse", "Softmax", "masked", FLOAT, "function", _SOFTMAX),
     Row("ort-cpu", "Softmax", "masked", FLOAT, "leave", _MASKED, since=(1, 31)),

@@ -131,6 +131,27 @@ def test_what_the_model_computes_twice_stays(lines: str, tmp_path: Path) -> None
     assert {n.SerializeToString() for n in made.graph.node[:-6]} <= {n.SerializeToString() for n in done.graph.node}
 
 
+@pytest.mark.parametrize("opset", [18, 23])
+def test_operators_of_onnx_runtime_are_spelled_out(opset: int, tmp_path: Path) -> None:
+    """As its optimiser leaves them; those that are no norms are named."""
+    lines = """p = SimplifiedLayerNormalization <epsilon = 1e-5> (x, w)
+        q, , , s = com.microsoft.SkipSimplifiedLayerNormalization <epsilon = 1e-5> (p, x, w)
+        r = com.microsoft.SkipLayerNormalization <epsilon = 1e-5> (s, q, w, v) y = com.microsoft.FastGelu(r)"""
+    made = model("float[2,3,16] x", lines, "float[2,3,16] y", opset, w=numbers(16), v=numbers(16))
+    made.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+    onnx.save(made, tmp_path / "in.onnx")
+    report = normfuse.rewrite(tmp_path / "in.onnx", tmp_path / "out.onnx", STANDARD)
+    done = onnx.load(tmp_path / "out.onnx")
+    assert report.fused == 3 and not any("Simplified" in op or "Skip" in op for op in ops(done))
+    assert [node.op_type for node in done.graph.node if node.domain] == ["FastGelu"]
+    assert any(note.startswith("FastGelu: no operators of the standard") for note in report.notes)
+    assert "RMSNormalization" in ops(done) if opset >= 23 else ops(done)[:6] == RMS
+    for a, b in zip(*(session(tmp_path / n).run(None, X) for n in ("in.onnx", "out.onnx")), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-5)
+    assert normfuse.rewrite(tmp_path / "out.onnx", tmp_path / "again.onnx", STANDARD).fused == 0
+    assert (tmp_path / "again.onnx").read_bytes() == (tmp_path / "out.onnx").read_bytes()
+
+
 def test_names_that_ours_would_have(tmp_path: Path) -> None:
     """Of values of the model, some of which the norm reads."""
     lines = rms("normfuse_two_0", "y", 13, "normfuse_eps_1") + "squared = Neg(y) root = Exp(squared)"

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
+import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedFunctionsPass
 from onnx_ir.traversal import RecursiveGraphIterator
@@ -155,7 +156,7 @@ class OnnxModel:
         can = Abilities(self._expressible, functions=True, statistics=self.emitter.gives_statistics, leave=self._leave,
                         done=self._done)  # fmt: skip
         if self.emitter.inline:
-            return replace(can, functions=False)
+            return replace(can, functions=False, foreign=_foreign)
         if low.mapped:
             return replace(can, expressible=self._expressible_mapped, functions=False)
         wide = self.config.target == "normfuse" or self.config.target in PROVIDERS
@@ -188,7 +189,8 @@ class OnnxModel:
         found = [None if node is None else self.emitter.name_of(node) for node in natives]
         if self.config.target != "normfuse":  # its function takes the casts in
             ours = next((name for name in form if name.endswith(("RMSNormalization", ".rms_norm"))), None)
-            found = [ours if name == SIMPLIFIED else name for name in found]  # ONNX Runtime's own name for it
+            if not self.emitter.inline:
+                found = [ours if name == SIMPLIFIED else name for name in found]  # ONNX Runtime's own name for it
         return found[-len(form):] == form and all(list(natives.values())[:-len(form)])
 
     def _leave(self, site: Site, pair: bool) -> str | None:
@@ -253,6 +255,10 @@ class OnnxModel:
         if calls and self.config.target == "onnx":
             found.append(f"{calls} operators are functions of the model; for runtimes that take none (OpenVINO, TVM, "
                          "tract) there is target 'standard'")
+        others = {node.op_type for node in RecursiveGraphIterator(self.model.graph) if not _standard(node)}
+        if others and self.emitter.inline:
+            found.append(f"{', '.join(sorted(others))}: no operators of the standard, and no norms that can be spelled "
+                         "out; what wrote them, an optimiser perhaps, is to run after NormFuse, or not at all")
         used = Counter(self.respelled)
         for one in self.plans:
             sites = {site: edit for edit in one.edits() for site in edit.sites}
@@ -422,6 +428,16 @@ def operators(model: ir.Model) -> dict[str, int]:
     """The nodes of a model by operator, with its domain where that is not ONNX's own; those of sub-graphs included."""
     found = Counter((node.domain, node.op_type) for node in ir.traversal.RecursiveGraphIterator(model.graph))
     return {op if domain in ("", "ai.onnx") else f"{domain}.{op}": n for (domain, op), n in found.items()}
+
+
+def _standard(node: ir.Node) -> bool:
+    """Whether the standard has an operator."""
+    return node.domain in ("", "ai.onnx") and bool(onnx.defs.has(node.op_type))
+
+
+def _foreign(site: Site) -> bool:
+    """Whether operators compute a norm that the standard has not."""
+    return not all(_standard(node.native) for node in region(site.value, site.norm))
 
 
 def _narrows(node: Node) -> bool:
