@@ -24,7 +24,7 @@ pytest: $(STAMP)
 test-oldest:
 	$(MAKE) pytest VENV=.venv-oldest PINNED=constraints-oldest.txt
 
-# The rest of the tests: every family, spelling and architecture in every form. It takes more than an hour.
+# The rest of the tests: every family, spelling and architecture in every form. It takes half an hour.
 test-slow: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not gpu"
 
