@@ -22,6 +22,7 @@ from tests.onnx_lines import layer, rms
 from tests.onnx_texts import OLD, ROOT, model, numbers
 from tests.share import share
 from tests.spelling_files import EXPORTERS, HALF, SINGLE, exported
+from tests.targeted import rewritten
 from tests.spellings import CANNOT_EXPORT, LOSES_EPS, SPELLINGS, Exporter
 from tests.test_spellings import compare_runs
 
@@ -90,19 +91,13 @@ def test_what_has_these_operators_is_kept(tmp_path: Path) -> None:
 
 def again(made: onnx.ModelProto, folder: Path, feeds: dict[str, Any], **config: Any,
           ) -> tuple[onnx.ModelProto, normfuse.Report]:  # fmt: skip
-    """The rewrite of a file: valid, with equal outputs, in standard operators alone, and not rewritten twice."""
-    onnx.save(made, folder / "in.onnx")
-    settings = normfuse.Config(target="standard", **config)
-    report = normfuse.rewrite(folder / "in.onnx", folder / "out.onnx", settings, overwrite=True)
-    onnx.checker.check_model(folder / "out.onnx", full_check=True)
-    normfuse.rewrite(folder / "out.onnx", folder / "again.onnx", STANDARD, overwrite=True)
-    assert (folder / "again.onnx").read_bytes() == (folder / "out.onnx").read_bytes()
+    """The rewrite of a file, as `rewritten`: with equal outputs, in standard operators alone."""
+    done, report = rewritten(made, folder, "standard", **config)
     for a, b in zip(*(session(folder / n).run(None, feeds) for n in ("in.onnx", "out.onnx")), strict=True):
         if a.dtype == object:
             assert a.tolist() == b.tolist()
         else:
             np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-6)
-    done = onnx.load(folder / "out.onnx")
     assert alone(done)
     return done, report
 

@@ -321,7 +321,7 @@ class OnnxModel:
             while not self._write_out(low, one):
                 self._again(low, one)
         edited = self._edit()
-        if self.emitter.inline:  # several norms of one value; what the model has stays as it is
+        if self.spelled and self.emitter.inline:  # several norms of one value; what the model has stays as it is
             merge({node: one for node, one in twins(self.model).items() if node in self.spelled})
         self.respelled += outline(self.model, self.softmaxes, self.opset) + summed(self.lowerings, self.table)
         inlined = self.inlined and self.emitter.inline
