@@ -314,7 +314,7 @@ def _rewrite_ir(model: ir.Model, config: Config, progress: Progress | None, cali
 
             if progress is not None:
                 progress("calibrating", 0.1)
-            alone = config if config.target == "standard" else replace(config, target="onnx")  # without neighbours
+            alone = replace(config, target="onnx") if config.functions else config  # without neighbours
             again = onnx_model.OnnxModel(model, alone, rewrite=False)
             records = [r for r in records if r.verdict != "kept"]
             more, approximation = approximate_model(again, config, calibration, records)

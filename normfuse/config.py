@@ -123,6 +123,11 @@ class Config:
         return optimiser != "onnxscript" or self.target not in ("onnx", "standard")
 
     @property
+    def functions(self) -> bool:
+        """Whether the target's files may have model-local functions."""
+        return self.target != "standard"
+
+    @property
     def runs(self) -> bool:
         """Whether models are run as wholes."""
         return bool(self.first) or self.verify == "model" or (self.converts and self.verify != "off")

@@ -103,7 +103,7 @@ def choose(source: Path, config: Config, folder: Path, how: How | None, given: G
             else:
                 files.append(file)
         _measure(files, inputs, how, provider, tell)
-    stays = config.target != "standard" or not onnx.load(source, load_external_data=False).functions
+    stays = config.functions or not onnx.load(source, load_external_data=False).functions
     chosen = _fastest(files if stays else files[1:] or files)
     told = f"of {len(files)} files, the fastest on {provider} is the model {chosen.name}"
     found = {"provider": provider, "threads": how.threads, **_table(files, inputs, chosen)}

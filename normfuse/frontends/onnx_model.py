@@ -65,8 +65,8 @@ class OnnxModel:
         model = model if own else safe_to_read(model)
         self.model, self.config, self.own = model, config, own
         self.progress = progress or (lambda what, share: None)
-        self.opset, self.inlined = make_readable(model, () if config.target == "standard" else (DOMAIN,))
-        self.emitter = Emitter(self.opset, inline=config.target == "standard")
+        self.opset, self.inlined = make_readable(model, (DOMAIN,) if config.functions else ())
+        self.emitter = Emitter(self.opset, inline=not config.functions)
         self.emitter.portable = config.target not in PROVIDERS
         self.progress("reading", 0.0)
         self.operators_before = operators(self.model)

@@ -1,12 +1,15 @@
 """Which runtimes other than ONNX Runtime take the files of which target, and what OpenVINO makes of a norm.
 
-python -m tests.bench.runtimes [--out FILE.json]
+python -m tests.bench.runtimes [--out FILE.json] [--latency [--only NAME ...] [--seconds 6]]
 
 With what is installed of OpenVINO, tract and TVM. `families`: the exports of all families at opset 18 and at 23, as
 they are and as each target without runtime writes them. A number is the largest distance of an output to ONNX Runtime's
 of the input, in parts of the largest element; a text is what the runtime raised. `spellings`: how many of the older
 exporter's spellings at opset 17 OpenVINO compiles to its own operator for a norm (RMS, or MVN for LayerNorm) and how
 many to parts, as they are and as target `standard` writes them.
+--latency, which wants a machine with nothing else running, measures instead the wide models of tests.bench.latency in
+float32, at opset 18, in OpenVINO and in ONNX Runtime: target `standard` in parts of the input, in turns, with new
+sessions each of six times, as there.
 """
 
 from __future__ import annotations
@@ -14,11 +17,15 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import importlib.util
+import json
 import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from statistics import median
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -28,8 +35,11 @@ import onnxruntime as ort
 import torch
 
 import normfuse
+from normfuse.bench import turns
 from normfuse.config import Target
-from tests.bench.common import ROOT, save, table
+from tests.bench import latency
+from tests.bench.common import ROOT, environment, save, table
+from tests.bench.contenders import Job, session
 from tests.families import FAMILIES, cached_export
 from tests.spelling_files import exported
 from tests.spellings import CANNOT_EXPORT, SPELLINGS
@@ -38,6 +48,7 @@ RESULT = ROOT / "tests/bench/results/runtimes.json"
 TARGETS: tuple[Target, ...] = ("onnx", "standard", "normfuse")
 Arrays = dict[str, npt.NDArray[Any]]
 Run = Callable[[Path, Arrays], npt.NDArray[Any]]
+OURS = "normfuse standard"
 
 
 def openvino(path: Path, feeds: Arrays) -> npt.NDArray[Any]:
@@ -124,27 +135,90 @@ def spellings(folder: Path) -> dict[str, dict[str, int]]:
     return {which: dict(sorted(counts.items())) for which, counts in found.items()}
 
 
+def opened(runtime: str, path: Path, threads: int) -> Callable[[Arrays], object]:
+    """A new session of a file; what it gives is not looked at."""
+    if runtime == "onnxruntime":
+        return partial(session(path, threads, "cpu", False).run, None)
+    import openvino as ov
+
+    how = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+    compiled: Callable[[Arrays], object] = ov.Core().compile_model(str(path), "CPU", how)
+    return compiled
+
+
+def latencies(job: Job, files: dict[str, Path], runtime: str, threads: int,
+              seconds: float) -> list[dict[str, Any]]:  # fmt: skip
+    """Each input of a model: both files in turns, with new sessions each time, each first as often."""
+    runs: dict[str, list[latency.Times]] = {label: [] for label in job.inputs}
+    for start in range(latency.RESTARTS):
+        order = sorted(files, reverse=bool(start % 2))
+        sessions = {name: opened(runtime, files[name], threads) for name in order}
+        for label, feeds in job.inputs.items():
+            tasks = [partial(one, feeds) for one in sessions.values()]
+            begun = perf_counter()
+            for task in tasks:
+                task()
+            rounds = round(seconds / latency.RESTARTS / (perf_counter() - begun))
+            times = turns(tasks, max(3, min(rounds, 200)), warm_up=1)
+            runs[label].append(dict(zip(sessions, times, strict=True)))
+    rows = []
+    for label, each in runs.items():
+        ratios, intervals = latency.against_best(each)
+        ms = {name: round(median(t for run in each for t in run[name]), 4) for name in files}
+        rows.append({"model": job.name, "runtime": runtime, "tokens": label, "threads": threads, "ms": ms,
+                     "ratio": ratios[OURS], "interval": intervals[OURS]})  # fmt: skip
+    return rows
+
+
+def measure(only: list[str], seconds: float, folder: Path) -> list[dict[str, Any]]:
+    """Both runtimes with one thread and two."""
+    rows: list[dict[str, Any]] = []
+    for job in latency.jobs(only, ["fp32"]):
+        files = {"input": job.path, OURS: folder / f"{job.name}.onnx"}
+        normfuse.rewrite(job.path, files[OURS], normfuse.Config(target="standard"))
+        for runtime in ("openvino", "onnxruntime"):
+            for threads in (1, 2):
+                rows += (found := latencies(job, files, runtime, threads, seconds))
+                for row in found:
+                    print(*(value for key, value in row.items() if key != "ms"), flush=True)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=RESULT)
-    out = parser.parse_args().out
-    os.environ.setdefault("RUST_BACKTRACE", "0")  # tract's message is all of it
+    parser.add_argument("--latency", action="store_true")
+    parser.add_argument("--only", nargs="+", default=[], choices=FAMILIES)
+    parser.add_argument("--seconds", type=float, default=6)
+    given = parser.parse_args()
+    out: Path = given.out
     here = {name: run for name, (run, _) in RUNTIMES.items() if importlib.util.find_spec(name)}
     result: dict[str, Any] = {"versions": {n: importlib.metadata.version(RUNTIMES[n][1]) for n in here}}
+    kept = json.loads(out.read_text()) if out.exists() else {}
+    if any(kept.get(name) != now for name, now in {**result, "environment": environment()}.items()):
+        kept = {}  # measured with others
+    if given.latency:
+        with tempfile.TemporaryDirectory() as temporary:
+            rows = measure(given.only, given.seconds, Path(temporary))
+        there = {(row["model"], row["runtime"]) for row in rows}
+        rows = [row for row in kept.get("latency", []) if (row["model"], row["runtime"]) not in there] + rows
+        save(out, kept | {"latency": rows})
+        return
+    os.environ.setdefault("RUST_BACKTRACE", "0")  # tract's message is all of it
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         result["families"] = [family(n, opset, here, folder) for n in FAMILIES for opset in (18, 23)]
         if "openvino" in here:
             result["spellings"] = spellings(folder)
     files = ("input", *TARGETS)
-    rows = []
+    counts = []
     for runtime in here:
         for opset in (18, 23):
             each = [row[runtime] for row in result["families"] if row["opset"] == opset]
-            rows.append([runtime, opset, *(sum(isinstance(e[f], float) for e in each) for f in files), len(each)])
-    print(table(["runtime", "opset", *files, "of"], rows))
+            counts.append([runtime, opset, *(sum(isinstance(e[f], float) for e in each) for f in files), len(each)])
+    print(table(["runtime", "opset", *files, "of"], counts))
     print(result.get("spellings", ""))
-    save(out, result)
+    save(out, kept | result)
 
 
 if __name__ == "__main__":
