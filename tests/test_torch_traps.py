@@ -419,3 +419,33 @@ def test_transforms_of_the_operators(op: str) -> None:
     torch.testing.assert_close(torch.func.grad(f)(x), want)
     torch.testing.assert_close(torch.func.jvp(f, (x,), (r,))[1], (want * r).sum())
     torch.testing.assert_close(torch.func.jacfwd(f)(x), want)
+
+
+class Straight(torch.autograd.Function):
+    """An RMSNorm whose backward is not its derivative: twice that, by x, and none by the weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return w * rms(x, x.pow(2).mean(-1, keepdim=True))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, w = ctx.saved_tensors
+        with torch.enable_grad():
+            y = w * rms(x := x.detach().requires_grad_(), x.pow(2).mean(-1, keepdim=True))
+        return 2 * torch.autograd.grad(y, x, grads[0])[0], torch.zeros_like(w)
+
+
+def test_a_backward_of_the_models_own_stays() -> None:
+    torch.manual_seed(0)
+    x, w = torch.randn(3, 8, requires_grad=True), torch.randn(8, requires_grad=True)
+
+    def grads(f: Callable[..., Any]) -> list[Tensor]:
+        return list(torch.autograd.grad(f(x, w).sin().sum(), (x, w)))
+
+    want = grads(Straight.apply)
+    torch.testing.assert_close(grads(compiled(Straight.apply, inner="aot_eager")), want)
+    report = normfuse.last_report()
+    assert report is not None and report.fused == 1
+    assert not want[1].any() and want[0].any()
