@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from normfuse.config import Config, config_of, demand_torch, demand_use
 from normfuse.convert import Record, tell
-from normfuse.errors import InputError, UnsafeModelError, UnsupportedError, path_of
+from normfuse.errors import InputError, UnsafeModelError, UnsupportedError, VerificationError, path_of
 from normfuse.process import tidy
 from normfuse.records import build_report
 from normfuse.report import Report
@@ -361,6 +361,12 @@ def _check_file(source: Path, report: Report, config: Config, given: Given, cand
                                   sizes=given.sizes)  # fmt: skip
     except UnsupportedError as why:
         raise UnsupportedError(f"{source}: verify='model': {why}; use verify='sites'") from why
+    except InputError as why:
+        if not (told := str(why)).startswith(f"{candidate}: "):
+            raise
+        raise VerificationError(f"{source}: verify='model': the result, which was not saved: "
+                                f"{told.removeprefix(f'{candidate}: ')}; choose another target, and see what "
+                                "`normfuse reduce` makes of the model") from why  # fmt: skip
     demand_equal(found, source)
     report.model_check = found
 

@@ -109,8 +109,14 @@ def _taken_apart(graph: fx.Graph) -> list[str]:
 
 def _demand_constants(graph: fx.GraphModule, config: Config) -> None:
     """Weights can be edited where they are constants of the graph, in frozen inference; say so where they are not."""
+    if config.layernorm_to_rmsnorm == "approximate":
+        raise UnsupportedError(
+            "layernorm_to_rmsnorm='approximate' measures a module on inputs that are given, which a backend has not: "
+            "approximate the module first (model, report = normfuse.optimize(model, "
+            "normfuse.Config(layernorm_to_rmsnorm='approximate'), args=inputs, calibration=batches)), and compile that"
+        )
     inputs = [n for n in graph.graph.nodes if n.op == "placeholder" and isinstance(meta_of(n), torch.nn.Parameter)]
-    if inputs or torch.is_grad_enabled() or config.layernorm_to_rmsnorm == "approximate":
+    if inputs or torch.is_grad_enabled():
         raise UnsupportedError(
             "converting LayerNorms edits weights, and here these are inputs of the graph: convert the module first "
             "(model, report = normfuse.optimize(model, normfuse.Config(layernorm_to_rmsnorm='exact'), args=inputs)), "

@@ -250,6 +250,10 @@ def load(path: str | Path) -> dict[str, Array]:
         if not stat.S_ISREG(Path(path).stat().st_mode):
             raise InputError(f"{path} is not a regular file; {advice}")
         with Path(path).open("rb") as handle:
+            start = handle.read(6)
+            handle.seek(0)
+            if not start.startswith(b"PK") and start != np.lib.format.MAGIC_PREFIX:
+                raise InputError(f"{path} is no .npz file; {advice}")  # NumPy would take it for pickled objects
             file = np.load(handle, allow_pickle=False)
             if not isinstance(file, np.lib.npyio.NpzFile):
                 raise InputError(f"{path} holds one array without a name; {advice}")

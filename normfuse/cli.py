@@ -117,7 +117,8 @@ def _rewrite(args: argparse.Namespace) -> Outcome:
         _time(report, how, args.quiet)
     blocks = report_blocks(report, args.model, seconds, args.verbose, args.quiet)
     if not args.quiet:
-        blocks.append("dry run: nothing was written" if args.dry_run else f"wrote {output}")
+        blocks.append("dry run: no model was written" if args.dry_run and args.report is not None else
+                      "dry run: nothing was written" if args.dry_run else f"wrote {output}")
     if before is not None:
         from normfuse.html import page, rewrite_page
 
@@ -202,7 +203,8 @@ def _verify(args: argparse.Namespace) -> Outcome:
     if not 0 <= args.seed < 2**63:
         raise InputError(f"--seed {args.seed}: give a number from 0 to 2^63 - 1")
     for path in (args.a, args.b):
-        path_of(path, "a model").stat()  # a file that is missing is that, and not of another kind
+        if not path_of(path, "a model").exists():  # that, and not of another kind
+            raise InputError(f"{path}: no such file")
         if (other := foreign(path)) is not None:
             raise InputError(f"{path}: {other}")
     inputs = load(path_of(args.inputs, "--inputs")) if args.inputs is not None else None

@@ -161,10 +161,11 @@ def _exported(module: Any, args: tuple[Any, ...] | None, options: dict[str, Any]
                          "ONNXProgram")  # fmt: skip
     if not isinstance(args, tuple):
         raise InputError(f"args is a {type(args).__name__}; give the positional arguments of the module as a tuple")
+    options = _with_operators(module, options)
     with EXPORTING:
         training = [m for m in module.modules() if m.training] if isinstance(module, torch.nn.Module) else []
         try:
-            with _experts(module), _silent(), torch.no_grad():
+            with _experts(module), silent(), torch.no_grad():
                 return torch.onnx.export(module, args, dynamo=True, **{"verbose": False, **options})
         except Exception as why:
             if isinstance(why, TypeError) and "unexpected keyword" in str(why):
@@ -173,6 +174,19 @@ def _exported(module: Any, args: tuple[Any, ...] | None, options: dict[str, Any]
         finally:
             for part in training:
                 part.training = True
+
+
+def _with_operators(module: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """The options with what our operators mean in ONNX, where a program has some already; the norms are found anew."""
+    import torch
+
+    root = getattr(module, "graph_module", module)
+    parts = [part for part in root.modules() if isinstance(part, torch.fx.GraphModule)]
+    if not any(getattr(node.target, "namespace", "") == "normfuse" for part in parts for node in part.graph.nodes):
+        return options
+    from normfuse.ops.to_onnx import translations
+
+    return options | {"custom_translation_table": translations() | (options.get("custom_translation_table") or {})}
 
 
 def _failed(module: Any, why: BaseException) -> str:
@@ -214,7 +228,7 @@ class _Others:
 
 
 @contextlib.contextmanager
-def _silent() -> Iterator[None]:
+def silent() -> Iterator[None]:
     """What the exporter logs on its way, and the graphs that it prints where it fails, are for its own developers;
     others of the process go on printing and logging."""
     loggers = [logging.getLogger(name) for name in LIBRARIES]

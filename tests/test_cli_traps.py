@@ -82,6 +82,15 @@ def test_inputs_that_are_no_file(tmp_path: Path) -> None:
     source = rms_file(tmp_path / "in.onnx")
     done = cli("verify", source, source, "--inputs", tmp_path / "f.npz")
     assert done.returncode == 2 and "f.npz is not a regular file" in done.stderr
+    (tmp_path / "text.npz").write_text("not an archive")
+    done = cli("verify", source, source, "--inputs", tmp_path / "text.npz")
+    assert done.returncode == 2 and "text.npz is no .npz file; make it with" in done.stderr
+
+
+def test_a_dry_run_with_a_report(tmp_path: Path) -> None:
+    rms_file(tmp_path / "in.onnx")
+    done = cli("rewrite", "in.onnx", "--dry-run", "--report", "page.html", cwd=tmp_path)
+    assert done.returncode == 0 and "dry run: no model was written\nwrote page.html" in done.stdout
 
 
 def test_calibration_inputs_that_are_no_file(tmp_path: Path) -> None:
@@ -218,6 +227,7 @@ def test_names_and_places(tmp_path: Path) -> None:
     for args, said in (
         (("verify", os.fsdecode(odd), os.fsdecode(odd)), "whose names are UTF-8; rename it"),
         (("inspect", "a  b.gone"), "a  b.gone: no such file"),
+        (("verify", "in.onnx", "b.gone"), "b.gone: no such file"),
         (("inspect", "in.onnx", "--frob"), "`normfuse inspect --help`"),
         (("rewrite", "in.onnx", ""), "no output is given"),
         (("rewrite", "in.onnx", "", "--in-place"), "no output is given"),

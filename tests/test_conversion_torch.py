@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -386,3 +387,18 @@ def test_a_module_that_is_called_under_two_names() -> None:
     result, report = proved(module, x, force=True)
     assert verdicts(report) == ["kept"] and "NF304" not in str(report.to_dict())
     torch.testing.assert_close(result(x), module(x))
+
+
+def test_why_a_module_is_not_traced_or_approximated(capfd: pytest.CaptureFixture[str]) -> None:
+    """In one line: torch logs a traceback of its own, and a backend is given no inputs to measure on."""
+    module = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16)).eval()
+    with pytest.raises(normfuse.InputError, match="Sequential cannot be traced with these inputs"):
+        normfuse.optimize(module, normfuse.Config("exact"), args=(torch.randn(2, 9),))
+    assert capfd.readouterr() == ("", "")
+    config = transformers.GPT2Config(vocab_size=32, n_positions=8, n_embd=16, n_layer=1, n_head=2)
+    with pytest.raises(normfuse.InputError, match="use_cache=False"):
+        normfuse.optimize(transformers.GPT2LMHeadModel(config).eval(), normfuse.Config("exact"),
+                          args=(torch.ones(1, 4, dtype=torch.long),))  # fmt: skip
+    options: dict[str, Any] = {"layernorm_to_rmsnorm": "approximate"}
+    with pytest.raises(Exception, match="approximate the module first"), torch.no_grad():
+        torch.compile(module, backend="normfuse", options=options)(torch.randn(2, 8))

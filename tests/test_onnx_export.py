@@ -119,6 +119,16 @@ def test_a_program_that_was_made_before(tmp_path: Path) -> None:
         normfuse.export(program, args, tmp_path / "other.onnx", opset_version=18)
 
 
+def test_a_program_with_our_operators(tmp_path: Path) -> None:
+    """As `optimize` gives it back, or a .pt2 that was rewritten: the norms are found anew, for the target."""
+    module, args, scale = Block().eval(), (torch.randn(2, 3, 16),), torch.rand(16)
+    program, first = normfuse.optimize(torch.export.export(module, args, {"scale": scale}))
+    assert first.fused == 2 and "normfuse.add_layer_norm" in str(program.graph)
+    report = normfuse.export(program, args, tmp_path / "out.onnx", normfuse.Config(target="normfuse"))
+    assert report.fused == 2
+    check(module, args, tmp_path / "out.onnx", scale=scale)
+
+
 def test_large_weights_lie_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "INLINE", 1000)
     module, args, scale = Block(64).eval(), (torch.randn(2, 3, 64),), torch.rand(64)
@@ -273,7 +283,7 @@ def test_a_module_that_is_not_exported_prints_nothing(tmp_path: Path, capfd: pyt
     with pytest.raises(UnsupportedError, match="does not take this Bad"):
         normfuse.export(Bad(), (torch.ones(2, 8),), tmp_path / "o.onnx")
     assert capfd.readouterr() == ("", "")
-    with onnx_export._silent(), ThreadPoolExecutor(1) as pool:
+    with onnx_export.silent(), ThreadPoolExecutor(1) as pool:
         print("ours", file=sys.stderr)
         pool.submit(print, "theirs", file=sys.stderr).result()
         sys.stderr.flush()

@@ -15,7 +15,8 @@ import torch
 
 import normfuse
 from normfuse import fastest
-from normfuse.errors import InputError
+from normfuse.errors import InputError, VerificationError
+from normfuse.frontends import onnx_emit
 from normfuse.sessions import session
 from tests.families import cached_export
 from tests.onnx_lines import layer, rms
@@ -207,6 +208,40 @@ def test_float64_has_its_own_epsilon() -> None:
     done, report = normfuse.optimize(made, STANDARD)
     assert report.fused == 1 and alone(done)
     assert 1e-5 in [a.item() for a in map(onnx.numpy_helper.to_array, done.graph.initializer) if a.size == 1]
+
+
+SELDOM = {
+    "bfloat16": ("float[2,3,16] x", f"xh = Cast<to=16>(x) xf = Cast<to=1>(xh) {ROOT.format('xf')} i = Reciprocal(r) "
+                 "n = Mul(xf, i) nh = Cast<to=16>(n) nf = Cast<to=1>(nh) y = Mul(nf, w)", "float[2,3,16] y"),
+    "float64": ("double[2,3,16] x", "m = ReduceMean(x, last) d = Sub(x, m) s = Mul(d, d) v = ReduceMean(s, last) "
+                "u = Add(v, eps) r = Sqrt(u) i = Reciprocal(r) n = Mul(d, i) y = Mul(n, w)", "double[2,3,16] y"),
+}  # fmt: skip
+"""Norms for whose types some runtimes lack the standard's operator: rounded to bfloat16 ahead of a weight of float32,
+and a LayerNorm of float64."""
+
+
+@pytest.mark.parametrize("target", ["onnx", "standard"])
+@pytest.mark.parametrize("which", SELDOM)
+def test_types_that_the_operators_have_not_everywhere(which: str, target: Any, tmp_path: Path) -> None:
+    """ONNX Runtime on the CPU and ONNX's reference evaluator run the result as they run the model."""
+    dtype = np.float64 if which == "float64" else np.float32
+    made = model(*SELDOM[which], 23, w=np.linspace(0.5, 1.5, 16, dtype=dtype), eps=np.array(1e-5, dtype))
+    done, report = normfuse.optimize(made, normfuse.Config(target=target))
+    assert report.fused == 1
+    x = {"x": np.random.default_rng(0).standard_normal((2, 3, 16)).astype(dtype)}
+    evaluator: Any = onnx.reference.ReferenceEvaluator
+    for run in (lambda m: session(m.SerializeToString()), evaluator):
+        before, after = (run(m).run(None, x)[0] for m in (made, done))
+        np.testing.assert_allclose(after, before, rtol=1e-14 if which == "float64" else 1e-6)
+
+
+def test_a_result_that_does_not_load_is_not_the_input_s_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out = tmp_path / "in.onnx", tmp_path / "out.onnx"
+    onnx.save(model(*SELDOM["bfloat16"], 23, w=numbers(16)), source)
+    monkeypatch.setattr(onnx_emit, "_seldom", lambda norm: False)
+    with pytest.raises(VerificationError, match=f"^{source}: .*the result, which was not saved: ONNX Runtime does not"):
+        normfuse.rewrite(source, out, normfuse.Config(verify="model"))
+    assert [path.name for path in tmp_path.iterdir()] == ["in.onnx"]
 
 
 @pytest.mark.parametrize("first", ["onnx", "normfuse"])

@@ -110,11 +110,16 @@ class _Unfit(Exception):
 
 
 def _trace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    from normfuse.onnx_export import silent
+
     try:
-        with torch.no_grad():
+        with silent(), torch.no_grad():
             return torch.export.export(module, args, kwargs, strict=False)
     except Exception as why:  # the tracer raises anything
-        raise InputError(f"{type(module).__name__} cannot be traced with these inputs: {first_line(why)}") from why
+        told = first_line(why)
+        if " in output, which is not a known type" in told:
+            told = f"{told.partition('. ')[0]}; let it give tensors alone (in transformers, config.use_cache=False)"
+        raise InputError(f"{type(module).__name__} cannot be traced with these inputs: {told}") from why
 
 
 def _run(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> list[torch.Tensor]:

@@ -82,7 +82,7 @@ class Emitter:
     def native(self, norm: Norm) -> bool:
         """Whether a standard operator of this opset computes the norm."""
         fits = self._trailing(norm) and norm.size is not None and not spread(norm)
-        fits = fits and not (self.portable and norm.kind == "layer_norm" and norm.compute == "float16")
+        fits = fits and not (self.portable and _seldom(norm))
         return fits and not self.spelled and self.opset >= NATIVE[norm.kind][1]
 
     def gives_statistics(self, norm: Norm) -> bool:
@@ -267,6 +267,15 @@ def inside(norm: Norm) -> tuple[str, bool]:
     """
     inner = (norm.x.dtype if reads_x(norm) else norm.compute) or ""
     return inner, norm.cast == "first" and not inner == norm.narrow == norm.dtype
+
+
+def _seldom(norm: Norm) -> bool:
+    """Whether a standard operator is not to be had everywhere for the types of a norm: statistics are float32 or
+    bfloat16 by the standard, and ONNX Runtime has no RMSNormalization of bfloat16 on the CPU, where models of which it
+    is the weight's type do not run either."""
+    inner, wide = inside(norm)
+    without = inner == "bfloat16" and (norm.weight is None or wide)
+    return norm.compute == "float64" or (norm.compute == "float16" if norm.kind == "layer_norm" else without)
 
 
 def _casts(norm: Norm, inner: str) -> list[str]:
