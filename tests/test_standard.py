@@ -228,11 +228,20 @@ def test_types_that_the_operators_have_not_everywhere(which: str, target: Any, t
     made = model(*SELDOM[which], 23, w=np.linspace(0.5, 1.5, 16, dtype=dtype), eps=np.array(1e-5, dtype))
     done, report = normfuse.optimize(made, normfuse.Config(target=target))
     assert report.fused == 1
+    assert normfuse.optimize(done, normfuse.Config(target=target))[0] == done
     x = {"x": np.random.default_rng(0).standard_normal((2, 3, 16)).astype(dtype)}
     evaluator: Any = onnx.reference.ReferenceEvaluator
     for run in (lambda m: session(m.SerializeToString()), evaluator):
         before, after = (run(m).run(None, x)[0] for m in (made, done))
         np.testing.assert_allclose(after, before, rtol=1e-14 if which == "float64" else 1e-6)
+
+
+@pytest.mark.parametrize("target", ["onnx", "standard", "normfuse"])
+def test_an_operator_of_such_a_type_is_kept(target: Any) -> None:
+    lines = "d = Cast<to=11>(x) n = LayerNormalization(d, w) y = Cast<to=1>(n)"
+    made = model("float[2,3,16] x", lines, "float[2,3,16] y", 17, w=np.ones(16))
+    done, report = normfuse.optimize(made, normfuse.Config(target=target))
+    assert report.norms[0].action == "kept" and ops(done) == ops(made)
 
 
 def test_a_result_that_does_not_load_is_not_the_input_s_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

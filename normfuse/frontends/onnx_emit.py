@@ -83,23 +83,28 @@ class Emitter:
         """Whether a standard operator of this opset computes the norm."""
         fits = self._trailing(norm) and norm.size is not None and not spread(norm)
         fits = fits and not (self.portable and _seldom(norm))
-        return fits and not self.spelled and self.opset >= NATIVE[norm.kind][1]
+        return fits and self.has(norm.kind)
+
+    def has(self, kind: str) -> bool:
+        """Whether there is a standard operator of a kind, for some norms."""
+        return not self.spelled and self.opset >= NATIVE[kind][1]
 
     def gives_statistics(self, norm: Norm) -> bool:
         """Whether the operator also gives the mean and the reciprocal of the standard deviation: never in float64."""
         return self.native(norm) and norm.compute in ("float32", "bfloat16")
 
-    def form(self, norm: Norm) -> list[str]:
-        """The operators that a norm becomes, but for the making of its weight."""
+    def form(self, norm: Norm, native: bool | None = None) -> list[str]:
+        """The operators that a norm becomes, but for the making of its weight; or would, were it `native`."""
         inner, wide = inside(norm)
+        native = self.native(norm) if native is None else native
         names = ["Cast"] if not reads_x(norm) and norm.x.dtype != norm.compute else []
-        if self.inline and not self.native(norm):
+        if self.inline and not native:
             scale, bias = (None if e is None or wide else ir.Value() for e in (norm.weight, norm.bias))
             bias = None if norm.kind == "rms_norm" else bias
             made = self._operators(norm, ir.Value(), scale, bias, lambda *_: ir.Value())
             names += [node.op_type for node in made]
         else:
-            names.append(NATIVE[norm.kind][0] if self.native(norm) else f"function {DOMAIN}.{norm.kind}")
+            names.append(NATIVE[norm.kind][0] if native else f"function {DOMAIN}.{norm.kind}")
         if norm.kind == "rms_norm" and norm.bias is not None and not wide:
             names.append("Add")
         names += ["Cast"] * len(_casts(norm, inner))

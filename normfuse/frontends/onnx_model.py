@@ -178,15 +178,19 @@ class OnnxModel:
         return self._expressible(norm, value)
 
     def _done(self, site: Site) -> bool:
-        """Whether a norm stands there already in the several nodes that it would get, behind a view or copy of x."""
+        """Whether a norm stands there already in the several nodes that it would get, or around an operator of the
+        standard, behind a view or copy of x."""
         if site.is_op or site.value.native is None:
             return False
-        form, seen, natives = self.emitter.form(site.norm), {site.norm.x}, dict[ir.Node | None, bool]()
+        seen, natives = {site.norm.x}, dict[ir.Node | None, bool]()
         for node in reversed(region(site.value, site.norm)):
             if not seen.isdisjoint(node.inputs):
                 seen.update(node.outputs)
                 natives[node.native] = natives.get(node.native, True) and node.kind in (*VIEWS, "identity")
         found = [None if node is None else self.emitter.name_of(node) for node in natives]
+        form = self.emitter.form(site.norm)
+        if self.emitter.has(site.norm.kind) and found[-len(form) :] != form:
+            form = self.emitter.form(site.norm, native=True)
         if self.config.target != "normfuse":  # its function takes the casts in
             ours = next((name for name in form if name.endswith(("RMSNormalization", ".rms_norm"))), None)
             if not self.emitter.inline:
