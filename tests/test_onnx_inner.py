@@ -145,8 +145,8 @@ def test_no_function_inside_a_sequence_map(opset: int, kind: str, fused: int, ta
 @pytest.mark.parametrize(("seldom", "code"), [(True, "NF202"), (False, "NF201")])
 def test_the_arithmetic_of_a_norm_inside_a_sequence_map_is_no_function_either(
         seldom: bool, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
-    """A norm of float64 would get a function, of its parts or, were it written as ONNX Runtime's operator, which computes
-    less, of the model's own nodes."""
+    """A norm of float64 would get a function, of its parts or, were it written as ONNX Runtime's operator, which
+    computes less, of the model's own nodes."""
     monkeypatch.setattr(onnx_emit, "_seldom", lambda norm: seldom)
     made = onnx.parser.parse_model("""<ir_version: 10, opset_import: ["" : 18]>
         g (double[2, 6, 8] x) => (double[2, 6, 8] y) <double eps = {1e-5}, int64[1] last = {-1}> {

@@ -174,8 +174,8 @@ class OnnxModel:
     def _expressible_mapped(self, norm: Norm, value: Value) -> Reason | None:
         if not self.emitter.native(norm):
             return "NF202", ("it would get a function, and ONNX Runtime does not load calls of functions in the "
-                             "body of a SequenceMap; ONNX has an operator for most types since opset 17 (LayerNorm) and "
-                             "23 (RMSNorm)")
+                             "body of a SequenceMap; ONNX has an operator for most types, since opset 17 (LayerNorm) "
+                             "and 23 (RMSNorm)")
         return self._expressible(norm, value)
 
     def _done(self, site: Site) -> bool:
