@@ -40,7 +40,7 @@ OURS = {
 LIBRARIES = ("torch", "onnxscript", "onnx_ir")
 """Whose loggers are silent while torch exports."""
 EXPORTING = threading.Lock()
-"""One export at a time: the exporter's loggers, the warnings, and a module's mode are there once in a process."""
+"""One export or trace at a time: torch's loggers, the warnings, and a module's mode are there once in a process."""
 DROPS = "torch.onnx.export's optimizer drops additions of 1e-8 and less"
 USUAL = {"dynamo": True, "external_data": True, "export_params": True}
 """What may be said of these all the same: it is what is done."""

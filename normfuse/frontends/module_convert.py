@@ -110,10 +110,10 @@ class _Unfit(Exception):
 
 
 def _trace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    from normfuse.onnx_export import silent
+    from normfuse.onnx_export import EXPORTING, silent
 
     try:
-        with silent(), torch.no_grad():
+        with EXPORTING, silent(), torch.no_grad():
             return torch.export.export(module, args, kwargs, strict=False)
     except Exception as why:  # the tracer raises anything
         told = first_line(why)
