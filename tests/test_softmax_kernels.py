@@ -122,6 +122,20 @@ def test_what_is_masked_is_zero_and_no_denormal_number() -> None:
 
 
 @compiled
+@pytest.mark.parametrize("n", [4096, 4096 + 5])
+def test_every_element_is_near_what_it_should_be_not_the_largest_alone(n: int) -> None:
+    """Down to the least number that is no denormal one, e^-87.34; what is less is 0."""
+    x = np.linspace(-89, 0, n, dtype="f4")[np.random.default_rng(3).permutation(n)][None]
+    found = session(call("float32", (1, n), None)).run(None, {"x": x})[0].astype("f8")
+    exact = softmax(x.astype("f8"))
+    least = float(np.finfo("f4").tiny)
+    assert (found[exact < least * (1 - 1e-6)] == 0).all()
+    seen = exact > least * (1 + 1e-6)
+    assert 0.9 * n < seen.sum() < n
+    assert np.abs(found[seen] / exact[seen] - 1).max() < 3 * 2**-23
+
+
+@compiled
 @pytest.mark.parametrize(("x", "mask"), [((1, 4, 5, 7), (2, 4, 5, 7)), ((2, 4, 5, 7), (1, 4, 5, 7))])
 def test_a_size_that_is_said_to_be_the_same_and_is_not(x: tuple[int, ...], mask: tuple[int, ...]) -> None:
     """ONNX Runtime takes such models; the result is no smaller than the sum, and lies not in the place of x."""

@@ -18,29 +18,37 @@ static INLINE V FN(larger)(V a, V b) {
 #endif
 }
 
-/* The largest of all lanes, and their sum: an intrinsic, where there is one, takes them by halves. */
+/* The largest of all lanes, and their sum, by halves. */
 static INLINE float FN(largest)(V v) {
 #ifdef REDUCE
   return REDUCE(max_ps)((FLOATS)v);
 #else
-  float found = v[0];
-  for (int k = 1; k < W; k++) found = v[k] > found ? v[k] : found;
-  return found;
+  float f[W];
+  __builtin_memcpy(f, &v, sizeof v);
+  for (int half = W / 2; half; half /= 2)
+    for (int k = 0; k < half; k++) f[k] = f[k] > f[k + half] ? f[k] : f[k + half];
+  return f[0];
 #endif
 }
 
-static INLINE double FN(total)(V v) {
+static INLINE float FN(total)(V v) {
 #ifdef REDUCE
   return REDUCE(add_ps)((FLOATS)v);
 #else
-  D wide = __builtin_convertvector(v, D);
-  return FN(lanes)(&wide);
+  float f[W];
+  __builtin_memcpy(f, &v, sizeof v);
+  for (int half = W / 2; half; half /= 2)
+    for (int k = 0; k < half; k++) f[k] += f[k + half];
+  return f[0];
 #endif
 }
 
-/* e^v for v <= 0: 2^k e^t with |t| <= ln(2) / 2 and a polynomial, which errs by an ulp; 0 below -87. */
+/* e^v for v <= 0: 2^k e^t with |t| <= ln(2) / 2 and a polynomial, which errs by an ulp. At -88 and below k is -127, and 0 are
+ * the bits of 2^k. */
 static INLINE V FN(exponential)(V v) {
-  V shifted = FN(fma)(v, (V){0} + 0x1.715476p0f, (V){0} + 0x1.8p23f), k = shifted - 0x1.8p23f; /* rounded: to an integer */
+  const V rounding = (V){0} + 0x1.8000fep23f; /* to an integer, which the lowest bits have with 127, as an exponent has */
+  v = FN(larger)((V){0} - 88, v);
+  V shifted = FN(fma)(v, (V){0} + 0x1.715476p0f, rounding), k = shifted - rounding;
   V t = FN(fma)(k, (V){0} - 0x1.62e4p-1f, v); /* ln(2) in two parts; k times the first is exact */
   t = FN(fma)(k, (V){0} - 0x1.7f7d1cp-20f, t);
   V p = (V){0} + 0x1.a0d2cep-13f; /* Cephes, expf */
@@ -50,8 +58,7 @@ static INLINE V FN(exponential)(V v) {
   p = FN(fma)(p, t, (V){0} + 0x1.555554p-3f);
   p = FN(fma)(p, t, (V){0} + 0.5f);
   p = FN(fma)(p, t * t, t) + 1;
-  U made = (U)p + ((U)shifted << 23);
-  return (V)PICK(v != v, (U)v, made & (U)(v >= -87.0f));
+  return p * (V)((U)shifted << 23);
 }
 
 /* K elements of x + r from the i-th on, those of r alike without a step. */
@@ -63,44 +70,56 @@ static INLINE V FN(masked)(int type, const void *x, const void *r, int r_step, V
 
 static INLINE void FN(softmax_row)(int type, const void *x, const void *r, int r_step, void *y, long long n, float *h) {
   const float lowest = -0x1.fffffep127f;
-  V most[4], sums[4], v = {0}, number = {0};
-  if (r && !r_step) number += FN(ld)(type, r, 0, 1)[0];
-#define KEEP(A, I, VALUE) v = VALUE, FN(st)(F32, h, I, W, v), most[A] = FN(larger)(v, most[A])
-#define READ(A, I) KEEP(A, I, FN(masked)(type, x, r, r_step, number, I, W))
-  for (int a = 0; a < 4; a++) most[a] = (V){0} + lowest, sums[a] = (V){0};
-  long long i = 0;
-  for (; i + 4 * W <= n; i += 4 * W) {
-    READ(0, i);
-    READ(1, i + W);
-    READ(2, i + 2 * W);
-    READ(3, i + 3 * W);
-  }
-  for (; i + W <= n; i += W) READ(0, i);
-  if (i < n) {
-    V last = FN(masked)(type, x, r, r_step, number, i, n - i);
-    for (long long k = n - i; k < W; k++) last[k] = -__builtin_inff(); /* behind the row: e^that is 0 */
-    KEEP(0, i, last);
-  }
-#undef READ
-#undef KEEP
-  float largest = FN(largest)(FN(larger)(FN(larger)(most[0], most[1]), FN(larger)(most[2], most[3])));
+  const int kept = type != F32 || r; /* in h, else they are read from x again */
+  V most[2] = {(V){0} + lowest, (V){0} + lowest}, v, number = {0};
   double total = 0;
-  for (i = 0; i < n;) { /* in float over at most 16 values a lane, from there in double */
-    long long stop = n - i > 64 * W ? i + 64 * W : n;
-    for (int a = 0; a < 4; a++) sums[a] = (V){0};
-#define TERM(A, I) v = FN(exponential)(FN(ld)(F32, h, I, W) - largest), FN(st)(F32, h, I, W, v), sums[A] += v
-    for (; i + 4 * W <= stop; i += 4 * W) TERM(0, i), TERM(1, i + W), TERM(2, i + 2 * W), TERM(3, i + 3 * W);
-    for (; i < stop; i += W) TERM(0, i);
-#undef TERM
-    total += FN(total)((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  if (r && !r_step) number += FN(ld)(type, r, 0, 1)[0];
+  long long i = 0, whole = n / W * W;
+#define TAKE(A, I)                                      \
+  {                                                     \
+    v = FN(masked)(type, x, r, r_step, number, I, W);   \
+    if (kept) FN(st)(F32, h, I, W, v);                  \
+    most[A] = FN(larger)(v, most[A]);                   \
   }
+  for (; i + 2 * W <= whole; i += 2 * W) {
+    TAKE(0, i)
+    TAKE(1, i + W)
+  }
+  if (i < whole) TAKE(0, i)
+#undef TAKE
+  if (whole < n) {
+    v = FN(masked)(type, x, r, r_step, number, whole, n - whole);
+    for (long long k = n - whole; k < W; k++) v[k] = -__builtin_inff(); /* behind the row: e^that is 0 */
+    FN(st)(F32, h, whole, W, v);
+    most[0] = FN(larger)(v, most[0]);
+  }
+  float largest = FN(largest)(FN(larger)(most[0], most[1]));
+  const float *from = kept ? h : x;
+/* What is behind the row, which is the next row as a rule: to read it would wait, this computes. */
+#define AHEAD(P, I) __builtin_prefetch((const char *)(P) + (n + (I)) * (type == F32 ? 4 : 2))
+#define TERM(FROM, I) v = FN(exponential)(FN(ld)(F32, FROM, I, W) - largest), FN(st)(F32, h, I, W, v)
+  for (i = 0; i < whole;) { /* in float over at most 16 values a lane, from there in double */
+    long long stop = whole - i > 32 * W ? i + 32 * W : whole;
+    V sums[2] = {{0}, {0}};
+    for (; i + 2 * W <= stop; i += 2 * W) {
+      AHEAD(x, i);
+      if (r && r_step) AHEAD(r, i);
+      TERM(from, i), sums[0] += v;
+      TERM(from, i + W), sums[1] += v;
+    }
+    if (i < stop) TERM(from, i), sums[0] += v, i += W;
+    total += FN(total)(sums[0] + sums[1]);
+  }
+  if (whole < n) TERM(h, whole), total += FN(total)(v);
+#undef TERM
+#undef AHEAD
   float scale = (float)(1 / total);
   if (type == F32 && total == 0) { /* there is nothing but -inf */
     for (i = 0; i < n; i += W) FN(st)(F32, h, i, W, (V){0} + 1);
     scale = 1 / (float)n;
   }
 #define GIVE(K) v = FN(ld)(F32, h, i, W) * scale, FN(st)(type, y, i, K, (V)((U)v & ~(U)(v < 0x1p-126f)))
-  for (i = 0; i + W <= n; i += W) GIVE(W);
+  for (i = 0; i < whole; i += W) GIVE(W);
   if (i < n) GIVE(n - i);
 #undef GIVE
 }

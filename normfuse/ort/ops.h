@@ -47,8 +47,8 @@ typedef struct {
 void nf_cpu_rows(const Spec *spec, const Args *args, long long begin, long long end, float *scratch);
 
 /* One row y = softmax(x + r), of x alone without r; `scratch` holds n + 16 floats. An r whose step is 0 is one number for
- * the whole row. The sum x + r is not rounded to a narrow type. What is less than e^-87 of the largest element, or a
- * denormal number, is 0: those that are masked would take many times as long, here and in the product that reads them. A
+ * the whole row. The sum x + r is not rounded to a narrow type. What would be a denormal number of float is
+ * 0: those that are masked would take many times as long on Intel's processors, here and in the product that reads them. A
  * row of nothing but -inf is 1/n in float32, so that nothing spreads from it, and no numbers in narrow types, as in what
  * ONNX Runtime runs for these. */
 void nf_cpu_softmax(int type, const void *x, const void *r, int r_step, void *y, long long n, float *scratch);
