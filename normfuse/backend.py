@@ -109,18 +109,24 @@ def _taken_apart(graph: fx.Graph) -> list[str]:
 
 def _demand_constants(graph: fx.GraphModule, config: Config) -> None:
     """Weights can be edited where they are constants of the graph, in frozen inference; say so where they are not."""
-    if config.layernorm_to_rmsnorm == "approximate":
-        raise UnsupportedError(
-            "layernorm_to_rmsnorm='approximate' measures a module on inputs that are given, which a backend has not: "
-            "approximate the module first (model, report = normfuse.optimize(model, "
-            "normfuse.Config(layernorm_to_rmsnorm='approximate'), args=inputs, calibration=batches)), and compile that"
-        )
     inputs = [n for n in graph.graph.nodes if n.op == "placeholder" and isinstance(meta_of(n), torch.nn.Parameter)]
     if inputs or torch.is_grad_enabled():
         raise UnsupportedError(
             "converting LayerNorms edits weights, and here these are inputs of the graph: convert the module first "
             "(model, report = normfuse.optimize(model, normfuse.Config(layernorm_to_rmsnorm='exact'), args=inputs)), "
             "or, for frozen inference, set torch._inductor.config.freezing = True and compile under torch.no_grad()"
+        )
+
+
+def _demand_used(config: Config) -> None:
+    """Raise for options that are not for graphs that are being compiled."""
+    demand_use(config, None)
+    demand_torch(config)
+    if config.layernorm_to_rmsnorm == "approximate":
+        raise UnsupportedError(
+            "layernorm_to_rmsnorm='approximate' measures a module on inputs that are given, which a backend has not: "
+            "approximate the module first (model, report = normfuse.optimize(model, "
+            "normfuse.Config(layernorm_to_rmsnorm='approximate'), args=inputs, calibration=batches)), and compile that"
         )
 
 
@@ -139,8 +145,7 @@ def _options(options: Mapping[str, Any], mode: str | None) -> tuple[str, str | N
     if mode not in (None, *MODES):
         raise InputError(f"mode={mode!r} is not known; choose one of {', '.join(map(repr, MODES))}")
     config = Config(**given)
-    demand_use(config, None)
-    demand_torch(config)
+    _demand_used(config)
     return inner, mode, config
 
 
@@ -191,8 +196,7 @@ class InductorPass(CustomGraphPass):
 
     def __init__(self, config: Config | None = None) -> None:
         self.config = config_of(config)
-        demand_use(self.config, None)
-        demand_torch(self.config)
+        _demand_used(self.config)
 
     def uuid(self) -> str:
         """Changes with the options and with any line of NormFuse, so that no cached code is stale."""

@@ -83,15 +83,15 @@ class Approximation:
 
 
 def matching(names: Sequence[str], pattern: str, done: Sequence[str] = ()) -> list[bool]:
-    """Which names a comma-separated list of shell patterns takes; raises `InputError` where it takes none, and none of
-    those that are `done` already."""
+    """Which names a comma-separated list of shell patterns takes; raises `InputError` where one of them takes none, and
+    none of those that are `done` already."""
     parts = [p.strip() for p in pattern.split(",") if p.strip()]
     every = [*names, *done]
-    found = [any(fnmatchcase(name, p) for p in parts) for name in every]
-    if names and not any(found):
-        some = ", ".join(every[:4]) + (", ..." if len(every) > 4 else "")
-        raise InputError(f"no LayerNorm is named like {pattern!r}; there are {some}")
-    return found[: len(names)]
+    for part in parts:
+        if names and not any(fnmatchcase(name, part) for name in every):
+            some = ", ".join(every[:4]) + (", ..." if len(every) > 4 else "")
+            raise InputError(f"no LayerNorm is named like {part!r}; there are {some}")
+    return [any(fnmatchcase(name, p) for p in parts) for name in names]
 
 
 def calibrate(original: Runner, converted: Runner, wide: Runner | None, layers: Sequence[Layer],

@@ -123,7 +123,10 @@ def _rewrite(args: argparse.Namespace) -> Outcome:
         from normfuse.html import page, rewrite_page
 
         made = rewrite_page.page(report, before, shlex.join(["normfuse", *args.typed]))
-        page.write(made, Path(args.report), [Path(args.model), Path(output)], args.overwrite)
+        try:
+            page.write(made, Path(args.report), [Path(args.model), Path(output)], args.overwrite)
+        except NormFuseError as why:
+            raise type(why)(f"{why}; {output} was written" if not args.dry_run else str(why)) from why
         if not args.quiet:
             blocks.append(f"wrote {args.report}")
     return Outcome(DIFFERENT if args.strict and report.refusals else DONE, report.to_dict(), blocks)

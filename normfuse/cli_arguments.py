@@ -15,7 +15,8 @@ from normfuse.errors import InputError
 DESCRIPTION = "Recognise every LayerNorm and RMSNorm in a model, however it is spelled, and fuse it."
 EPILOG = ("exit codes: 0 done; 1 refused under --strict, a mismatch, or nothing to reduce; 2 bad input; "
           "3 internal error; 128 + n ended by signal n")  # fmt: skip
-OPTIONS = "|".join([*(f.name for f in fields(Config)), "external_data", "threads", "rounds"])
+OTHERS = ("external_data", "overwrite", "in_place", "trust", "threads", "rounds")
+OPTIONS = "|".join([*(f.name for f in fields(Config)), *OTHERS])
 
 
 def in_options(message: str) -> str:

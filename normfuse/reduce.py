@@ -10,16 +10,16 @@ from __future__ import annotations
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import onnx.inliner
 import onnx_ir as ir
 
+from normfuse import cuts
 from normfuse.api import optimize
 from normfuse.config import Config, config_of, demand_use
 from normfuse.distance import distance
@@ -28,7 +28,6 @@ from normfuse.frontends.onnx_model import OnnxModel
 from normfuse.frontends.onnx_open import possible_sizes
 from normfuse.frontends.onnx_wide import compare_rewritten
 from normfuse.io import files
-from normfuse.io.message import nodes_of
 from normfuse.norm import region
 from normfuse.sessions import run_random, session
 from normfuse.verify import EPSILON, roundings_for
@@ -128,7 +127,7 @@ def _difference(model: onnx.ModelProto, made: onnx.ModelProto, config: Config, f
     try:
         before = session(paths[0])
     except InputError as why:
-        raise InputError(f"the model itself does not run: {str(why).partition(': ')[2]}") from None
+        raise InputError(f"the model itself does not run: {_said(why, paths)}") from None
     known = True  # to onnx, of which ONNX Runtime's own operators in its domain are not
     try:
         onnx.checker.check_model(model)
@@ -139,13 +138,13 @@ def _difference(model: onnx.ModelProto, made: onnx.ModelProto, config: Config, f
             onnx.checker.check_model(made)
         after = session(paths[1])
     except Exception as why:
-        return Failure("invalid", "", f"the rewritten model does not load: {first_line(why)}")
+        return Failure("invalid", "", f"the rewritten model does not load: {_said(why, paths)}")
     try:
         sizes = possible_sizes(files.read_onnx(paths[0])[0])
         feeds, tops = run_random(before, None, sizes=sizes)[0], dict[int, float]()
         bound = roundings_for(config.converts)
     except Exception as why:
-        raise InputError(f"the model itself does not run: {first_line(why)}") from why
+        raise InputError(f"the model itself does not run: {_said(why, paths)}") from why
     for scale in (1.0, 1e-3, 0.0):
         given = {k: (v * scale).astype(v.dtype) if v.dtype.kind == "f" else v for k, v in feeds.items()}
         for i, (a, b) in enumerate(zip(before.run(None, given), after.run(None, given), strict=True)):
@@ -153,6 +152,14 @@ def _difference(model: onnx.ModelProto, made: onnx.ModelProto, config: Config, f
             if message and not compare_rewritten(*paths, inputs=given, roundings=bound)["equal"]:
                 return Failure("different", "", f"output {name!r} {message}")
     return None
+
+
+def _said(why: Exception, paths: Iterable[Path]) -> str:
+    """What went wrong, without the files that are there for a moment."""
+    said = first_line(why)
+    for path in paths:
+        said = said.replace(f"{path}: ", "").replace(str(path), "it")
+    return said
 
 
 def _top(x: Any) -> float:
@@ -184,7 +191,7 @@ def _regions(model: onnx.ModelProto, config: Config) -> Iterator[list[str]]:
         yield [v.name for v in natives if v is not None]
 
 
-# -- cuts ---------------------------------------------------------------------------------------------------------
+# -- the search -----------------------------------------------------------------------------------------------------
 
 
 class _Search:
@@ -197,28 +204,28 @@ class _Search:
         self.failure = failure_of(model, self.config, self.folder)
         if self.failure is None:
             return None
-        best, size = self._one_norm(self._kept(model, _inlined)), _count(model)
+        best, size = self._one_norm(self._kept(model, cuts.inlined)), cuts.count(model)
         while True:
             best = self._once(best)
-            if _count(best) >= size or self.tries >= MAX_TRIES:
+            if cuts.count(best) >= size or self.tries >= MAX_TRIES:
                 break
-            size = _count(best)
+            size = cuts.count(best)
         found = failure_of(best, self.config, self.folder)
         assert found is not None
         norms = [] if found.kind == "crash" else [n.name for n in optimize(best, self.config)[1].norms]
-        return best, Reduced(found.kind, found.message, norms, _count(model), _count(best), self.tries)
+        return best, Reduced(found.kind, found.message, norms, cuts.count(model), cuts.count(best), self.tries)
 
     def _one_norm(self, model: onnx.ModelProto) -> onnx.ModelProto:
         """The nodes of the one norm that is to blame, alone or with those next to it; the model if there is none."""
-        cutter = _Cutter(model)
+        cutter = cuts.Cutter(model)
         maker = {name: i for i, node in enumerate(model.graph.node) for name in node.output}
         readers: dict[str, list[int]] = {}
         for i, node in enumerate(model.graph.node):
-            for name in _reads(node):
+            for name in cuts.read_by(node):
                 readers.setdefault(name, []).append(i)
         for names in _regions(model, self.config):
             inner = {maker[name] for name in names if name in maker}
-            beside = {maker[name] for i in inner for name in _reads(model.graph.node[i]) if name in maker}
+            beside = {maker[name] for i in inner for name in cuts.read_by(model.graph.node[i]) if name in maker}
             behind = {i for name in names for i in readers.get(name, ())}
             for keep in (inner, inner | beside | behind):
                 if keep and self._fails(lambda keep=keep: cutter.cut(sorted(keep))):  # type: ignore[misc]
@@ -227,10 +234,10 @@ class _Search:
 
     def _once(self, model: onnx.ModelProto) -> onnx.ModelProto:
         """One round of every kind of cut."""
-        for change in (_inlined, _constants_held, *(_opened(k) for k in range(8))):
+        for change in (cuts.inlined, cuts.constants_held, *(cuts.opened(k) for k in range(8))):
             model = self._kept(model, change)
         model = self._outputs(model)
-        cutter = _Cutter(model)
+        cutter = cuts.Cutter(model)
         nodes = list(range(len(model.graph.node)))
         parts = 2
         while len(nodes) > 1:
@@ -263,7 +270,7 @@ class _Search:
         for output in list(model.graph.output):
             if len(model.graph.output) > 1:
                 others = [o.name for o in model.graph.output if o.name != output.name]
-                model = self._kept(model, lambda m, others=others: _needed(m, others))  # type: ignore[misc]
+                model = self._kept(model, lambda m, others=others: cuts.with_outputs(m, others))  # type: ignore[misc]
         return model
 
     def _fails(self, build: Callable[[], onnx.ModelProto]) -> bool:
@@ -279,140 +286,3 @@ class _Search:
             return False
         assert self.failure is not None
         return found is not None and (found.kind, found.place) == (self.failure.kind, self.failure.place)
-
-
-def _count(model: onnx.ModelProto) -> int:
-    """Nodes, those of sub-graphs and functions too."""
-    return sum(1 for body in (model.graph, *model.functions) for _ in nodes_of(body))
-
-
-def _reads(node: onnx.NodeProto) -> list[str]:
-    """The values that a node reads, by its sub-graphs too."""
-    names = [name for name in node.input if name]
-    for attr in node.attribute:
-        if attr.type == onnx.AttributeProto.GRAPH:
-            own = {v.name for v in (*attr.g.input, *attr.g.initializer)} | {n for i in attr.g.node for n in i.output}
-            inner = [n for i in attr.g.node for n in _reads(i)] + [o.name for o in attr.g.output]
-            names += [n for n in inner if n not in own]
-    return list(dict.fromkeys(names))
-
-
-class _Cutter:
-    """Makes models of some of the nodes of a model."""
-
-    def __init__(self, model: onnx.ModelProto) -> None:
-        self.model = model
-        self.infos: dict[str, onnx.ValueInfoProto] = {}
-        try:
-            inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
-        except Exception:
-            inferred = model.graph
-        for graph in (model.graph, inferred):
-            self.infos |= {v.name: v for v in (*graph.value_info, *graph.output, *graph.input)}
-
-    def cut(self, keep: Sequence[int]) -> onnx.ModelProto:
-        """The model of these nodes: what they read from others is an input, what none of them reads an output."""
-        graph = self.model.graph
-        nodes = [graph.node[i] for i in keep]
-        made = {name: None for node in nodes for name in node.output if name}
-        read = {name: None for node in nodes for name in _reads(node)}
-        old = {o.name for o in graph.output}
-        outputs = [name for name in made if name in old or name not in read]
-        return _assembled(self.model, nodes, [n for n in read if n not in made], outputs, self.infos)
-
-
-def _assembled(model: onnx.ModelProto, nodes: Iterable[onnx.NodeProto], reads: Iterable[str], outputs: Iterable[str],
-               infos: dict[str, onnx.ValueInfoProto]) -> onnx.ModelProto:  # fmt: skip
-    """A model of nodes with what they need of the old one; raises `InputError` where a type is not known."""
-    nodes, graph = list(nodes), model.graph
-    tensors = {t.name: t for t in graph.initializer}
-    needed = list(dict.fromkeys([*reads, *(n for n in outputs if n in tensors)]))
-    wanted = [n for n in needed if n not in tensors or n in {v.name for v in graph.input}]
-    missing = [n for n in (*wanted, *outputs) if n not in infos or not infos[n].type.WhichOneof("value")]
-    if missing:
-        raise InputError(f"the type of {missing[0]} is not known")
-    out = onnx.ModelProto()
-    out.CopyFrom(model)
-    del out.graph.node[:], out.graph.input[:], out.graph.output[:], out.graph.initializer[:], out.graph.value_info[:]
-    out.graph.node.extend(nodes)
-    out.graph.input.extend(infos[n] for n in wanted)
-    out.graph.output.extend(infos[n] for n in outputs)
-    out.graph.initializer.extend(tensors[n] for n in needed if n in tensors)
-    given = {*wanted, *outputs}
-    made = {name for node in nodes for name in node.output}
-    out.graph.value_info.extend(v for v in graph.value_info if v.name in made and v.name not in given)
-    called = _called(out)
-    kept = [f for f in model.functions if (f.domain, f.name) in called]
-    del out.functions[:]
-    out.functions.extend(kept)
-    return out
-
-
-def _called(model: onnx.ModelProto) -> set[tuple[str, str]]:
-    """Every operator that the graph and the functions use."""
-    return {(node.domain, node.op_type) for body in (model.graph, *model.functions) for node in nodes_of(body)}
-
-
-def _needed(model: onnx.ModelProto, outputs: list[str]) -> onnx.ModelProto:
-    """The model with these outputs only, and the nodes that they depend on."""
-    wanted, nodes = set(outputs), []
-    for node in reversed(model.graph.node):
-        if wanted.intersection(node.output):
-            nodes.append(node)
-            wanted.update(_reads(node))
-    made = {name for node in nodes for name in node.output}
-    reads = [v.name for v in (*model.graph.input, *model.graph.initializer) if v.name in wanted - made]
-    infos = {v.name: v for v in (*model.graph.input, *model.graph.output)}
-    return _assembled(model, reversed(nodes), reads, outputs, infos)
-
-
-def _inlined(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model without functions."""
-    if not model.functions:
-        raise InputError("there are no functions")
-    return onnx.inliner.inline_local_functions(model)
-
-
-def _constants_held(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with initializers in place of Constant nodes."""
-    out = onnx.ModelProto()
-    out.CopyFrom(model)
-    nodes = []
-    for node in model.graph.node:
-        value = next((a.t for a in node.attribute if a.name == "value"), None)
-        if node.op_type == "Constant" and value is not None:
-            held = out.graph.initializer.add()
-            held.CopyFrom(value)
-            held.name = node.output[0]
-        else:
-            nodes.append(node)
-    if len(nodes) == len(model.graph.node):
-        raise InputError("there are no constants")
-    del out.graph.node[:]
-    out.graph.node.extend(nodes)
-    return out
-
-
-def _opened(k: int) -> Callable[[onnx.ModelProto], onnx.ModelProto]:
-    """Put the k-th branch of the model's Ifs in the place of its If."""
-
-    def change(model: onnx.ModelProto) -> onnx.ModelProto:
-        at, branch = next(b for i, b in enumerate(_branches(model)) if i == k)
-        out = onnx.ModelProto()
-        out.CopyFrom(model)
-        before, after = list(model.graph.node[:at]), list(model.graph.node[at + 1 :])
-        renamed = [onnx.helper.make_node("Identity", [inner.name], [name])
-                   for inner, name in zip(branch.output, model.graph.node[at].output, strict=True)]  # fmt: skip
-        del out.graph.node[:]
-        out.graph.node.extend([*before, *branch.node, *renamed, *after])
-        out.graph.initializer.extend(branch.initializer)
-        return out
-
-    return change
-
-
-def _branches(model: onnx.ModelProto) -> Iterator[tuple[int, onnx.GraphProto]]:
-    for i, node in enumerate(model.graph.node):
-        if node.op_type == "If":
-            for attr in node.attribute:
-                yield i, attr.g

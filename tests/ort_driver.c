@@ -74,6 +74,7 @@ static OrtStatus *dims(const OrtShape *shape, int64_t *out, size_t n) {
 }
 static OrtStatus *get_float(const OrtKernelInfo *info, const char *name, float *out) {
   if (!strcmp(name, "offset")) return offset_asked++, create_status(1, "none");
+  if (!strcmp(name, "scale")) return *out = 0.125f, NULL;
   if (strcmp(name, info->lone ? "epsilon" : "eps")) return create_status(1, "none");
   return *out = 1e-5f, NULL;
 }
@@ -134,7 +135,7 @@ static void run(const OrtCustomOp *op, const int64_t *size, size_t n, struct Ort
   for (size_t i = 0; i < info.axes_count; i++) weight[n + (size_t)info.axes[i]] = size[n + (size_t)info.axes[i]];
   if (vary) weight[n - 1] = 1; /* broadcast along the row */
   const char *name = op->GetName(op);
-  int mask = !strcmp(name, "add_softmax") || !strcmp(name, "add_softmax_f16"); /* a row, or one number, for all rows */
+  int mask = !strncmp(name, "add_softmax", 11); /* a row, or one number, for all rows */
   size_t first = info.lone || mask || (strncmp(name, "rms", 3) == 0 || strncmp(name, "layer", 5) == 0) ? 1 : 2;
   for (size_t i = 0; i < inputs; i++)
     in[i] = tensor(op->GetInputType(op, i), n, i < first ? size : weight, i < first ? 0.5f : 1.5f);

@@ -241,6 +241,8 @@ def test_an_error_that_cannot_be_measured() -> None:
 def test_a_pattern_that_names_no_norm(model: Path) -> None:
     with pytest.raises(InputError, match=r"no LayerNorm is named like 'nix\*'; there are node_layer_norm"):
         normfuse.optimize(model, Config(layernorm_to_rmsnorm="approximate", norms="nix*"), calibration=feeds(model))
+    with pytest.raises(InputError, match=r"no LayerNorm is named like 'nix'; there are node_layer_norm"):
+        normfuse.optimize(model, Config("approximate", norms="node_*, nix"), calibration=feeds(model))
 
 
 def test_the_command_line(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,9 +28,33 @@ import normfuse
 from normfuse import reduce
 from normfuse.cli import main
 from normfuse.cli_process import ending
+from normfuse.errors import InputError
 from normfuse.io import files
 from normfuse.sessions import session
 from tests.cli_tools import RMS, cli, program, rms_file
+
+
+@pytest.mark.parametrize("dry", [False, True])
+def test_a_report_that_cannot_be_written_behind_the_model(dry: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                          capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    source, out = rms_file(tmp_path / "in.onnx"), tmp_path / "out.onnx"
+
+    def full(*_: object) -> None:
+        raise InputError("page.html: cannot be written: No space left on device")
+
+    monkeypatch.setattr("normfuse.html.page.write", full)
+    args = ["rewrite", str(source), str(out), "--report", str(tmp_path / "page.html"), "-q"]
+    assert main([*args, *["--dry-run"] * dry]) == 2
+    told = capsys.readouterr().err.strip()
+    assert out.exists() is not dry and told.endswith("left on device" if dry else f"left on device; {out} was written")
+
+
+def test_messages_are_for_the_door_where_they_are_read(tmp_path: Path) -> None:
+    source, out = rms_file(tmp_path / "in.onnx"), rms_file(tmp_path / "out.onnx")
+    for target, python, typed in ((out, "overwrite=True", "--overwrite"), (source, "in_place=True", "--in-place")):
+        with pytest.raises(InputError, match=f"with {python}$"):
+            normfuse.rewrite(source, target)
+        assert cli("rewrite", source, target).stderr.strip().endswith(f"with {typed}")
 
 
 @pytest.mark.parametrize("closed", [(1,), (2,), (1, 2)])

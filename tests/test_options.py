@@ -94,6 +94,7 @@ def test_weights_under_an_old_name_are_named(tmp_path: Path) -> None:
      "target='ort-cuda' is for ONNX models"),
     (lambda p: normfuse.InductorPass(normfuse.Config(target="ort-cpu")), "target='ort-cpu' is for ONNX models"),
     (lambda p: normfuse.InductorPass(normfuse.Config(untie=True)), "untie=True is for"),
+    (lambda p: normfuse.InductorPass(normfuse.Config("approximate")), "measures a module on inputs"),
     (lambda p: reduce(p / "in.onnx", p / "o.onnx", normfuse.Config(force=True)), "force=True is for"),
     (lambda p: reduce("", p / "o.onnx"), "the input is an empty path; give the name of a file"),
     (lambda p: normfuse.verify.compare_models(p / "in.onnx", p / "in.onnx", inputs={"x": np.ones((1, 3))}), "is given"),

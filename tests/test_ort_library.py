@@ -116,7 +116,7 @@ def every_name() -> set[str]:
     found = {name(op, kind, how, role) for op in OPS for kind in KINDS for how in types() for role in roles(op)
              if there(op, how) and not alone(op, kind, how, role)}  # fmt: skip
     pairs = {(how.x if how.first or how.cast == "none" else how.compute, how.compute) for how in types()}
-    found |= {"softmax", "add_softmax", "softmax_f16", "add_softmax_f16"}  # see test_softmax_kernels.py
+    found |= {f"{add}softmax{form}" for add in ("", "add_") for form in ("", "_of_f16", "_scaled_of_f16")}
     return found | {lone_name(kind, w, b, inner, stash, 18, 1e-5) for kind in KINDS for w, b in FLAGS
                     for inner, stash in pairs if not (b and kind == "rms_norm")}  # fmt: skip
 

@@ -22,6 +22,7 @@ from tests.test_softmax import ADDED, Array, causal, feeds, parsed, rewritten
 
 compiled = pytest.mark.skipif(normfuse.ort.library_path() is None, reason="installed without a C compiler")
 TYPES = ("float32", "float16")
+FORMS = ("", "_of_f16", "_scaled_of_f16")
 
 
 def softmax(h: Array) -> Array:
@@ -30,16 +31,22 @@ def softmax(h: Array) -> Array:
     return np.asarray(e / e.sum(-1, keepdims=True))
 
 
-def call(dtype: str, x: tuple[Any, ...], mask: tuple[Any, ...] | None) -> onnx.ModelProto:
-    """A model of one call, with the function that it has in a rewritten model."""
-    name = ("softmax" if mask is None else "add_softmax") + ("" if dtype == "float32" else "_f16")
-    kind = onnx.TensorProto.FLOAT if dtype == "float32" else onnx.TensorProto.FLOAT16
+def call(dtype: str, x: tuple[Any, ...], mask: tuple[Any, ...] | None, scale: float | None = None) -> onnx.ModelProto:
+    """A model of one call, with the function that it has in a rewritten model; of float16 with the casts around it."""
+    half, op = dtype == "float16", onnx.helper.make_node
+    name = ("softmax" if mask is None else "add_softmax") + "_scaled" * (scale is not None) + "_of_f16" * half
+    kind = onnx.TensorProto.FLOAT16 if half else onnx.TensorProto.FLOAT
     value = onnx.helper.make_tensor_value_info
     inputs = [value("x", kind, x)] + ([] if mask is None else [value("m", kind, mask)])
-    node = onnx.helper.make_node(name, [i.name for i in inputs], ["y"], domain="normfuse")
-    function = ir.to_proto(function_for(name, mask is not None, 18))
+    nodes = [op("Cast", [i.name], [f"{i.name}_wide"], to=1) for i in inputs if half]
+    nodes.append(op(name, [n.output[0] for n in nodes] or [i.name for i in inputs], ["y_wide" if half else "y"],
+                    domain="normfuse"))  # fmt: skip
+    if scale is not None:
+        nodes[-1].attribute.append(onnx.helper.make_attribute("scale", scale))
+    nodes += [op("Cast", ["y_wide"], ["y"], to=10)] if half else []
+    function = ir.to_proto(function_for(name, 18))
     opsets = [onnx.helper.make_opsetid("", 18), onnx.helper.make_opsetid("normfuse", 1)]
-    return onnx.helper.make_model(onnx.helper.make_graph([node], "g", inputs, [value("y", kind, None)]),
+    return onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", inputs, [value("y", kind, None)]),
                                   functions=[function], opset_imports=opsets, ir_version=9)  # fmt: skip
 
 
@@ -110,6 +117,23 @@ def test_rows_that_are_masked_or_no_numbers(rows: str, dtype: str) -> None:
     masked = call(dtype, (3, 40), (3, 40))
     for given in ({"x": np.zeros_like(x), "m": x}, {"x": x, "m": np.zeros_like(x)}):
         np.testing.assert_array_equal(session(masked).run(None, given)[0][-len(ours):], ours)
+
+
+@compiled
+@pytest.mark.parametrize("scale", [0.125, 0.0883, -2.0])
+@pytest.mark.parametrize(("x", "mask"), [
+    ((2, 4, 5, 7), None), ((2, 4, 5, 7), (2, 1, 5, 7)), ((2, 4, 5, 7), ()), ((2, 4, 5, 1), (1, 1, 5, 7)),
+    ((5, 1), (7,)), ((3, 1), (1,)), ((3, 33), (3, 1)),
+], ids=str)  # fmt: skip
+def test_a_number_multiplies_x_and_not_the_mask(x: tuple[int, ...], mask: tuple[int, ...] | None, scale: float) -> None:
+    scale = float(np.float16(scale))
+    rng = np.random.default_rng(6)
+    given = {"x": (rng.standard_normal(x) * 9).astype("f2")}
+    if mask is not None:
+        given["m"] = np.asarray(rng.standard_normal(mask) * 3, "f2")
+    found = session(call("float16", x, mask, scale)).run(None, given)[0]
+    want = softmax(given["x"].astype("f8") * scale + (given["m"].astype("f8") if mask is not None else 0))
+    assert np.abs(found - want).max() <= 2**-11
 
 
 @compiled
@@ -204,7 +228,7 @@ def test_the_kernel_is_the_one_that_runs(tmp_path: Path) -> None:
 
 @compiled
 def test_it_stays_with_its_body_on_cuda() -> None:
-    names = {"softmax", "add_softmax", "softmax_f16", "add_softmax_f16"}
+    names = {f"{add}softmax{form}" for add in ("", "add_") for form in FORMS}
     assert names <= set(normfuse.ort.names("cpu")) and not names & set(normfuse.ort.names("cuda"))
 
 
@@ -220,23 +244,25 @@ def test_every_instruction_set(flag: str, tmp_path: Path) -> None:
     subprocess.run([*command, *filter(None, [flag]), str(source), "-lm", "-o", str(path)], check=True)
     rows = ctypes.CDLL(str(path))
     pointer, whole = ctypes.c_void_p, ctypes.c_longlong
-    rows.nf_cpu_softmax.argtypes = [ctypes.c_int, pointer, pointer, ctypes.c_int, pointer, whole, pointer]
+    number, small = ctypes.c_float, ctypes.c_int
+    rows.nf_cpu_softmax.argtypes = [pointer, number, pointer, small, number, small, pointer, whole, pointer]
     rng = np.random.default_rng(5)
-    for kind, dtype in enumerate(TYPES):
+    for by in (1.0, 0.125, -3.0):
         for n in (1, 3, 4, 5, 8, 15, 16, 17, 31, 64, 65, 300, 1025, 5000):
             for mask in (None, 1, n):
-                x = (rng.standard_normal(n) * 20).astype(dtype)
-                m = np.zeros(mask or 0, dtype)
+                x = (rng.standard_normal(n) * 20 / by).astype("f4")
+                m = np.zeros(mask or 0, "f4")
                 m[n // 2 :] = -60000 if mask != 1 else 0
-                y, scratch = np.full(n + 1, 7, dtype), np.empty(n + 16, "f4")
-                rows.nf_cpu_softmax(kind, x.ctypes.data, m.ctypes.data if mask else None, int(mask == n), y.ctypes.data,
-                                    n, scratch.ctypes.data)  # fmt: skip
-                want = softmax(x.astype("f8") + (m.astype("f8") if mask else 0))
-                assert y[n] == 7 and np.abs(y[:n] - want).max() <= (2**-11 if kind else 2**-23 * 100)
+                y, scratch = np.full(n + 1, 7, "f4"), np.empty(n + 16, "f4")
+                rows.nf_cpu_softmax(x.ctypes.data, by, m.ctypes.data if mask else None, int(mask == n), 0.5, 0,
+                                    y.ctypes.data, n, scratch.ctypes.data)  # fmt: skip
+                want = softmax(x.astype("f8") * by + (m.astype("f8") if mask else 0))
+                assert y[n] == 7 and np.abs(y[:n] - want).max() <= 2**-23 * 100
                 if mask == n and n > 1:
                     assert (y[n // 2 : n] == 0).all()
     for x, want in ((np.full(20, -np.inf), np.full(20, 0.05)), (np.r_[np.nan, np.zeros(19)], np.full(20, np.nan)),
                     (np.r_[np.inf, np.zeros(19)], np.r_[np.nan, np.full(19, np.nan)])):  # fmt: skip
         row, y = x.astype("f4"), np.empty(20, "f4")
-        rows.nf_cpu_softmax(0, row.ctypes.data, None, 0, y.ctypes.data, 20, np.empty(36, "f4").ctypes.data)
-        np.testing.assert_allclose(y, want, rtol=1e-6)
+        for half in (0, 1):
+            rows.nf_cpu_softmax(row.ctypes.data, 1, None, 0, 1, half, y.ctypes.data, 20, np.empty(36, "f4").ctypes.data)
+            np.testing.assert_allclose(y, np.nan if half and (x == -np.inf).all() else want, rtol=1e-6)

@@ -127,18 +127,20 @@ def test_constants_behind_convolutions_pay_where_they_were_measured_to() -> None
 
 
 def test_softmaxes_pay_where_they_were_measured_to() -> None:
-    found = json.loads((RESULT.parent / "softmax.json").read_text())["chains"]
+    amd, intel = (json.loads((RESULT.parent / name).read_text())["chains"]
+                  for name in ("softmax.json", "softmax-intel.json"))  # fmt: skip
 
-    def span(*masks: str, dtype: str) -> str:
+    def span(found: list[dict[str, Any]], *masks: str, dtype: str) -> str:
         ratios = [c["ratio"] for c in found if c["type"] == dtype and c["mask"] in masks]
         return f"{min(ratios):.2f} to {max(ratios):.2f}"
 
     rows = {row.what: row.evidence for row in ROWS if row.form == "function"}
-    assert f"{span('causal', dtype='float32')} of the time of Add and Softmax" in rows["masked"]
     (told,) = (row.evidence for row in ROWS if row.what == "masked" and row.form == "leave")
-    assert f"{span('causal', dtype='float32')} of the time under a causal mask" in told
-    assert f"{span('none', dtype='float32')} where the mask is 0" in rows["masked"]
-    assert f"{span('causal', 'none', 'without', dtype='float16')} of the time of its parts" in rows["half"]
+    for evidence, of in ((rows["masked"], "of the time of Add and Softmax"), (told, "of the time")):
+        assert f"{span(intel, 'causal', dtype='float32')} {of} under a causal mask with AVX-512" in evidence
+        assert f"{span(amd, 'causal', dtype='float32')} with AVX2" in evidence
+    assert f"{span(amd + intel, 'none', dtype='float32')} where the mask is 0" in rows["masked"]
+    assert f"{span(amd + intel, 'causal', 'none', 'without', dtype='float16')} of the time of its parts" in rows["half"]
 
 
 def test_our_operators_against_the_skip_operators() -> None:

@@ -328,7 +328,8 @@ class OnnxModel:
         edited = self._edit()
         if self.spelled and self.emitter.inline:  # several norms of one value; what the model has stays as it is
             merge({node: one for node, one in twins(self.model).items() if node in self.spelled})
-        self.respelled += outline(self.model, self.softmaxes, self.opset) + summed(self.lowerings, self.table)
+        self.respelled += outline(self.model, self.lowerings, self.softmaxes, self.opset)
+        self.respelled += summed(self.lowerings, self.table)
         inlined = self.inlined and self.emitter.inline
         return edited or inlined or bool(self.repaired or self.merged or self.laid or self.respelled or self.sorted)
 

@@ -1,25 +1,32 @@
 """Softmaxes as calls of functions that our library has kernels for on the CPU, with an addition of a mask before.
 
-    softmax(x)            softmax(x) over the last axis
-    add_softmax(x, mask)  softmax(x + mask)
+    softmax(x)                                  softmax(x) over the last axis
+    add_softmax(x, mask)                        softmax(x + mask)
+    softmax_of_f16, add_softmax_of_f16          the same of values of float16, with a cast before and behind each
+    ..._scaled_of_f16(..., scale)               and of scale * x
 
 The body of a function is the model's own operators, so that a runtime without the library does what it did before, and
 ONNX Runtime on CUDA, where there is no kernel of ours, too. On the CPU its Softmax of float32 takes masked elements to
 denormal numbers, so that rows that are half masked take many times as long as others, and its Softmax of float16 is
-five operators.
+five operators. Functions of float16 take and give float32, and their bodies cast to float16 and back: two casts that
+undo each other ONNX Runtime leaves out, those around such a body as well as ours and its own around the products beside
+it, which it computes in float32.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import onnx_ir as ir
 
 from normfuse.frontends.onnx import Lowering
-from normfuse.frontends.onnx_emit import DOMAIN, discard, register_functions
-from normfuse.frontends.onnx_functions import SHORT
+from normfuse.frontends.onnx_emit import DOMAIN, names_of, register_functions, respell
+from normfuse.frontends.onnx_half import SCALES
+from normfuse.frontends.onnx_infer import DTYPES
 from normfuse.targets import Row, Table
 
 FIRST_SOFTMAX_OF_ONE_AXIS = 13
@@ -28,12 +35,22 @@ BETWEEN = ("Cast", "Dropout", "Identity", "Reshape", "Transpose", "Where")
 """What may stand between the softmax of attention and the product that reads it."""
 
 
+class Scale(NamedTuple):
+    """An operator that multiplies a value, its input at `at`, by a number."""
+
+    node: ir.Node
+    at: int
+    number: float
+
+
 class Found(NamedTuple):
-    """A softmax, the row of the target's table, and whether the call takes the addition before in."""
+    """A softmax, the row of the target's table, whether the call takes the addition before in, and what multiplies its
+    operand by a number."""
 
     node: ir.Node
     row: Row
     whole: bool
+    scale: Scale | None
 
 
 def is_norm(domain: str, name: str) -> bool:
@@ -43,8 +60,17 @@ def is_norm(domain: str, name: str) -> bool:
 
 def softmaxes(lowerings: Sequence[Lowering], table: Table, opset: int) -> list[Found]:
     """Those that the target's table wants to be calls, or to say something of, with the row."""
-    return [Found(node, row, _whole(low, node)) for low in lowerings if not low.mapped for node in low.source
-            if (row := _row(low, node, table, opset)) is not None]  # fmt: skip
+    found = []
+    for low in lowerings:
+        for node in low.source if not low.mapped else ():
+            if (row := _row(low, node, table, opset)) is not None:
+                whole = _whole(low, node)
+                found.append(Found(node, row, whole, _scaled(low, node, whole) if _half(row) else None))
+    return found
+
+
+def _half(row: Row) -> bool:
+    return row.form == "function" and row.types == {"float16"}
 
 
 def _row(low: Lowering, node: ir.Node, table: Table, opset: int) -> Row | None:
@@ -95,38 +121,82 @@ def _addition(value: ir.Value | None) -> ir.Node | None:
     return node if node is not None and (node.domain, node.op_type) == ("", "Add") else None
 
 
-def outline(model: ir.Model, found: Sequence[Found], opset: int) -> Counter[Row]:
-    """Put calls in the place of softmaxes, and of the additions that they take in; the rows, with how often."""
-    functions: dict[str, ir.Function] = {}
-    gone: list[ir.Node] = []
-    for node, row, whole in found:
-        x, old = node.inputs[0], node.outputs[0]
-        if row.form != "function" or x is None or node.graph is None:
+def _scaled(low: Lowering, node: ir.Node, whole: bool) -> Scale | None:
+    """What multiplies a value that a softmax reads by a number, or divides it by a power of two, and is read by the
+    softmax alone, or the addition that it is taken in with."""
+    add = _addition(node.inputs[0]) if whole else None
+    for value in add.inputs if add else node.inputs[:1]:
+        one = None if value is None else value.producer()
+        if (one is None or value is None or one.graph is not node.graph or one.domain or len(value.uses()) > 1
+                or low.value(value).kept):  # fmt: skip
             continue
-        add = _addition(x) if whole else None  # a norm may have taken it in
-        (dtype,) = row.types
-        name = "_".join(["add_softmax" if add else "softmax", *([SHORT[dtype]] if dtype != "float32" else [])])
-        functions[name] = functions.get(name) or function_for(name, add is not None, opset)
-        call = ir.Node(DOMAIN, name, add.inputs if add else [x], name=node.name, doc_string=node.doc_string)
-        call.metadata_props.update(node.metadata_props)
-        node.graph.insert_before(node, call)
-        new = call.outputs[0]
-        new.name, new.shape, new.type = old.name, old.shape, old.type
-        old.replace_all_uses_with(new, replace_graph_outputs=old.is_graph_output())
-        gone += [node, add] if add else [node]
-    discard(gone, ())
+        for at in (at for op, at in SCALES if op == one.op_type):
+            by, x = low.value(one.inputs[at - 1]), low.value(one.inputs[at])
+            if not by.number or by.shape is None or not {*by.shape} <= {1} or len(by.shape) > (x.rank or 0):
+                continue
+            number = by.number if one.op_type == "Mul" else 1 / by.number
+            if number == np.float16(number) and (one.op_type == "Mul" or abs(math.frexp(number)[0]) == 0.5):
+                return Scale(one, at, float(number))
+    return None
+
+
+def outline(model: ir.Model, lowerings: Sequence[Lowering], found: Sequence[Found], opset: int) -> Counter[Row]:
+    """Put calls in the place of softmaxes, and of the operators that they take in; the rows, with how often."""
+    functions: dict[str, ir.Function] = {}
+    masks: dict[tuple[Any, ir.Value], ir.Value] = {}
+    used = names_of(low.source for low in lowerings) if found else set()
+    for node, row, whole, scale in found:
+        if row.form != "function" or node.inputs[0] is None or node.graph is None:
+            continue
+        add, half = _addition(node.inputs[0]) if whole else None, _half(row)  # a norm may have taken it in
+        operands = [v for v in (add.inputs if add else node.inputs[:1]) if v is not None]
+        if scale is not None and (at := [v.producer() for v in operands]).count(scale.node) == 1:
+            del operands[at.index(scale.node)]
+            operands = [x for x in scale.node.inputs[scale.at : scale.at + 1] if x is not None] + operands
+        else:
+            scale = None
+        name = "_".join(["add_softmax" if add else "softmax", *["scaled"] * (scale is not None), *["of_f16"] * half])
+        functions[name] = functions.get(name) or function_for(name, opset)
+        nodes: list[ir.Node] = []
+        for i, value in enumerate(operands if half else ()):
+            if (wide := masks.get((node.graph, value))) is None or not i:
+                nodes.append(ir.Node("", "Cast", [value], [ir.AttrInt64("to", DTYPES["float32"])]))
+                wide = nodes[-1].outputs[0]
+                if i:  # one mask is for all layers
+                    masks[node.graph, value] = wide
+            operands[i] = wide
+        nodes.append(ir.Node(DOMAIN, name, operands, [ir.AttrFloat32("scale", scale.number)] if scale else []))
+        if half:
+            nodes.append(ir.Node("", "Cast", nodes[-1].outputs, [ir.AttrInt64("to", DTYPES["float16"])]))
+        respell(node, nodes, {node.outputs[0]: nodes[-1].outputs[0]}, used)
     register_functions(model, list(functions.values()))
     return Counter(one.row for one in found)
 
 
-def function_for(name: str, masked: bool, opset: int) -> ir.Function:
+def function_for(name: str, opset: int) -> ir.Function:
     """The function of that name."""
+    masked, half, scaled = name.startswith("add_"), name.endswith("_of_f16"), "_scaled" in name
     inputs = [ir.Value(name=n) for n in ("x", "mask")[: 1 + masked]]
-    nodes = [ir.Node("", "Add", inputs)] if masked else []
-    nodes.append(ir.Node("", "Softmax", [nodes[0].outputs[0] if masked else inputs[0]], [ir.AttrInt64("axis", -1)]))
-    for i, node in enumerate(nodes):
-        node.name, node.outputs[0].name = f"n{i}", "y" if node is nodes[-1] else f"v{i}"
-    graph = ir.Graph(inputs, nodes[-1].outputs, nodes=nodes, opset_imports={"": opset}, name="")
-    function = ir.Function(DOMAIN, name, graph=graph, attributes=[])
-    function.doc_string = f"softmax(x{' + mask' if masked else ''}) over the last axis"
+    nodes: list[ir.Node] = []
+
+    def op(kind: str, operands: Sequence[ir.Value], *attributes: ir.Attr) -> ir.Value:
+        nodes.append(ir.Node("", kind, operands, attributes, name=f"n{len(nodes)}"))
+        nodes[-1].outputs[0].name = f"v{len(nodes)}"
+        return nodes[-1].outputs[0]
+
+    def cast(value: ir.Value, to: str) -> ir.Value:
+        return op("Cast", [value], ir.AttrInt64("to", DTYPES[to])) if half else value
+
+    operands = [cast(v, "float16") for v in inputs]
+    if scaled:
+        number = op("Constant", [], ir.RefAttr("value_float", "scale", ir.AttributeType.FLOAT))
+        operands[0] = op("Mul", [operands[0], cast(number, "float16")])
+    value = op("Add", operands) if masked else operands[0]
+    value = cast(op("Softmax", [value], ir.AttrInt64("axis", -1)), "float32")
+    value.name = "y"
+    graph = ir.Graph(inputs, [value], nodes=nodes, opset_imports={"": opset}, name="")
+    declared = [ir.Attr("scale", ir.AttributeType.FLOAT, None)] if scaled else []
+    function = ir.Function(DOMAIN, name, graph=graph, attributes=declared)
+    formula = f"softmax({'scale * ' * scaled}x{' + mask' * masked}) over the last axis"
+    function.doc_string = f"{formula}, of values of float16" if half else formula
     return function

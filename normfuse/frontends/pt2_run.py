@@ -27,7 +27,7 @@ def demand_trust(source: Path, trust: bool) -> None:
     """Raise `UnsafeModelError` for an archive that is not trusted, by True itself."""
     if trust is not True:
         raise UnsafeModelError(f"{source}: loading a .pt2 can run code in it; if you trust its origin, allow it with "
-                               "--trust (trust=True in Python)")  # fmt: skip
+                               "trust=True")  # fmt: skip
 
 
 def load(source: Path) -> torch.export.ExportedProgram:

@@ -326,7 +326,7 @@ def _referenced(path: Path, target: Path) -> str:
     folder = target.parent.resolve()
     if not path.is_relative_to(folder):
         raise InputError(f"{target}: its weights are in {str(path.parent)!r}, and a model may only refer to files in "
-                         "its own folder or below; write it there, or have them copied (--external-data copy)")
+                         "its own folder or below; write it there, or have them copied (external_data='copy')")
     return path.relative_to(folder).as_posix()
 
 

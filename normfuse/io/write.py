@@ -32,7 +32,7 @@ def fresh(temporary: Path, target: Path) -> None:
     """Raises `InputError` if anything has the name, also since a moment."""
     if not _taken(temporary, target):
         raise InputError(f"{target}: exists already, since a moment ago; choose another name, or replace it with "
-                         "--overwrite")  # fmt: skip
+                         "overwrite=True")  # fmt: skip
 
 
 def among(made: dict[Path, os.stat_result]) -> Put:
@@ -86,10 +86,10 @@ def check_target(source: Path | None, target: Path, overwrite: bool, in_place: b
         exists = os.path.lexists(target)  # a link to nothing is there, too
         if exists and source is not None and target.exists() and os.path.samefile(source, target):
             if not in_place:
-                advice = "" if in_place is None else ", or allow it with --in-place"
+                advice = "" if in_place is None else ", or allow it with in_place=True"
                 raise InputError(f"{target}: is the input itself; choose another name{advice}")
         elif exists and not overwrite:
-            raise InputError(f"{target}: exists already; choose another name, or replace it with --overwrite")
+            raise InputError(f"{target}: exists already; choose another name, or replace it with overwrite=True")
         if exists and not target.is_file():
             raise InputError(f"{target}: is not a regular file; choose another name")
         if not os.access(target.parent, os.W_OK):

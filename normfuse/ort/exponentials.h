@@ -61,23 +61,24 @@ static INLINE V FN(exponential)(V v) {
   return p * (V)((U)shifted << 23);
 }
 
-/* K elements of x + r from the i-th on, those of r alike without a step. */
-static INLINE V FN(masked)(int type, const void *x, const void *r, int r_step, V number, long long i, long long k) {
-  V v = FN(ld)(type, x, i, k);
-  if (r) v += r_step ? FN(ld)(type, r, i, k) : number;
+/* K elements of by * x + r from the i-th on, those of r alike without a step. */
+static INLINE V FN(masked)(const float *x, float by, const float *r, int r_step, V number, long long i, long long k) {
+  V v = FN(ld)(F32, x, i, k) * by;
+  if (r) v += r_step ? FN(ld)(F32, r, i, k) : number;
   return v;
 }
 
-static INLINE void FN(softmax_row)(int type, const void *x, const void *r, int r_step, void *y, long long n, float *h) {
+static INLINE void FN(softmax_row)(const float *x, float by, const float *r, int r_step, float r_by, int half, float *y,
+                                   long long n, float *h) {
   const float lowest = -0x1.fffffep127f;
-  const int kept = type != F32 || r; /* in h, else they are read from x again */
+  const int kept = r || by != 1; /* in h, else they are read from x again */
   V most[2] = {(V){0} + lowest, (V){0} + lowest}, v, number = {0};
   double total = 0;
-  if (r && !r_step) number += FN(ld)(type, r, 0, 1)[0];
+  if (r && !r_step) number += r[0] * r_by;
   long long i = 0, whole = n / W * W;
 #define TAKE(A, I)                                      \
   {                                                     \
-    v = FN(masked)(type, x, r, r_step, number, I, W);   \
+    v = FN(masked)(x, by, r, r_step, number, I, W);   \
     if (kept) FN(st)(F32, h, I, W, v);                  \
     most[A] = FN(larger)(v, most[A]);                   \
   }
@@ -88,7 +89,7 @@ static INLINE void FN(softmax_row)(int type, const void *x, const void *r, int r
   if (i < whole) TAKE(0, i)
 #undef TAKE
   if (whole < n) {
-    v = FN(masked)(type, x, r, r_step, number, whole, n - whole);
+    v = FN(masked)(x, by, r, r_step, number, whole, n - whole);
     for (long long k = n - whole; k < W; k++) v[k] = -__builtin_inff(); /* behind the row: e^that is 0 */
     FN(st)(F32, h, whole, W, v);
     most[0] = FN(larger)(v, most[0]);
@@ -96,13 +97,14 @@ static INLINE void FN(softmax_row)(int type, const void *x, const void *r, int r
   float largest = FN(largest)(FN(larger)(most[0], most[1]));
   const float *from = kept ? h : x;
 /* What is behind the row, which is the next row as a rule: to read it would wait, this computes. */
-#define AHEAD(P, I) __builtin_prefetch((const char *)(P) + (n + (I)) * (type == F32 ? 4 : 2))
+#define AHEAD(P, I) __builtin_prefetch(P + n + I)
 #define TERM(FROM, I) v = FN(exponential)(FN(ld)(F32, FROM, I, W) - largest), FN(st)(F32, h, I, W, v)
   for (i = 0; i < whole;) { /* in float over at most 16 values a lane, from there in double */
     long long stop = whole - i > 32 * W ? i + 32 * W : whole;
     V sums[2] = {{0}, {0}};
     for (; i + 2 * W <= stop; i += 2 * W) {
       AHEAD(x, i);
+      __builtin_prefetch(y + i, 1);
       if (r && r_step) AHEAD(r, i);
       TERM(from, i), sums[0] += v;
       TERM(from, i + W), sums[1] += v;
@@ -114,24 +116,25 @@ static INLINE void FN(softmax_row)(int type, const void *x, const void *r, int r
 #undef TERM
 #undef AHEAD
   float scale = (float)(1 / total);
-  if (type == F32 && total == 0) { /* there is nothing but -inf */
+  if (!half && total == 0) { /* there is nothing but -inf */
     for (i = 0; i < n; i += W) FN(st)(F32, h, i, W, (V){0} + 1);
     scale = 1 / (float)n;
   }
-#define GIVE(K) v = FN(ld)(F32, h, i, W) * scale, FN(st)(type, y, i, K, (V)((U)v & ~(U)(v < 0x1p-126f)))
+#define GIVE(K) v = FN(ld)(F32, h, i, W) * scale, FN(st)(F32, y, i, K, (V)((U)v & ~(U)(v < 0x1p-126f)))
   for (i = 0; i < whole; i += W) GIVE(W);
   if (i < n) GIVE(n - i);
 #undef GIVE
 }
 
-static void FN(softmax)(int type, const void *x, const void *r, int r_step, void *y, long long n, float *scratch) {
-#define ROWS_OF(T)                                                              \
-  if (type == T) {                                                              \
-    if (!r) FN(softmax_row)(T, x, NULL, 0, y, n, scratch);                      \
-    else if (r_step) FN(softmax_row)(T, x, r, 1, y, n, scratch);                \
-    else FN(softmax_row)(T, x, r, 0, y, n, scratch);                            \
+static void FN(softmax)(const float *x, float by, const float *r, int r_step, float r_by, int half, float *y, long long n,
+                        float *scratch) {
+#define ROWS_OF(BY)                                                              \
+  {                                                                              \
+    if (!r) FN(softmax_row)(x, BY, NULL, 0, 1, half, y, n, scratch);             \
+    else if (r_step) FN(softmax_row)(x, BY, r, 1, 1, half, y, n, scratch);       \
+    else FN(softmax_row)(x, BY, r, 0, r_by, half, y, n, scratch);                \
   }
-  ROWS_OF(F32)
-  ROWS_OF(F16)
+  if (by == 1) ROWS_OF(1)
+  else ROWS_OF(by)
 #undef ROWS_OF
 }

@@ -25,7 +25,7 @@ typedef struct {
 typedef struct {
   const Operator *op;
   OrtApi *api;
-  float eps;
+  float eps, scale;
   int64_t axes[MAX_RANK];
   size_t axes_count; /* 0: all of them */
   struct {           /* a weight or bias that is the same in every run, with its elements as floats if they are not */

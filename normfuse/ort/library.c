@@ -48,7 +48,12 @@ static OrtStatus *ORT_CALL op_create(const OrtCustomOp *op, OrtApi *api, const O
   Kernel *k = *out = calloc(1, sizeof *k);
   if (!k) return nf_fail(api, ORT_FAIL, "normfuse.%s: no memory", SELF->name);
   k->op = SELF, k->api = api, k->axes_count = 1, k->axes[0] = -1;
-  if (SELF->spec.op == OP_SOFTMAX) return NULL; /* it has no attributes */
+  if (SELF->spec.op == OP_SOFTMAX) { /* it has no other attributes */
+    k->scale = 1;
+    OrtStatus *status = SELF->spec.scaled ? ORT(api, KernelInfoGetAttribute_float)(info, "scale", &k->scale) : NULL;
+    if (status) op_destroy(k), *out = NULL;
+    return status;
+  }
   /* a lone norm has `epsilon` and `axes`, a fused operator `eps` */
   OrtStatus *status = ORT(api, KernelInfoGetAttribute_float)(info, "epsilon", &k->eps);
   if (status) {
@@ -193,7 +198,7 @@ static const char *role(int weight, int bias) { return weight ? bias ? "both" : 
 static void add_lone(int layer, int inner, int stash) {
   for (int roles = 0; roles < (layer ? 4 : 2); roles++) {
     int weight = !(roles & 1), bias = layer && !(roles & 2);
-    Spec spec = {OP_NORM, layer, inner, stash, inner != stash, inner, weight, bias, 0, 0, 0, 0, 0};
+    Spec spec = {OP_NORM, layer, inner, stash, inner != stash, inner, weight, bias, 0, 0, 0, 0, 0, 0, 0};
     char name[NAME] = "";
     append(name, layer ? "layer_norm" : "rms_norm");
     if (!weight || (layer && !bias)) append(name, role(weight, bias));
@@ -216,7 +221,7 @@ static void add_fused(int x, int compute, int result, const char *cast) {
     for (int layer = 0; layer < 2; layer++)
       for (int roles = 0; roles < (op < OP_NORM_ADD_NORM ? 4 : 16); roles++) {
         Spec spec = {op, layer, x, compute, cast[0] == 'f', result, !(roles & 1), (roles >> 1 & 1) == layer ? 0 : 1,
-                     0,  0,     0, 0, 0};
+                     0,  0,     0, 0, 0, 0, 0};
         int usual = spec.has_w1 && spec.has_b1 == layer;
         if (op >= OP_NORM_ADD_NORM) {
           spec.has_w2 = !(roles & 4), spec.has_b2 = (roles >> 3 & 1) == layer ? 0 : 1;
@@ -248,21 +253,20 @@ static void add_fused(int x, int compute, int result, const char *cast) {
 }
 
 /* See normfuse/frontends/onnx_softmax.py. */
-static void add_softmax(int type) {
-  for (int mask = 0; mask < 2; mask++) {
-    Spec spec = {.op = OP_SOFTMAX, .x = type, .result = type, .has_mask = mask};
-    char name[NAME] = "";
-    append(name, mask ? "add_softmax" : "softmax");
-    if (type != F32) append(name, SHORT[type]);
-    add(&spec, name);
-  }
+static void add_softmax(int mask, int scaled, int half) {
+  Spec spec = {.op = OP_SOFTMAX, .has_mask = mask, .scaled = scaled, .half = half};
+  char name[NAME] = "";
+  append(name, mask ? "add_softmax" : "softmax");
+  if (scaled) append(name, "scaled");
+  if (half) append(name, "of_f16");
+  add(&spec, name);
 }
 
 static int build(void) {
   static const int precision[] = {24, 11, 8};
   library.operators = calloc(2 * 3000, sizeof *library.operators);
   if (!library.operators) return 0;
-  add_softmax(F32), add_softmax(F16);
+  for (int mask = 0; mask < 2; mask++) add_softmax(mask, 0, 0), add_softmax(mask, 0, 1), add_softmax(mask, 1, 1);
   for (int x = 0; x < 3; x++)
     for (int compute = 0; compute < 3; compute++) {
       if (compute != x && compute != F32) continue; /* nothing is narrowed before it is normalised */

@@ -72,10 +72,12 @@ def ort_ops(every: bool, file: str = "ort-ops", threads: bool = True, digits: in
 
 
 def softmaxes() -> Rows:
-    """Softmaxes in ONNX Runtime."""
-    for one in results("softmax")["chains"]:
+    """Softmaxes in ONNX Runtime, on two machines."""
+    for one, other in zip(results("softmax")["chains"], results("softmax-intel")["chains"], strict=True):
         ms = [f"{one['ms'][form]:.3f}" for form in ("ONNX Runtime", "normfuse")]
-        yield [one["mask"], "x".join(map(str, one["shape"])), one["type"], one["threads"], *ms, f"{one['ratio']:.2f}"]
+        assert all(one[key] == other[key] for key in ("mask", "shape", "type", "threads"))
+        yield [one["mask"], "x".join(map(str, one["shape"])), one["type"], one["threads"], *ms,
+               *(f"{found['ratio']:.2f}" for found in (one, other))]  # fmt: skip
 
 
 def kernels(wanted: Callable[[dict[str, Any]], bool]) -> Callable[[], Rows]:
