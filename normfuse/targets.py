@@ -97,10 +97,10 @@ _SCALED = "measured: 0.19 to 1.00 of the time of both, with 512 tokens at most 0
 _CONVOLVED = "measured: 0.29 to 0.78 of the time of one number for all, which ONNX Runtime does not take in"
 _AS_IT_IS = "measured: with target ort-cpu 0.08 to 0.83 of the time on the CPU"
 _SOFTMAX = ("measured in 1.31 on the CPU, with the library: 0.18 to 0.91 of the time of Add and Softmax under a causal "
-            "mask with AVX-512 and 0.55 to 1.04 with AVX2, 0.53 to 1.49 where the mask is 0")
+            "mask with AVX-512 and 0.50 to 1.22 with AVX2, 0.55 to 1.49 where the mask is 0")
 _MASKED = ("measured in 1.31: target normfuse with the library takes 0.18 to 0.91 of the time under a causal mask with "
-           "AVX-512 and 0.55 to 1.04 with AVX2")
-_SOFTMAX_HALF = "measured in 1.31 on the CPU, with the library: 0.12 to 0.81 of the time of its parts"
+           "AVX-512 and 0.50 to 1.22 with AVX2")
+_SOFTMAX_HALF = "measured in 1.31 on the CPU, with the library: 0.12 to 0.82 of the time of its parts"
 FLAT = (2, 3)
 WIDE = {"Softmax": (13, 99), "LogSoftmax": (13, 99), "Gelu": (20, 99), "HardSwish": (14, 21), "HardSigmoid": (6, 21),
         "LeakyRelu": (6, 21)}  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 import os
 import shutil
@@ -32,18 +33,16 @@ def softmax(h: Array) -> Array:
 
 
 def call(dtype: str, x: tuple[Any, ...], mask: tuple[Any, ...] | None, scale: float | None = None) -> onnx.ModelProto:
-    """A model of one call, with the function that it has in a rewritten model; of float16 with the casts around it."""
+    """A model of one call, with the function that it has in a rewritten model; of float16 with the cast of its mask."""
     half, op = dtype == "float16", onnx.helper.make_node
     name = ("softmax" if mask is None else "add_softmax") + "_scaled" * (scale is not None) + "_of_f16" * half
     kind = onnx.TensorProto.FLOAT16 if half else onnx.TensorProto.FLOAT
     value = onnx.helper.make_tensor_value_info
     inputs = [value("x", kind, x)] + ([] if mask is None else [value("m", kind, mask)])
-    nodes = [op("Cast", [i.name], [f"{i.name}_wide"], to=1) for i in inputs if half]
-    nodes.append(op(name, [n.output[0] for n in nodes] or [i.name for i in inputs], ["y_wide" if half else "y"],
-                    domain="normfuse"))  # fmt: skip
+    nodes = [op("Cast", ["m"], ["wide"], to=1)] if half and mask is not None else []
+    nodes.append(op(name, ["x", "wide" if nodes else "m"][: len(inputs)], ["y"], domain="normfuse"))
     if scale is not None:
         nodes[-1].attribute.append(onnx.helper.make_attribute("scale", scale))
-    nodes += [op("Cast", ["y_wide"], ["y"], to=10)] if half else []
     function = ir.to_proto(function_for(name, 18))
     opsets = [onnx.helper.make_opsetid("", 18), onnx.helper.make_opsetid("normfuse", 1)]
     return onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", inputs, [value("y", kind, None)]),
@@ -244,25 +243,26 @@ def test_every_instruction_set(flag: str, tmp_path: Path) -> None:
     subprocess.run([*command, *filter(None, [flag]), str(source), "-lm", "-o", str(path)], check=True)
     rows = ctypes.CDLL(str(path))
     pointer, whole = ctypes.c_void_p, ctypes.c_longlong
-    number, small = ctypes.c_float, ctypes.c_int
-    rows.nf_cpu_softmax.argtypes = [pointer, number, pointer, small, number, small, pointer, whole, pointer]
+    real, small = ctypes.c_float, ctypes.c_int
+    rows.nf_cpu_softmax.argtypes = [small, pointer, real, pointer, real, small, small, pointer, whole, pointer]
     rng = np.random.default_rng(5)
-    for by in (1.0, 0.125, -3.0):
+    for by, (kind, dtype) in itertools.product((1.0, 0.125, -3.0), enumerate(TYPES)):
         for n in (1, 3, 4, 5, 8, 15, 16, 17, 31, 64, 65, 300, 1025, 5000):
             for mask in (None, 1, n):
-                x = (rng.standard_normal(n) * 20 / by).astype("f4")
-                m = np.zeros(mask or 0, "f4")
-                m[n // 2 :] = -60000 if mask != 1 else 0
-                y, scratch = np.full(n + 1, 7, "f4"), np.empty(n + 16, "f4")
-                rows.nf_cpu_softmax(x.ctypes.data, by, m.ctypes.data if mask else None, int(mask == n), 0.5, 0,
-                                    y.ctypes.data, n, scratch.ctypes.data)  # fmt: skip
-                want = softmax(x.astype("f8") * by + (m.astype("f8") if mask else 0))
-                assert y[n] == 7 and np.abs(y[:n] - want).max() <= 2**-23 * 100
+                x = (rng.standard_normal(n) * 20 / by).astype(dtype)
+                m = np.zeros(n, "f4")
+                m[n // 2 :] = -60000 if mask == n else 0
+                y, scratch = np.full(n + 1, 7, dtype), np.empty(n + 16, "f4")
+                masked, number = m.ctypes.data if mask == n else None, -9 if mask == 1 else 0
+                rows.nf_cpu_softmax(kind, x.ctypes.data, by, masked, number, kind, kind, y.ctypes.data, n,
+                                    scratch.ctypes.data)  # fmt: skip
+                want = softmax(x.astype("f8") * by + (m.astype("f8") if mask == n else 0))
+                assert y[n] == 7 and np.abs(y[:n] - want).max() <= (2**-11 if kind else 2**-23 * 100)
                 if mask == n and n > 1:
                     assert (y[n // 2 : n] == 0).all()
     for x, want in ((np.full(20, -np.inf), np.full(20, 0.05)), (np.r_[np.nan, np.zeros(19)], np.full(20, np.nan)),
                     (np.r_[np.inf, np.zeros(19)], np.r_[np.nan, np.full(19, np.nan)])):  # fmt: skip
-        row, y = x.astype("f4"), np.empty(20, "f4")
+        row, y, scratch = x.astype("f4"), np.empty(20, "f4"), np.empty(36, "f4")
         for half in (0, 1):
-            rows.nf_cpu_softmax(row.ctypes.data, 1, None, 0, 1, half, y.ctypes.data, 20, np.empty(36, "f4").ctypes.data)
+            rows.nf_cpu_softmax(0, row.ctypes.data, 1, None, 0, half, 0, y.ctypes.data, 20, scratch.ctypes.data)
             np.testing.assert_allclose(y, np.nan if half and (x == -np.inf).all() else want, rtol=1e-6)

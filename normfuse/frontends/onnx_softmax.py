@@ -2,15 +2,15 @@
 
     softmax(x)                                  softmax(x) over the last axis
     add_softmax(x, mask)                        softmax(x + mask)
-    softmax_of_f16, add_softmax_of_f16          the same of values of float16, with a cast before and behind each
+    softmax_of_f16, add_softmax_of_f16          the same of float16
     ..._scaled_of_f16(..., scale)               and of scale * x
 
 The body of a function is the model's own operators, so that a runtime without the library does what it did before, and
 ONNX Runtime on CUDA, where there is no kernel of ours, too. On the CPU its Softmax of float32 takes masked elements to
 denormal numbers, so that rows that are half masked take many times as long as others, and its Softmax of float16 is
-five operators. Functions of float16 take and give float32, and their bodies cast to float16 and back: two casts that
-undo each other ONNX Runtime leaves out, those around such a body as well as ours and its own around the products beside
-it, which it computes in float32.
+five operators. The mask of a call of float16 is cast to float32, and back in the body: the products beside it are
+computed in float32, and an operator whose operands of float16 all come from such ones ONNX Runtime, but 1.24 to 1.29,
+runs so as well, without casts in between. A mask may come from anywhere.
 """
 
 from __future__ import annotations
@@ -158,16 +158,13 @@ def outline(model: ir.Model, lowerings: Sequence[Lowering], found: Sequence[Foun
         name = "_".join(["add_softmax" if add else "softmax", *["scaled"] * (scale is not None), *["of_f16"] * half])
         functions[name] = functions.get(name) or function_for(name, opset)
         nodes: list[ir.Node] = []
-        for i, value in enumerate(operands if half else ()):
-            if (wide := masks.get((node.graph, value))) is None or not i:
-                nodes.append(ir.Node("", "Cast", [value], [ir.AttrInt64("to", DTYPES["float32"])]))
-                wide = nodes[-1].outputs[0]
-                if i:  # one mask is for all layers
-                    masks[node.graph, value] = wide
-            operands[i] = wide
+        if half and add:
+            key = node.graph, operands[1]  # one mask is for all layers
+            if key not in masks:
+                nodes.append(ir.Node("", "Cast", operands[1:], [ir.AttrInt64("to", DTYPES["float32"])]))
+                masks[key] = nodes[0].outputs[0]
+            operands[1] = masks[key]
         nodes.append(ir.Node(DOMAIN, name, operands, [ir.AttrFloat32("scale", scale.number)] if scale else []))
-        if half:
-            nodes.append(ir.Node("", "Cast", nodes[-1].outputs, [ir.AttrInt64("to", DTYPES["float16"])]))
         respell(node, nodes, {node.outputs[0]: nodes[-1].outputs[0]}, used)
     register_functions(model, list(functions.values()))
     return Counter(one.row for one in found)
@@ -184,19 +181,20 @@ def function_for(name: str, opset: int) -> ir.Function:
         nodes[-1].outputs[0].name = f"v{len(nodes)}"
         return nodes[-1].outputs[0]
 
-    def cast(value: ir.Value, to: str) -> ir.Value:
-        return op("Cast", [value], ir.AttrInt64("to", DTYPES[to])) if half else value
+    def narrow(value: ir.Value) -> ir.Value:
+        return op("Cast", [value], ir.AttrInt64("to", DTYPES["float16"])) if half else value
 
-    operands = [cast(v, "float16") for v in inputs]
+    value = inputs[0]
     if scaled:
         number = op("Constant", [], ir.RefAttr("value_float", "scale", ir.AttributeType.FLOAT))
-        operands[0] = op("Mul", [operands[0], cast(number, "float16")])
-    value = op("Add", operands) if masked else operands[0]
-    value = cast(op("Softmax", [value], ir.AttrInt64("axis", -1)), "float32")
+        value = op("Mul", [value, narrow(number)])
+    if masked:
+        value = op("Add", [value, narrow(inputs[1])])
+    value = op("Softmax", [value], ir.AttrInt64("axis", -1))
     value.name = "y"
     graph = ir.Graph(inputs, [value], nodes=nodes, opset_imports={"": opset}, name="")
     declared = [ir.Attr("scale", ir.AttributeType.FLOAT, None)] if scaled else []
     function = ir.Function(DOMAIN, name, graph=graph, attributes=declared)
     formula = f"softmax({'scale * ' * scaled}x{' + mask' * masked}) over the last axis"
-    function.doc_string = f"{formula}, of values of float16" if half else formula
+    function.doc_string = formula
     return function

@@ -11,7 +11,6 @@ is registered, ONNX Runtime takes its kernels instead. They give the same result
 from __future__ import annotations
 
 import ctypes
-from collections import Counter
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -98,11 +97,12 @@ def names(provider: str = "cpu") -> list[str]:
     if found is None:
         return []
     found.nf_name.restype, found.nf_name.argtypes = ctypes.c_char_p, [ctypes.c_size_t]
+    found.nf_on_cuda.argtypes = [ctypes.c_size_t]
     out: list[str] = []
     while (name := found.nf_name(len(out))) is not None:
         out.append(name.decode())
-    # one that has a CUDA kernel is there twice
-    return [name for name, count in Counter(out).items() if count > 1 or provider == "cpu"]
+    # one that has a kernel of another type, or for CUDA, is there twice
+    return list(dict.fromkeys(name for i, name in enumerate(out) if provider == "cpu" or found.nf_on_cuda(i)))
 
 
 def instructions() -> str | None:

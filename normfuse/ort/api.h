@@ -45,6 +45,7 @@ typedef struct {
   F(AddCustomOpDomain, 28, OrtStatus *, (OrtSessionOptions * options, OrtDomain * domain))                             \
   F(GetTensorMutableData, 51, OrtStatus *, (OrtValue * value, void **out))                                             \
   F(SetTensorElementType, 58, OrtStatus *, (OrtShape * info, int type))                                                \
+  F(GetTensorElementType, 60, OrtStatus *, (const OrtShape *info, int *out))                                           \
   F(GetDimensionsCount, 61, OrtStatus *, (const OrtShape *info, size_t *out))                                          \
   F(GetDimensions, 62, OrtStatus *, (const OrtShape *info, int64_t *out, size_t count))                                \
   F(GetSymbolicDimensions, 63, OrtStatus *, (const OrtShape *info, const char **out, size_t count))                    \

@@ -106,9 +106,9 @@ void nf_cpu_rows(const Spec *spec, const Args *args, long long begin, long long 
   (FAST ? rows_avx2 : rows_base)(spec, args, begin, end, scratch);
 }
 
-void nf_cpu_softmax(const float *x, float by, const float *r, int r_step, float r_by, int half, float *y, long long n,
+void nf_cpu_softmax(int from, const void *x, float by, const float *r, float number, int half, int to, void *y, long long n,
                     float *scratch) {
-  (WIDE ? softmax_avx512 : FAST ? softmax_avx2 : softmax_base)(x, by, r, r_step, r_by, half, y, n, scratch);
+  (WIDE ? softmax_avx512 : FAST ? softmax_avx2 : softmax_base)(from, x, by, r, number, half, to, y, n, scratch);
 }
 
 void nf_cpu_load(int type, const void *from, float *to, long long n) {

@@ -61,24 +61,17 @@ static INLINE V FN(exponential)(V v) {
   return p * (V)((U)shifted << 23);
 }
 
-/* K elements of by * x + r from the i-th on, those of r alike without a step. */
-static INLINE V FN(masked)(const float *x, float by, const float *r, int r_step, V number, long long i, long long k) {
-  V v = FN(ld)(F32, x, i, k) * by;
-  if (r) v += r_step ? FN(ld)(F32, r, i, k) : number;
-  return v;
-}
-
-static INLINE void FN(softmax_row)(const float *x, float by, const float *r, int r_step, float r_by, int half, float *y,
-                                   long long n, float *h) {
+static INLINE void FN(softmax_row)(const float *x, float by, const float *r, float number, int half, float *y, long long n,
+                                   float *h) {
   const float lowest = -0x1.fffffep127f;
-  const int kept = r || by != 1; /* in h, else they are read from x again */
-  V most[2] = {(V){0} + lowest, (V){0} + lowest}, v, number = {0};
+  const int kept = r || by != 1 || number != 0; /* in h, else they are read from x again */
+  V most[2] = {(V){0} + lowest, (V){0} + lowest}, v;
   double total = 0;
-  if (r && !r_step) number += r[0] * r_by;
   long long i = 0, whole = n / W * W;
+#define READ(I, K) v = FN(ld)(F32, x, I, K) * by, v += r ? FN(ld)(F32, r, I, K) : (V){0} + number
 #define TAKE(A, I)                                      \
   {                                                     \
-    v = FN(masked)(x, by, r, r_step, number, I, W);   \
+    READ(I, W);                                         \
     if (kept) FN(st)(F32, h, I, W, v);                  \
     most[A] = FN(larger)(v, most[A]);                   \
   }
@@ -89,11 +82,12 @@ static INLINE void FN(softmax_row)(const float *x, float by, const float *r, int
   if (i < whole) TAKE(0, i)
 #undef TAKE
   if (whole < n) {
-    v = FN(masked)(x, by, r, r_step, number, whole, n - whole);
+    READ(whole, n - whole);
     for (long long k = n - whole; k < W; k++) v[k] = -__builtin_inff(); /* behind the row: e^that is 0 */
     FN(st)(F32, h, whole, W, v);
     most[0] = FN(larger)(v, most[0]);
   }
+#undef READ
   float largest = FN(largest)(FN(larger)(most[0], most[1]));
   const float *from = kept ? h : x;
 /* What is behind the row, which is the next row as a rule: to read it would wait, this computes. */
@@ -105,7 +99,7 @@ static INLINE void FN(softmax_row)(const float *x, float by, const float *r, int
     for (; i + 2 * W <= stop; i += 2 * W) {
       AHEAD(x, i);
       __builtin_prefetch(y + i, 1);
-      if (r && r_step) AHEAD(r, i);
+      if (r) AHEAD(r, i);
       TERM(from, i), sums[0] += v;
       TERM(from, i + W), sums[1] += v;
     }
@@ -126,15 +120,21 @@ static INLINE void FN(softmax_row)(const float *x, float by, const float *r, int
 #undef GIVE
 }
 
-static void FN(softmax)(const float *x, float by, const float *r, int r_step, float r_by, int half, float *y, long long n,
-                        float *scratch) {
-#define ROWS_OF(BY)                                                              \
-  {                                                                              \
-    if (!r) FN(softmax_row)(x, BY, NULL, 0, 1, half, y, n, scratch);             \
-    else if (r_step) FN(softmax_row)(x, BY, r, 1, 1, half, y, n, scratch);       \
-    else FN(softmax_row)(x, BY, r, 0, r_by, half, y, n, scratch);                \
+static void FN(softmax)(int from, const void *x, float by, const float *r, float number, int half, int to, void *y,
+                        long long n, float *scratch) {
+  const float *in = x;
+  float *out = y;
+#define WHOLE (n - i < W ? n - i : W)
+  if (from == F16) {
+    for (long long i = 0; i < n; i += W) FN(st)(F32, scratch, i, W, FN(ld)(F16, x, i, WHOLE));
+    in = scratch;
   }
-  if (by == 1) ROWS_OF(1)
-  else ROWS_OF(by)
-#undef ROWS_OF
+  if (to == F16) out = scratch;
+  if (r && by == 1) FN(softmax_row)(in, 1, r, 0, half, out, n, scratch);
+  else if (r) FN(softmax_row)(in, by, r, 0, half, out, n, scratch);
+  else if (by == 1 && number == 0) FN(softmax_row)(in, 1, NULL, 0, half, out, n, scratch);
+  else FN(softmax_row)(in, by, NULL, number, half, out, n, scratch);
+  if (to == F16)
+    for (long long i = 0; i < n; i += W) FN(st)(F16, y, i, WHOLE, FN(ld)(F32, scratch, i, WHOLE));
+#undef WHOLE
 }

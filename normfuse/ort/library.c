@@ -117,13 +117,15 @@ static OrtStatus *ORT_CALL op_infer_softmax(const OrtCustomOp *op, OrtInferConte
     TRY(ORT(api, GetDimensions)(info, dims[i], ranks[i]));
     TRY(ORT(api, GetSymbolicDimensions)(info, names, ranks[i])); /* last, those of x */
   }
+  int type; /* of the kernels under one name this is asked of one */
+  TRY(ORT(api, GetTensorElementType)(info, &type));
   if (ranks[1] > ranks[0]) return NULL;
   for (size_t d = ranks[0], m = ranks[1]; d-- > 0;) {
     if (dims[0][d] < 0 && !names[d][0]) return NULL;
     if (!m || dims[1][--m] == 1) continue;
     if (dims[0][d] < 0 || dims[0][d] != dims[1][m]) return NULL;
   }
-  TRY(ORT(api, SetTensorElementType)(info, SELF->output[0]));
+  TRY(ORT(api, SetTensorElementType)(info, type));
   return ORT(api, ShapeInferContext_SetOutputTypeShape)(context, 0, info);
 }
 
@@ -153,7 +155,7 @@ static void add(const Spec *spec, const char *name) {
     snprintf(o->name, sizeof o->name, "%s", name);
     o->input[o->inputs++] = ELEMENT[spec->x];
     if (two)
-      o->input[o->inputs++] = ELEMENT[spec->op == OP_NORM_ADD || spec->op == OP_NORM_ADD_NORM ? spec->result : spec->x];
+      o->input[o->inputs++] = ELEMENT[softmax ? F32 : spec->op == OP_NORM_ADD || spec->op == OP_NORM_ADD_NORM ? spec->result : spec->x];
     if (spec->has_x_bias) o->input[o->inputs++] = ELEMENT[spec->x];
     int parameters = spec->has_w1 + spec->has_b1 + spec->has_w2 + spec->has_b2;
     while (parameters--) o->input[o->inputs++] = ELEMENT[nf_affine(spec)];
@@ -252,14 +254,17 @@ static void add_fused(int x, int compute, int result, const char *cast) {
   }
 }
 
-/* See normfuse/frontends/onnx_softmax.py. */
+/* See normfuse/frontends/onnx_softmax.py. Those of float16 have a kernel of float32 too, under the same name: where what
+ * stands beside one is computed in float32, ONNX Runtime runs it so as well, and needs no casts. */
 static void add_softmax(int mask, int scaled, int half) {
-  Spec spec = {.op = OP_SOFTMAX, .has_mask = mask, .scaled = scaled, .half = half};
   char name[NAME] = "";
   append(name, mask ? "add_softmax" : "softmax");
   if (scaled) append(name, "scaled");
   if (half) append(name, "of_f16");
-  add(&spec, name);
+  for (int type = half ? F16 : F32; type >= F32; type--) {
+    Spec spec = {.op = OP_SOFTMAX, .x = type, .result = type, .has_mask = mask, .scaled = scaled, .half = half};
+    add(&spec, name);
+  }
 }
 
 static int build(void) {
@@ -287,6 +292,9 @@ NF_EXPORT const char *nf_name(size_t i) {
   if (!library.operators && !build()) return NULL;
   return i < library.count ? library.operators[i].name : NULL;
 }
+
+/* Whether it has its kernel on CUDA. */
+NF_EXPORT int nf_on_cuda(size_t i) { return library.operators[i].cuda; }
 
 NF_EXPORT const char *nf_isa(void) { return nf_cpu_isa(); }
 

@@ -14,7 +14,7 @@ enum { F32, F16, BF16 };
  * Weight and bias are of the type that they are applied in, with a rounding to it after each step: see nf_affine.
  * `unrounded`: the sum of an OP_ADD_NORM is normalised before it is rounded to the type of x.
  * `has_mask`: an OP_SOFTMAX, of which x alone means anything else here, is one of x + mask; `scaled`: of scale * x; `half`:
- * what it reads and gives are values of float16, which its body rounds to.
+ * x is one of float16, if in float32, and so is the result.
  * `has_x_bias`: its x is x + x_bias, rounded to the type of x but where the sum is not. */
 typedef struct {
   int op, layer, x, compute, first, result, has_w1, has_b1, has_w2, has_b2, unrounded, has_x_bias, has_mask, scaled, half;
@@ -47,11 +47,11 @@ typedef struct {
  * here, whatever `spec` says. `scratch` holds max(n, n2) floats. */
 void nf_cpu_rows(const Spec *spec, const Args *args, long long begin, long long end, float *scratch);
 
-/* One row y = softmax(by * x + r), of by * x alone without r; `scratch` holds n + 16 floats. An r whose step is 0 is one
- * number for the whole row, r_by * r. What would be a denormal number is 0: those that are masked would take many times as
- * long on Intel's processors, here and in the product that reads them. A row of nothing but -inf is 1/n, so that nothing
- * spreads from it, and no numbers where the values are `half` ones, as in what ONNX Runtime runs for these. */
-void nf_cpu_softmax(const float *x, float by, const float *r, int r_step, float r_by, int half, float *y, long long n,
+/* One row y = softmax(by * x + r), of by * x + number without r, from the type of x to that of y; `scratch` holds n + 16
+ * floats. What would be a denormal number of float is 0: those that are masked would take many times as long on Intel's
+ * processors, here and in the product that reads them. A row of nothing but -inf is 1/n, so that nothing spreads from it, and
+ * no numbers where the values are `half` ones, as in what ONNX Runtime runs for these. */
+void nf_cpu_softmax(int from, const void *x, float by, const float *r, float number, int half, int to, void *y, long long n,
                     float *scratch);
 
 /* A row of another type as floats. */

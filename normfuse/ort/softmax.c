@@ -8,25 +8,28 @@
 
 enum { SHORT_ROW = 4096, BEHIND = 16 }; /* what of a row fits on the stack of any thread, and the room behind it */
 
+static const int BYTES[] = {4, 2, 2};
+
 typedef struct {
-  const float *data;
+  const char *data;
+  int type;
   float by;
   int64_t stride[MAX_RANK]; /* in elements, 0 where its size is 1 and that of the result is not */
 } Operand;
 
 typedef struct {
-  int half;
-  Operand x, mask; /* x has whole rows */
-  float *y;
+  int half, type;
+  Operand x, mask; /* x has whole rows, a mask of whole rows is float */
+  char *y; /* of `type` */
   Tensor shape; /* of the result */
   int64_t n, rows, block;
   atomic_int failed;
 } Work;
 
-static const float *row(const Work *work, const Operand *of, const int64_t *at) {
+static const void *row(const Work *work, const Operand *of, const int64_t *at) {
   int64_t offset = 0;
   for (size_t d = 0; d + 1 < work->shape.rank; d++) offset += at[d] * of->stride[d];
-  return of->data ? of->data + offset : NULL;
+  return of->data ? of->data + offset * BYTES[of->type] : NULL;
 }
 
 static void part(void *data, size_t i) {
@@ -42,8 +45,14 @@ static void part(void *data, size_t i) {
   size_t leading = work->shape.rank - 1;
   for (size_t d = leading; d-- > 0; rest /= work->shape.dims[d]) at[d] = rest % work->shape.dims[d];
   for (; begin < end; begin++) {
-    nf_cpu_softmax(row(work, &work->x, at), work->x.by, row(work, &work->mask, at), work->mask.stride[leading] != 0,
-                   work->mask.by, work->half, work->y + begin * work->n, work->n, scratch);
+    const void *mask = row(work, &work->mask, at);
+    float number = 0; /* one for the whole row */
+    if (mask && !work->mask.stride[leading]) {
+      nf_cpu_load(work->mask.type, mask, &number, 1);
+      number *= work->mask.by, mask = NULL;
+    }
+    nf_cpu_softmax(work->x.type, row(work, &work->x, at), work->x.by, mask, number, work->half, work->type,
+                   work->y + begin * work->n * BYTES[work->type], work->n, scratch);
     for (size_t d = leading; d-- > 0; at[d] = 0)
       if (++at[d] < work->shape.dims[d]) break;
   }
@@ -51,10 +60,10 @@ static void part(void *data, size_t i) {
 }
 
 /* The strides of an operand in the result. */
-static void place(const Tensor *t, float by, const Tensor *result, Operand *out) {
+static void place(const Tensor *t, int type, float by, const Tensor *result, Operand *out) {
   int64_t stride = 1;
   size_t missing = result->rank - t->rank;
-  out->data = t->data, out->by = by;
+  out->data = t->data, out->type = type, out->by = by;
   memset(out->stride, 0, sizeof out->stride);
   for (size_t d = t->rank; d-- > 0; stride *= t->dims[d])
     if (t->dims[d] != 1) out->stride[missing + d] = stride;
@@ -64,7 +73,7 @@ static void place(const Tensor *t, float by, const Tensor *result, Operand *out)
 static int64_t together(int64_t a, int64_t b) { return a == b || b == 1 ? a : a == 1 ? b : -1; }
 
 OrtStatus *nf_softmax(const Kernel *k, OrtKernelContext *context) {
-  Work work = {.half = k->op->spec.half};
+  Work work = {.half = k->op->spec.half, .type = k->op->spec.x};
   Tensor x, mask = {.rank = 0};
   TRY(nf_input(k, context, 0, "x", &x));
   if (k->op->inputs > 1) TRY(nf_input(k, context, 1, "mask", &mask));
@@ -88,8 +97,9 @@ OrtStatus *nf_softmax(const Kernel *k, OrtKernelContext *context) {
   work.y = y;
   /* a sum is the same in either order: the first has whole rows, where one of them has */
   int swapped = x.rank ? x.dims[x.rank - 1] != work.n : work.n != 1;
-  place(swapped ? &mask : &x, swapped ? 1 : k->scale, shape, &work.x);
-  if (k->op->inputs > 1) place(swapped ? &x : &mask, swapped ? k->scale : 1, shape, &work.mask);
+  Operand *own = swapped ? &work.mask : &work.x, *other = swapped ? &work.x : &work.mask;
+  place(&x, work.type, k->scale, shape, own);
+  if (k->op->inputs > 1) place(&mask, F32, 1, shape, other);
   work.block = (GRAIN + work.n - 1) / work.n;
   int64_t parts = (work.rows + work.block - 1) / work.block;
   if (parts == 1) part(&work, 0);

@@ -36,15 +36,9 @@ def model(form: str, dtype: str, masked: bool, length: int) -> bytes:
     half = dtype == "float16"
     nodes = [node("Cast", ["mask"], ["m"], to=1)] if half and masked and form == OURS else []
     for i in range(length):
-        if form == OURS and half:  # as in a rewritten model, with casts, which ONNX Runtime leaves out in between
-            name = "add_softmax_of_f16" if masked else "softmax_of_f16"
-            nodes += [node("Cast", [f"x{i}"], [f"s{i}"], to=1),
-                      node(name, [f"s{i}", "m"][: 1 + masked], [f"p{i}"], domain=OURS),
-                      node("Cast", [f"p{i}"], [f"x{i + 1}"], to=10)]  # fmt: skip
-            continue
         if form == OURS:
-            name = "add_softmax" if masked else "softmax"
-            nodes.append(node(name, [f"x{i}", "mask"][: 1 + masked], [f"x{i + 1}"], domain=OURS))
+            name = ("add_softmax" if masked else "softmax") + "_of_f16" * half
+            nodes.append(node(name, [f"x{i}", "m" if half else "mask"][: 1 + masked], [f"x{i + 1}"], domain=OURS))
             continue
         read = f"x{i}"
         if masked:
