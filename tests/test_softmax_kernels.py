@@ -17,9 +17,10 @@ import onnx_ir as ir
 import pytest
 
 import normfuse.ort
+import normfuse.targets
 from normfuse.frontends.onnx_softmax import function_for
 from tests.test_ort_library import session
-from tests.test_softmax import ADDED, Array, causal, feeds, parsed, rewritten
+from tests.test_softmax import ADDED, NUMBER, Array, causal, feeds, parsed, rewritten
 
 compiled = pytest.mark.skipif(normfuse.ort.library_path() is None, reason="installed without a C compiler")
 TYPES = ("float32", "float16")
@@ -223,6 +224,31 @@ def test_the_kernel_is_the_one_that_runs(tmp_path: Path) -> None:
         nodes = (e["args"] for e in events if e.get("cat") == "Node")
         ran[library] = [args["op_name"] for args in nodes if "op_name" in args]
     assert ran == {True: ["add_softmax", "MatMul"], False: ["Add", "Softmax", "MatMul"]}
+
+
+@compiled
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("mask", [False, True])
+def test_of_float16_beside_products(mask: bool, known: bool, tmp_path: Path) -> None:
+    """Where ONNX Runtime computes these in float32, the kernel of float32 runs, and there is no cast beside it."""
+    lines = f"k = MatMul(x, z) {NUMBER} q = Mul(k, c) " + ("h = Add(q, m) p = Softmax(h)" if mask else "p = Softmax(q)")
+    model = rewritten(parsed(lines, "float16", inputs=", float16[t,t] z"), tmp_path)[0]
+    for value in model.graph.input if not known else ():
+        value.type.tensor_type.ClearField("shape")
+    given = feeds("float16", 1.0) | {"z": np.random.default_rng(7).standard_normal((7, 7)).astype("f2")}
+    running = session(model, profile=tmp_path)
+    found = running.run(None, {i.name: given[i.name] for i in running.get_inputs()})[0]
+    events = json.loads(Path(running.end_profiling()).read_text())
+    nodes = [e["args"] for e in events if e.get("cat") == "Node" and "op_name" in e["args"]]
+    (ours,) = (args for args in nodes if "softmax" in args["op_name"])
+    if not (1, 23) <= normfuse.targets.runtime_version("") <= (1, 30):  # tried: 1.24 to 1.29 do not
+        assert [next(iter(one)) for one in ours["input_type_shape"]] == ["float"] * (1 + mask)
+        casts = [args["input_type_shape"] for args in nodes if args["op_name"] == "Cast"]
+        assert not any({"float": [2, 4, 5, 7]} in one for one in casts)
+    wide = {name: a.astype("f8") for name, a in given.items()}
+    exact = softmax(wide["x"] @ wide["z"] * 0.125 + (wide["m"] if mask else 0)) @ wide["v"]
+    plain = session(model, library=False).run(None, {i.name: given[i.name] for i in running.get_inputs()})[0]
+    assert np.abs(found - exact).max() <= max(1.5 * np.abs(plain - exact).max(), 2**-11)
 
 
 @compiled
