@@ -98,6 +98,7 @@ def test_it_becomes_a_call_that_means_the_same(lines: str, dtype: str, opset: in
 
 @pytest.mark.parametrize(("lines", "why"), [
     ("c = Cast<to=10>(three) k = Div(x, c)", "a third is no number of float16"),
+    ("c = Cast<to=10>(small) k = Div(x, c)", "2^20 is none either"),
     ("c = Cast<to=10>(three) z = Shape(x) e = Expand(c, z) k = Mul(x, e)", "no number, but a tensor"),
     ("c = Cast<to=10>(two) k = Div(c, x)", "the number is divided"),
     ("c = Cast<to=10>(x) d = Cast<to=10>(m) k = Mul(c, d)", "no constant"),
@@ -108,7 +109,7 @@ def test_it_becomes_a_call_that_means_the_same(lines: str, dtype: str, opset: in
     ("c = Cast<to=10>(two) k = com.microsoft.Mul(x, c)", "another operator of that name"),
 ])  # fmt: skip
 def test_a_product_that_is_not_taken_in(lines: str, why: str, tmp_path: Path) -> None:
-    more = "<float two = {2}, float three = {3}, float zero = {0}>"
+    more = "<float two = {2}, float three = {3}, float zero = {0}, float small = {9.5367431640625e-7}>"
     outputs = ", float16[b,4,s,t] unseen" if "unseen" in lines else ""
     more = more.replace(">", ", float16[b,4,s,t] k>") if "microsoft" in lines else more
     model = parsed(f"{lines} h = Add(k, m) p = Softmax(h)", "float16", more=more, outputs=outputs)

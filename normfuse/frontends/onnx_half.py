@@ -79,9 +79,16 @@ def _scales(low: Lowering, node: ir.Node) -> Iterator[tuple[ir.Node, float]]:
     """The operators that multiply a product by a number, one behind the other, each its only reader."""
     while not (out := node.outputs[0]).is_graph_output() and len(out.uses()) == 1:
         ((node, i),) = out.uses()
-        if node.graph is not low.source or node.domain or (node.op_type, i) not in SCALES:
+        if node.graph is not low.source or (number := factor(low, node, i)) is None:
             return
-        by, product = low.value(node.inputs[i - 1]), low.value(out)
-        if not by.number or by.shape is None or not {*by.shape} <= {1} or len(by.shape) > (product.rank or 0):
-            return
-        yield node, by.number if node.op_type == "Mul" else 1 / by.number
+        yield node, number
+
+
+def factor(low: Lowering, node: ir.Node, at: int) -> float | None:
+    """The number by which an operator multiplies its input at `at`, if it does that."""
+    if node.domain or (node.op_type, at) not in SCALES:
+        return None
+    by, x = low.value(node.inputs[at - 1]), low.value(node.inputs[at])
+    if not by.number or by.shape is None or not {*by.shape} <= {1} or len(by.shape) > (x.rank or 0):
+        return None
+    return float(by.number) if node.op_type == "Mul" else 1 / by.number

@@ -20,17 +20,18 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import onnx_ir as ir
 
 from normfuse.frontends.onnx import Lowering
 from normfuse.frontends.onnx_emit import DOMAIN, names_of, register_functions, respell
-from normfuse.frontends.onnx_half import SCALES
+from normfuse.frontends.onnx_half import factor
 from normfuse.frontends.onnx_infer import DTYPES
 from normfuse.targets import Row, Table
 
 FIRST_SOFTMAX_OF_ONE_AXIS = 13
 MASKS = ("Add", "Where")
+SMALLEST, LARGEST = 2.0**-24, 2.0**15
+"""Of the powers of two in float16."""
 BETWEEN = ("Cast", "Dropout", "Identity", "Reshape", "Transpose", "Where")
 """What may stand between the softmax of attention and the product that reads it."""
 
@@ -127,16 +128,15 @@ def _scaled(low: Lowering, node: ir.Node, whole: bool) -> Scale | None:
     add = _addition(node.inputs[0]) if whole else None
     for value in add.inputs if add else node.inputs[:1]:
         one = None if value is None else value.producer()
-        if (one is None or value is None or one.graph is not node.graph or one.domain or len(value.uses()) > 1
-                or low.value(value).kept):  # fmt: skip
+        if one is None or value is None or one.graph is not node.graph:
             continue
-        for at in (at for op, at in SCALES if op == one.op_type):
-            by, x = low.value(one.inputs[at - 1]), low.value(one.inputs[at])
-            if not by.number or by.shape is None or not {*by.shape} <= {1} or len(by.shape) > (x.rank or 0):
-                continue
-            number = by.number if one.op_type == "Mul" else 1 / by.number
-            if number == np.float16(number) and (one.op_type == "Mul" or abs(math.frexp(number)[0]) == 0.5):
-                return Scale(one, at, float(number))
+        if len(value.uses()) > 1 or low.value(value).kept:
+            continue
+        for at in range(len(one.inputs)):
+            number = factor(low, one, at)
+            if number is not None and (one.op_type == "Mul" or (abs(math.frexp(number)[0]) == 0.5 and
+                                                                SMALLEST <= abs(number) <= LARGEST)):  # fmt: skip
+                return Scale(one, at, number)
     return None
 
 
@@ -195,6 +195,5 @@ def function_for(name: str, opset: int) -> ir.Function:
     graph = ir.Graph(inputs, [value], nodes=nodes, opset_imports={"": opset}, name="")
     declared = [ir.Attr("scale", ir.AttributeType.FLOAT, None)] if scaled else []
     function = ir.Function(DOMAIN, name, graph=graph, attributes=declared)
-    formula = f"softmax({'scale * ' * scaled}x{' + mask' * masked}) over the last axis"
-    function.doc_string = formula
+    function.doc_string = f"softmax({'scale * ' * scaled}x{' + mask' * masked}) over the last axis"
     return function

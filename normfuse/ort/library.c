@@ -154,8 +154,8 @@ static void add(const Spec *spec, const char *name) {
     *o = (Operator){.spec = *spec, .cuda = cuda};
     snprintf(o->name, sizeof o->name, "%s", name);
     o->input[o->inputs++] = ELEMENT[spec->x];
-    if (two)
-      o->input[o->inputs++] = ELEMENT[softmax ? F32 : spec->op == OP_NORM_ADD || spec->op == OP_NORM_ADD_NORM ? spec->result : spec->x];
+    int stream = spec->op == OP_NORM_ADD || spec->op == OP_NORM_ADD_NORM;
+    if (two) o->input[o->inputs++] = ELEMENT[softmax ? F32 : stream ? spec->result : spec->x];
     if (spec->has_x_bias) o->input[o->inputs++] = ELEMENT[spec->x];
     int parameters = spec->has_w1 + spec->has_b1 + spec->has_w2 + spec->has_b2;
     while (parameters--) o->input[o->inputs++] = ELEMENT[nf_affine(spec)];
