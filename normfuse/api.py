@@ -66,7 +66,8 @@ def rewrite(src_path: str | Path, dst_path: str | Path, config: Config | None = 
             progress: Progress | None = None, trust: bool = False, how: How | None = None) -> Report:  # fmt: skip
     """Read an ONNX model or .pt2 program, fuse its norms, check the result and save it; the input is never changed.
 
-    `dry_run` writes nothing. `overwrite` allows to replace an existing output, `in_place` that it is the input.
+    `dry_run` writes nothing, and notes what would keep the output from being written. `overwrite` allows to replace an
+    existing output, `in_place` that it is the input.
     `progress(what, share)` is called as the work goes on. A model with nothing to do is copied byte by byte.
     External data is copied, by the file system and under a name made from its content, or, with
     `external_data="reference"`, stays where it is, which has to be in the folder of the output or below. `calibration`
@@ -117,8 +118,7 @@ def rewrite(src_path: str | Path, dst_path: str | Path, config: Config | None = 
         first.check(config, how)
         said = Given() if how is None else how.given()
         demand_given(model, said)
-        if not dry_run:
-            files.check_target(source, target, overwrite, in_place)
+        put = None if dry_run else files.check_target(source, target, overwrite, in_place)
         if original.external and target.parent != given.parent.resolve() and target != given:
             raise InputError(f"{given}: is a link, and its weights would go beside {target}, where runtimes do not "
                              "look for them; give that path, or another output")  # fmt: skip
@@ -135,12 +135,13 @@ def rewrite(src_path: str | Path, dst_path: str | Path, config: Config | None = 
             model, report, changed, plain = _rewrite_ir(model, config, progress, calibration, said)
         planned = time.perf_counter()
         check = partial(_check_file, source, report, config, said) if config.verify == "model" and changed else None
-        if check is not None and dry_run:
+        if check is not None and put is None:
             files.write_onnx(model, Path(folder) / "candidate.onnx", original, check=check, edited=not plain)
-        if not dry_run:
+        if put is None:
+            report.notes += files.rehearse(source, target, overwrite, in_place)
+        else:
             if progress is not None:
                 progress("saving", 0.9)
-            put = files.over if overwrite or in_place else files.fresh
             copied = None if progress is None else partial(_copied, progress)
             if changed:
                 left = files.write_onnx(model, target, original, refer, copied, check, source, not plain, put)

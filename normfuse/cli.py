@@ -115,6 +115,7 @@ def _rewrite(args: argparse.Namespace) -> Outcome:
     seconds = time.perf_counter() - started
     if how is not None and args.bench:
         _time(report, how, args.quiet)
+    report.notes = [in_options(note) for note in report.notes]
     blocks = report_blocks(report, args.model, seconds, args.verbose, args.quiet)
     if not args.quiet:
         blocks.append("dry run: no model was written" if args.dry_run and args.report is not None else

@@ -137,7 +137,8 @@ def _rewrite_arguments(rewrite: argparse.ArgumentParser) -> None:
     add("--calibration", metavar="PATH", help="inputs for approximate: an .npz file, or a folder of them")
     add("--norms", metavar="PATTERNS", default=default.norms, help="which norms to approximate, by name (all)")
     add("--tolerance", type=float, default=default.tolerance, metavar="X",
-        help="how far an approximated output may be off on inputs held back from calibration (0.05)")  # fmt: skip
+        help="how far an approximated output may be off on inputs held back from calibration, beyond which nothing is "
+             "written (0.05)")  # fmt: skip
     add("--external-data", choices=("copy", "reference"), default="copy",
         help="copy weights that lie beside the model, or refer to them where they are (copy)")  # fmt: skip
     add("--trust", action="store_true", help="load a .pt2, which can run code in it: only from people you trust")

@@ -109,6 +109,8 @@ class Config:
         if unknown:
             choices = f"choose of {', '.join(OPTIMISERS)}, or {FASTEST!r} alone"
             raise InputError(f"first={self.first!r}: {unknown[0]!r} is not known; {choices}")
+        if len(set(self.optimisers)) < len(self.optimisers):
+            raise InputError(f"first={self.first!r} names an optimiser twice; each runs once")
         if not all(map(self.takes, self.optimisers)):
             raise InputError("first='onnxscript' writes operators of ONNX Runtime, which not every runtime has; choose "
                              "another target")  # fmt: skip

@@ -81,7 +81,7 @@ def export(module: Any, args: tuple[Any, ...] | None, path: str | Path, config: 
     for name, why in OURS.items():
         if options.pop(name, USUAL.get(name)) is not USUAL.get(name):
             raise InputError(f"normfuse.export takes no option {name!r}: {why}")
-    files.check_target(None, target, overwrite, False)
+    put = files.check_target(None, target, overwrite, False)
     first.check(config, how)
     said = Given() if how is None else how.given()
     program = module
@@ -121,7 +121,7 @@ def export(module: Any, args: tuple[Any, ...] | None, path: str | Path, config: 
         if progress is not None:
             progress("saving", 0.9)
         planned = time.perf_counter()
-        size = files.write_new(model, target, files.over if overwrite else files.fresh)
+        size = files.write_new(model, target, put)
         done = time.perf_counter()
     if not eps_note and any(refusal.code == "NF103" for refusal in report.refusals) and (lost := _lost_eps(program)):
         eps_note = [f"NF103: {DROPS}, here the eps of {lost}, so that a row of zeros gives NaN; with optimize=False it "

@@ -73,7 +73,7 @@ def reduce(src_path: str | Path, dst_path: str | Path, config: Config | None = N
     """
     source, target = path_of(src_path, "the input"), path_of(dst_path, "the output")
     model = files.read_onnx(source)[0]
-    files.check_target(source, target, overwrite, in_place=None)
+    put = files.check_target(source, target, overwrite, in_place=None)
     try:
         proto: onnx.ModelProto = ir.to_proto(ir.external_data.load_to_model(model))
         proto.SerializeToString()
@@ -82,7 +82,7 @@ def reduce(src_path: str | Path, dst_path: str | Path, config: Config | None = N
     done = reduce_model(proto, config, progress)
     if done is None:
         return None
-    files.write_bytes(done[0].SerializeToString(), target, put=files.over if overwrite else files.fresh)
+    files.write_bytes(done[0].SerializeToString(), target, put=put)
     return done[1]
 
 

@@ -79,6 +79,21 @@ def test_dry_run_writes_nothing(model: Path, tmp_path: Path) -> None:
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_a_dry_run_tells_what_would_keep_the_output_from_being_written(model: Path, tmp_path: Path) -> None:
+    there, nowhere = tmp_path / "there.onnx", tmp_path / "none" / "out.onnx"
+    there.write_bytes(b"kept")
+    for out_path, told in ((there, "exists already; choose another name, or replace it with --overwrite"),
+                           (nowhere, "does not exist"), (model, "is the input itself")):  # fmt: skip
+        code, out, _ = run("rewrite", model, out_path, "--dry-run")
+        assert code == 0 and "fused 1" in out and "nothing was written" in out
+        assert "note: this was a dry run; to write the output would end with: " in out and told in out
+        data = json.loads(run("rewrite", model, out_path, "--dry-run", "--json")[1])
+        assert told in data["summary"]["notes"][-1]
+    for more in ([there, "--overwrite"], [model, "--in-place"], []):
+        assert "would end with" not in run("rewrite", model, *more, "--dry-run")[1]
+    assert there.read_bytes() == b"kept" and sorted(p.name for p in tmp_path.iterdir()) == [model.name, there.name]
+
+
 def test_quiet_is_one_line(model: Path, tmp_path: Path) -> None:
     assert run("inspect", model, "-q")[1].count("\n") == 1
     assert run("rewrite", model, tmp_path / "out.onnx", "-q")[1].count("\n") == 1

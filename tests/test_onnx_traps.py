@@ -231,7 +231,7 @@ def test_names_that_are_taken(tmp_path: Path) -> None:
                    "float[A,B] y, float16[A,B] y_normfuse0", 23, w=numbers(16))  # fmt: skip
     result, report = normfuse.optimize(mended)  # the type of x is inferred
     session(result.SerializeToString()).run(None, {"x0": np.ones((2, 16), np.float16)})
-    assert any("were given a Cast" in note for note in report.notes)
+    assert any("given a Cast" in note for note in report.notes)
     lines = """t0 = Sigmoid(x) n1 = LayerNormalization<axis=-1>(t0, g, b) u1 = MatMul(n1, w) t = Add(t0, u1)
         n2 = LayerNormalization<axis=-1>(t, g, b) y = MatMul(n2, w2) z = If (c) <
             then_branch = t1 () => (float[2,3,8] za) { t0_centred = Neg(y) za = Neg(t0_centred) },

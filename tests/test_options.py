@@ -39,6 +39,7 @@ def test_what_torch_may_be_told_all_the_same(option: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize(("given", "said"), [
     ({"norms": 3}, r"norms=3 is not a text, such as '\*\.output"),
     ({"first": None}, "first=None is not a text, such as 'onnxsim'"), ({"first": ","}, "first=',' names no optimiser"),
+    ({"first": "onnxsim, onnxsim"}, "first='onnxsim, onnxsim' names an optimiser twice"),
     ({"ort_version": "x"}, "ort_version='x' is not a version"), ({"tolerance": 10**400}, "tolerance is larger than"),
     ({"tolerance": "x"}, "tolerance='x' is not a number"), ({"tolerance": True}, "tolerance=True is not a number"),
     ({"untie": "no"}, "untie='no' is not True or False"), ({"ort_version": 1.31}, "ort_version=1.31 is not a text"),
@@ -72,7 +73,7 @@ def test_weights_under_an_old_name_are_named(tmp_path: Path) -> None:
     source = rms_file(tmp_path / "in.onnx")
     onnx.save(onnx.load(source), source, save_as_external_data=True, location="in.data", size_threshold=0)
     (calls,) = normfuse.rewrite(source, tmp_path / "other.onnx").notes
-    assert "functions of the model" in calls
+    assert "function of the model" in calls
     _, left = normfuse.rewrite(source, source, in_place=True).notes
     assert left.endswith(f"{tmp_path / 'in.data'} is not read by the model any more")
     assert normfuse.rewrite(source, source, in_place=True).notes == [calls]  # with nothing to do

@@ -363,6 +363,7 @@ def test_options_and_outputs(tmp_path: Path) -> None:
     assert "existing.pt2" in fails(run("rewrite", path, existing, "--trust"))
     assert "--in-place" in fails(run("rewrite", path, path, "--trust"))
     assert existing.read_text() == "keep me" and sorted(tmp_path.iterdir()) == before
+    assert "exists already" in run("rewrite", path, existing, "--trust", "--dry-run")[1]
     code, text, _ = run("rewrite", path, "--trust", "--dry-run")
     assert code == 0 and "nothing was written" in text and sorted(tmp_path.iterdir()) == before
     assert run("rewrite", path, existing, "--trust", "--overwrite")[0] == 0

@@ -96,7 +96,7 @@ def test_fast_numerics_gives_an_operator_to_what_has_none(exporter: Exporter, op
 def test_norms_that_have_no_kernel_are_told(config: dict[str, Any], told: bool, tmp_path: Path) -> None:
     source = exported("dynamo", 18, HALF, "rms_rounded_rstd")
     report = normfuse.rewrite(source, tmp_path / "out.onnx", normfuse.Config(**config))
-    assert any(note.startswith("1 norms round in an order of their own") for note in report.notes) == told
+    assert any(note.startswith("1 norm rounds in an order of its own") for note in report.notes) == told
 
 
 def compare_runs(spelling: Spelling, dtype: torch.dtype, source: Path, target: Path) -> None:

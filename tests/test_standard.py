@@ -323,12 +323,12 @@ def test_conversions(mode: Any, more: dict[str, Any], tmp_path: Path) -> None:
 def test_a_note_says_that_functions_are_not_taken_everywhere() -> None:
     made = model("float[2,3,16] x", rms("x", "y"), "float[2,3,16] y", 18, w=numbers(16))
     told = [note for note in normfuse.optimize(made)[1].notes if "target 'standard'" in note]
-    assert len(told) == 1 and told[0].startswith("1 operators are functions of the model")
+    assert len(told) == 1 and told[0].startswith("1 operator is a function of the model")
     linear = "h = MatMul(x, W) a = Add(h, c) n = LayerNormalization(a, w, v) y = MatMul(n, U)"
     made = model("float[2,3,16] x", linear, "float[2,3,16] y", 18, w=numbers(16), v=numbers(16), W=numbers(16, 16),
                  c=numbers(16), U=numbers(16, 16))  # fmt: skip
     converted, report = normfuse.optimize(made, normfuse.Config(layernorm_to_rmsnorm="exact"))
-    assert len(converted.functions) == 1 and any(note.startswith("1 operators are functions") for note in report.notes)
+    assert len(converted.functions) == 1 and any(note.startswith("1 operator is a function") for note in report.notes)
     made = model("float[2,3,16] x", rms("x", "y"), "float[2,3,16] y", 18, w=numbers(16))
     for target in ("standard", "normfuse", "ort-cpu"):
         config = normfuse.Config(target=target)

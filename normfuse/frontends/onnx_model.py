@@ -245,20 +245,25 @@ class OnnxModel:
         """What else was done, and which rows of the target's table were used, and how often."""
         found = []
         if self.repaired:
-            found.append(f"{self.repaired} norm operators of mixed types, which no runtime takes, were given a Cast")
+            found.append(f"{_many(self.repaired, 'norm operator', 'norm operators')} of mixed types, which no runtime "
+                         "takes: given a Cast")
         if self.merged:
-            found.append(f"{self.merged} nodes computed what others before them do, and a mean is taken of it: merged")
+            found.append(f"{_many(self.merged, 'node', 'nodes')} computed what others before do, and a mean is taken "
+                         "of it: merged")
         if self.laid:
-            found.append(f"{self.laid} norms took statistics in another layout than their result's: written in one")
+            found.append(f"{_many(self.laid, 'norm', 'norms')} took statistics in another layout than the result's: "
+                         "written in one")
         if self.sorted:
             found.append("the nodes were not in topological order, which ONNX demands: sorted")
         own = sum(isinstance(edit, Replace) and edit.as_written for one in self.plans for edit in one.edits())
         if own and self.config.target == "normfuse":
-            found.append(f"{own} norms round in an order of their own, for which the library has no kernel, so the "
-                         "bodies of their functions run (..._as_written); --numerics fast makes operators of most")
+            which = _many(own, "norm rounds in an order of its own", "norms round in an order of their own")
+            found.append(f"{which}, for which the library has no kernel, so that the bodies of functions run "
+                         "(..._as_written); numerics='fast' makes operators of most")
         calls = sum(node.domain == DOMAIN for node in RecursiveGraphIterator(self.model.graph))
         if calls and self.config.target == "onnx":
-            found.append(f"{calls} operators are functions of the model; for runtimes that take none (OpenVINO, TVM, "
+            found.append(f"{_many(calls, 'operator is a function', 'operators are functions')} of the "
+                         "model; for runtimes that take none (OpenVINO, TVM, "
                          "tract) there is target 'standard'")
         others = {node.op_type for node in RecursiveGraphIterator(self.model.graph) if not _standard(node)}
         if others and self.emitter.inline:
@@ -434,6 +439,10 @@ def operators(model: ir.Model) -> dict[str, int]:
     """The nodes of a model by operator, with its domain where that is not ONNX's own; those of sub-graphs included."""
     found = Counter((node.domain, node.op_type) for node in ir.traversal.RecursiveGraphIterator(model.graph))
     return {op if domain in ("", "ai.onnx") else f"{domain}.{op}": n for (domain, op), n in found.items()}
+
+
+def _many(n: int, one: str, more: str) -> str:
+    return f"{n} {one if n == 1 else more}"
 
 
 def _standard(node: ir.Node) -> bool:

@@ -33,8 +33,7 @@ def rewrite(source: Path, target: Path, config: Config, *, dry_run: bool, overwr
         archive.model()
     _check_options(source, target, config, refer)
     pt2_run.demand_trust(source, trust)
-    if not dry_run:
-        files.check_target(source, target, overwrite, in_place)
+    put = None if dry_run else files.check_target(source, target, overwrite, in_place)
     tell = progress or (lambda what, share: None)
     started = time.perf_counter()
     tell("loading", 0.0)
@@ -53,9 +52,10 @@ def rewrite(source: Path, target: Path, config: Config, *, dry_run: bool, overwr
         report.model_check = pt2_run.compare(source, program, result, roundings_for(config.converts))
         demand_equal(report.model_check, source)
     planned = time.perf_counter()
-    if not dry_run:
+    if put is None:
+        report.notes += files.rehearse(source, target, overwrite, in_place)
+    else:
         tell("saving", 0.8)
-        put = files.over if overwrite or in_place else files.fresh
         if changed:
             _save(result, source, target, put)
         elif not (target.exists() and target.samefile(source)):
@@ -76,10 +76,11 @@ def _check_options(source: Path, target: Path, config: Config, refer: bool) -> N
     if target.suffix != ".pt2" and target != source:
         raise InputError(f"{target}: a .pt2 becomes a .pt2; give an output that ends in .pt2")
     if config.target not in OF_TORCH or config.ort_version:
+        given = f"target={config.target!r}" + f" and ort_version={config.ort_version!r}" * bool(config.ort_version)
         raise InputError(f"{source}: torch runs a .pt2, and target {config.target!r} is for ONNX models; leave "
-                         "--target and --ort-version out, or make an ONNX model by normfuse.export")  # fmt: skip
+                         f"{given} out, or make an ONNX model by normfuse.export")  # fmt: skip
     if refer:
-        raise InputError(f"{source}: a .pt2 holds its weights itself; leave --external-data out")
+        raise InputError(f"{source}: a .pt2 holds its weights itself; leave external_data='reference' out")
 
 
 def _save(program: torch.export.ExportedProgram, source: Path, target: Path, put: Put) -> None:

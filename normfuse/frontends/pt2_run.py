@@ -101,7 +101,7 @@ def compare(source: Path, program: Any, result: Any, roundings: float, seed: int
     """
     if flat is None and program.example_inputs is None:
         raise InputError(f"{source}: no example inputs are saved with the program to run it on; for `rewrite` use "
-                         "--verify sites, for `verify` give --inputs")  # fmt: skip
+                         "verify='sites', for `verify` give --inputs")  # fmt: skip
     outputs = []
     for one in (program, result):
         made = program.example_inputs if flat is None else tree_unflatten(list(flat), program.call_spec.in_spec)

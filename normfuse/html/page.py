@@ -11,10 +11,14 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from normfuse.cli_print import clean
 from normfuse.errors import InputError
 from normfuse.html.style import STYLE
+
+if TYPE_CHECKING:
+    from normfuse.io.write import Put
 
 NAME, PROSE = 88, 600
 """Characters shown of a name, and of a sentence."""
@@ -112,25 +116,25 @@ def document(title: str, body: str) -> str:
 """
 
 
-def check(target: Path, models: Iterable[Path], overwrite: bool) -> None:
-    """Raise `InputError` unless a page may be written there: never over a model, or over anything but a page."""
+def check(target: Path, models: Iterable[Path], overwrite: bool) -> Put:
+    """How the page gets its name; raises `InputError` over a model, or over anything but a page."""
     from normfuse.io import files
 
     if any(os.path.realpath(target) == os.path.realpath(model) for model in models):  # a ring of links, too
         raise InputError(f"{target}: is a model; choose another name for the report")
     if target.suffix in (".onnx", ".pt2"):
         raise InputError(f"{target}: the report is an HTML page; give a name that ends in .html")
-    files.check_target(None, target, overwrite, False)
+    put = files.check_target(None, target, overwrite, False)
     if target.exists():
         with target.open("rb") as f:
             start = f.read(64)
         if start and not start.lstrip(b"\xef\xbb\xbf \r\n\t").lower().startswith((b"<!doctype html", b"<html")):
             raise InputError(f"{target}: is there already and no HTML page; choose another name for the report")
+    return put
 
 
 def write(page: str, target: Path, models: Iterable[Path], overwrite: bool) -> None:
     """Write a page whole or not at all."""
     from normfuse.io import files
 
-    check(target, models, overwrite)
-    files.write_bytes(page.encode("utf-8", "backslashreplace"), target, put=files.over if overwrite else files.fresh)
+    files.write_bytes(page.encode("utf-8", "backslashreplace"), target, put=check(target, models, overwrite))

@@ -25,10 +25,12 @@ from normfuse.errors import InputError, UnsupportedError, first_line
 from normfuse.io.data import DataFile, DataFiles, External, graphs, secure
 from normfuse.io.message import check_message
 from normfuse.io.pt2 import foreign, is_zip
-from normfuse.io.write import Put, among, check_target, copy, discard, extents, fresh, over, through, write, write_bytes
+from normfuse.io.write import (
+    Put, among, check_target, copy, discard, extents, over, rehearse, through, write, write_bytes,
+)  # fmt: skip
 
 __all__ = [
-    "Source", "check_target", "copy_onnx", "fresh", "from_proto", "over", "read_onnx", "read_proto", "through",
+    "Source", "check_target", "copy_onnx", "from_proto", "over", "read_onnx", "read_proto", "rehearse", "through",
     "to_proto", "write_bytes", "write_new", "write_onnx",
 ]  # fmt: skip
 

@@ -74,8 +74,12 @@ def _taken(temporary: Path, target: Path) -> bool:
     return True
 
 
-def check_target(source: Path | None, target: Path, overwrite: bool, in_place: bool | None) -> None:
-    """Raise `InputError` unless `target` may be written; `in_place` is None where the input may never be."""
+def check_target(source: Path | None, target: Path, overwrite: bool, in_place: bool | None) -> Put:
+    """How `target` gets its name; `in_place` is None where the input may never be replaced.
+
+    Raises `InputError` where it may not be written.
+    """
+    itself = False
     try:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             target.lstat()  # says at once if a name cannot be one
@@ -85,6 +89,7 @@ def check_target(source: Path | None, target: Path, overwrite: bool, in_place: b
             raise InputError(f"{target}: is a directory; give the name of the output file")
         exists = os.path.lexists(target)  # a link to nothing is there, too
         if exists and source is not None and target.exists() and os.path.samefile(source, target):
+            itself = True
             if not in_place:
                 advice = "" if in_place is None else ", or allow it with in_place=True"
                 raise InputError(f"{target}: is the input itself; choose another name{advice}")
@@ -96,6 +101,16 @@ def check_target(source: Path | None, target: Path, overwrite: bool, in_place: b
             raise InputError(f"{target}: the folder is not writable")
     except (OSError, ValueError) as why:  # a name that is too long, has a NUL, or is a ring of links
         raise InputError(f"{target}: cannot be written: {first_line(why)}") from None
+    return over if overwrite or itself else fresh
+
+
+def rehearse(source: Path, target: Path, overwrite: bool, in_place: bool) -> list[str]:
+    """What a dry run tells of an output that may not be written."""
+    try:
+        check_target(source, target, overwrite, in_place)
+    except InputError as why:
+        return [f"this was a dry run; to write the output would end with: {why}"]
+    return []
 
 
 def through(source: Path, target: Path) -> Path:
