@@ -8,6 +8,8 @@ PINNED := constraints.txt
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 # Python compiles what is imported; all of torch and transformers takes pip a minute.
 INSTALL := $(PIP) install --quiet --no-compile
+# Where Python is told to keep nothing of that, each of the hundreds of processes of the tests would compile torch anew.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test test-oldest test-slow pytest lint trust bench clean
 

@@ -211,9 +211,12 @@ def per_head(site: Site) -> bool:
 
 
 def _projects(node: Node) -> bool:
-    """Whether an operator of attention has the linear layer of query, key and value in it, as ONNX Runtime's has."""
+    """Whether an operator of attention has the linear layer of query, key and value in it, as one of ONNX Runtime's
+    and one of torch's have."""
     if node.kind != "attention" or len(node.inputs) < 2:
         return False
+    if node.attrs.get("projects"):
+        return True
     joined = node.inputs[1].producer
     return all(map(weight, joined.inputs if joined is not None and joined.kind == "concat" else node.inputs[1:2]))
 

@@ -8,7 +8,7 @@ import sys
 import uuid
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -127,7 +127,7 @@ def test_a_norm_whose_fusion_failed_says_so(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_neighbour_that_cannot_be_taken_in_is_told() -> None:
-    """The stream of a ViT without a token for the class lies in memory as its convolution left it."""
+    """The stream of a ViT without a token for the class lies in memory as its convolution left it, and is an output."""
     class ViT(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -135,11 +135,11 @@ def test_a_neighbour_that_cannot_be_taken_in_is_told() -> None:
             self.norms = nn.ModuleList(nn.LayerNorm(16) for _ in range(3))
             self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(2))
 
-        def forward(self, x: Tensor) -> Tensor:
-            x = self.patches(x).flatten(2).transpose(1, 2) + self.places
+        def forward(self, x: Tensor) -> list[Tensor]:
+            states = [self.patches(x).flatten(2).transpose(1, 2) + self.places]
             for norm, linear in zip(self.norms, self.layers, strict=False):
-                x = x + linear(norm(x))
-            return cast(Tensor, self.norms[-1](x))
+                states.append(states[-1] + linear(norm(states[-1])))
+            return [*states, self.norms[-1](states[-1])]
 
     with torch.no_grad():
         torch.compile(ViT(), backend="normfuse", options={"inner": "eager"})(torch.randn(2, 3, 32, 32))
@@ -147,6 +147,25 @@ def test_a_neighbour_that_cannot_be_taken_in_is_told() -> None:
     assert report is not None and [n.action for n in report.norms] == ["left"] * 3
     apart = "it is one operator already, and has a neighbour that stays: its result would lie in memory in another way"
     assert all(n.reason.startswith(apart) for n in report.norms[1:])
+
+
+def test_attention_that_projects_by_itself_is_no_product_of_queries_and_keys() -> None:
+    """The pooling head of SigLIP: what goes into the operator is the norm, and not a query or key."""
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pre, self.last, self.mlp = nn.LayerNorm(16), nn.LayerNorm(16), nn.Linear(16, 16)
+            self.probe, self.pool = nn.Parameter(torch.randn(2, 1, 16)), nn.MultiheadAttention(16, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Any:
+            h = x + torch.relu(self.mlp(self.pre(x)))
+            y = self.last(h + self.mlp(h))
+            return self.pool(self.probe, y, y)[0], y
+
+    with torch.no_grad():
+        torch.compile(Pooled(), backend="normfuse", options={"inner": "eager"})(torch.randn(2, 3, 16))
+    report = normfuse.last_report()
+    assert report is not None and [n.placement for n in report.norms] == ["pre", "final"]
 
 
 def test_report_and_log_say_what_was_done_and_why_not(caplog: pytest.LogCaptureFixture) -> None:

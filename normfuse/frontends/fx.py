@@ -145,7 +145,7 @@ class Lowering:
                         name=label(node), **attrs)  # fmt: skip
         return out
 
-    def role(self, node: fx.Node, kind: str = "opaque", effect: bool = False) -> None:
+    def role(self, node: fx.Node, kind: str = "opaque", effect: bool = False, **attrs: Any) -> None:
         """A node about which the core knows its kind at most."""
         inputs: list[Value] = []
         operands: list[fx.Node] = []  # one that is read twice, twice
@@ -157,7 +157,7 @@ class Lowering:
             outputs = [v for v in self.outs(node) if v is not None]
         else:
             outputs = [self.out(node)]
-        attrs = {"effect": True} if effect else {}
+        attrs |= {"effect": True} if effect else {}
         self.graph.node(kind, inputs, outputs, native=node, op=fx_effects.name_of(node) or str(node.target),
                         name=label(node), **attrs)  # fmt: skip
 

@@ -12,18 +12,13 @@ from torch import fx, nn
 from normfuse.centring import Blocked, Centre, Channels, Links
 from normfuse.frontends.fx import Lowering
 from normfuse.frontends.fx_call import by_name
-from normfuse.frontends.fx_effects import name_of
+from normfuse.frontends.fx_effects import RANDOM, drops, name_of
 from normfuse.frontends.fx_meta import is_tensor, meta_of
 from normfuse.frontends.fx_picks import PICKS, At, Row, cut
 from normfuse.graph import Node, Value
 from normfuse.passes.fold_affine import Contraction, contraction
 
-RANDOM = frozenset(
-    """rand rand_like randn randn_like randint randint_like randperm bernoulli bernoulli_ multinomial normal normal_
-    uniform_ exponential_ rrelu""".split()
-)
 CONTRACTIONS = frozenset("linear addmm mm matmul __matmul__ conv1d conv2d conv3d convolution".split())
-DROPOUT = frozenset("dropout dropout_ native_dropout alpha_dropout feature_dropout".split())
 QUANTISED = ("quantized", "quantized_decomposed", "torchao", "torch_ao")
 
 
@@ -36,11 +31,8 @@ def hazard(graph: fx.Graph, module: nn.Module) -> str | None:
             return f"the model is quantised ({node.name}): its scales hold for the values as they are"
         if bare in RANDOM:
             return f"the graph draws random numbers ({node.name}), so that it cannot be compared with itself"
-        if bare in DROPOUT:
-            p = node.args[1] if len(node.args) > 1 else node.kwargs.get("p", 0.5)
-            train = node.args[2] if len(node.args) > 2 else node.kwargs.get("training", node.kwargs.get("train", True))
-            if train is not False and p != 0:
-                return f"the graph is for training: {node.name} drops values at random"
+        if drops(node):
+            return f"the graph is for training: {node.name} drops values at random"
         if node.op == "call_module":
             part = module.get_submodule(str(node.target))
             if isinstance(part, nn.Dropout) and part.training and part.p > 0:

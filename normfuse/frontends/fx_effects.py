@@ -47,6 +47,11 @@ _STATISTICS = dict.fromkeys(
     batch_norm_gather_stats batch_norm_gather_stats_with_counts""".split(), 3
 ) | {"batch_norm_update_stats": 1}  # fmt: skip
 """Operators that write running statistics of which their schemas say nothing, and where the mean of these stands."""
+RANDOM = frozenset(
+    """rand rand_like randn randn_like randint randint_like randperm bernoulli bernoulli_ multinomial normal normal_
+    uniform_ exponential_ rrelu""".split()
+)
+_DROPOUT = frozenset("dropout dropout_ native_dropout alpha_dropout feature_dropout".split())
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -89,6 +94,20 @@ def name_of(node: fx.Node) -> str | None:
         return functions().get(target) or LATE.get(place)  # type: ignore[arg-type]
     except TypeError:  # not hashable
         return None
+
+
+def drops(node: fx.Node) -> bool:
+    """Whether a function drops values at random."""
+    bare = (name_of(node) or "").rpartition("::")[2]
+
+    def argument(i: int, *names: str, default: Any) -> Any:
+        given = next((node.kwargs[name] for name in names if name in node.kwargs), default)
+        return node.args[i] if len(node.args) > i else given
+
+    if bare == "scaled_dot_product_attention":
+        return bool(argument(4, "dropout_p", default=0) != 0)
+    train = argument(2, "training", "train", default=True) is not False
+    return bare in _DROPOUT and train and bool(argument(1, "p", default=0.5) != 0)
 
 
 def is_assert(node: fx.Node) -> bool:

@@ -18,7 +18,8 @@ import normfuse.ops  # noqa: F401 - registers the operators
 from normfuse.frontends.fx import Lowering
 from normfuse.frontends.fx_effects import MODES, is_assert, name_of, shared, written
 from normfuse.frontends.fx_emit import Maker, Operands, early_factor, lossless, shape_of_expr, width
-from normfuse.frontends.fx_meta import is_tensor, meta_of, size_of
+from normfuse.frontends.fx_layout import Layouts, key
+from normfuse.frontends.fx_meta import is_tensor, meta_of
 from normfuse.graph import PRECISION, Value
 from normfuse.norm import Expr, Norm, plain, region
 from normfuse.plan import Fused, Reason
@@ -93,6 +94,7 @@ class FusedEmitter:
 
     def __init__(self, level: str, numerics: str, eager: bool = False) -> None:
         self.level, self.numerics, self.eager = level, numerics, eager
+        self.layouts = Layouts()
 
     def unfit(self, low: Lowering, edit: Fused) -> Reason | None:
         """Why an edit has no operator here, as (code, message), or None."""
@@ -150,17 +152,19 @@ class FusedEmitter:
                 raise Unfit("the residual sum is of another type than its summands give")
 
     def _layout(self, edit: Fused) -> None:
-        """The results lie as the model's do: their readers may view them."""
-        symbols: dict[str, int] = {}
+        """The results lie as the model's do, or contiguous where nobody who reads them minds."""
+        plain, free = self.layouts.plain, dict[fx.Node, torch.Tensor]()
         for i, out in enumerate(edit.outputs):
             like = edit.inputs[i if edit.op == "qk_norm" else 0]
             if edit.view is not None and i == 0:
                 continue  # the model's own view, of a result that lies as the sum does
-            given, wanted = (_plain(meta_of(v.native), symbols) for v in (like, out))
-            sizes = given.shape
-            promised = torch.empty_like(given).stride()
-            if any(d > 1 and a != b for d, a, b in zip(sizes, promised, wanted.stride(), strict=True)):
-                raise Unfit("its result would lie in memory in another way than the model's")
+            given, wanted = (plain(meta_of(v.native)) for v in (like, out))
+            promised = torch.empty_like(given, dtype=wanted.dtype)
+            if key(promised) != key(wanted):
+                free[out.native] = promised
+        if free and not (edit.view is None and all(t.is_contiguous() for t in free.values()) and
+                         self.layouts.allow(free)):  # fmt: skip
+            raise Unfit("its result would lie in memory in another way than the model's")
 
     def _order(self, low: Lowering, edit: Fused) -> None:
         """No input depends on a result, and what has to wait for the operator may."""
@@ -242,10 +246,3 @@ def _base(value: Value) -> Value:
             break
         current = source
     return current
-
-
-def _plain(meta: Any, symbols: dict[str, int]) -> torch.Tensor:
-    """An empty tensor of the sizes and strides of a meta, with numbers for symbols."""
-    strides = meta.stride() if isinstance(meta, torch.Tensor) else meta.stride
-    sizes = [size_of(d, symbols) for d in meta.shape]
-    return torch.empty_strided(sizes, [size_of(s, symbols) for s in strides], device="meta")

@@ -126,10 +126,11 @@ def infer(node: fx.Node, like: fx.Node) -> None:
     key = next((k for k in ("val", "example_value", "tensor_meta") if k in like.meta), None)
     if key is None or any(key not in n.meta for n in node.all_input_nodes):
         return
-    metas = [n.meta[key] for n in (like, *node.all_input_nodes)]
-    if type(metas[0]) not in PLAIN or any(is_tensor(m) and type(m) not in PLAIN for m in metas):
+    plan = next(filter(is_tensor, pytree.tree_leaves(like.meta[key], is_leaf=is_tensor)), None)
+    metas = [plan, *(n.meta[key] for n in node.all_input_nodes)]
+    if plan is None or type(plan) not in PLAIN or any(is_tensor(m) and type(m) not in PLAIN for m in metas):
         return  # a DTensor, or what a file says of a tensor
-    mode = getattr(like.meta[key], "fake_mode", None) or FakeTensorMode()
+    mode = getattr(plan, "fake_mode", None) or FakeTensorMode()
 
     def fake(operand: fx.Node) -> Any:
         meta = operand.meta[key]
@@ -140,7 +141,7 @@ def infer(node: fx.Node, like: fx.Node) -> None:
                                    requires_grad=meta.requires_grad)  # fmt: skip
 
     target: Any = node.target
-    with mode, torch.set_grad_enabled(bool(like.meta[key].requires_grad)):
+    with mode, torch.set_grad_enabled(bool(plan.requires_grad)):
         args, kwargs = fx.map_arg((node.args, node.kwargs), fake)
         if node.op == "call_method":
             made = getattr(args[0], target)(*args[1:], **kwargs)

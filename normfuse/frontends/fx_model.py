@@ -223,6 +223,7 @@ class _Module:
         self.emitted: dict[Site, str] = {}
         self.moved: dict[fx.Node, fx.Node] = {}
         self.spent: set[fx.Node] = set()  # casts of parameters that nobody may need any more
+        self.loose: set[fx.Node] = set()  # what may lie in memory in another way than the model says
         self.seconds = {"recognise": time.perf_counter() - started}
         self.inner: dict[str, _Module] = {}
         for path in self.low.subgraphs:
@@ -312,11 +313,15 @@ class _Module:
         """Make the edits and give the new module."""
         started = time.perf_counter()
         edits = self.plan.edits()
+        self.loose = set(self.fused.layouts.ways)
         for edit in edits:
             self._replace(edit)
         if edits:
             sort(self.graph)
             self._remove()
+            for node in self.graph.nodes:
+                if node in self.loose:
+                    infer(node, node)
             if self.exported:
                 take_out(self.graph, scattered(self.graph) - scattered(self.source.graph))
         fx_inplace.unname(self.graph, self.aliases)
@@ -358,6 +363,8 @@ class _Module:
                 infer(node, olds[0])
         for old, new in zip(olds, news, strict=True):
             new.meta = dict(old.meta)
+        if any(old in self.loose for old in olds):
+            self.loose |= set(nodes)
         if len(olds) > 1:
             house(nodes, olds)
         for old, new in zip(olds, news, strict=True):

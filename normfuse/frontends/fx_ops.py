@@ -231,11 +231,11 @@ def filled(position: int, number: float | None = None) -> Row:
     return row
 
 
-def role(kind: str) -> Row:
+def role(kind: str, **attrs: Any) -> Row:
     """Operators that only matter for where a norm stands."""
 
     def row(call: Call) -> bool:
-        call.low.role(call.node, kind)
+        call.low.role(call.node, kind, **attrs)
         return True
 
     return row
@@ -311,7 +311,8 @@ OPS: dict[str, Row] = by_name(
         "gru lstm rnn_tanh rnn_relu": role("recurrent"),
         "scaled_dot_product_attention _scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention "
         "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_cudnn_attention "
-        "flex_attention multi_head_attention_forward": role("attention"),
+        "flex_attention": role("attention"),
+        "multi_head_attention_forward": role("attention", projects=True),
         "silu sigmoid gelu tanh softplus mish hardswish leaky_relu elu erf": role("activation"),
         "embedding gather index_select index take_along_dim": role("gather"),
         "narrow split split_with_sizes chunk unbind select tensor_split": role("slice"),

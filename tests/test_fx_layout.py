@@ -1,0 +1,145 @@
+"""Streams that lie in memory as a transposed convolution left them: which sums may lie in another way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import normfuse
+from normfuse.frontends.fx_layout import MOST, Layouts, key
+from tests.compiling import compiled, last, run
+
+Tail = Callable[[Tensor, Tensor], Any]
+
+
+class ViT(nn.Module):
+    """A vision transformer without a token for the class; `tail` makes the output of the last stream and its norm."""
+
+    def __init__(self, tail: Tail = lambda h, y: y) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.patches, self.places = nn.Conv2d(3, 16, 8, 8), nn.Parameter(torch.randn(1, 16, 16))
+        self.norms = nn.ModuleList(nn.LayerNorm(16) for _ in range(3))
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(2))
+        self.tail = tail
+
+    def forward(self, image: Tensor) -> Any:
+        h = self.patches(image).flatten(2).transpose(1, 2) + self.places
+        for norm, linear in zip(self.norms, self.layers, strict=False):
+            h = h + linear(norm(h))
+        return self.tail(h, self.norms[-1](h))
+
+
+def image(batch: int = 2) -> Tensor:
+    return torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_sums_of_a_vision_transformer_are_fused(inner: str) -> None:
+    model = ViT()
+    parameters, wide = dict(model.named_parameters()), ViT().double()
+    eager, got = run(model, (image(),), parameters), run(compiled(model, inner), (image(),), parameters)
+    assert [n.emitted for n in last().norms] == ["", "normfuse.add_layer_norm", "normfuse.add_layer_norm"]
+    exact = run(wide, (image().double(),), dict(wide.named_parameters()))
+    for a, b, c in zip(eager, got, exact, strict=True):
+        most = max(float(v.abs().max()) for v in exact)  # a gradient of places is a sum of what cancels
+        assert float((b - c).abs().max()) <= max(2 * float((a - c).abs().max()), 1e-6 * most)
+    assert got[0].stride() == eager[0].stride()
+
+
+READ: dict[str, Tail] = {
+    "one more addition": lambda h, y: y + torch.relu(h).sum(-1, keepdim=True),
+    "a copy": lambda h, y: (y, h.transpose(1, 2).reshape(h.shape[0], -1) * 2),
+    "products": lambda h, y: (y, torch.matmul(h, h.transpose(1, 2))),
+    "parts": lambda h, y: (y, torch.matmul(h.chunk(2, -1)[1], y[..., :8].transpose(1, 2))),
+    "a mean": lambda h, y: (y, h.mean(1)),
+}
+
+
+@pytest.mark.parametrize("tail", READ.values(), ids=READ)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_readers_that_take_a_sum_as_it_lies(tail: Tail, dynamic: bool) -> None:
+    model = ViT(tail).eval()
+    shapes = ({0: torch.export.Dim("batch", min=2, max=64)},) if dynamic else None
+    program = torch.export.export(model, (image(),), dynamic_shapes=shapes)
+    made, report = normfuse.optimize(program)
+    assert [n.action for n in report.norms] == ["kept", "fused", "fused"]
+    x = image(5 if dynamic else 2)
+    for want, got in zip(*(torch.utils._pytree.tree_leaves(f(x)) for f in (model, made.module())), strict=True):
+        assert want.stride() == got.stride()
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    if not dynamic:
+        check_metas(made, x)
+
+
+def check_metas(program: torch.export.ExportedProgram, x: Tensor) -> None:
+    """What the program says of its tensors is what they are."""
+    class Strides(torch.fx.Interpreter):
+        def run_node(self, n: torch.fx.Node) -> Any:
+            got = super().run_node(n)
+            if isinstance(got, Tensor) and n.op != "placeholder":
+                assert key(got) == key(n.meta["val"]), n.name
+            return got
+
+    state = program.state_dict | program.constants
+    inputs = [state[s.target] if s.target is not None else x for s in program.graph_signature.input_specs]
+    Strides(program.graph_module).run(*inputs)
+
+
+MINDS: dict[str, Tail] = {
+    "it is an output": lambda h, y: (y, h),
+    "a view of it is": lambda h, y: (y, h[:, 1:]),
+    "what is computed of it is": lambda h, y: (y, torch.relu(h) * 2),
+    "a copy that would be a view": lambda h, y: (y, h.reshape(len(h), 2, -1)[:, 1]),
+    "a view that would be none": lambda h, y: y + h.transpose(1, 2).view(len(h), 256)[:, :16].unsqueeze(1),
+    "memory as it is": lambda h, y: y + torch.as_strided(h, (16,), (1,)),
+    "numbers drawn": lambda h, y: y + torch.rand_like(h).sum(-1, keepdim=True),
+    "values dropped": lambda h, y: y + nn.functional.dropout(h, 0.5).sum(-1, keepdim=True),
+    "a convolution": lambda h, y: y + torch.conv1d(h, torch.ones(16, 16, 1)),
+    "another library": lambda h, y: y + torch.ops.normfuse_tests.as_it_lies(h),
+    "in place": lambda h, y: y + h.mul_(2).sum(-1, keepdim=True),
+}
+
+
+@torch.library.custom_op("normfuse_tests::as_it_lies", mutates_args=())
+def as_it_lies(h: Tensor) -> Tensor:
+    return h.clone()
+
+
+@as_it_lies.register_fake
+def _(h: Tensor) -> Tensor:
+    return torch.empty_like(h)
+
+
+@pytest.mark.parametrize("tail", MINDS.values(), ids=MINDS)
+def test_readers_that_mind(tail: Tail) -> None:
+    model = ViT(tail)
+    made = compiled(model, "eager")
+    torch.manual_seed(1)
+    want = model(image())
+    torch.manual_seed(1)
+    for a, b in zip(*map(torch.utils._pytree.tree_leaves, (want, made(image()))), strict=True):
+        assert a.stride() == b.stride()
+        torch.testing.assert_close(b, a)
+    assert not any(n.emitted for n in last().norms)
+
+
+def test_too_many_ways() -> None:
+    """Each of four summands may lie in two ways; there is an end to what is tried."""
+    def program(x: Tensor, w: Tensor, terms: int) -> Tensor:
+        sums = [x.transpose(1, 2) + (w + i) for i in range(terms)]
+        return torch.stack(sums).sum((0, 3))
+
+    x, w = torch.randn(2, 4, 3), torch.randn(2, 3, 4)
+    for terms, allowed in ((3, True), (4, False)):
+        graph = torch.fx.experimental.proxy_tensor.make_fx(partial(program, terms=terms))(x, w).graph
+        layouts = Layouts()
+        sums = [n for n in graph.nodes if n.target is torch.ops.aten.add.Tensor and n.args[0].op == "call_function"]
+        assert len(sums) == terms and MOST == 2**3
+        said = [layouts.allow({n: torch.empty(2, 3, 4, device="meta")}) for n in sums]
+        assert said == [True] * 3 + [False] * (terms - 3), allowed
