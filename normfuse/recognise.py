@@ -276,7 +276,7 @@ class _Recogniser:
         }  # fmt: skip
         said: set[tuple[str, str]] = set()
         for i in sorted(self.seeds):
-            if i in covered:
+            if i in covered or all(root.value.fixed for root in self.seeds[i]):  # a weight norm, which is taken once
                 continue
             found = [m for root in self.seeds[i] for m in self.misses.get(root.key(), ())]
             if not found:

@@ -16,6 +16,7 @@ from tests.build import Build
 from tests.neutral import Evaluation, plain
 
 D = 8
+SHAPE = (3, 5, D)
 
 
 def take(a: Any, want: Centre, numbers: dict[Value, Any]) -> Any:
@@ -241,3 +242,8 @@ def stream(g: Net, layers: int = 2, spelled: bool = False) -> tuple[Value, Value
     for _ in range(layers):
         h = g.op("add", h, g.lin(g.act(norm(h))))
     return start, g.lin(norm(h))
+
+
+def none(node: Node, out: Value, want: Centre) -> Links | None:
+    """The table of a front end, without entries."""
+    return None

@@ -69,3 +69,10 @@ def in_float32(change: Callable[[Build, dict[str, Value]], None] = lambda g, v: 
         made["narrow"] = g.op("cast", made["s"], dtype="bfloat16")
     change(g, made)
     return start(g, *(made[name] for name in ("y", "narrow") if name in made)), made
+
+
+def single(spell: Callable[[Build, Value], Value] = scaled, **more: Any) -> tuple[Build, Value, Plan]:
+    """A plan of one norm, and its graph and result."""
+    g = Build(**more)
+    y = spell(g, g.x)
+    return g, y, start(g, y)

@@ -18,7 +18,7 @@ import normfuse
 import normfuse.ort
 from normfuse import bench, bench_norms, cli_bench, sessions
 from tests.cli_tools import COMMAND, EVIL, fails, fails_json, norm_model, run, saved
-from tests.test_report_html import Page
+from tests.html_tools import Page
 
 pytest.importorskip("onnxruntime")
 MEMORY = bench.memory

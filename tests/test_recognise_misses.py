@@ -163,6 +163,17 @@ def test_each_norm_that_was_missed_is_told_once() -> None:
     assert codes(h.found(v)) == [("NF119", v.name)]  # two seeds of one root
 
 
+@pytest.mark.parametrize("fixed", [True, False])
+def test_what_is_nearly_a_norm_of_constants_is_not_told(fixed: bool) -> None:
+    """A weight norm: its statistic is taken once, whatever it is."""
+    g = Build()
+    v = leaf(g, 4, 5, 64, fixed=fixed, name="v")
+    square = g.op("square", v)
+    square.fixed = fixed  # as a front end says
+    y = g.op("div", v, g.op("sqrt", g.mean(square)))
+    assert codes(g.found(y)) == ([] if fixed else [("NF103", y.name)])
+
+
 def test_a_root_with_a_norm_is_not_missed() -> None:
     g = Build()
     m = g.mean(g.op("square", g.x))

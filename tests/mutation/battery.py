@@ -28,9 +28,9 @@ from tests.mutation.mutants import ROOT
 MODULES = ("test_recognise", "test_facts", "test_layouts", "test_transfer", "test_norm", "test_recognise_roots",
            "test_recognise_rules", "test_recognise_unknown", "test_recognise_misses", "test_recognise_sites",
            "test_recognise_roundings", "test_residual", "test_passes", "test_passes_add_norm", "test_passes_single",
-           "test_placement", "test_placement_walks", "test_placement_names", "test_centring_rules",
-           "test_conversion_plan", "test_conversion_rules", "test_neutral", "test_near_misses", "test_fusions",
-           "test_onnx_fusions", "test_centring", "test_layernorm_to_rmsnorm", "test_parts",
+           "test_plan", "test_placement", "test_placement_walks", "test_placement_names", "test_centring_rules",
+           "test_folding_rules", "test_conversion_plan", "test_conversion_rules", "test_neutral", "test_near_misses",
+           "test_fusions", "test_onnx_fusions", "test_centring", "test_layernorm_to_rmsnorm", "test_parts",
            "test_two_layouts")  # fmt: skip
 SLOW = 1.0
 """Seconds that a case may take; another part of the tests has to do what slower ones do."""
