@@ -159,8 +159,8 @@ class _Finder:
     def _kind(self, start: Value, nodes: list[Node]) -> str:
         products = [n for n in nodes if is_product(n)]
         if products:
-            reached = {start, *(v for n in nodes for v in n.outputs)}
-            scores = [n for n in products if not any(m is not n and _depends(n, m, set(nodes)) for m in products[:8])]
+            reached, behind = {start, *(v for n in nodes for v in n.outputs)}, _behind(products[:8], nodes)
+            scores = [n for n in products if n not in behind]
             own = any(len(n.inputs) < 2 or n.inputs[1] in reached for n in scores)  # positions may be multiplied, too
             return "attention" if own else "cross_attention"
         mixing = [n for n in nodes if n.kind in MIXING]
@@ -195,7 +195,7 @@ class _Finder:
         """What a norm inside a part is the norm of, by the products that it reaches: "q", "k", "v" or several."""
         nodes, found = set(part.nodes), dict[str, None]()
         order = [n for n in part.nodes if is_product(n)]
-        later = {n for n in order if order and n is not order[0] and _depends(n, order[0], nodes)}
+        later = _behind(order[:1], part.nodes)
         todo, seen = [site.value], set[Node]()
         while todo:
             value = todo.pop()
@@ -261,16 +261,13 @@ def is_product(node: Node) -> bool:
     return node.kind == "attention" or (node.kind == "matmul" and not any(weight(v) for v in node.inputs))
 
 
-def _depends(node: Node, on: Node, nodes: set[Node]) -> bool:
-    todo, seen = [node], {node}
-    while todo:
-        current = todo.pop()
-        if current is on:
-            return True
-        before = {v.producer for v in current.inputs if v.producer is not None} & nodes - seen
-        seen |= before
-        todo.extend(before)
-    return False
+def _behind(first: list[Node], nodes: list[Node]) -> set[Node]:
+    """Those of some nodes that depend on one of `first` by way of the others."""
+    found, start = set[Node](), set(first)
+    for node in sorted(nodes, key=lambda n: n.index):
+        if any(v.producer in start or v.producer in found for v in node.inputs):
+            found.add(node)
+    return found
 
 
 # -- what is in a part -----------------------------------------------------------------------------------------------

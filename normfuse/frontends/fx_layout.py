@@ -38,6 +38,7 @@ class Layouts:
     def __init__(self) -> None:
         self.ways: dict[fx.Node, Ways] = {}
         self.symbols: dict[str, int] = {}
+        self.runs: dict[Any, tuple[Any, bool] | None] = {}
 
     def plain(self, meta: Any) -> Any:
         """A meta tensor of the sizes and strides of a tensor's meta, with numbers for symbols."""
@@ -93,42 +94,47 @@ class Layouts:
         if space not in SPACES or bare in TELLING or any(meta is MISSING for meta in metas):
             return None
         operands = [n for n in node.all_input_nodes if len(found.get(n, ())) > 1]
-        more: Ways = {}
-        several = list(itertools.islice(itertools.product(*(found[n].values() for n in operands)), MOST + 1))
+        several = list(itertools.islice(itertools.product(*(found[n].items() for n in operands)), MOST + 1))
         if len(several) > MOST:
             return None
-        copies = set[bool]()
+        more, copies = Ways(), set[bool]()
         for ways in several:
-            now = dict(zip(operands, ways, strict=True))
-
-            def operand(n: fx.Node, now: dict[fx.Node, Any] = now) -> Any:
-                return now[n] if n in now else self._plain(meta_of(n))
-
-            try:
-                args, kwargs = fx.map_arg((node.args, node.kwargs), operand)
-                target: Any = node.target
-                with torch.no_grad():
-                    made = (getattr(args[0], target)(*args[1:], **kwargs) if node.op == "call_method" else
-                            target(*args, **kwargs))  # fmt: skip
-            except Exception:  # a view of what lies so is none
+            which = node, *((n, strides) for n, (strides, _) in zip(operands, ways, strict=True))
+            if which not in self.runs:  # one walk that ends in a refusal goes where the next one does
+                self.runs[which] = self._run(node, {n: way for n, (_, way) in zip(operands, ways, strict=True)})
+            run = self.runs[which]
+            if run is None:
                 return None
-            more[key(made)] = made
-            copies.add(_copied(made, ways))
+            more[key(run[0])] = run[0]
+            copies.add(run[1])
         if len(more) > MOST or (len(copies) > 1 and _given(node)):
             return None
         return more
 
+    def _run(self, node: fx.Node, ways: dict[fx.Node, Any]) -> tuple[Any, bool] | None:
+        """A result, and whether it has memory of its own; None where the operator takes no tensors that lie so."""
+        def operand(n: fx.Node) -> Any:
+            return ways[n] if n in ways else self._plain(meta_of(n))
+
+        target: Any = node.target
+        try:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), operand)
+            with torch.no_grad():
+                made = (getattr(args[0], target)(*args[1:], **kwargs) if node.op == "call_method" else
+                        target(*args, **kwargs))  # fmt: skip
+        except Exception:  # a view of what lies so is none
+            return None
+        own, results = ({t.untyped_storage()._cdata for t in _tensors(v)} for v in (list(ways.values()), made))
+        return made, own.isdisjoint(results)
+
 
 def key(made: Any) -> Any:
     """Strides, those of axes of size 1 aside."""
-    tensors = [t for t in pytree.tree_leaves(made) if isinstance(t, torch.Tensor)]
-    return tuple(tuple(s for d, s in zip(t.shape, t.stride(), strict=True) if d != 1) for t in tensors)
+    return tuple(tuple(s for d, s in zip(t.shape, t.stride(), strict=True) if d != 1) for t in _tensors(made))
 
 
-def _copied(made: Any, operands: Any) -> bool:
-    """Whether results lie in memory of their own."""
-    own = {t.untyped_storage()._cdata for t in pytree.tree_leaves(operands) if isinstance(t, torch.Tensor)}
-    return not any(t.untyped_storage()._cdata in own for t in pytree.tree_leaves(made) if isinstance(t, torch.Tensor))
+def _tensors(made: Any) -> list[torch.Tensor]:
+    return [t for t in pytree.tree_leaves(made) if isinstance(t, torch.Tensor)]
 
 
 def _given(node: fx.Node) -> bool:
