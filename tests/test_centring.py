@@ -331,7 +331,15 @@ class Dropping(Net):
         return F.dropout(super().branch(i, y), 0.1, training=True)
 
 
-@pytest.mark.parametrize(("net", "reason"), [(Noisy, "random numbers"), (Dropping, "for training")])
+class DroppingScores(Net):
+    def branch(self, i: int, y: Tensor) -> Any:
+        v = super().branch(i, y)
+        return F.scaled_dot_product_attention(v, v, v, None, 0.1)
+
+
+@pytest.mark.parametrize(("net", "reason"), [
+    (Noisy, "random numbers"), (Dropping, "for training"), (DroppingScores, "for training"),
+])  # fmt: skip
 def test_a_graph_that_differs_from_itself_is_refused(net: type[Net], reason: str) -> None:
     program = torch.export.export(settle(net()), (torch.randn(2, 6, 8),), strict=False)
     report = normfuse.optimize(program, EXACT)[1]

@@ -100,6 +100,7 @@ MINDS: dict[str, Tail] = {
     "memory as it is": lambda h, y: y + torch.as_strided(h, (16,), (1,)),
     "numbers drawn": lambda h, y: y + torch.rand_like(h).sum(-1, keepdim=True),
     "values dropped": lambda h, y: y + nn.functional.dropout(h, 0.5).sum(-1, keepdim=True),
+    "channels dropped": lambda h, y: y + nn.functional.dropout1d(h, 0.5).sum(-1, keepdim=True),
     "a convolution": lambda h, y: y + torch.conv1d(h, torch.ones(16, 16, 1)),
     "another library": lambda h, y: y + torch.ops.normfuse_tests.as_it_lies(h),
     "in place": lambda h, y: y + h.mul_(2).sum(-1, keepdim=True),

@@ -51,7 +51,10 @@ RANDOM = frozenset(
     """rand rand_like randn randn_like randint randint_like randperm bernoulli bernoulli_ multinomial normal normal_
     uniform_ exponential_ rrelu""".split()
 )
-_DROPOUT = frozenset("dropout dropout_ native_dropout alpha_dropout feature_dropout".split())
+_DROPOUT = frozenset(
+    """dropout dropout_ native_dropout alpha_dropout feature_dropout feature_alpha_dropout dropout1d dropout2d
+    dropout3d""".split()
+)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 

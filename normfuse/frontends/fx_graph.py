@@ -126,11 +126,11 @@ def infer(node: fx.Node, like: fx.Node) -> None:
     key = next((k for k in ("val", "example_value", "tensor_meta") if k in like.meta), None)
     if key is None or any(key not in n.meta for n in node.all_input_nodes):
         return
-    plan = next(filter(is_tensor, pytree.tree_leaves(like.meta[key], is_leaf=is_tensor)), None)
-    metas = [plan, *(n.meta[key] for n in node.all_input_nodes)]
-    if plan is None or type(plan) not in PLAIN or any(is_tensor(m) and type(m) not in PLAIN for m in metas):
+    tensor = next(filter(is_tensor, pytree.tree_leaves(like.meta[key], is_leaf=is_tensor)), None)
+    metas = [tensor, *(n.meta[key] for n in node.all_input_nodes)]
+    if tensor is None or type(tensor) not in PLAIN or any(is_tensor(m) and type(m) not in PLAIN for m in metas):
         return  # a DTensor, or what a file says of a tensor
-    mode = getattr(plan, "fake_mode", None) or FakeTensorMode()
+    mode = getattr(tensor, "fake_mode", None) or FakeTensorMode()
 
     def fake(operand: fx.Node) -> Any:
         meta = operand.meta[key]
@@ -141,7 +141,7 @@ def infer(node: fx.Node, like: fx.Node) -> None:
                                    requires_grad=meta.requires_grad)  # fmt: skip
 
     target: Any = node.target
-    with mode, torch.set_grad_enabled(bool(plan.requires_grad)):
+    with mode, torch.set_grad_enabled(bool(tensor.requires_grad)):
         args, kwargs = fx.map_arg((node.args, node.kwargs), fake)
         if node.op == "call_method":
             made = getattr(args[0], target)(*args[1:], **kwargs)
