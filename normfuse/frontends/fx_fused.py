@@ -36,6 +36,9 @@ class Attributes:
     dtype: str | None
 
 
+APART = "its result would lie in memory in another way than the model's"
+
+
 class Unfit(Exception):
     """No operator of the family is this norm; the message says why."""
 
@@ -92,9 +95,9 @@ def _offset(norm: Norm) -> tuple[Value | None, float]:
 class FusedEmitter:
     """What can be made at one level, and the making; `eager` where autograd sees the operators themselves."""
 
-    def __init__(self, level: str, numerics: str, eager: bool = False) -> None:
+    def __init__(self, level: str, numerics: str, eager: bool = False, writes: bool = True) -> None:
         self.level, self.numerics, self.eager = level, numerics, eager
-        self.layouts = Layouts()
+        self.layouts = Layouts(writes)
 
     def unfit(self, low: Lowering, edit: Fused) -> Reason | None:
         """Why an edit has no operator here, as (code, message), or None."""
@@ -153,18 +156,19 @@ class FusedEmitter:
 
     def _layout(self, edit: Fused) -> None:
         """The results lie as the model's do, or contiguous where nobody who reads them minds."""
-        plain, free = self.layouts.plain, dict[fx.Node, torch.Tensor]()
+        layouts, pairs = self.layouts, list[tuple[fx.Node, fx.Node]]()
         for i, out in enumerate(edit.outputs):
             like = edit.inputs[i if edit.op == "qk_norm" else 0]
             if edit.view is not None and i == 0:
                 continue  # the model's own view, of a result that lies as the sum does
-            given, wanted = (plain(meta_of(v.native)) for v in (like, out))
+            given, wanted = (layouts.plain(meta_of(v.native)) for v in (like, out))
             promised = torch.empty_like(given, dtype=wanted.dtype)
-            if key(promised) != key(wanted):
-                free[out.native] = promised
-        if free and not (edit.view is None and all(t.is_contiguous() for t in free.values()) and
-                         self.layouts.allow(free)):  # fmt: skip
-            raise Unfit("its result would lie in memory in another way than the model's")
+            moved = edit.view is not None and not layouts.fix(like.native)
+            if moved or (key(promised) != key(wanted) and (edit.view is not None or not promised.is_contiguous())):
+                raise Unfit(APART)
+            pairs.append((out.native, like.native))
+        if not layouts.allow(pairs):
+            raise Unfit(APART)
 
     def _order(self, low: Lowering, edit: Fused) -> None:
         """No input depends on a result, and what has to wait for the operator may."""

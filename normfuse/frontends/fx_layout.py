@@ -1,140 +1,157 @@
-"""Whether results may lie in memory in another way than the model's: whoever reads them is run on meta tensors.
+"""Whether results may lie in memory in another way than the model's: what reads them is run on meta tensors.
 
 A sum lies as its summands do. Where these do not agree, as in a vision transformer without a class token, whose patches
 are a transposed convolution, a fused operator may give it contiguous, and all that is computed of it then lies in
-another way, too. That is allowed where every reader runs on it and the outputs of the graph lie as they did.
+another way, too. That is allowed where each reader is of `READERS` and runs on it, and no output of the graph shows it.
 """
 
 from __future__ import annotations
 
-import heapq
 import itertools
+from collections.abc import Sequence
+from heapq import heappop, heappush
 from typing import Any
 
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from normfuse.frontends.fx_effects import RANDOM, drops, known, name_of, shared, written
+from normfuse.frontends.fx_effects import drops, name_of, nodes_in, shared, written
 from normfuse.frontends.fx_meta import MISSING, is_tensor, meta_of, size_of
 
 MOST = 8
 """Ways in which a result may come to lie, and combinations of those of operands, that are looked at."""
-TELLING = RANDOM | frozenset(
-    """as_strided as_strided_copy as_strided_scatter stride storage_offset is_contiguous is_non_overlapping_and_dense
-    data_ptr untyped_storage storage
-    conv1d conv2d conv3d convolution conv_transpose1d conv_transpose2d conv_transpose3d""".split()
+READERS = frozenset(
+    """add __add__ __radd__ sub subtract __sub__ rsub __rsub__ mul multiply __mul__ __rmul__ div divide true_divide
+    truediv __truediv__ neg pow __pow__ square sqrt rsqrt abs exp sigmoid tanh relu gelu silu to _to_copy float half
+    bfloat16 double dropout layer_norm native_layer_norm linear matmul __matmul__ mm bmm addmm baddbmm sum mean amax
+    amin var std getitem select slice narrow transpose permute swapaxes unsqueeze squeeze view expand chunk split
+    split_with_sizes unbind clone""".split()
 )
-"""What gives other values for a tensor that lies in another way, or whose own results lie as a device likes best."""
-SPACES = ("", "normfuse")
-"""Whose operators take a tensor as it lies: torch's, and ours."""
+"""Operators whose results lie alike on every device, and are views for all ways of an operand, or for none."""
+SIZES = (1009, 1013, 1019, 1021, 1031, 1033, 1039, 1049, 1051, 1061, 1063, 1069, 1087, 1091, 1093, 1097)
+"""What symbols stand for: so large that what is computed of one is a size above 1."""
 Ways = dict[Any, Any]
 """A result as meta tensors, by the strides of each."""
+
+
+class _Minds(Exception):
+    """A reader takes no tensor that lies so, or the graph would show it."""
 
 
 class Layouts:
     """The results of a graph that may come to lie in several ways, and those ways."""
 
-    def __init__(self) -> None:
+    def __init__(self, writes: bool) -> None:
+        self.writes = writes  # somewhere in the graph, in place
         self.ways: dict[fx.Node, Ways] = {}
+        self.followers: dict[fx.Node, dict[fx.Node, None]] = {}
+        self.minded: set[fx.Node] = set()
         self.symbols: dict[str, int] = {}
-        self.runs: dict[Any, tuple[Any, bool] | None] = {}
 
     def plain(self, meta: Any) -> Any:
         """A meta tensor of the sizes and strides of a tensor's meta, with numbers for symbols."""
         stride = meta.stride() if isinstance(meta, torch.Tensor) else meta.stride
-        sizes, strides = ([size_of(d, self.symbols) for d in given] for given in (meta.shape, stride))
+        sizes, strides = ([size_of(d, self.symbols, SIZES) for d in given] for given in (meta.shape, stride))
         return torch.empty_strided(sizes, strides, dtype=meta.dtype, device="meta")
 
-    def allow(self, results: dict[fx.Node, torch.Tensor]) -> bool:
-        """Whether results may lie as these tensors do, whatever has been allowed before; if so, it is kept in mind."""
+    def follow(self, result: fx.Node, operand: fx.Node) -> None:
+        """Say that an operator may stand for `result`, which then lies as ``torch.empty_like`` of the operand does."""
+        self.followers.setdefault(operand, {})[result] = None
+
+    def fix(self, node: fx.Node) -> bool:
+        """Have a result lie as the model's does; False where it may lie in another way by now."""
+        self.minded.add(node)
+        return node not in self.ways
+
+    def allow(self, results: Sequence[tuple[fx.Node, fx.Node]]) -> bool:
+        """Whether results may lie as their operands do, or contiguous, whatever has been allowed before."""
         found, waiting = dict(self.ways), list[fx.Node]()
-        for node, way in results.items():
-            if key(way) not in found.get(node, {}):
-                found[node] = self._traced(node, found) | {key(way): way}
-                waiting += node.users
-        heapq.heapify(waiting)
-        last = None
-        while waiting:
-            node = heapq.heappop(waiting)
-            if node is last:
-                continue
-            last = node
-            more = self._results(node, found)
-            if more is None:
-                return False
-            before = self._traced(node, found)
-            if not more.keys() <= before.keys():
-                found[node] = before | more
-                for user in node.users:
-                    heapq.heappush(waiting, user)
+        last: fx.Node | None = None
+        try:
+            for result, operand in results:
+                self._grow(result, self._like(result, self._known(operand, found)), found, waiting)
+            while waiting:
+                node = heappop(waiting)
+                if node is not last:
+                    last = node
+                    self._grow(node, self._results(node, found), found, waiting)
+        except _Minds:
+            todo = [n for n in last.all_input_nodes if n in found] if last is not None else []
+            for n in todo:  # what leads here need not be followed again
+                if n not in self.minded:
+                    self.minded.add(n)
+                    todo += [before for before in n.all_input_nodes if before in found]
+            return False
         self.ways = found
+        for result, operand in results:
+            self.follow(result, operand)
         return True
 
-    def _plain(self, meta: Any) -> Any:
-        """Any meta with meta tensors, and numbers, in it."""
-        def leaf(one: Any) -> Any:
-            return self.plain(one) if is_tensor(one) else size_of(one, self.symbols) if hasattr(one, "node") else one
-
-        return pytree.tree_map(leaf, meta, is_leaf=is_tensor)
-
-    def _traced(self, node: fx.Node, found: dict[fx.Node, Ways]) -> Ways:
+    def _known(self, node: fx.Node, found: dict[fx.Node, Ways]) -> Ways:
         """The ways known of a result: at first that of the trace."""
         if node not in found:
             made = self._plain(meta_of(node))
             return {key(made): made}
         return found[node]
 
-    def _results(self, node: fx.Node, found: dict[fx.Node, Ways]) -> Ways | None:
-        """The ways in which the results of a node may come to lie; None where that cannot be told, or must not be."""
-        if node.op not in ("call_function", "call_method") or not known(node) or drops(node) or written(node):
-            return None
+    def _like(self, result: fx.Node, ways: Ways) -> Ways:
+        dtype = meta_of(result).dtype
+        made = [torch.empty_like(way, dtype=dtype) for way in ways.values()]
+        return {key(one): one for one in made}
+
+    def _grow(self, node: fx.Node, ways: Ways, found: dict[fx.Node, Ways], waiting: list[fx.Node]) -> None:
+        """Note ways of a result; whoever reads it is looked at again if there are new ones."""
+        before = self._known(node, found)
+        new = {strides: way for strides, way in ways.items() if strides not in before}
+        if not new:
+            return
+        found[node] = before | new
+        if node in self.minded or len(found[node]) > MOST:
+            raise _Minds
+        for user in node.users:
+            heappush(waiting, user)
+        for result in self.followers.get(node, ()):
+            self._grow(result, self._like(result, new), found, waiting)
+
+    def _plain(self, meta: Any) -> Any:
+        """Any meta with meta tensors, and numbers, in it."""
+        def leaf(one: Any) -> Any:
+            symbol = hasattr(one, "node")
+            return self.plain(one) if is_tensor(one) else size_of(one, self.symbols, SIZES) if symbol else one
+
+        try:
+            return pytree.tree_map(leaf, meta, is_leaf=is_tensor)
+        except RuntimeError as why:  # a size below zero
+            raise _Minds from why
+
+    def _results(self, node: fx.Node, found: dict[fx.Node, Ways]) -> Ways:
+        """The ways in which the results of a node may come to lie."""
         space, _, bare = (name_of(node) or "").rpartition("::")
-        metas = [meta_of(n) for n in (node, *node.all_input_nodes)]
-        if space not in SPACES or bare in TELLING or any(meta is MISSING for meta in metas):
-            return None
+        mixed = bare in ("getitem", "__getitem__") and any(is_tensor(meta_of(n)) for n in nodes_in(node.args[1:]))
+        if node.op not in ("call_function", "call_method") or (space != "normfuse" if space else bare not in READERS):
+            if bare != "contiguous" or space or self.writes or _given(node):  # it may be a copy, and may be none
+                raise _Minds
+        if mixed or drops(node) or written(node) or node.kwargs.get("memory_format") is not None or any(
+                meta_of(n) is MISSING for n in (node, *node.all_input_nodes)):  # fmt: skip
+            raise _Minds
         operands = [n for n in node.all_input_nodes if len(found.get(n, ())) > 1]
-        several = list(itertools.islice(itertools.product(*(found[n].items() for n in operands)), MOST + 1))
+        several = list(itertools.islice(itertools.product(*(found[n].values() for n in operands)), MOST + 1))
         if len(several) > MOST:
-            return None
-        more, copies = Ways(), set[bool]()
-        for ways in several:
-            which = node, *((n, strides) for n, (strides, _) in zip(operands, ways, strict=True))
-            if which not in self.runs:  # one walk that ends in a refusal goes where the next one does
-                self.runs[which] = self._run(node, {n: way for n, (_, way) in zip(operands, ways, strict=True)})
-            run = self.runs[which]
-            if run is None:
-                return None
-            more[key(run[0])] = run[0]
-            copies.add(run[1])
-        if len(more) > MOST or (len(copies) > 1 and _given(node)):
-            return None
-        return more
+            raise _Minds
+        made = [self._run(node, dict(zip(operands, ways, strict=True))) for ways in several]
+        return {key(one): one for one in made}
 
-    def _run(self, node: fx.Node, ways: dict[fx.Node, Any]) -> tuple[Any, bool] | None:
-        """A result, and whether it has memory of its own; None where the operator takes no tensors that lie so."""
-        def operand(n: fx.Node) -> Any:
-            return ways[n] if n in ways else self._plain(meta_of(n))
-
+    def _run(self, node: fx.Node, ways: dict[fx.Node, Any]) -> Any:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: ways[n] if n in ways else self._plain(meta_of(n)))
         target: Any = node.target
         try:
-            args, kwargs = fx.map_arg((node.args, node.kwargs), operand)
             with torch.no_grad():
-                made = (getattr(args[0], target)(*args[1:], **kwargs) if node.op == "call_method" else
-                        target(*args, **kwargs))  # fmt: skip
-        except Exception:  # a view of what lies so is none
-            return None
-        own, results = ({t.untyped_storage()._cdata for t in _tensors(v)} for v in (list(ways.values()), made))
-        return made, own.isdisjoint(results)
-
-
-def key(made: Any) -> Any:
-    """Strides, those of axes of size 1 aside."""
-    return tuple(tuple(s for d, s in zip(t.shape, t.stride(), strict=True) if d != 1) for t in _tensors(made))
-
-
-def _tensors(made: Any) -> list[torch.Tensor]:
-    return [t for t in pytree.tree_leaves(made) if isinstance(t, torch.Tensor)]
+                if node.op == "call_method":
+                    return getattr(args[0], target)(*args[1:], **kwargs)
+                return target(*args, **kwargs)
+        except Exception as why:  # a view of what lies so is none
+            raise _Minds from why
 
 
 def _given(node: fx.Node) -> bool:
@@ -143,3 +160,9 @@ def _given(node: fx.Node) -> bool:
     for view in views:
         views += [user for user in view.users if view in shared(user) and user not in views]
     return any(user.op == "output" for view in views for user in view.users)
+
+
+def key(made: Any) -> Any:
+    """Strides, those of axes of size 1 aside."""
+    tensors = [t for t in pytree.tree_leaves(made) if isinstance(t, torch.Tensor)]
+    return tuple(tuple(s for d, s in zip(t.shape, t.stride(), strict=True) if d != 1) for t in tensors)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,14 +91,14 @@ def module_of(node: fx.Node) -> str:
     return re.sub(r"\[(\w+)\]", r".\1", path).replace("..", ".").strip(".")
 
 
-def size_of(d: Any, symbols: dict[str, int] | None = None) -> int:
-    """A size as a number: symbols take the values given, or small primes, so that unlike sizes stay unlike."""
+def size_of(d: Any, symbols: dict[str, int] | None = None, numbers: Sequence[int] = _PRIMES) -> int:
+    """A size as a number: symbols take the values given, or one of some primes, so that unlike sizes stay unlike."""
     if isinstance(d, int):
         return d
     given = symbols if symbols is not None else {}
     expr = d.node.expr
     for symbol in sorted(expr.free_symbols, key=str):
-        given.setdefault(str(symbol), _PRIMES[len(given) % len(_PRIMES)])
+        given.setdefault(str(symbol), numbers[len(given) % len(numbers)])
     return int(expr.subs({s: given[str(s)] for s in expr.free_symbols}))
 
 

@@ -210,13 +210,17 @@ class _Module:
         self.aliases = frozenset(fx_inplace.name_settled(self.graph, self.exported))
         self.low = Lowering(source, self.graph, state, autocast)
         self.emitter = Emitter(level or level_of(self.graph), config.numerics)
-        self.fused = FusedEmitter(self.emitter.level, config.numerics, eager)
+        self.fused = FusedEmitter(self.emitter.level, config.numerics, eager,
+                                  any(map(fx_effects.written, source.graph.nodes)))
         self.can = Abilities(lambda norm, value: self.emitter.expressible(self.low, norm, value),
                              operator=lambda edit: self.fused.unfit(self.low, edit), leave=leave,
                              done=self._done)  # fmt: skip
         self.plan: Plan = plan(self.low.graph, config, self.can, rewrite=False)
         for site in self.plan.found.sites:
             site.norm = self._within(site)
+            x, y = site.norm.x.native, site.value.native
+            if isinstance(x, fx.Node) and isinstance(y, fx.Node):
+                self.fused.layouts.follow(y, x)
         if rewrite:
             fuse(self.plan, config, self.can)
         self.checks: dict[Site, Check] = {}
