@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import normfuse
-from normfuse.frontends.fx_layout import key
+from normfuse.frontends.fx_layout import Layouts, key
 from tests.compiling import compiled, last, run
 
 Tail = Callable[[Tensor, Tensor], Any]
@@ -198,3 +198,29 @@ def viewed(m: ViT, x: Tensor) -> Tensor:
         h = h + linear(norm(h.view(-1, 16)).view(h.shape))
     out: Tensor = m.norms[-1](h.view(-1, 16)).view(h.shape)
     return out
+
+
+@pytest.mark.parametrize("kind", [nn.LayerNorm, nn.RMSNorm])
+def test_decomposed_programs(kind: Any) -> None:
+    """There a norm may be an operator of three results, or many nodes."""
+    model = ViT(lambda h, y: y + h.mean(1, keepdim=True)).eval()
+    model.norms = nn.ModuleList(kind(16) for _ in range(3))
+    program = torch.export.export(model, (image(),)).run_decompositions()
+    made, _ = normfuse.optimize(program)
+    want, got = program.module()(image()), made.module()(image())
+    assert want.stride() == got.stride()
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_results_that_follow_one_another_are_followed_to_the_end() -> None:
+    graph = torch.fx.Graph()
+    lies, contiguous = torch.empty(2, 4, 3).transpose(1, 2), torch.empty(2, 3, 4)
+    source, layouts = graph.placeholder("x"), Layouts(False)
+    source.meta["val"] = contiguous
+    nodes = [graph.call_function(torch.ops.aten.neg.default, (source,)) for _ in range(3000)]
+    for node, before in zip(nodes, [source, *nodes], strict=False):
+        node.meta["val"] = lies
+        if before is not source:
+            layouts.follow(node, before)
+    assert layouts.allow([(nodes[0], source)]) and len(layouts.ways) == 3000
+    assert layouts.fix(source) and not layouts.fix(nodes[-1])

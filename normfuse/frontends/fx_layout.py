@@ -101,18 +101,20 @@ class Layouts:
         return {key(one): one for one in made}
 
     def _grow(self, node: fx.Node, ways: Ways, found: dict[fx.Node, Ways], waiting: list[fx.Node]) -> None:
-        """Note ways of a result; whoever reads it is looked at again if there are new ones."""
-        before = self._known(node, found)
-        new = {strides: way for strides, way in ways.items() if strides not in before}
-        if not new:
-            return
-        found[node] = before | new
-        if node in self.minded or len(found[node]) > MOST:
-            raise _Minds
-        for user in node.users:
-            heappush(waiting, user)
-        for result in self.followers.get(node, ()):
-            self._grow(result, self._like(result, new), found, waiting)
+        """Note ways of a result and of its followers; whoever reads them is looked at again if there are new ones."""
+        todo = [(node, ways)]
+        while todo:
+            node, ways = todo.pop()
+            before = self._known(node, found)
+            new = {strides: way for strides, way in ways.items() if strides not in before}
+            if not new:
+                continue
+            found[node] = before | new
+            if node in self.minded or len(found[node]) > MOST:
+                raise _Minds
+            for user in node.users:
+                heappush(waiting, user)
+            todo += [(result, self._like(result, new)) for result in self.followers.get(node, ())]
 
     def _plain(self, meta: Any) -> Any:
         """Any meta with meta tensors, and numbers, in it."""

@@ -37,7 +37,7 @@ from normfuse.frontends.fx_graph import (
     sort,
     take_out,
 )
-from normfuse.frontends.fx_meta import meta_of, module_of, order_of
+from normfuse.frontends.fx_meta import is_tensor, meta_of, module_of, order_of
 from normfuse.graph import Node, Value
 from normfuse.norm import Norm, Refusal, Site, region
 from normfuse.passes.remove_dead import live
@@ -219,7 +219,7 @@ class _Module:
         for site in self.plan.found.sites:
             site.norm = self._within(site)
             x, y = site.norm.x.native, site.value.native
-            if isinstance(x, fx.Node) and isinstance(y, fx.Node):
+            if isinstance(x, fx.Node) and isinstance(y, fx.Node) and is_tensor(meta_of(y)):
                 self.fused.layouts.follow(y, x)
         if rewrite:
             fuse(self.plan, config, self.can)
