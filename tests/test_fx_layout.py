@@ -225,3 +225,18 @@ def test_results_that_follow_one_another_are_followed_to_the_end() -> None:
             layouts.follow(node, before)
     assert layouts.allow([(nodes[0], source)]) and len(layouts.ways) == 3000
     assert layouts.fix(source) and not layouts.fix(nodes[-1])
+
+
+def test_a_stream_of_a_size_below_zero_for_small_numbers() -> None:
+    class Part(ViT):
+        def forward(self, image: Tensor) -> Any:
+            h = (self.patches(image).flatten(2).transpose(1, 2) + self.places)[1200:]
+            for norm, linear in zip(self.norms, self.layers, strict=False):
+                h = h + linear(norm(h))
+            return self.norms[-1](h)
+
+    model, x = Part().eval(), image(1300)
+    shapes = ({0: torch.export.Dim("batch", min=1250, max=1500)},)
+    made, report = normfuse.optimize(torch.export.export(model, (x,), dynamic_shapes=shapes))
+    assert [n.action for n in report.norms] == ["kept"] * 3
+    torch.testing.assert_close(made.module()(x), model(x), rtol=1e-5, atol=1e-5)

@@ -311,6 +311,14 @@ def shared(node: fx.Node) -> list[fx.Node]:
     return [] if _fresh_packet(name) else first
 
 
+def given(node: fx.Node) -> bool:
+    """Whether a graph gives a result, or a view of it."""
+    views = [node]
+    for view in views:
+        views += [user for user in view.users if view in shared(user) and user not in views]
+    return any(user.op == "output" for view in views for user in view.users)
+
+
 @cache
 def _fresh_packet(name: str) -> bool:
     packet = getattr(torch.ops.aten, name, None)

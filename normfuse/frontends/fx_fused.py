@@ -16,7 +16,7 @@ from torch import fx
 
 import normfuse.ops  # noqa: F401 - registers the operators
 from normfuse.frontends.fx import Lowering
-from normfuse.frontends.fx_effects import MODES, is_assert, name_of, shared, written
+from normfuse.frontends.fx_effects import MODES, given, is_assert, name_of, written
 from normfuse.frontends.fx_emit import Maker, Operands, early_factor, lossless, shape_of_expr, width
 from normfuse.frontends.fx_layout import Layouts, key
 from normfuse.frontends.fx_meta import is_tensor, meta_of
@@ -161,8 +161,11 @@ class FusedEmitter:
             like = edit.inputs[i if edit.op == "qk_norm" else 0]
             if edit.view is not None and i == 0:
                 continue  # the model's own view, of a result that lies as the sum does
-            given, wanted = (layouts.plain(meta_of(v.native)) for v in (like, out))
-            promised = torch.empty_like(given, dtype=wanted.dtype)
+            try:
+                own, wanted = (layouts.plain(meta_of(v.native)) for v in (like, out))
+            except RuntimeError as why:  # a size below zero, of the numbers that symbols stand for
+                raise Unfit(APART) from why
+            promised = torch.empty_like(own, dtype=wanted.dtype)
             moved = edit.view is not None and not layouts.fix(like.native)
             if moved or (key(promised) != key(wanted) and (edit.view is not None or not promised.is_contiguous())):
                 raise Unfit(APART)
@@ -236,9 +239,7 @@ class FusedEmitter:
 
 def _differentiated(node: fx.Node) -> bool:
     """Whether a graph gives a value at which somebody may take a gradient, a view of it included."""
-    views, meta = [u for u in node.users if node in shared(u)], meta_of(node)
-    given = any(user.op == "output" for n in (node, *views) for user in n.users)
-    return given and bool(getattr(meta, "requires_grad", False))
+    return bool(getattr(meta_of(node), "requires_grad", False)) and given(node)
 
 
 def _base(value: Value) -> Value:

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from normfuse.frontends.fx_effects import drops, name_of, nodes_in, shared, written
+from normfuse.frontends.fx_effects import drops, given, name_of, nodes_in, written
 from normfuse.frontends.fx_meta import MISSING, is_tensor, meta_of, size_of
 
 MOST = 8
@@ -132,7 +132,7 @@ class Layouts:
         space, _, bare = (name_of(node) or "").rpartition("::")
         mixed = bare in ("getitem", "__getitem__") and any(is_tensor(meta_of(n)) for n in nodes_in(node.args[1:]))
         if node.op not in ("call_function", "call_method") or (space != "normfuse" if space else bare not in READERS):
-            if bare != "contiguous" or space or self.writes or _given(node):  # it may be a copy, and may be none
+            if bare != "contiguous" or space or self.writes or given(node):  # it may be a copy, and may be none
                 raise _Minds
         if mixed or drops(node) or written(node) or node.kwargs.get("memory_format") is not None or any(
                 meta_of(n) is MISSING for n in (node, *node.all_input_nodes)):  # fmt: skip
@@ -154,14 +154,6 @@ class Layouts:
                 return target(*args, **kwargs)
         except Exception as why:  # a view of what lies so is none
             raise _Minds from why
-
-
-def _given(node: fx.Node) -> bool:
-    """Whether a graph gives a result, or a view of it."""
-    views = [node]
-    for view in views:
-        views += [user for user in view.users if view in shared(user) and user not in views]
-    return any(user.op == "output" for view in views for user in view.users)
 
 
 def key(made: Any) -> Any:
