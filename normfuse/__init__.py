@@ -9,7 +9,7 @@ from normfuse.errors import InputError, NormFuseError, UnsafeModelError, Unsuppo
 
 if TYPE_CHECKING:
     from normfuse.api import inspect, optimize, rewrite
-    from normfuse.backend import InductorPass, last_report
+    from normfuse.backend import InductorPass, last_report, reports
     from normfuse.onnx_export import export
     from normfuse.report import Report
 
@@ -28,6 +28,7 @@ __all__ = [
     "inspect",
     "last_report",
     "optimize",
+    "reports",
     "rewrite",
 ]
 
@@ -38,7 +39,7 @@ def __getattr__(name: str) -> Any:
         from normfuse import api
 
         return getattr(api, name)
-    if name in ("InductorPass", "last_report"):
+    if name in ("InductorPass", "last_report", "reports"):
         from normfuse import backend
 
         return getattr(backend, name)

@@ -3,7 +3,7 @@
 The graph is rewritten before AOTAutograd, so that the fused operators bring their fused backward. Options are those of
 `normfuse.Config`, `inner`: the backend that compiles the result, "inductor" (default), "aot_eager" or "eager", and
 `mode`, which goes to Inductor (torch.compile takes `mode` or `options`, not both). What was done is logged by
-"normfuse.backend" (``TORCH_LOGS=normfuse.backend``, a line a norm at ``+normfuse.backend``) and kept for `last_report`.
+"normfuse.backend" (``TORCH_LOGS=normfuse.backend``, a line a norm at ``+normfuse.backend``) and kept for `reports`.
 
 An operator of ours is a barrier to Inductor's fusions. So a norm is replaced where the operator takes in a neighbour or
 where its backward pays: on a GPU, when training. Any other norm is left to Inductor; on a GPU, without training, those
@@ -14,7 +14,7 @@ in AOTAutograd, and Inductor fuses the pieces.
 from __future__ import annotations
 
 import logging
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from functools import cache
@@ -41,15 +41,22 @@ INNER = ("inductor", "aot_eager", "eager")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 FILES = ("ort_version", "first", "norms", "tolerance")
 """The options of a `Config` that are for ONNX files and calibration."""
-_last: list[Report] = []
+_reports: deque[Report] = deque(maxlen=1000)
+
+
+def reports() -> list[Report]:
+    """What the backend did to each graph that it compiled, in their order, since `torch.compiler.reset()` or the start.
+
+    A model is one graph, or several: where Dynamo breaks it, for each length that it compiles anew, and of a language
+    model that generates one for the prompt and one for a token. The last 1,000 are kept. Of an `InductorPass` too, but
+    for code that Inductor had in its cache: then it is not called.
+    """
+    return list(_reports)
 
 
 def last_report() -> Report | None:
-    """What the backend did to the graph that it compiled last; None before the first.
-
-    Of an `InductorPass` too, but for code that Inductor had in its cache: then it is not called.
-    """
-    return _last[-1] if _last else None
+    """What the backend did to the graph that it compiled last, the last of `reports`; None before the first."""
+    return _reports[-1] if _reports else None
 
 
 def backend(graph: fx.GraphModule, inputs: Sequence[Any], *, mode: str | None = None,
@@ -66,6 +73,9 @@ def backend(graph: fx.GraphModule, inputs: Sequence[Any], *, mode: str | None = 
         compiled: Callable[..., Any] = lookup_backend("aot_eager")(graph, list(inputs))
         return compiled
     return _inductor(graph, inputs, mode)
+
+
+backend.reset = _reports.clear  # type: ignore[attr-defined]  # what Dynamo calls when it forgets its graphs
 
 
 def rewrite(graph: fx.GraphModule, config: Config, inner: str = "inductor", training: bool = False,
@@ -87,7 +97,7 @@ def rewrite(graph: fx.GraphModule, config: Config, inner: str = "inductor", trai
     changed, report = fx_model.run(graph, config, rewrite=True, leave=leave, eager=inner == "eager")
     if inner == "inductor" and before_autograd:
         report.notes += _taken_apart(changed.graph)
-    _last[:] = [report]
+    _reports.append(report)
     _tell(report)
     if report.fused or report.converted:
         for node in changed.graph.nodes:

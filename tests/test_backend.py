@@ -187,6 +187,22 @@ def test_report_and_log_say_what_was_done_and_why_not(caplog: pytest.LogCaptureF
 # -- caches and the plugin ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("options", [None, {"inner": "aot_eager"}])
+def test_a_model_of_several_graphs_has_several_reports(options: dict[str, Any] | None) -> None:
+    def broken(x: Tensor, w: Tensor) -> Tensor:
+        y = nn.functional.rms_norm(x + 1, (16,), w, 1e-6)
+        torch._dynamo.graph_break()
+        return nn.functional.layer_norm(y, (16,), w)
+
+    with torch.no_grad():
+        torch.compile(broken, backend="normfuse", options=options)(torch.randn(4, 16), torch.rand(16))
+        torch.compile(torch.sum, backend="normfuse", options=options)(torch.randn(4))
+    assert [[n.kind for n in report.norms] for report in normfuse.reports()] == [["rms_norm"], ["layer_norm"], []]
+    assert normfuse.last_report() is normfuse.reports()[-1]
+    torch.compiler.reset()
+    assert normfuse.reports() == [] and normfuse.last_report() is None
+
+
 def test_the_version_names_every_source_file() -> None:
     assert backend.version().startswith(f"normfuse-{normfuse.__version__}-")
     assert normfuse.InductorPass().uuid() != normfuse.InductorPass(normfuse.Config(numerics="fast")).uuid()
