@@ -118,9 +118,23 @@ class Placer:
                    ("post_residual", "embedding") for v in node.inputs):  # fmt: skip
                 return "post_residual"
             return "final"
+        if self._rows_of_the_end(x):
+            return "final"
         if self._branch(x) and self._feeds_linear(y):
             return "latent"
         return "final" if self._after_norm(x) and not self._feeds_linear(y) else "other"
+
+    def _rows_of_the_end(self, x: Value) -> bool:
+        """x is some rows of what the last addition gives: of an image without its text, of the first token."""
+        for _ in range(SHORT_WALK):
+            node = x.producer
+            if node is None or node.kind not in ("slice", "gather"):
+                break
+            whole = node.inputs[0]
+            if not x.shape or not whole.shape or x.shape[-1] != whole.shape[-1]:
+                return False
+            x = self.base(whole)
+        return x.producer in self.adds and x not in self.stream
 
     def _after_norm(self, x: Value) -> bool:
         return x in self.fed or x in self.normed
@@ -158,8 +172,11 @@ class Placer:
         return any(node.kind in ("linear", "recurrent") or _projects(node) for node, _ in readers)
 
     def _attends(self, y: Value) -> Node | None:
-        """The attention product that y goes into before it goes through any linear layer."""
-        through = THROUGH | set("add sub mul div neg slice concat where gather opaque".split())
+        """The attention product that y goes into before it goes through any linear layer.
+
+        In linear attention an activation or a relu, a maximum, stands in between.
+        """
+        through = THROUGH | set("add sub mul div neg slice concat where gather opaque activation max".split())
         for node, _ in _forward(y, through, LONG_WALK, self.inside):
             if node.kind == "attention" and not _projects(node):
                 return node

@@ -13,49 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import normfuse
 from normfuse.frontends import fx_model
-from tests.compiling import operators
-
-N = 16
-Arguments = tuple[Tensor, ...]
-
-
-def rms(x: Tensor, w: Tensor | None, eps: float = 1e-6) -> Tensor:
-    """Spelled out, in float32, the weight before the cast back."""
-    h = x.float()
-    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
-    return (h if w is None else w.float() * h).to(x.dtype)
-
-
-def tensors(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Arguments:
-    """Random tensors of these shapes."""
-    generator = torch.Generator().manual_seed(0)
-    return tuple((torch.randn(s, generator=generator) + 0.5).to(dtype) for s in shapes)
-
-
-def fused(function: Callable[..., Any], args: Arguments, exact: bool = False, **config: Any) -> dict[str, int]:
-    """The operators that a Dynamo graph of a function gets; its results stay the same."""
-    captured: list[Any] = []
-
-    def capture(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        captured.append((graph, [t.clone() for t in inputs]))  # in the order of their first use
-        return graph.forward
-
-    torch._dynamo.reset()
-    torch.compile(function, backend=capture, fullgraph=True)(*[a.clone() for a in args])
-    ((graph, inputs),) = captured
-    changed, _report = normfuse.optimize(graph, normfuse.Config(**config))
-    want, got = (module(*[t.clone() for t in inputs]) for module in (graph, changed))
-    for a, b in zip(got, want, strict=True):
-        assert a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride()
-        if exact:
-            assert torch.equal(a, b)
-        else:
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-    return dict(operators(changed))
-
-
-ROWS = ((3, 4, N), (3, 4, N), (N,), (N,))
-
+from tests.fusing import N, ROWS, Arguments, fused, rms, tensors
 
 # -- residual addition, then norm --------------------------------------------------------------------------------------
 
@@ -231,61 +189,7 @@ def test_sandwich_is_refused() -> None:
     assert made["add_rms_norm"] == 1
 
 
-# -- query and key -----------------------------------------------------------------------------------------------------
-
-
-def attention(x: Tensor, a: Tensor, b: Tensor, wq: Tensor, wk: Tensor, *, eps: float = 1e-6, late: bool = False,
-              chained: bool = False) -> Tensor:  # fmt: skip
-    """Attention with norms of query and key per head."""
-    q = rms(F.linear(x, a).view(3, 4, 2, N).transpose(1, 2), wq)
-    k = F.linear(q.transpose(1, 2).reshape(3, 4, 2 * N)[..., :N] if chained else x, b).view(3, 4, 2, N)
-    k = rms(k.transpose(1, 2), wk, eps)
-    if late:
-        x.add_(1)
-    return F.scaled_dot_product_attention(q, k, x.view(3, 4, 2, N // 2).transpose(1, 2))
-
-
-QK = ((3, 4, N), (2 * N, N), (2 * N, N), (N,), (N,))
-
-
-def test_qk_pair_waits_for_the_key() -> None:
-    assert fused(attention, tensors(*QK)) == {"qk_norm": 1}
-
-
-def test_a_query_with_a_weight_and_a_key_without() -> None:
-    def f(x: Tensor, a: Tensor, b: Tensor, w: Tensor) -> Tensor:
-        q, k = (rms(F.linear(x, m).view(3, 4, 2, N).transpose(1, 2), None if m is b else w) for m in (a, b))
-        return F.scaled_dot_product_attention(q, k, k)
-
-    assert fused(f, tensors(*QK[:-1])) == {"qk_norm": 1}
-
-
-def test_joint_attention_has_two_pairs() -> None:
-    def f(x: Tensor, a: Tensor, b: Tensor, w: Tensor, v: Tensor) -> Tensor:
-        def heads(y: Tensor, weight: Tensor) -> Tensor:
-            return rms(y.view(3, 4, 2, N).transpose(1, 2), weight)
-
-        image = heads(F.linear(x, a), w), heads(F.linear(x, b), v)
-        text = heads(F.linear(x * 2, a), w), heads(F.linear(x * 2, b), v)
-        q, k = (torch.cat(pair, 2) for pair in zip(image, text, strict=True))
-        return F.scaled_dot_product_attention(q, k, k)
-
-    assert fused(f, tensors(*QK)) == {"qk_norm": 2}
-
-
-@pytest.mark.parametrize("how", [{"eps": 1e-5}, {"chained": True}])
-def test_qk_pair_is_refused(how: dict[str, Any]) -> None:
-    assert "qk_norm" not in fused(lambda *a: attention(*a, **how), tensors(*QK))
-
-
-def test_a_write_between_query_and_key_keeps_them_apart() -> None:
-    def f(x: Tensor, a: Tensor, b: Tensor, wq: Tensor, wk: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        q = rms(F.linear(x, a).view(3, 4, 2, N).transpose(1, 2), wq)
-        state.add_(1)
-        k = rms(F.linear(x, b).view(3, 4, 2, N).transpose(1, 2), wk)
-        return F.scaled_dot_product_attention(q, k, k), state + 0
-
-    assert "qk_norm" not in fused(f, tensors(*QK, (3,)))
+# -- autocast and branches ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -81,6 +81,34 @@ def test_the_places_of_a_transformer(model: Callable[[Build], Value], expected: 
     assert recipe(sites) == text
 
 
+@pytest.mark.parametrize(("kinds", "rows", "expected"), [
+    (["slice"], ("B", "T", 64), "final"), (["gather"], ("B", 64), "final"),
+    (["slice", "reshape", "cast", "slice"], ("B", "T", 64), "final"),
+    (["slice"], ("B", "S", 32), "other"), (["slice"], ("B", "S", None), "other"),
+    (["unknown", "slice"], ROWS, "other"), (["activation"], ROWS, "other"),
+])  # fmt: skip
+def test_a_norm_of_some_rows_of_the_end(kinds: list[str], rows: Any, expected: str) -> None:
+    """Flux: of text and image the image's rows; or the first token's."""
+    g = Build()
+    h = embedded(g)
+    end = g.op("add", h, branch(g, norm(g, h)))
+    last = end
+    for kind in kinds:
+        last = g.op("slice" if kind == "unknown" else kind, last, dtype="float32", shape=rows)
+        last.shape = None if kind == "unknown" else rows
+    y = g.op("rms_norm", last, axes=(len(rows) - 1,), eps=1e-5)
+    assert places(g, linear(g, y))[-1] == expected
+
+
+def test_rows_of_a_stream_that_goes_on_are_not_its_end() -> None:
+    g = Build()
+    h = embedded(g)
+    middle = g.op("add", h, branch(g, norm(g, h)))
+    side = linear(g, norm(g, g.op("slice", middle, shape=ROWS)))
+    end = g.op("add", middle, branch(g, norm(g, middle)))
+    assert places(g, side, end) == ["pre", "other", "pre"]
+
+
 def heads(g: Build, v: Value) -> Value:
     return g.op("transpose", g.op("reshape", v, shape=("B", "S", 4, 16)), perm=(0, 2, 1, 3), shape=("B", 4, "S", 16))
 
@@ -109,6 +137,18 @@ def test_norms_of_query_and_key() -> None:
     sites = recognise(h.graph).sites
     place(h.graph, sites)
     assert recipe(sites) == "RMSNorm, QK-norm over the full width"
+
+
+@pytest.mark.parametrize("kind", ["activation", "max"])
+def test_norms_of_query_and_key_of_linear_attention(kind: str) -> None:
+    g = Build()
+    zero = g.graph.leaf("0", (), "float32", number=0.0, fixed=True)
+    q, k = (g.op(kind, head_norm(g, heads(g, linear(g, g.x))), *[zero] * (kind == "max")) for _ in range(2))
+    turned = g.op("transpose", k, perm=(0, 1, 3, 2), shape=("B", 4, 16, "S"))
+    whole = g.op("matmul", turned, heads(g, linear(g, g.x)), shape=("B", 4, 16, 16))
+    assert places(g, g.op("matmul", q, whole, shape=("B", 4, "S", 16))) == ["qk", "qk"]
+    h = Build()
+    assert places(h, linear(h, h.op("activation", norm(h, linear(h, h.x))))) == ["other"]
 
 
 @pytest.mark.parametrize("spell", [lambda g, v: op(g, v), norm])

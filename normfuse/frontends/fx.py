@@ -18,7 +18,7 @@ from torch import fx
 from normfuse.frontends import fx_effects
 from normfuse.frontends.fx_call import Call, fold
 from normfuse.frontends.fx_meta import MISSING, Symbol, dtype_of, is_tensor, label, meta_of, shape_of
-from normfuse.frontends.fx_ops import MODULES, OPS
+from normfuse.frontends.fx_ops import ATTENTION, MODULES, OPS
 from normfuse.graph import Graph, Shape, Value
 
 NORMS = (torch.nn.LayerNorm, torch.nn.RMSNorm, torch.nn.GroupNorm)
@@ -205,7 +205,9 @@ class Lowering:
             module = self.module.get_submodule(str(node.target))
             whole = not fx_effects.hooked(module) or not isinstance(module, (*NORMS, torch.nn.Identity, torch.nn.ReLU))
             return MODULES.get(type(module)) if whole else None
-        return OPS.get(fx_effects.name_of(node) or "")
+        name = fx_effects.name_of(node) or ""
+        foreign = "::" in name and ("attn" in name.lower() or "attention" in name.lower())
+        return ATTENTION if foreign else OPS.get(name)
 
     def _scalar(self, node: fx.Node, meta: Any) -> None:
         """A size, a flag or nothing: a plain number is a constant; what reads a tensor keeps it alive."""

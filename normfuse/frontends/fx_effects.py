@@ -55,6 +55,8 @@ _DROPOUT = frozenset(
     """dropout dropout_ native_dropout alpha_dropout feature_dropout feature_alpha_dropout dropout1d dropout2d
     dropout3d""".split()
 )
+FLEX = "flex_attention"
+"""The higher-order operator of torch's attention: what its functions write torch refuses, and its results are new."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -92,6 +94,8 @@ def name_of(node: fx.Node) -> str | None:
         full = target._schema.name if isinstance(target, OpOverload) else target._qualified_op_name
         namespace, _, name = full.partition("::")
         return name if namespace in ("aten", "prims") else f"{namespace}::{name}"
+    if isinstance(target, HigherOrderOperator):
+        return FLEX if str(target) == FLEX else None
     try:
         place = f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', '')}"
         return functions().get(target) or LATE.get(place)  # type: ignore[arg-type]
@@ -131,6 +135,8 @@ def written(node: fx.Node) -> list[fx.Node]:
     if node.op not in ("call_function", "call_method", "call_module"):
         return []
     hidden = _hidden_writes(node)
+    if name_of(node) == FLEX:
+        return []
     if isinstance(node.target, OpOverload):
         return hidden + _schema_writes(node, node.target)
     out = hidden + nodes_in(node.kwargs.get("out"))
@@ -300,6 +306,8 @@ def shared(node: fx.Node) -> list[fx.Node]:
     if name is None or name in _SHARES_ALL:
         return list(node.all_input_nodes)
     if name == "getitem" and any(is_tensor(meta_of(n)) for n in nodes_in(node.args[1:])):
+        return []
+    if name == FLEX:
         return []
     first = nodes_in(node.args[:1]) or list(node.all_input_nodes)
     if name in _SHARES_FIRST:

@@ -322,6 +322,9 @@ OPS: dict[str, Row] = by_name(
 )
 """Bare name of a torch function, method or aten operator -> how to lower it."""
 
+ATTENTION = role("attention")
+"""Of an operator of another library with attention in its name, such as FlashAttention's."""
+
 MODULES: dict[type[nn.Module], Row] = {
     nn.LayerNorm: norms.norm_module("layer_norm"),
     nn.RMSNorm: norms.norm_module("rms_norm"),

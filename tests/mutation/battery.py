@@ -30,8 +30,8 @@ MODULES = ("test_recognise", "test_facts", "test_layouts", "test_transfer", "tes
            "test_recognise_roundings", "test_residual", "test_passes", "test_passes_add_norm", "test_passes_single",
            "test_plan", "test_placement", "test_placement_walks", "test_placement_names", "test_centring_rules",
            "test_folding_rules", "test_conversion_plan", "test_conversion_rules", "test_neutral", "test_near_misses",
-           "test_fusions", "test_onnx_fusions", "test_centring", "test_layernorm_to_rmsnorm", "test_parts",
-           "test_two_layouts")  # fmt: skip
+           "test_fusions", "test_qk_norm", "test_onnx_fusions", "test_centring", "test_layernorm_to_rmsnorm",
+           "test_parts", "test_two_layouts")  # fmt: skip
 SLOW = 1.0
 """Seconds that a case may take; another part of the tests has to do what slower ones do."""
 LEFT_OUT = ("test_mutation", "is_linear", "stays_linear", "torch_is_not", "compiled", "compiles", "real_model",
