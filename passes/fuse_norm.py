@@ -9,7 +9,8 @@ operator, and other roundings, instead. Where the plain operator will not do, an
 A norm is left where the front end says that nothing is gained, and refused, with a code, when
 - it has such an order of roundings and there are no functions (NF117);
 - the runtime form cannot express it (the front end says why);
-- a value inside it is read elsewhere, so that its reductions would be computed twice (NF116).
+- a value inside it is read elsewhere, so that its reductions would be computed twice, or it is a step of a norm that
+  stands there as the front end would write it (NF116).
 """
 
 from __future__ import annotations
@@ -37,8 +38,15 @@ class FuseNorm:
     def __call__(self, plan: Plan) -> None:
         """Add an edit for each site that can be fused, a refusal for each that cannot."""
         chosen: list[Replace] = []
-        for site in plan.free():
-            if self.can.done(site):
+        free = plan.free()
+        done = {site for site in free if self.can.done(site)}
+        within = {v: site for site in done for node in region(site.value, site.norm) for v in node.outputs}
+        for site in free:
+            if site in done:
+                continue
+            if site.value in within:  # x - mean(x) of a norm that stands there, where x is nearly a norm itself
+                message = f"it is a step of the norm {within[site.value].label}, which stands there already"
+                plan.refuse(site, Refusal("NF116", site.label, message))
                 continue
             reason = self.can.leave(site, False) if self.can.leave is not None else None
             if reason is not None:

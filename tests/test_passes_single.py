@@ -45,6 +45,24 @@ def test_a_norm_that_is_done_stays() -> None:
     assert not plan.edits() and not plan.refused and not plan.left
 
 
+def test_a_step_of_a_norm_that_is_done_stays() -> None:
+    """(x + mean(x)) * rstd is none, but it is one that its mean is taken from, which is the first step of another."""
+    g = Build()
+    centre = g.op("sub", g.x, g.mean(g.x))
+    r = g.op("rsqrt", g.op("add", g.mean(g.op("square", centre)), g.c(1e-3)))
+    v = g.op("mul", g.op("add", g.x, g.mean(g.x)), r)
+    step = g.op("sub", v, g.mean(v))
+    y = g.op("mul", step, rstd(g, step))
+    plan = start(g, y)
+    assert [site.value for site in plan.found.sites] == [step, y]
+    FuseNorm(able(done=lambda site: site.value is y))(plan)
+    assert not plan.edits() and list(plan.refused.values()) == [
+        Refusal("NF116", step.name, f"it is a step of the norm {y.name}, which stands there already")]
+    plan.refused.clear()
+    FuseNorm(able())(plan)
+    assert [edit.site.value for edit in plan.replace] == [y] and [r.code for r in plan.refused.values()] == ["NF116"]
+
+
 def test_a_norm_that_is_an_operator_stays_where_nothing_is_to_be_gained() -> None:
     _g, _y, plan = single(operator)
     FuseNorm(able())(plan)

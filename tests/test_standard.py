@@ -90,6 +90,21 @@ def test_what_has_these_operators_is_kept(tmp_path: Path) -> None:
     assert (tmp_path / "out.onnx").read_bytes() == (tmp_path / "in.onnx").read_bytes()
 
 
+def test_a_step_of_a_norm_is_no_norm_of_its_own_the_second_time(tmp_path: Path) -> None:
+    """x + mean(x) is normalised, which makes the first step of the next norm, n - mean(n), one of x."""
+    first = ("c = ReduceMean<axes=[-1]>(x) p = Add(x, c) d = Sub(x, c) q = Mul(d, d) m = ReduceMean<axes=[-1]>(q) "
+             "e = Add(m, large) r = Sqrt(e) n = Div(p, r) ")
+    twice = layer("n", "y", 13).replace("y_q = Mul(y_d, y_d)", "y_f = Sub(n, y_c) y_q = Mul(y_f, y_f)")
+    made = model("float[2,3,16] x", first + twice, "float[2,3,16] y", 13,
+                 w=numbers(16), v=numbers(16), large=np.array(0.1, np.float32))  # fmt: skip
+    onnx.save(made, tmp_path / "in.onnx")
+    report = normfuse.rewrite(tmp_path / "in.onnx", tmp_path / "out.onnx", STANDARD)
+    assert sorted(n.action for n in report.norms) == ["fused", "refused", "refused"]  # both subtractions
+    after = normfuse.rewrite(tmp_path / "out.onnx", tmp_path / "again.onnx", STANDARD)
+    assert sorted(n.action for n in after.norms) == ["kept", "refused"]
+    assert (tmp_path / "again.onnx").read_bytes() == (tmp_path / "out.onnx").read_bytes()
+
+
 def again(made: onnx.ModelProto, folder: Path, feeds: dict[str, Any], **config: Any,
           ) -> tuple[onnx.ModelProto, normfuse.Report]:  # fmt: skip
     """The rewrite of a file, as `rewritten`: with equal outputs, in standard operators alone."""
