@@ -275,8 +275,11 @@ class _Recogniser:
             if any(key in done for root in roots for key in self.facts.get(root.value.index, ()))
         }  # fmt: skip
         said: set[tuple[str, str]] = set()
+        reductions = {node.index: node for node in self.graph.nodes if node.index in self.seeds}
         for i in sorted(self.seeds):
             if i in covered or all(root.value.fixed for root in self.seeds[i]):  # a weight norm, which is taken once
+                continue
+            if all(map(_of_all, self.seeds[i])) and not _rooted(reductions[i], unknown=True):  # a mean squared error
                 continue
             found = [m for root in self.seeds[i] for m in self.misses.get(root.key(), ())]
             if not found:
@@ -291,8 +294,9 @@ class _Recogniser:
         self.out.refusals.extend(Refusal(*note) for note in self.graph.notes)
 
 
-def _rooted(node: Node) -> bool:
-    """Whether a root is taken of what a statistic goes into. Of so many readers that nobody looks at all, one may."""
+def _rooted(node: Node, unknown: bool = False) -> bool:
+    """Whether a root is taken of what a statistic goes into, or what is `unknown` may do so. Of so many readers that
+    nobody looks at all, one may."""
     todo, seen = [node], {node.index}
     for one in todo:
         power = one.inputs[1].number if one.kind == "pow" else 1.0
@@ -302,7 +306,14 @@ def _rooted(node: Node) -> bool:
             readers = [user for out in one.outputs for user in out.uses if user.index not in seen]
             seen.update(user.index for user in readers)
             todo += readers
+        elif unknown:
+            return True
     return False
+
+
+def _of_all(root: Root) -> bool:
+    """A statistic of a whole tensor."""
+    return root.value.shape is not None and all(d == 1 or i in root.axes for i, d in enumerate(root.value.shape))
 
 
 def _single(value: Value) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -96,6 +97,29 @@ def test_a_mean_that_meets_another_tensor_is_not_told() -> None:
     g = Build()
     found = g.found(g.op("add", g.mean(g.x), leaf(g, "B", "S", 64)))
     assert not found.refusals and all(found.facts.values())
+
+
+@pytest.mark.parametrize(("spell", "axes", "told"), [
+    (lambda g, v: v, (0, 1, 2), False), (lambda g, v: g.op("mul", v, g.c(2.0)), (0, 1, 2), False),
+    (lambda g, v: v, (1, 2), True),
+    (lambda g, v: g.op("rsqrt", v), (0, 1, 2), True), (lambda g, v: g.op("opaque", v), (0, 1, 2), True),
+    (lambda g, v: g.op("pow", v, g.c(0.5)), (0, 1, 2), True),
+])  # fmt: skip
+def test_a_loss_of_two_mean_squared_errors_is_nearly_no_norm(spell: Callable[[Build, Value], Value], axes: Any,
+                                                                  told: bool) -> None:  # fmt: skip
+    """Of a vector quantizer: mean(a^2) + b mean(c^2), over all there is, and no root taken of it."""
+    g = Build((2, 3, 64))
+    z = leaf(g, 2, 3, 64)
+    a, c = (g.mean(g.op("square", v), axes, keepdims=len(axes) < 3) for v in (g.x, z))
+    found = g.found(spell(g, g.op("add", a, g.op("mul", c, g.c(0.25)))))
+    assert bool(found.refusals) is told and not found.sites
+
+
+def test_an_axis_of_one_is_in_every_whole() -> None:
+    g = Build((1, 1, 64))
+    z = leaf(g, 1, 1, 64)
+    found = g.found(g.op("add", *(g.mean(g.op("square", v)) for v in (g.x, z))))
+    assert not found.refusals and not found.sites
 
 
 def test_the_first_seed_without_a_miss_does_not_hide_the_next() -> None:
