@@ -86,6 +86,8 @@ class Graph:
     count: int = 0
     notes: list[tuple[str, str, str]] = field(default_factory=list)
     """(code, node, message): what the front end itself had to refuse."""
+    typed: bool = False
+    """Whether each number has the type of what it is added to, as ONNX's have; a number of Python's is not rounded."""
 
     def leaf(self, name: str, shape: Shape | None, dtype: str | None, **more: Any) -> Value:
         """Add a value that no node computes."""

@@ -198,6 +198,13 @@ def exact(weight: Poly) -> bool:
     return powers and all(e > 0 for key in weight for _, e in key)
 
 
+def kept(eps: float, dtype: str) -> bool:
+    """Whether a type holds a number as exactly as float32 does, and does not round it, to 0 at last."""
+    least = {"float16": -24, "bfloat16": -133}.get(dtype, -149)
+    step = 2.0 ** max(math.frexp(eps)[1] - PRECISION.get(dtype, 24), least)
+    return abs(round(eps / step) * step - eps) <= NEAR * eps
+
+
 def region(value: Value, norm: Norm) -> list[Node]:
     """The nodes between the root of a norm and a value, last first."""
     stop = {norm.x, *norm.parameters()}

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from normfuse.facts import MEAN, ONE, ZERO, Atom, Fact, Poly, Refused, RootKey
+from normfuse.facts import MEAN, ONE, ZERO, Atom, Fact, Poly, Refused, RootKey, number
 from normfuse.graph import PRECISION, Graph, Value
-from normfuse.norm import NEAR, VIEWS, Expr, Match, Norm, Site, exact, is_op, match, precision, region
+from normfuse.norm import NEAR, VIEWS, Expr, Match, Norm, Site, exact, is_op, kept, match, precision, region
 from normfuse.transfer import identity_layout
 
 MAX_ROUNDS = 8
@@ -156,6 +156,8 @@ class Chooser:
                 rounded = _bits(compute) < 24 or (cast == "first" and _bits(value.dtype) < 24)
                 if rounded and not exact(found.weight):
                     raise Refused("NF117", "a constant factor or 1/weight would be rounded to a narrow type")
+                if self.graph.typed and _bits(compute) < 24 and not kept(found.eps, compute):
+                    raise Refused("NF117", f"its eps of {number(found.eps)} would be rounded to {compute}")
             except Refused as why:
                 why_not = why.message
                 continue

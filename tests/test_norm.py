@@ -8,7 +8,7 @@ import pytest
 
 from normfuse.facts import M2, MEAN, MEAN_SQ, ONE, SQ_MEAN, ZERO, Fact, Poly, Root, add, mul, power, scale
 from normfuse.graph import Value
-from normfuse.norm import Norm, exact, is_op, match, precision, reads_x, region
+from normfuse.norm import Norm, exact, is_op, kept, match, precision, reads_x, region
 from tests.algebra import PB, PW, RSTD, UNDER, VAR, W, half, line, refusal
 from tests.build import Build
 
@@ -99,6 +99,17 @@ def test_precision(x: str, trace: Any, types: str, want: Any) -> None:
 def test_powers_of_two_are_exact() -> None:
     assert exact({ONE: 0.125, PW: -4.0}) and exact(ZERO) and not exact({ONE: 1.0, PW: 3.0}) and not exact({ONE: -0.75})
     assert exact({((W, 2.0),): 1.0}) and not exact({((W, -1.0),): 1.0})
+
+
+@pytest.mark.parametrize(("eps", "dtype", "holds"), [
+    (1e-5, "float32", True), (1e-5, "float64", True), (1e-45, "float32", False), (0.0, "float16", True),
+    (2.0**-10 + 2.0**-20, "float16", True), (2.0**-10 + 2.0**-21, "float16", False), (1e-5, "float16", False),
+    (2.0**-10 + 2.0**-17, "bfloat16", True), (2.0**-10 + 2.0**-18, "bfloat16", False),
+    (2.0**-24, "float16", True), (3 * 2.0**-24, "float16", True), (2.0**-25, "float16", False),  # the least there are
+    (2.0**-25, "bfloat16", True), (2.0**-133, "bfloat16", True), (2.0**-134, "bfloat16", False),
+])  # fmt: skip
+def test_an_eps_that_a_type_holds(eps: float, dtype: str, holds: bool) -> None:
+    assert kept(eps, dtype) is holds
 
 
 def test_what_an_operator_reads() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import pytest
 
+from normfuse.facts import number
 from normfuse.graph import Value
 from normfuse.recognise import Recognition
 from tests.build import Build, codes, rms
@@ -39,6 +41,23 @@ def test_a_factor_that_would_be_rounded_stays_outside() -> None:
     assert described(found)[0][0] == y.name
     _g, (_m, y), found = half(lambda g, n: (m := g.op("mul", n, g.c(3.0)), g.op("cast", m, dtype="float16")))
     assert described(found) == [(y.name, "float32", "last", "float16")]
+
+
+@pytest.mark.parametrize(("factor", "typed", "dtype", "cast"), [
+    (3.0, True, "float16", "mixed"), (3.0, False, "float16", "none"),  # a number of Python's is not rounded
+    (4.0, True, "float16", "none"), (4096.0, True, "float16", "mixed"), (3.0, True, "float32", "none"),
+])  # fmt: skip
+def test_an_eps_that_would_be_rounded_is_no_operator_s(factor: float, typed: bool, dtype: str, cast: str) -> None:
+    """Of x times a factor, in the layout of x: (factor^2 mean(x^2) + eps) is factor^2 (mean(x^2) + eps / factor^2)."""
+    g = Build(dtype=dtype)
+    g.graph.typed = typed
+    v = g.op("mul", g.op("transpose", g.x, perm=(0, 2, 1), shape=("B", 64, "S")), g.c(factor, dtype))
+    m = g.op("mean", g.op("square", v), shape=("B", 1, "S"), axes=(1,), keepdims=True)
+    n = g.op("mul", v, g.op("rsqrt", g.op("add", m, g.c(2.0**-10 + 2.0**-20, dtype))))
+    found = g.found(g.op("transpose", n, perm=(0, 2, 1), shape=("B", "S", 64)))
+    (site,) = found.sites
+    assert (site.norm.cast, site.norm.compute) == (cast, "float32" if cast == "mixed" else dtype)
+    assert (site.mixed == f"its eps of {number(site.norm.eps)} would be rounded to float16") is (cast == "mixed")
 
 
 def test_a_part_that_two_norms_have_in_common_is_one_site() -> None:

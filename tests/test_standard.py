@@ -296,6 +296,28 @@ def test_inside_a_sequence_map(kind: str, tmp_path: Path) -> None:
     assert [n.action for n in report.norms] == ["fused"] and alone(onnx.load(tmp_path / "out.onnx"))
 
 
+@pytest.mark.parametrize(("target", "numerics", "made"), [
+    ("standard", "exact", ""), ("standard", "fast", "Cast, Mul, ReduceMean, Add, Sqrt, Div, Cast"),
+    ("onnx", "exact", "function normfuse.rms_norm_as_written"),
+    ("onnx", "fast", "Cast, function normfuse.rms_norm, Cast"),
+])  # fmt: skip
+def test_an_eps_that_float16_does_not_hold(target: Any, numerics: Any, made: str, tmp_path: Path) -> None:
+    """eps / 300^2 would be 0 there, and rows of zeros NaN; found without a check of what was written, too."""
+    lines = ("t = Transpose<perm=[0,2,1]>(x) a = Mul(t, s) q = Mul(a, a) m = ReduceMean<axes=[-1]>(q) e = Add(m, eps) "
+             "r = Sqrt(e) n = Div(a, r) y = Transpose<perm=[0,2,1]>(n)")
+    half = {"s": np.array(300, np.float16), "eps": np.array(1e-6, np.float16)}
+    made_of = model("float16[2,3,16] x", lines, "float16[2,3,16] y", 13, s=half["s"], eps=half["eps"])
+    onnx.save(made_of, tmp_path / "in.onnx")
+    config = normfuse.Config(target=target, numerics=numerics, verify="off")
+    report = normfuse.rewrite(tmp_path / "in.onnx", tmp_path / "out.onnx", config)
+    assert [n.emitted for n in report.norms] == [made] and [r.code for r in report.refusals] == ["NF117"] * (not made)
+    x = numbers(2, 3, 16).astype(np.float16)
+    x[0], x[1] = 0, x[1] * np.float16(1e-3)
+    was, now = (session(tmp_path / name).run(None, {"x": x})[0] for name in ("in.onnx", "out.onnx"))
+    assert not np.isnan(was).any() and np.abs(was[1]).max() > 0.5
+    np.testing.assert_allclose(now, was, rtol=2**-9, atol=0)
+
+
 def test_a_norm_less_exact_than_the_model_is_refused(tmp_path: Path) -> None:
     """As one whose roundings have no operator: a function would keep them."""
     lines = f"{ROOT.format('x')} i = Reciprocal(r) n = Mul(x, i) y = Mul(n, w)"

@@ -53,7 +53,7 @@ class Values:
         self.arrays: dict[ir.Value, Array] = {}
         self.stated: set[str] | None = None
         self.sizes: dict[ir.Value, Shape] = {}  # what is known of small integer vectors that hold sizes
-        self.graph = Graph(source.name or "")
+        self.graph = Graph(source.name or "", typed=True)
         if outer is not None and part:
             self.graph, self.values, self.arrays, self.sizes = outer.graph, outer.values, outer.arrays, outer.sizes
         self.call: ir.Node | None = None
