@@ -142,6 +142,23 @@ def test_what_the_model_computes_twice_stays(lines: str, tmp_path: Path) -> None
     assert {n.SerializeToString() for n in made.graph.node[:-6]} <= {n.SerializeToString() for n in done.graph.node}
 
 
+def test_what_a_norm_computes_too_is_merged_where_something_is_nearly_one(tmp_path: Path) -> None:
+    """As it would be when the result is read again: the cast of the norm, and that of the sum."""
+    lines = ("h = Identity(x) c = Cast<to=1>(h) q = Mul(c, c) m = ReduceMean<axes=[-1]>(q) e = Add(m, eps) r = Sqrt(e) "
+             "n = Div(c, r) k = Mul(n, w) y = Cast<to=10>(k) d = Cast<to=1>(x) u = Add(d, d) ")
+    clamped = "i = Mul(s, s) j = ReduceMean<axes=[-1]>(i) f = Max(j, large) o = Sqrt(f) z = Div(s, o)"
+    for near in (True, False):
+        made = model("float16[2,3,16] x, float[2,3,16] s", lines + (clamped if near else "z = Neg(s)"),
+                     "float16[2,3,16] y, float[2,3,16] z, float[2,3,16] u", 13, w=numbers(16),
+                     large=np.array(0.1, np.float32))  # fmt: skip
+        onnx.save(made, tmp_path / "in.onnx")
+        report = normfuse.rewrite(tmp_path / "in.onnx", tmp_path / "out.onnx", STANDARD, overwrite=True)
+        assert report.fused == 1 and bool(report.refusals) is near
+        assert sum(op == "Cast" for op in ops(onnx.load(tmp_path / "out.onnx"))) == (2 if near else 3)
+        normfuse.rewrite(tmp_path / "out.onnx", tmp_path / "again.onnx", STANDARD, overwrite=True)
+        assert (tmp_path / "again.onnx").read_bytes() == (tmp_path / "out.onnx").read_bytes()
+
+
 @pytest.mark.parametrize("opset", [18, 23])
 def test_operators_of_onnx_runtime_are_spelled_out(opset: int, tmp_path: Path) -> None:
     """As its optimiser leaves them; those that are no norms are named."""

@@ -122,12 +122,15 @@ class OnnxModel:
 
     def _merge(self, rewrite: bool) -> int:
         """Merge nodes that compute the same twice, where a norm may be missed for them; how many."""
-        found = twins(self.model) if any(one.found.refusals for one in self.plans) else {}
+        found = twins(self.model) if self._misses() else {}
         if found and self._take():
             found = twins(self.model)
         if count := merge(found):
             self.read(rewrite)
         return count
+
+    def _misses(self) -> bool:
+        return any(one.found.refusals for one in self.plans)
 
     def _lay(self, rewrite: bool) -> int:
         """Write norms that are in two layouts in one, until there are none: two may share a node; how many."""
@@ -332,7 +335,10 @@ class OnnxModel:
                 self._again(low, one)
         edited = self._edit()
         if self.spelled and self.emitter.inline:  # several norms of one value; what the model has stays as it is
-            merge({node: one for node, one in twins(self.model).items() if node in self.spelled})
+            found = twins(self.model)
+            merge({node: one for node, one in found.items() if node in self.spelled})
+            if self._misses():  # as they are when this is read again
+                self.merged += merge({node: one for node, one in found.items() if node not in self.spelled})
         self.respelled += outline(self.model, self.lowerings, self.softmaxes, self.opset)
         self.respelled += summed(self.lowerings, self.table)
         inlined = self.inlined and self.emitter.inline
