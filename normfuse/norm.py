@@ -200,6 +200,8 @@ def exact(weight: Poly) -> bool:
 
 def kept(eps: float, dtype: str) -> bool:
     """Whether a type holds a number as exactly as float32 does, and does not round it, to 0 at last."""
+    if not math.isfinite(eps):
+        return False
     least = {"float16": -24, "bfloat16": -133}.get(dtype, -149)
     step = 2.0 ** max(math.frexp(eps)[1] - PRECISION.get(dtype, 24), least)
     return abs(round(eps / step) * step - eps) <= NEAR * eps

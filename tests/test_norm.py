@@ -106,7 +106,8 @@ def test_powers_of_two_are_exact() -> None:
     (2.0**-10 + 2.0**-20, "float16", True), (2.0**-10 + 2.0**-21, "float16", False), (1e-5, "float16", False),
     (2.0**-10 + 2.0**-17, "bfloat16", True), (2.0**-10 + 2.0**-18, "bfloat16", False),
     (2.0**-24, "float16", True), (3 * 2.0**-24, "float16", True), (2.0**-25, "float16", False),  # the least there are
-    (2.0**-25, "bfloat16", True), (2.0**-133, "bfloat16", True), (2.0**-134, "bfloat16", False),
+    (float("inf"), "float16", False), (2.0**-25, "bfloat16", True),
+    (2.0**-133, "bfloat16", True), (2.0**-134, "bfloat16", False),
 ])  # fmt: skip
 def test_an_eps_that_a_type_holds(eps: float, dtype: str, holds: bool) -> None:
     assert kept(eps, dtype) is holds
