@@ -88,6 +88,10 @@ def broadcast(a: Layout, b: Layout) -> Layout:
     return tuple(out)
 
 
+SCALED = "float16 of x scaled down"
+"""A type that no operator computes in: there the square of x itself, from 256 on, would be infinite."""
+
+
 def _dtype(node: Node) -> str:
     return node.outputs[0].dtype or "?"
 
@@ -151,7 +155,10 @@ def _mul(node: Node, facts: list[Fact]) -> Fact:  # (a1 x + b1)(a2 x + b2) = a1 
     alpha = add(mul(f.alpha, g.beta), mul(f.beta, g.alpha))
     if "norm" in events and all(abs(abs(c) - 1.0) <= 1e-6 for c in alpha.values()):
         f, g = _unscaled(f, _dtype(node)), _unscaled(g, _dtype(node))
-    return _combine(node, f, g, kappa, alpha, mul(f.beta, g.beta), events)
+    made = _combine(node, f, g, kappa, alpha, mul(f.beta, g.beta), events)
+    if f.linear and g.linear and _dtype(node) == "float16" and 0.0 < kappa.get(ONE, 0.0) < 1.0 - 1e-6:
+        made = replace(made, types=made.types | {SCALED})
+    return made
 
 
 def _unscaled(f: Fact, dtype: str) -> Fact:

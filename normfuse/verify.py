@@ -49,7 +49,8 @@ class Check:
 
 
 def rows(shape: tuple[int, ...], dtype: str, seed: int = 0) -> Iterator[tuple[str, Array]]:
-    """Inputs in float64, exactly representable in the dtype: random, offset, large mean, tiny, large, zero, a spike."""
+    """Inputs in float64, exactly representable in the dtype: random, offset, large mean, tiny, large, zero, a spike; of
+    float16 also some whose squares it has not, which what keeps them finite has to do still."""
     rng = np.random.default_rng(seed)
     normal = rng.standard_normal(shape)
     large = 1e4 if dtype != "float16" else 100.0
@@ -65,6 +66,8 @@ def rows(shape: tuple[int, ...], dtype: str, seed: int = 0) -> Iterator[tuple[st
         ("spike", spike),
     ):
         yield name, representable(array, dtype)
+    if dtype == "float16":
+        yield "very large", representable(normal * 5e3, dtype)
 
 
 def representable(array: Array, dtype: str) -> Array:

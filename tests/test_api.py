@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 import normfuse
+from normfuse.verify import compare
 from tests.families import FAMILIES, cached_export, dynamo_graphs, exported_program
 from tests.spelling_files import session
 from tests.share import share
@@ -220,3 +222,19 @@ def test_the_result_does_not_depend_on_hash_seeds(target: str, tmp_path: Path) -
 def test_config_says_what_it_knows(option: str, value: object, error: type[Exception]) -> None:
     with pytest.raises(error, match=str(value)):
         normfuse.Config(**{option: value})  # type: ignore[arg-type]
+
+
+def test_the_check_has_rows_that_float16_cannot_square() -> None:
+    """x / sqrt(mean((x/512)^2)) in float16, and what is the same function and infinite on the way."""
+
+    def scaled(factor: float) -> Callable[[Any, bool], Any]:
+        def norm(x: Any, wide: bool) -> Any:
+            x = x.astype(np.float64 if wide else np.float16)
+            root = np.sqrt(np.mean((x * x.dtype.type(factor)) ** 2, -1, keepdims=True) + x.dtype.type(factor**2 / 16))
+            return x / root * x.dtype.type(factor)
+
+        return norm
+
+    found = compare(scaled(1 / 512), scaled(1 / 4), (4, 64), "float16", "float16")
+    assert not found.ok and found.same and "very large" in found.message
+    assert compare(scaled(1.0), scaled(1 / 16), (4, 64), "float16", "float16").ok  # which is better than it was

@@ -12,6 +12,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
+from onnx.reference import ReferenceEvaluator
 
 import normfuse
 from normfuse import fastest
@@ -333,6 +334,25 @@ def test_an_eps_that_float16_does_not_hold(target: Any, numerics: Any, made: str
     was, now = (session(tmp_path / name).run(None, {"x": x})[0] for name in ("in.onnx", "out.onnx"))
     assert not np.isnan(was).any() and np.abs(was[1]).max() > 0.5
     np.testing.assert_allclose(now, was, rtol=2**-9, atol=0)
+
+
+@pytest.mark.parametrize("verify", ["sites", "off"])
+@pytest.mark.parametrize(("target", "numerics", "made"), [
+    ("standard", "exact", ""), ("standard", "fast", "Cast, Pow, ReduceMean, Add, Sqrt, Div, Mul, Cast"),
+    ("onnx", "exact", "function normfuse.rms_norm_as_written"),
+    ("onnx", "fast", "Cast, function normfuse.rms_norm, Cast"),
+])  # fmt: skip
+def test_squares_that_a_scale_keeps_finite_in_float16(target: Any, numerics: Any, made: str, verify: Any) -> None:
+    """64 x (mean(x^2) + 4096 eps)^-1/2 of rows of 300, of whose squares float16 has none but those / 64^2."""
+    lines = "a = Mul(x, s) q = Mul(a, a) m = ReduceMean<axes=[-1]>(q) e = Add(m, eps) r = Sqrt(e) y = Div(x, r)"
+    half = {"s": np.array(1 / 64, np.float16), "eps": np.array(1e-5, np.float16)}
+    given = model("float16[2,3,16] x", lines, "float16[2,3,16] y", 13, s=half["s"], eps=half["eps"])
+    result, report = normfuse.optimize(given, normfuse.Config(target=target, numerics=numerics, verify=verify))
+    assert [n.emitted for n in report.norms] == [made] and [r.code for r in report.refusals] == ["NF117"] * (not made)
+    x = 300 + numbers(2, 3, 16).astype(np.float16)
+    was, now = (np.asarray(ReferenceEvaluator(one).run(None, {"x": x}))[0] for one in (given, result))
+    assert (was > 63).all() and now.dtype == np.float16
+    np.testing.assert_allclose(now, was, rtol=2**-8, atol=0)
 
 
 def test_a_norm_less_exact_than_the_model_is_refused(tmp_path: Path) -> None:

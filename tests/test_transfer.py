@@ -11,6 +11,7 @@ import pytest
 from normfuse.facts import M2, MEAN, MEAN_SQ, ONE, SQ_MEAN, ZERO, Fact, Poly, Refused, Root, formula, power
 from normfuse.graph import Value
 from normfuse.norm import match
+from normfuse.transfer import SCALED
 from tests.algebra import (
     BOTH, C5, LAST, PARAM, PW, ROOT_KEY, ROW, RSTD, S, UNDER, VAR, W, WHOLE, X, apply, half, hx, leaf, line,
     refusal, stat, wide, x1,
@@ -208,6 +209,18 @@ def test_traces_of_elementwise_results() -> None:
     assert negative.trace == (("weight", "float16"),) and negative.types == frozenset()
     less = apply("neg", line(ZERO, ZERO, {ONE: 1.0}, trace=(("weight", "float16"), ("cast", "float64"))))
     assert less.trace == () and less.types == {"float32", "float16"}
+
+
+@pytest.mark.parametrize(("factor", "dtype", "scaled"), [
+    (0.5, "float16", True), (-0.5, "float16", True), (1.0, "float16", False), (2.0, "float16", False),
+    (1.0 - 1e-7, "float16", False), (0.5, "bfloat16", False), (0.5, "float32", False),
+])  # fmt: skip
+def test_a_square_of_x_scaled_down_in_float16(factor: float, dtype: str, scaled: bool) -> None:
+    """(x / 64)^2 is finite where x^2 is not."""
+    part = line({ONE: factor})
+    assert apply("mul", part, part, dtype=dtype).types == {dtype} | ({SCALED} if scaled else set())
+    assert SCALED not in apply("mul", part, stat({ONE: 0.25}), dtype=dtype).types  # and this is no square
+    assert SCALED not in apply("mul", line(ZERO, ZERO, {ONE: factor}), stat({ONE: 0.25}), dtype=dtype).types
 
 
 @pytest.mark.parametrize(("kind", "fact", "axes", "text"), [
