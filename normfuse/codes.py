@@ -136,7 +136,8 @@ CODES: dict[str, Code] = {
         "roundings that no operator has",
         "It is a norm mathematically, but its casts stand where no operator rounds, so that fusing would change "
         "low bits. Examples: squares taken in float16 and averaged in float32; a cast between the weight and the bias; "
-        "statistics in one type and the division in another.",
+        "statistics in one type and the division in another; squares of x / 64 in float16, where those of x are "
+        "infinite.",
         "Compute the whole norm in float32 and cast once, before the weight or after it; or let small changes happen "
         "with --numerics fast.",
     ),
