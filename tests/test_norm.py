@@ -8,7 +8,7 @@ import pytest
 
 from normfuse.facts import M2, MEAN, MEAN_SQ, ONE, SQ_MEAN, ZERO, Fact, Poly, Root, add, mul, power, scale
 from normfuse.graph import Value
-from normfuse.norm import Norm, exact, is_op, kept, match, precision, reads_x, region
+from normfuse.norm import Norm, exact, is_op, kept, match, plain, precision, reads_x, region
 from tests.algebra import PB, PW, RSTD, UNDER, VAR, W, half, line, refusal
 from tests.build import Build
 
@@ -99,6 +99,14 @@ def test_precision(x: str, trace: Any, types: str, want: Any) -> None:
 def test_powers_of_two_are_exact() -> None:
     assert exact({ONE: 0.125, PW: -4.0}) and exact(ZERO) and not exact({ONE: 1.0, PW: 3.0}) and not exact({ONE: -0.75})
     assert exact({((W, 2.0),): 1.0}) and not exact({((W, -1.0),): 1.0})
+
+
+def test_a_parameter_as_it_is() -> None:
+    a, b = (Value(name, (64,), "float32") for name in "ab")
+    one = (1.0, ((a, 1),))
+    assert plain((one,))
+    for expr in ((one, one), ((2.0, ((a, 1),)),), ((1.0, ((a, 1), (b, 1))),), ((1.0, ((a, 2),)),), ((1.0, ()),), ()):
+        assert not plain(expr)
 
 
 @pytest.mark.parametrize(("eps", "dtype", "holds"), [
