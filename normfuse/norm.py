@@ -198,12 +198,15 @@ def exact(weight: Poly) -> bool:
     return powers and all(e > 0 for key in weight for _, e in key)
 
 
+LEAST = {"bfloat16": -133, "float16": -24, "float32": -149, "float64": -1074}
+"""The exponent of the least number of a type."""
+
+
 def kept(eps: float, dtype: str) -> bool:
     """Whether a type holds a number as exactly as float32 does, and does not round it, to 0 at last."""
-    if not math.isfinite(eps):
-        return False
-    least = {"float16": -24, "bfloat16": -133}.get(dtype, -149)
-    step = 2.0 ** max(math.frexp(eps)[1] - PRECISION.get(dtype, 24), least)
+    if dtype not in LEAST or not math.isfinite(eps):
+        return dtype not in LEAST
+    step = 2.0 ** max(math.frexp(eps)[1] - PRECISION[dtype], LEAST[dtype])
     return abs(round(eps / step) * step - eps) <= NEAR * eps
 
 

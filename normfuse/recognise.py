@@ -275,11 +275,11 @@ class _Recogniser:
             if any(key in done for root in roots for key in self.facts.get(root.value.index, ()))
         }  # fmt: skip
         said: set[tuple[str, str]] = set()
-        reductions = {node.index: node for node in self.graph.nodes if node.index in self.seeds}
         for i in sorted(self.seeds):
             if i in covered or all(root.value.fixed for root in self.seeds[i]):  # a weight norm, which is taken once
                 continue
-            if all(map(_of_all, self.seeds[i])) and not _rooted(reductions[i], unknown=True):  # a mean squared error
+            reduction = self.graph.nodes[i]
+            if _single(reduction.outputs[0]) and not _rooted(reduction, unknown=True):  # a mean squared error
                 continue
             found = [m for root in self.seeds[i] for m in self.misses.get(root.key(), ())]
             if not found:
@@ -309,11 +309,6 @@ def _rooted(node: Node, unknown: bool = False) -> bool:
         elif unknown:
             return True
     return False
-
-
-def _of_all(root: Root) -> bool:
-    """A statistic of a whole tensor."""
-    return root.value.shape is not None and all(d == 1 or i in root.axes for i, d in enumerate(root.value.shape))
 
 
 def _single(value: Value) -> bool:

@@ -156,7 +156,7 @@ class Chooser:
                 rounded = _bits(compute) < 24 or (cast == "first" and _bits(value.dtype) < 24)
                 if rounded and not exact(found.weight):
                     raise Refused("NF117", "a constant factor or 1/weight would be rounded to a narrow type")
-                if self.graph.typed and _bits(compute) < 24 and not kept(found.eps, compute):
+                if self.graph.typed and not kept(found.eps, compute):
                     raise Refused("NF117", f"its eps of {number(found.eps)} would be rounded to {compute}")
             except Refused as why:
                 why_not = why.message

@@ -156,7 +156,7 @@ def _mul(node: Node, facts: list[Fact]) -> Fact:  # (a1 x + b1)(a2 x + b2) = a1 
     if "norm" in events and all(abs(abs(c) - 1.0) <= 1e-6 for c in alpha.values()):
         f, g = _unscaled(f, _dtype(node)), _unscaled(g, _dtype(node))
     made = _combine(node, f, g, kappa, alpha, mul(f.beta, g.beta), events)
-    if f.linear and g.linear and _dtype(node) == "float16" and 0.0 < kappa.get(ONE, 0.0) < 1.0 - 1e-6:
+    if f.linear and g.linear and _dtype(node) == "float16" and abs(kappa.get(ONE, 1.0)) < 1.0 - 1e-6:
         made = replace(made, types=made.types | {SCALED})
     return made
 

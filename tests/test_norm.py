@@ -110,7 +110,8 @@ def test_a_parameter_as_it_is() -> None:
 
 
 @pytest.mark.parametrize(("eps", "dtype", "holds"), [
-    (1e-5, "float32", True), (1e-5, "float64", True), (1e-45, "float32", False), (0.0, "float16", True),
+    (1e-5, "float32", True), (1e-5, "float64", True), (2.0**-149, "float32", True), (2.0**-150, "float32", False),
+    (2.0**-150, "float64", True), (2.0**-1074, "float64", True), (1e-9, "int8", True), (0.0, "float16", True),
     (2.0**-10 + 2.0**-20, "float16", True), (2.0**-10 + 2.0**-21, "float16", False), (1e-5, "float16", False),
     (2.0**-10 + 2.0**-17, "bfloat16", True), (2.0**-10 + 2.0**-18, "bfloat16", False),
     (2.0**-24, "float16", True), (3 * 2.0**-24, "float16", True), (2.0**-25, "float16", False),  # the least there are

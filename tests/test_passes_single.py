@@ -53,14 +53,16 @@ def test_a_step_of_a_norm_that_is_done_stays() -> None:
     v = g.op("mul", g.op("add", g.x, g.mean(g.x)), r)
     step = g.op("sub", v, g.mean(v))
     y = g.op("mul", step, rstd(g, step))
-    plan = start(g, y)
-    assert [site.value for site in plan.found.sites] == [step, y]
+    z = scaled(g, rows(g, "z"))
+    plan = start(g, y, z)
+    assert [site.value for site in plan.found.sites] == [step, y, z]
     FuseNorm(able(done=lambda site: site.value is y))(plan)
-    assert not plan.edits() and list(plan.refused.values()) == [
+    assert [edit.site.value for edit in plan.replace] == [z] and list(plan.refused.values()) == [
         Refusal("NF116", step.name, f"it is a step of the norm {y.name}, which stands there already")]
     plan.refused.clear()
+    plan.clear()
     FuseNorm(able())(plan)
-    assert [edit.site.value for edit in plan.replace] == [y] and [r.code for r in plan.refused.values()] == ["NF116"]
+    assert [edit.site.value for edit in plan.replace] == [y, z] and [r.code for r in plan.refused.values()] == ["NF116"]
 
 
 def test_a_norm_that_is_an_operator_stays_where_nothing_is_to_be_gained() -> None:

@@ -85,7 +85,8 @@ def test_the_places_of_a_transformer(model: Callable[[Build], Value], expected: 
     (["slice"], ("B", "T", 64), "final"), (["gather"], ("B", 64), "final"),
     (["slice", "reshape", "cast", "slice"], ("B", "T", 64), "final"),
     (["slice"], ("B", "S", 32), "other"), (["slice"], ("B", "S", None), "other"),
-    (["unknown", "slice"], ROWS, "other"), (["activation"], ROWS, "other"),
+    (["unknown", "slice"], ROWS, "other"), (["unknown", "reshape", "slice"], ROWS, "other"),
+    (["activation"], ROWS, "other"),
 ])  # fmt: skip
 def test_a_norm_of_some_rows_of_the_end(kinds: list[str], rows: Any, expected: str) -> None:
     """Flux: of text and image the image's rows; or the first token's."""

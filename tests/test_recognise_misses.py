@@ -115,6 +115,13 @@ def test_a_loss_of_two_mean_squared_errors_is_nearly_no_norm(spell: Callable[[Bu
     assert bool(found.refusals) is told and not found.sites
 
 
+def test_a_loss_does_not_hide_what_is_told_after_it() -> None:
+    g = Build((2, 3, 64))
+    loss = g.op("add", *(g.mean(g.op("square", v), (0, 1, 2), keepdims=False) for v in (g.x, leaf(g, 2, 3, 64))))
+    v = g.op("max", g.mean(g.op("square", leaf(g, 2, 3, 64, name="u"))), g.c(1.0))
+    assert codes(g.found(loss, v)) == [("NF119", v.name)]
+
+
 def test_an_axis_of_one_is_in_every_whole() -> None:
     g = Build((1, 1, 64))
     z = leaf(g, 1, 1, 64)

@@ -220,7 +220,9 @@ def test_a_square_of_x_scaled_down_in_float16(factor: float, dtype: str, scaled:
     part = line({ONE: factor})
     assert apply("mul", part, part, dtype=dtype).types == {dtype} | ({SCALED} if scaled else set())
     assert SCALED not in apply("mul", part, stat({ONE: 0.25}), dtype=dtype).types  # and this is no square
-    assert SCALED not in apply("mul", line(ZERO, ZERO, {ONE: factor}), stat({ONE: 0.25}), dtype=dtype).types
+    squares = line(ZERO, ZERO, {ONE: 1.0})
+    for facts in ((squares, stat({ONE: 0.25})), (stat({ONE: 0.25}), squares)):
+        assert SCALED not in apply("mul", *facts, dtype=dtype).types
 
 
 @pytest.mark.parametrize(("kind", "fact", "axes", "text"), [
